@@ -1,0 +1,12 @@
+"""dtn_fast: the DTN face-forgery detector, trained and deployed at the speed of the hardware."""
+
+import sys
+
+from dtn_fast.config import DTNConfig
+from dtn_fast.dtn import DTN
+
+__version__ = "0.1.0"
+__all__ = ["DTN", "DTNConfig", "__version__"]
+
+if "timm" in sys.modules:  # timm takes seconds to import: register where it is already there, never pull it in
+    from dtn_fast import timm_models  # noqa: F401

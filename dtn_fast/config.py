@@ -1,0 +1,117 @@
+"""The detector's configuration: one frozen dataclass, every choice where the paper is silent a field."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from dtn_fast.errors import UsageError
+
+STRIDE = 32  # the backbone halves the resolution five times
+
+
+@dataclass(frozen=True)
+class DTNConfig:
+    """Shape of a DTN.  Defaults are the paper's model; *choice* marks what the paper leaves open."""
+
+    image_size: int = 256
+    """Side of the training crops in pixels, a multiple of 32.  Other multiples work by interpolating positions."""
+    channels: tuple[int, ...] = (32, 64, 128, 256, 512)
+    """Width of the five convolution groups; the last is the transformer's width C."""
+    convs: tuple[int, ...] = (3, 3, 3, 4, 4)
+    """Convolutions per group, each 3x3 + BN + ReLU; a 2x2 max-pool closes the group."""
+    num_experts: int = 2
+    """Branches of the MoE gate (Eq. 10), 0 to leave the gate out."""
+    expert_hidden: int = 128
+    """Hidden width M of an expert: conv C->M, ReLU, conv M->1, sigmoid."""
+    expert_kernel: int = 1
+    """Kernel size of the experts' convolutions, 1 or 3 (*choice*: 1 reproduces the parameter table)."""
+    noise_std: float = 0.1
+    """Standard deviation of the Gaussian noise before each expert, training only (*choice*)."""
+    depth: int = 6
+    """Transformer blocks L."""
+    num_heads: int = 8
+    """Attention heads per block."""
+    mlp_ratio: int = 4
+    """Hidden width of the block's MLP over C."""
+    mas: bool = True
+    """Scale each head by a learnable sigmoid (Eq. 20); False is plain multi-head attention."""
+    mas_init: float = 0.0
+    """Initial head and expert scales, before the sigmoid (*choice*)."""
+    local_connection: bool = True
+    """Depthwise 3x3 + BN after attention (Eq. 23)."""
+    num_classes: int = 2
+    """Logits: 0 real, 1 fake."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """RGB mean subtracted from pixels in [0, 1] (*choice*: ImageNet's)."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """RGB standard deviation that divides them (*choice*: ImageNet's)."""
+
+    def __post_init__(self) -> None:
+        width = self.channels[-1] if self.channels else 0
+        checks = [
+            (
+                self.image_size >= STRIDE and self.image_size % STRIDE == 0,
+                "image_size",
+                f"a positive multiple of {STRIDE}",
+            ),
+            (len(self.channels) == 5 and min(self.channels) > 0, "channels", "five positive widths"),
+            (len(self.convs) == 5 and min(self.convs) > 0, "convs", "five positive counts"),
+            (
+                self.num_heads > 0 and width % max(self.num_heads, 1) == 0,
+                "num_heads",
+                f"a divisor of the last width {width}",
+            ),
+            (0 <= self.num_experts <= 8, "num_experts", "0 to 8"),
+            (
+                self.expert_hidden > 0 and self.expert_hidden % 16 == 0,
+                "expert_hidden",
+                "a positive multiple of 16",
+            ),
+            (self.expert_kernel in (1, 3), "expert_kernel", "1 or 3"),
+            (self.noise_std >= 0, "noise_std", ">= 0"),
+            (self.depth >= 0, "depth", ">= 0"),
+            (self.mlp_ratio > 0, "mlp_ratio", ">= 1"),
+            (self.num_classes >= 2, "num_classes", ">= 2"),
+        ]
+        for good, name, allowed in checks:
+            if not good:
+                raise UsageError(f"DTNConfig.{name} is {getattr(self, name)!r}; it must be {allowed}")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> DTNConfig:
+        """``paper`` (256x256, 29.9 M parameters) or ``tiny`` (for demos), with fields replaced by ``changes``."""
+        if name not in PRESETS:
+            raise UsageError(f"unknown preset {name!r}; presets are {', '.join(PRESETS)}")
+        return dataclasses.replace(PRESETS[name], **changes)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "config") -> DTNConfig:
+        """Inverse of :meth:`to_json`.  Raises UsageError naming ``where`` on bad JSON, unknown or wrong fields."""
+        try:
+            data = json.loads(text)
+            if not isinstance(data, dict):
+                raise TypeError(f"expected an object, got {type(data).__name__}")
+            data = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+            return cls(**data)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{where}: not a DTN configuration ({error})") from error
+
+
+PRESETS = {
+    "paper": DTNConfig(),
+    "tiny": DTNConfig(
+        image_size=128,
+        channels=(16, 32, 48, 96, 128),
+        convs=(1, 2, 2, 2, 2),
+        expert_hidden=32,
+        depth=2,
+        num_heads=4,
+        mlp_ratio=2,
+    ),
+}

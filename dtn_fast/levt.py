@@ -1,0 +1,58 @@
+"""The locally-enhanced transformer block: BN, scaled attention, local connection, convolutional MLP (Eq. 14-24)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dtn_fast.config import DTNConfig
+from dtn_fast.kernels.ops import mas_attention
+
+
+class ScaledAttention(nn.Module):
+    """Multi-head attention whose heads are scaled by sigmoid(head_scale) (MAS): [B, N, C] -> [B, N, C]."""
+
+    def __init__(self, width: int, num_heads: int, mas: bool, mas_init: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width)
+        if mas:
+            self.head_scale = nn.Parameter(torch.full((num_heads,), mas_init))
+        else:  # sigmoid(+inf) = 1 exactly: plain attention by the same path
+            self.register_buffer("head_scale", torch.full((num_heads,), torch.inf), persistent=False)
+
+    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each a [B, N, H, D] view of one packed product."""
+        batch, count, width = tokens.shape
+        packed = self.qkv(tokens).view(batch, count, 3, self.num_heads, width // self.num_heads)
+        q, k, v = packed.unbind(2)
+        return q, k, v
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(mas_attention(*self.project(tokens), self.head_scale).flatten(2))
+
+
+class LEVTBlock(nn.Module):
+    """One block on a map [B, C, H, W]: X + LC(Attention(BN(X))), then X + MLP(BN(X))."""
+
+    def __init__(self, config: DTNConfig) -> None:
+        super().__init__()
+        width = config.channels[-1]
+        hidden = width * config.mlp_ratio
+        self.norm1 = nn.BatchNorm2d(width)
+        self.attention = ScaledAttention(width, config.num_heads, config.mas, config.mas_init)
+        self.local: nn.Module = nn.Identity()
+        if config.local_connection:
+            self.local = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, groups=width), nn.BatchNorm2d(width))
+        self.norm2 = nn.BatchNorm2d(width)
+        self.mlp = nn.Sequential(
+            nn.Conv2d(width, hidden, 1), nn.BatchNorm2d(hidden), nn.GELU(), nn.Conv2d(hidden, width, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        tokens = self.norm1(x).flatten(2).transpose(1, 2)  # [B, HW, C], a view of a channels_last map
+        mixed = self.attention(tokens).transpose(1, 2).unflatten(2, (height, width))  # [B, C, H, W]
+        x = x + self.local(mixed)
+        return x + self.mlp(self.norm2(x))

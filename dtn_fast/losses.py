@@ -1,0 +1,62 @@
+"""The training losses as pure functions (paper Eq. 2-7).  Logits are [B, 2], labels int64 [B]: 0 real, 1 fake."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+cross_entropy = F.cross_entropy  # Eq. 2
+
+
+def contrastive_center(logits: Tensor, labels: Tensor, centers: Tensor, delta: float = 1.0) -> Tensor:
+    """Low-dimensional contrastive-center loss on the logits (Eq. 3; Qi and Su, 2017), a scalar.
+
+    1/2 * mean_i ||z_i - c_yi||^2 / (sum_{j != yi} ||z_i - c_j||^2 + delta).  centers: [classes, classes], learnable.
+    The mean over the batch in place of the sum keeps the balance to the other losses at any batch size (*choice*).
+    """
+    distance = (logits[:, None] - centers[None]).square().sum(2)  # [B, classes]
+    own = distance.gather(1, labels[:, None]).squeeze(1)
+    return 0.5 * (own / (distance.sum(1) - own + delta)).mean()
+
+
+def distillation(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Tensor:
+    """KL(teacher || student) of temperature-softened probabilities times T^2, mean over the batch (Eq. 6)."""
+    log_student = (student / temperature).log_softmax(1)
+    log_teacher = (teacher / temperature).log_softmax(1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def initial_loss(logits: Tensor, labels: Tensor, centers: Tensor, delta: float = 1.0) -> dict[str, Tensor]:
+    """Initial training: CE + Ct-c (section 3.1).  Returns each term and their sum under ``loss``."""
+    ce, center = cross_entropy(logits, labels), contrastive_center(logits, labels, centers, delta)
+    return {"loss": ce + center, "ce": ce, "center": center}
+
+
+def dsd_loss(
+    logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor,
+    centers: Tensor,
+    weights: tuple[float, float, float] = (4.0, 0.4, 0.6),
+    temperature: float = 2.0,
+    delta: float = 1.0,
+) -> dict[str, Tensor]:
+    """Deepfake self-distillation (Eq. 7): w0 * CE + w1 * KD + w2 * Ct-c.  Returns each term and the ``loss``.
+
+    The paper gives the weights 4, 0.4, 0.6; that they belong to CE, KD, Ct-c in this order is a *choice*.
+    """
+    ce = cross_entropy(logits, labels)
+    kd = distillation(logits, teacher_logits.detach(), temperature)
+    center = contrastive_center(logits, labels, centers, delta)
+    return {
+        "loss": weights[0] * ce + weights[1] * kd + weights[2] * center,
+        "ce": ce,
+        "kd": kd,
+        "center": center,
+    }
+
+
+def initial_centers(classes: int = 2) -> Tensor:
+    """One-hot starting centres [classes, classes]: each class's own logit at 1 (*choice*)."""
+    return torch.eye(classes)

@@ -1,0 +1,87 @@
+"""Frame- and video-level metrics as pure functions: ACC, AUC, EER, AP.  Scores are P(fake), labels 0 real, 1 fake."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+UNDEFINED = "undefined (one class)"
+
+
+class Metrics(NamedTuple):
+    """``auc``, ``eer`` and ``ap`` are None where only one class (or none) is present; ``acc`` only on no input."""
+
+    acc: float | None
+    auc: float | None
+    eer: float | None
+    ap: float | None
+    reals: int
+    fakes: int
+
+    def text(self, name: str) -> str:
+        """The value as printed: four decimals, or why there is none."""
+        value = getattr(self, name)
+        return UNDEFINED if value is None else f"{value:.4f}"
+
+
+def roc(labels: NDArray, scores: NDArray) -> tuple[NDArray, NDArray]:
+    """False and true positive rates at every distinct threshold, from (0, 0) to (1, 1).  Needs both classes."""
+    order = np.argsort(-scores, kind="stable")
+    labels, scores = labels[order], scores[order]
+    last = np.append(np.diff(scores) != 0, True)  # the last of each run of equal scores
+    true = np.cumsum(labels)[last]
+    false = np.cumsum(1 - labels)[last]
+    return np.append(0, false / false[-1]), np.append(0, true / true[-1])
+
+
+def evaluate_scores(labels: ArrayLike, scores: ArrayLike, threshold: float = 0.5) -> Metrics:
+    """Metrics of P(fake) ``scores`` against 0/1 ``labels``, both [n].
+
+    AUC is the trapezoid area under the ROC (ties count half), AP the step sum of precision over recall, EER the rate
+    where the linearly interpolated ROC crosses false positives = misses.  Raises ValueError on unequal lengths, labels
+    other than 0/1 or non-finite scores.
+    """
+    y, s = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    if y.ndim != 1 or y.shape != s.shape:
+        raise ValueError(f"labels and scores must be equally long lists, got {y.shape} and {s.shape}")
+    if not np.isin(y, (0, 1)).all():
+        raise ValueError("labels must be 0 (real) or 1 (fake)")
+    if not np.isfinite(s).all():
+        raise ValueError(f"scores: {int((~np.isfinite(s)).sum())} of {len(s)} are not finite")
+    y = y.astype(np.int64)
+    fakes = int(y.sum())
+    reals = len(y) - fakes
+    acc = float(((s >= threshold) == y).mean()) if len(y) else None
+    if not fakes or not reals:
+        return Metrics(acc, None, None, None, reals, fakes)
+    fpr, tpr = roc(y, s)
+    auc = float(np.trapezoid(tpr, fpr))
+    gap = fpr - (1 - tpr)  # rises from -1 to 1
+    i = int(np.argmax(gap >= 0))
+    eer = float(np.interp(0.0, gap[i - 1 : i + 1], fpr[i - 1 : i + 1]))
+    precision = tpr * fakes / np.maximum(tpr * fakes + fpr * reals, 1e-12)
+    ap = float(np.sum(np.diff(tpr) * precision[1:]))
+    return Metrics(acc, auc, eer, ap, reals, fakes)
+
+
+def by_video(videos: Sequence[str], labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray, NDArray]:
+    """Labels and mean frame scores per video, in order of first appearance.
+
+    ``videos`` names each frame's video by its full relative path: a bare name such as 953_974 stands for four
+    different FF++ videos.  Raises ValueError when one video carries two labels.
+    """
+    names, index = np.unique(np.asarray(videos), return_inverse=True)
+    y, s = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    counts = np.bincount(index, minlength=len(names))
+    means = np.bincount(index, weights=s, minlength=len(names)) / np.maximum(counts, 1)
+    positives = np.bincount(index, weights=y, minlength=len(names))
+    mixed = (positives != 0) & (positives != counts)
+    if mixed.any():
+        raise ValueError(f"video {names[mixed][0]} has frames of both labels; name videos by their full path")
+    first = np.full(len(names), len(index))
+    np.minimum.at(first, index, np.arange(len(index)))
+    order = np.argsort(first)
+    return (positives > 0).astype(np.int64)[order], means[order]

@@ -1,0 +1,109 @@
+"""What each operator means, in plain torch: tests, benchmarks and CPUs use this file.
+
+Every line names what it reads and writes, in elements, so that a fused kernel's saving can be read off.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PHILOX_ROUNDS = 10
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers and key increments of Philox-4x32 (Salmon et al., 2011)
+_K0, _K1 = 0x9E3779B9, 0xBB67AE85
+_LOW = 0xFFFFFFFF
+
+
+def mas_attention(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor, *, return_maps: bool = False):
+    """Multi-attention scaling (paper Eq. 17-21): O_h = sigmoid(s_h) * softmax(Q_h K_h^T / sqrt(D)) V_h.
+
+    q, k, v: [B, N, H, D], any strides, one floating dtype.  head_scale: [H], before the sigmoid.
+    Returns [B, N, H, D]; with ``return_maps`` also the gated maps sigmoid(s_h) * softmax(.), [B, H, N, N].
+    FLOPs 4 B H N^2 D.  Softmax runs in float32 for 16-bit inputs, as the kernels do.
+    """
+    acc = torch.promote_types(q.dtype, torch.float32)
+    qh, kh, vh = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, N, D] views
+    scores = (qh @ kh.transpose(-1, -2)).to(acc) * q.shape[-1] ** -0.5  # reads 2 BHND, writes BHN^2
+    maps = scores.softmax(-1)  # reads and writes BHN^2
+    gate = head_scale.to(acc).sigmoid()[:, None, None]  # [H, 1, 1]
+    out = (maps.to(v.dtype) @ vh).to(acc) * gate  # reads BHN^2 + BHND, writes BHND
+    out = out.to(q.dtype).transpose(1, 2)  # [B, N, H, D] view
+    return (out, maps * gate) if return_maps else out
+
+
+def philox(counter: Tensor, stream: int, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10 words at counter (c, stream, 0, 0) under the 64-bit key ``seed``.
+
+    counter: int64 of any shape, values in [0, 2**32).  seed: int64 scalar tensor.  Returns four int64 tensors of
+    ``counter``'s shape holding 32-bit words.  The same words as Triton's ``tl.philox``.
+    """
+    c0, c1 = counter, torch.full_like(counter, stream)
+    c2 = torch.zeros_like(counter)
+    c3 = torch.zeros_like(counter)
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(PHILOX_ROUNDS):
+        a, b = _M0 * c0, _M1 * c2  # 64-bit products; the wrap of int64 keeps every bit
+        c0, c1, c2, c3 = ((b >> 32) & _LOW) ^ c1 ^ k0, b & _LOW, ((a >> 32) & _LOW) ^ c3 ^ k1, a & _LOW
+        k0, k1 = (k0 + _K0) & _LOW, (k1 + _K1) & _LOW
+    return c0, c1, c2, c3
+
+
+def gate_noise(tokens: int, channels: int, expert: int, seed: Tensor) -> Tensor:
+    """Standard normal noise of one expert, [tokens, channels] float32, the numbers that the Triton kernel draws.
+
+    Element i = token * channels + channel takes Philox call i // 8 of stream ``expert``; each of its four 32-bit words
+    gives two normals by Box-Muller from 16-bit halves, so |z| <= 4.86.  ``channels`` must be a multiple of 8.
+    """
+    calls = torch.arange(tokens * channels // 8, device=seed.device)
+    pairs = []
+    for word in philox(calls, expert, seed):
+        u = (word & 0xFFFF).float() * 2.0**-16 + 2.0**-17  # in (0, 1)
+        angle = (word >> 16).float() * (2.0 * math.pi / 65536.0)
+        radius = (u.log2() * (-2.0 * math.log(2.0))).sqrt()
+        pairs += [radius * angle.cos(), radius * angle.sin()]
+    return torch.stack(pairs, 1).reshape(tokens, channels)
+
+
+def moe_gate(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    expert_scale: Tensor,
+    noise_std: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Noisy expert gate (paper Eq. 10-12): F' = F * sigmoid(max_e sigmoid(s_e) * E_e(F + n_e)).
+
+    E_e is conv C->M, ReLU, conv M->1, sigmoid.  x: [B, C, H, W].  w1: [E, M, C] for 1x1 experts or [E, M, C, K, K];
+    b1: [E, M].  w2: [E, M] or [E, M, K, K]; b2: [E].  expert_scale: [E], before the sigmoid.  noise_std: standard
+    deviation of n_e in units of x; 0 draws nothing.  seed: int64 scalar tensor, needed when noise_std > 0.
+    Returns [B, C, H, W] in x's dtype.  FLOPs per expert 2 B H W (C M + M), times K^2.
+    """
+    acc = torch.promote_types(x.dtype, torch.float32)
+    batch, channels, height, width = x.shape
+    attention = None
+    for e in range(w1.shape[0]):
+        noisy = x
+        if noise_std > 0:
+            if seed is None:
+                raise ValueError("seed: noise_std > 0 needs a seed, got None")
+            z = gate_noise(batch * height * width, channels, e, seed).view(batch, height, width, channels)
+            noisy = (x.to(acc) + noise_std * z.permute(0, 3, 1, 2).to(acc)).to(x.dtype)  # reads 2 BCHW, writes BCHW
+        hidden = _conv(noisy, w1[e], b1[e]).relu()  # reads BCHW, writes BMHW
+        score = _conv(hidden, w2[e][None], b2[e][None]).to(acc).sigmoid()  # reads BMHW, writes BHW
+        score = score * expert_scale[e].to(acc).sigmoid()
+        attention = score if attention is None else torch.maximum(attention, score)
+    assert attention is not None
+    return (x.to(acc) * attention.sigmoid()).to(x.dtype)  # reads BCHW + BHW, writes BCHW
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Same-padded convolution whose 1x1 weights may come without the two kernel dimensions."""
+    if weight.dim() == 2:
+        weight = weight[:, :, None, None]
+    return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=weight.shape[-1] // 2)
