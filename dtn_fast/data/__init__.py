@@ -1,0 +1,1 @@
+"""Files to training data: manifests, video decoding, face crops, shards, augmentation, the synthetic demo set."""
