@@ -27,6 +27,7 @@ class DTN(nn.Module):
         super().__init__()
         self.config = config = config or DTNConfig()
         self.num_classes, self.num_features = config.num_classes, config.channels[-1]
+        self.notice = ""  # what every report of this model must say, such as that it was trained on synthetic faces
         side = config.image_size // STRIDE
         self.backbone = build_backbone(config)
         self.gate: nn.Module = MoEGate(config) if config.num_experts else nn.Identity()
@@ -73,7 +74,8 @@ class DTN(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        for name, data in ((WEIGHTS, save(state)), (CONFIG, self.config.to_json().encode())):
+        weights = save(state, metadata={"notice": self.notice})
+        for name, data in ((WEIGHTS, weights), (CONFIG, self.config.to_json().encode())):
             partial = folder / f".{name}.partial"
             partial.write_bytes(data)
             partial.replace(folder / name)
@@ -84,8 +86,7 @@ class DTN(nn.Module):
 
         Raises UsageError when the folder, a file or a tensor is missing, or the weights are of another shape.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         folder = Path(path)
         for name in (WEIGHTS, CONFIG):
@@ -95,7 +96,9 @@ class DTN(nn.Module):
             config = DTNConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"), str(folder / CONFIG))
         model = cls(config)
         try:
-            state = load_file(folder / WEIGHTS)
+            with safe_open(folder / WEIGHTS, "pt") as file:
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                model.notice = (file.metadata() or {}).get("notice", "")
         except (SafetensorError, OSError, ValueError) as error:
             raise UsageError(f"{folder / WEIGHTS}: not a safetensors file ({error})") from error
         check_state(model, state, str(folder / WEIGHTS))

@@ -1,0 +1,88 @@
+"""A scorer and prepared crops to metrics: overall and per forgery, frame and video level."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtn_fast.data.shards import Shards
+from dtn_fast.errors import UsageError
+from dtn_fast.metrics import Metrics, by_video, evaluate_scores
+from dtn_fast.runtime import Scorer
+
+
+class Row(NamedTuple):
+    fakes: str
+    """The forgery measured against all reals of the split, or "all"."""
+    frame: Metrics
+    video: Metrics
+
+
+class Evaluation(NamedTuple):
+    split: str
+    rows: list[Row]
+    videos: int
+    no_face: int
+    """Videos of the split in which no face was found; they are counted here and scored nowhere."""
+    unreadable: int
+    frames_per_video: float
+    notice: str
+
+    def policy(self) -> str:
+        """How the figures came about, one sentence."""
+        return (
+            f"{self.split} split, {self.videos} videos, {self.frames_per_video:.1f} frames each on average, largest "
+            f"face; video score = mean of its frames; {self.no_face} videos without a face and {self.unreadable} "
+            "unreadable ones not scored"
+        )
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows as text."""
+        header = ["fakes", "frame ACC", "frame AUC", "frame EER", "frame AP", "video ACC", "video AUC", "videos"]
+        body = []
+        for row in self.rows:
+            cells = [row.frame.text(name) for name in ("acc", "auc", "eer", "ap")]
+            cells += [row.video.text("acc"), row.video.text("auc"), f"{row.video.reals} + {row.video.fakes}"]
+            body.append([row.fakes, *cells])
+        return header, body
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [{"fakes": r.fakes, "frame": r.frame._asdict(), "video": r.video._asdict()} for r in self.rows]
+        return {**self._asdict(), "rows": rows, "policy": self.policy()}
+
+    def markdown(self) -> str:
+        header, body = self.table()
+        lines = [header, ["---"] * len(header), *body]
+        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return f"{text}\n\n{self.policy()}.{' **' + self.notice + '**' if self.notice else ''}\n"
+
+
+def evaluate(scorer: Scorer, shards: Shards, split: str = "test", chunk: int = 256) -> Evaluation:
+    """Scores every crop of ``split``.  Raises UsageError when it is empty or the crops are of another size."""
+    rows = shards.select(split)
+    if not len(rows):
+        raise UsageError(f"the {split} split holds no crops")
+    if shards.size != scorer.config.image_size:
+        raise UsageError(f"the crops are {shards.size} pixels, the model takes {scorer.config.image_size}; prepare again")
+    parts = [scorer.score(shards.crops[rows[i : i + chunk]]) for i in range(0, len(rows), chunk)]
+    scores: NDArray[np.float64] = np.concatenate(parts)
+    labels, names = shards.labels[rows], np.array([v.path for v in shards.videos])[shards.video[rows]]
+    methods = np.array([v.method for v in shards.videos])[shards.video[rows]]
+    table = []
+    for group in ("all", *shards.methods):
+        keep = (labels == 0) | (methods == group) | (group == "all")
+        if group == "all" or (methods == group).any():
+            frame = evaluate_scores(labels[keep], scores[keep])
+            table.append(Row(group, frame, evaluate_scores(*by_video(names[keep], labels[keep], scores[keep]))))
+    states = [state for video, state in zip(shards.videos, shards.status, strict=True) if video.split == split]
+    return Evaluation(
+        split=split,
+        rows=table,
+        videos=len(states),
+        no_face=sum(not state["faces"] and not state["error"] for state in states),
+        unreadable=sum(bool(state["error"]) for state in states),
+        frames_per_video=len(rows) / max(len(set(names.tolist())), 1),
+        notice=scorer.notice,
+    )

@@ -1,0 +1,52 @@
+"""Where a DTN looks: Grad-CAM heat maps."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dtn_fast.dtn import DTN
+from dtn_fast.runtime import normalise
+
+
+def grad_cam(model: DTN, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Grad-CAM of the fake logit over the real one (Selvaraju et al., 2017), [B, S, S] in [0, 1].
+
+    crops: [B, S, S, 3] uint8.  The layer is the backbone's last convolution group before its pooling, 1/16 of the
+    input's resolution: the finest map that still carries the deepest features.  A crop without positive evidence
+    gives zeros.
+    """
+    kept: list[Tensor] = []
+
+    def keep(_module: object, _inputs: object, output: Tensor) -> Tensor:
+        output = output.detach().requires_grad_()
+        kept.append(output)
+        return output
+
+    was_training = model.training
+    layer = model.backbone[-2]  # the ReLU before the last pool
+    handle = layer.register_forward_hook(keep)
+    model.eval()
+    try:
+        with torch.enable_grad():
+            logits = model(normalise(crops, model.config, model.head.weight.device))
+            (gradient,) = torch.autograd.grad((logits[:, 1] - logits[:, 0]).sum(), kept[0])
+    finally:
+        handle.remove()
+        model.train(was_training)
+    weights = gradient.mean((2, 3), keepdim=True)  # [B, C, 1, 1]
+    cam = (weights * kept[0].detach()).sum(1, keepdim=True).relu()  # [B, 1, h, w]
+    cam = F.interpolate(cam, crops.shape[1:3], mode="bilinear", align_corners=False)[:, 0]
+    peak = cam.amax((1, 2), keepdim=True)
+    return (cam / peak.clamp_min(torch.finfo(cam.dtype).tiny)).cpu().numpy()
+
+
+def overlay(crop: NDArray[np.uint8], heat: NDArray[np.float32], strength: float = 0.5) -> NDArray[np.uint8]:
+    """A crop [S, S, 3] with its heat map [S, S] in [0, 1] laid over it; cold stays as it was."""
+    colors = cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_JET)[:, :, ::-1]
+    weight = strength * heat[..., None]
+    return (crop * (1 - weight) + colors * weight).round().astype(np.uint8)

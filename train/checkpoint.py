@@ -1,0 +1,32 @@
+"""Training state on disk: written whole or not at all, read back without executing anything."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtn_fast.errors import UsageError
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Writes tensors, numbers and strings to ``path`` atomically (write, fsync, rename)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Reads what :func:`save_state` wrote.  Raises UsageError on any other file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"{path}: not a training state ({text}); delete it to start over") from error
