@@ -4,8 +4,8 @@ import sys
 
 from dtn_fast.config import DTNConfig
 from dtn_fast.dtn import DTN
+from dtn_fast.version import __version__
 
-__version__ = "0.1.0"
 __all__ = ["DTN", "DTNConfig", "__version__"]
 
 if "timm" in sys.modules:  # timm takes seconds to import: register where it is already there, never pull it in

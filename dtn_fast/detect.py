@@ -133,7 +133,9 @@ def frames_of(path: Path, count: int) -> Iterator[Frame]:
     elif suffix in VIDEOS:
         yield from read_frames(path, count)
     else:
-        raise MediaError(f"{path}: neither an image ({' '.join(sorted(IMAGES))}) nor a video ({' '.join(sorted(VIDEOS))})")
+        raise MediaError(
+            f"{path}: neither an image ({' '.join(sorted(IMAGES))}) nor a video ({' '.join(sorted(VIDEOS))})"
+        )
 
 
 def detect(path: Path, scorer: Scorer, detector: FaceDetector, frames: int = 32, threshold: float = 0.5) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,23 +60,34 @@ class Evaluation(NamedTuple):
         return f"{text}\n\n{self.policy()}.{' **' + self.notice + '**' if self.notice else ''}\n"
 
 
-def evaluate(scorer: Scorer, shards: Shards, split: str = "test", chunk: int = 256) -> Evaluation:
-    """Scores every crop of ``split``.  Raises UsageError when it is empty or the crops are of another size."""
+def evaluate(
+    scorer: Scorer,
+    shards: Shards,
+    split: str = "test",
+    groups: Mapping[str, tuple[str, ...]] | None = None,
+    chunk: int = 256,
+) -> Evaluation:
+    """Scores every crop of ``split`` once and measures each group of forgeries against all reals.
+
+    groups: row title -> forgeries; default all of them together, then one by one.  Raises UsageError when the split
+    is empty or the crops are of another size than the model's.
+    """
     rows = shards.select(split)
     if not len(rows):
         raise UsageError(f"the {split} split holds no crops")
     if shards.size != scorer.config.image_size:
-        raise UsageError(f"the crops are {shards.size} pixels, the model takes {scorer.config.image_size}; prepare again")
+        raise UsageError(
+            f"the crops are {shards.size} pixels, the model takes {scorer.config.image_size}; prepare again"
+        )
     parts = [scorer.score(shards.crops[rows[i : i + chunk]]) for i in range(0, len(rows), chunk)]
     scores: NDArray[np.float64] = np.concatenate(parts)
     labels, names = shards.labels[rows], np.array([v.path for v in shards.videos])[shards.video[rows]]
-    methods = np.array([v.method for v in shards.videos])[shards.video[rows]]
+    kinds = np.array([v.method for v in shards.videos])[shards.video[rows]]
     table = []
-    for group in ("all", *shards.methods):
-        keep = (labels == 0) | (methods == group) | (group == "all")
-        if group == "all" or (methods == group).any():
-            frame = evaluate_scores(labels[keep], scores[keep])
-            table.append(Row(group, frame, evaluate_scores(*by_video(names[keep], labels[keep], scores[keep]))))
+    for title, group in (groups or {"all": shards.methods, **{m: (m,) for m in shards.methods}}).items():
+        keep = (labels == 0) | np.isin(kinds, group)
+        frame = evaluate_scores(labels[keep], scores[keep])
+        table.append(Row(title, frame, evaluate_scores(*by_video(names[keep], labels[keep], scores[keep]))))
     states = [state for video, state in zip(shards.videos, shards.status, strict=True) if video.split == split]
     return Evaluation(
         split=split,

@@ -94,7 +94,9 @@ class OnnxScorer:
     def score(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
         parts = []
         for part in _batches(len(crops), self.batch_size):
-            logits = torch.from_numpy(self.session.run(None, {"images": normalise(crops[part], self.config).numpy()})[0])
+            logits = torch.from_numpy(
+                self.session.run(None, {"images": normalise(crops[part], self.config).numpy()})[0]
+            )
             parts.append(logits.double().softmax(1)[:, 1].numpy())
         return np.concatenate(parts) if parts else np.zeros(0)
 
@@ -128,4 +130,3 @@ def best_checkpoint(run: Path) -> Path:
         return run / f"generation-{int(json.loads((run / SUMMARY).read_text(encoding='utf-8'))['best'])}"
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{run / SUMMARY}: damaged ({error}); name a generation's folder instead") from error
-

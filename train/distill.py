@@ -93,4 +93,3 @@ def summarise(run: Path) -> dict[str, Any]:
     partial.write_text(json.dumps(summary, indent=2), encoding="utf-8")
     partial.replace(run / SUMMARY)
     return summary
-

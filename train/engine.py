@@ -77,14 +77,16 @@ def fit(
     Raises UsageError on an unfitting image size or splits without both classes, DtnError when the loss is not finite.
     """
     device = torch.device(device)
-    train_rows = shards.select("train", recipe.methods or None)
-    val_rows = shards.select("val", recipe.methods or None)
+    train_rows = shards.select("train", recipe.methods)
+    val_rows = shards.select("val", recipe.methods)
     for name, rows in (("train", train_rows), ("val", val_rows)):
         if set(shards.labels[rows]) != {0, 1}:
             raise UsageError(f"the {name} split needs reals and fakes; it has {len(rows)} crops of labels "
                              f"{sorted(set(shards.labels[rows].tolist()))}")  # fmt: skip
     if shards.size != model.config.image_size:
-        raise UsageError(f"the crops are {shards.size} pixels, the model takes {model.config.image_size}; prepare again")
+        raise UsageError(
+            f"the crops are {shards.size} pixels, the model takes {model.config.image_size}; prepare again"
+        )
 
     model.notice = STAMP if shards.synthetic else ""
     dtype = choose_precision(recipe.precision, device)
@@ -124,7 +126,7 @@ def fit(
         for step in range(steps):
             batch = rows[step * recipe.batch_size : (step + 1) * recipe.batch_size]
             crops = shards.crops[batch]
-            images = normalise(augment(crops) if augment else crops, model.config.mean, model.config.std, device)
+            images = normalise(augment(crops) if augment else crops, model.config, device)
             labels = torch.as_tensor(shards.labels[batch], device=device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = model(images)
@@ -152,7 +154,8 @@ def fit(
         lr = schedule.get_last_lr()[0]
         schedule.step()
         metrics = evaluate_scores(shards.labels[val_rows], TorchScorer(model).score_rows(shards, val_rows))
-        assert metrics.auc is not None and metrics.acc is not None  # both classes are there, checked above
+        assert metrics.auc is not None, "both classes are in the validation split, checked above"
+        assert metrics.acc is not None
         stale += 1
         if metrics.auc > best:
             best, stale = metrics.auc, 0

@@ -40,7 +40,7 @@ class FaceDetector:
         self._detect = dlib.get_frontal_face_detector()
 
     def __call__(self, image: NDArray[np.uint8]) -> list[Box]:
-        """Faces in an RGB frame [H, W, 3], largest first.  A frame without a face is searched again at twice the size."""
+        """Faces in an RGB frame [H, W, 3], largest first.  One without a face is searched again at twice the size."""
         height, width = image.shape[:2]
         scale = min(1.0, DETECT_SIDE / max(height, width))
         small = image

@@ -46,8 +46,8 @@ class Shards:
         """[N] 0 real, 1 fake."""
         return np.array([v.label for v in self.videos])[self.video]
 
-    def select(self, split: str, methods: tuple[str, ...] | None = None) -> NDArray[np.int64]:
-        """Crop numbers of a split: all its reals, and the fakes of ``methods`` (default: every method)."""
+    def select(self, split: str, methods: tuple[str, ...] = ()) -> NDArray[np.int64]:
+        """Crop numbers of a split: all its reals, and the fakes of ``methods`` (none: every one)."""
         good = np.array([v.split == split and (not v.label or not methods or v.method in methods) for v in self.videos])
         return np.flatnonzero(good[self.video])
 

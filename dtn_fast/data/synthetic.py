@@ -114,7 +114,11 @@ class Face:
         self.width, self.height = size * who.uniform(0.21, 0.25), size * who.uniform(0.29, 0.34)
         self.eye_y, self.eye_x = who.uniform(0.10, 0.18), who.uniform(0.40, 0.46)
         self.eye_w, self.eye_h, self.brow = who.uniform(0.17, 0.22), who.uniform(0.42, 0.58), who.uniform(2.0, 2.6)
-        self.nose_w, self.mouth_y, self.mouth_w = who.uniform(0.15, 0.20), who.uniform(0.45, 0.52), who.uniform(0.3, 0.4)
+        self.nose_w, self.mouth_y, self.mouth_w = (
+            who.uniform(0.15, 0.20),
+            who.uniform(0.45, 0.52),
+            who.uniform(0.3, 0.4),
+        )
         self.pores = _texture(who, size, (16, 32, 64, 128), 0.8) * 3.0
         # take
         color = how.uniform(40, 200, 3)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from dtn_fast.errors import MediaError
 
-IMAGES = frozenset(".jpg .jpeg .png .bmp .webp .tif .tiff".split())
-VIDEOS = frozenset(".mp4 .avi .mov .mkv .webm .m4v .mpg .mpeg".split())
+IMAGES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"])
+VIDEOS = frozenset([".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"])
 MAX_PIXELS = 64_000_000
 """A picture larger than this is refused before it is decoded (a decompression bomb, or a mistake)."""
 
@@ -119,4 +119,3 @@ def write_video(path: Path, frames: list[NDArray[np.uint8]], fps: int = 25, crf:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
         container.mux(stream.encode())
     partial.replace(path)
-

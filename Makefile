@@ -1,0 +1,40 @@
+# make demo and make test set everything up on a fresh machine with Python 3.11+.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: help setup demo test lint format bench gpu clean
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready  ## a virtual environment with everything pinned
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "dtn_fast needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..."; exit 2; }
+	@echo "Installing into $(VENV) (about 1.5 GB, a few minutes) ..."
+	@$(PYTHON) -m venv $(VENV) || { echo "cannot create $(VENV); on Debian: apt-get install python3-venv"; exit 2; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup  ## make a set, train, distil, evaluate, export, detect: minutes on two cores
+	@$(BIN)/dtn-fast demo
+
+test: setup  ## every test that this machine can run
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup  ## let ruff mend what it can
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+bench: setup  ## CPU benchmarks
+	@$(BIN)/python -m pytest bench/bench_model.py --benchmark-only $(ARGS)
+
+gpu:  ## the GPU tests, on a machine with a GPU, torch and Triton; installs nothing
+	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu: torch sees no GPU on this machine; not run")'
+	@$(PYTHON) -m pytest -m gpu $(ARGS)
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,426 @@
+"""The command line: one verb per task, options from dataclasses, progress bars, one-line errors."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from dtn_fast.data.synthetic import STAMP, SyntheticConfig, make_synthetic
+from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.train.recipe import Recipe, choose_precision
+
+Device = Literal["auto", "cpu", "cuda"]
+PresetName = Literal["paper", "tiny"]
+Flat = tyro.conf.OmitArgPrefixes
+
+
+def console() -> Console:
+    """The terminal; a width that keeps tables whole where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def progress() -> Progress:
+    """A bar on stderr with count, rate of progress and time left; silent where stderr is no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    terminal = Console(stderr=True)
+    return Progress(*columns, console=terminal, disable=not terminal.is_terminal)
+
+
+def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    table = Table(*header, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
+
+
+def choose_device(device: Device) -> str:
+    import torch
+
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UsageError("--device cuda: torch sees no GPU; use --device cpu")
+    return "cuda" if device == "cuda" or (device == "auto" and available) else "cpu"
+
+
+# ------------------------------------------------------------------------------------------------- verbs
+
+
+def synthesize(
+    out: Annotated[Path, tyro.conf.Positional], config: Flat[SyntheticConfig] = SyntheticConfig(), workers: int = 2
+) -> None:
+    """Write the synthetic demo set, laid out like FaceForensics++.
+
+    Example: dtn-fast synthesize data/synthetic --train 56 --val 14 --test 20
+
+    Args:
+        out: Folder to write; an interrupted run goes on there.
+        config: Size of the set.
+        workers: Processes.
+    """
+    with progress() as bar:
+        task = bar.add_task("rendering videos", note="")
+        for done, total in make_synthetic(out, config, workers):
+            bar.update(task, completed=done, total=total)
+    print(f"{total} videos in {out} ({STAMP})")
+
+
+def prepare(
+    root: Annotated[Path, tyro.conf.Positional],
+    out: Path,
+    preset: PresetName = "paper",
+    frames: int = 8,
+    margin: float = 1.3,
+    compression: str = "c23",
+    splits: Path | None = None,
+    workers: int = 2,
+) -> None:
+    """Crop the faces of a FaceForensics++ tree, once, for training and evaluation.
+
+    Example: dtn-fast prepare data/synthetic --out data/crops --preset tiny
+
+    Args:
+        root: The dataset: original_sequences/, manipulated_sequences/ and the split lists.
+        out: Folder for the crops.
+        preset: The model that will read them; it sets their size.
+        frames: Frames per video, spread evenly.
+        margin: Side of the crop over the longest side of the face.
+        compression: Which of the tree's compressions to read.
+        splits: Folder of train.json, val.json and test.json; default ROOT/splits, then ROOT.
+        workers: Processes.
+    """
+    from dtn_fast.config import DTNConfig
+    from dtn_fast.data.manifest import read_ffpp
+    from dtn_fast.data.shards import open_shards
+    from dtn_fast.data.shards import prepare as run
+
+    if frames < 1 or margin <= 0 or workers < 1:
+        raise UsageError("--frames and --workers must be at least 1, --margin above 0")
+    manifest = read_ffpp(root, compression, splits)
+    with progress() as bar:
+        task = bar.add_task("cropping faces", total=len(manifest.videos), note="")
+        for state in run(manifest, out, DTNConfig.preset(preset).image_size, frames, margin, workers):
+            bar.update(task, completed=state.done, note=f"{state.faces} faces")
+    shards = open_shards(out)
+    bad = [state["error"] for state in shards.status if state["error"]]
+    empty = sum(not state["faces"] and not state["error"] for state in shards.status)
+    print(f"{len(shards.video)} faces of {len(shards.videos)} videos in {out}; {empty} videos without a face")
+    if bad:
+        raise DtnError(f"{len(bad)} videos could not be read, the first: {bad[0]}")
+
+
+def train(
+    data: Annotated[Path, tyro.conf.Positional],
+    out: Path,
+    recipe: Flat[Recipe] = Recipe(),
+    preset: PresetName = "paper",
+    config: Path | None = None,
+    device: Device = "auto",
+) -> None:
+    """Train a DTN from scratch with CE + Ct-c (generation 0); the same command resumes it.
+
+    Example: dtn-fast train data/crops --out runs/first --preset tiny --epochs 3 --lr 1e-3
+
+    Args:
+        data: Crops written by dtn-fast prepare.
+        out: Folder of the run.
+        recipe: How to train.
+        preset: The model.
+        config: A JSON file of DTNConfig fields instead of a preset.
+        device: Where to train.
+    """
+    from dtn_fast.config import DTNConfig
+    from dtn_fast.data.shards import open_shards
+    from dtn_fast.train.distill import start_run, train_initial
+
+    shards = open_shards(data)
+    try:
+        model = DTNConfig.from_json(config.read_text("utf-8"), str(config)) if config else DTNConfig.preset(preset)
+    except OSError as error:
+        raise UsageError(f"{config}: {error.strerror}") from error
+    start_run(out, recipe, model)
+    _show_training(train_initial(out, shards, choose_device(device)), recipe.epochs)
+    print(f"best weights in {out / 'generation-0'}; next: dtn-fast distill {data} --run {out}")
+
+
+def distill(
+    data: Annotated[Path, tyro.conf.Positional],
+    run: Path,
+    device: Device = "auto",
+) -> None:
+    """Distil a trained run generation by generation (DSD) until validation AUC stops improving; resumable.
+
+    Example: dtn-fast distill data/crops --run runs/first
+
+    Args:
+        data: Crops written by dtn-fast prepare.
+        run: A folder written by dtn-fast train; its recipe says how many generations at most.
+        device: Where to train.
+    """
+    from dtn_fast.data.shards import open_shards
+    from dtn_fast.train.distill import distill as chain
+    from dtn_fast.train.distill import load_run, summarise
+
+    recipe, _ = load_run(run)
+    _show_training(chain(run, open_shards(data), choose_device(device)), recipe.epochs)
+    print_generations(summarise(run))
+
+
+def print_generations(summary: dict[str, Any]) -> None:
+    rows = [
+        [
+            ("teacher (initial)" if row["generation"] == 0 else f"student {row['generation']}"),
+            str(row["epochs"]),
+            f"{row['val_auc']:.4f}",
+            "best" if row["generation"] == summary["best"] else "",
+        ]
+        for row in summary["generations"]
+    ]
+    print_table("Generations", ["generation", "epochs", "validation frame AUC", ""], rows)
+
+
+def _show_training(events: Any, epochs: int) -> None:
+    """Drives a training generator: a bar for each epoch, a line at its end."""
+    from dtn_fast.train.engine import Step
+
+    with progress() as bar:
+        task = None
+        for event in events:
+            if isinstance(event, Step):
+                if task is None:
+                    name = f"generation {event.generation}, epoch {event.epoch + 1}/{epochs}"
+                    task = bar.add_task(name, total=event.steps, note="")
+                note = " ".join(f"{key} {value:.3f}" for key, value in event.losses.items())
+                bar.update(task, completed=event.step + 1, note=f"{note}, {event.images_per_second:.0f} images/s")
+            else:
+                if task is not None:
+                    bar.remove_task(task)
+                    task = None
+                print(
+                    f"generation {event.generation} epoch {event.epoch + 1}/{epochs}: loss {event.losses['loss']:.4f}, "
+                    f"validation AUC {event.val_auc:.4f} (best {event.best_auc:.4f}), "
+                    f"{event.images_per_second:.0f} images/s",
+                    flush=True,
+                )
+
+
+def evaluate(
+    data: Annotated[Path, tyro.conf.Positional],
+    model: Path,
+    split: Literal["train", "val", "test"] = "test",
+    out: Path | None = None,
+    device: Device = "auto",
+) -> None:
+    """Measure a checkpoint or ONNX file on prepared crops, per forgery, at frame and video level.
+
+    Example: dtn-fast evaluate data/crops --model runs/first --out runs/first/test
+
+    Args:
+        data: Crops written by dtn-fast prepare.
+        model: A run, a checkpoint folder or an .onnx file.
+        split: Which videos.
+        out: Also write OUT.json and OUT.md.
+        device: Where a checkpoint runs.
+    """
+    from dtn_fast.data.shards import open_shards
+    from dtn_fast.evaluate import evaluate as run
+    from dtn_fast.report import write_text
+    from dtn_fast.runtime import load_scorer
+
+    result = run(load_scorer(model, choose_device(device)), open_shards(data), split)
+    header, rows = result.table()
+    print_table(f"{model} on {data}", header, rows)
+    print(result.policy() + (f"\n{result.notice}" if result.notice else ""))
+    if out is not None:
+        write_text(out.with_name(out.name + ".json"), json.dumps(result.to_json(), indent=1))
+        write_text(out.with_name(out.name + ".md"), result.markdown())
+
+
+def export(model: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
+    """Write a checkpoint as ONNX and check it against torch through onnxruntime at three batch sizes.
+
+    Example: dtn-fast export runs/first --out dtn.onnx
+
+    Args:
+        model: A run or a checkpoint folder.
+        out: The .onnx file.
+    """
+    from dtn_fast.export.to_onnx import export_onnx
+    from dtn_fast.runtime import load_model
+
+    if out.suffix != ".onnx":
+        raise UsageError(f"--out {out}: the file's name must end in .onnx")
+    rows = export_onnx(load_model(model), out)
+    print_table(f"{out}: onnxruntime against torch", ["batch", "largest logit error", "largest logit"],
+                [[str(r.batch), f"{r.error:.2e}", f"{r.scale:.2f}"] for r in rows])  # fmt: skip
+    print(f"largest error {max(r.error for r in rows):.2e}, file {out.stat().st_size / 1e6:.1f} MB")
+
+
+def detect(
+    inputs: Annotated[list[str], tyro.conf.Positional],
+    model: Path,
+    out: Path = Path("detect"),
+    frames: int = 32,
+    threshold: float = 0.5,
+    device: Device = "auto",
+) -> int:
+    """Say of images and videos whether their faces are forged, and where.
+
+    Example: dtn-fast detect clip.mp4 photos/ "more/**/*.jpg" --model runs/first --out detect
+
+    Prints a table and writes OUT/results.json and OUT/report.html.  Exit code 0: every input has a verdict; 1: some
+    could not be read or show no face; 2: usage.
+
+    Args:
+        inputs: Images, videos, folders (searched recursively) and globs.
+        model: A run, a checkpoint folder or an .onnx file.
+        out: Folder for the results.
+        frames: Frames per video, spread evenly.
+        threshold: P(fake) from which the verdict is fake.
+        device: Where a checkpoint runs.
+    """
+    from dtn_fast.data.faces import FaceDetector
+    from dtn_fast.detect import RULE, Result, find_inputs
+    from dtn_fast.detect import detect as run
+    from dtn_fast.report import write_report, write_results
+    from dtn_fast.runtime import load_scorer
+
+    if frames < 1:
+        raise UsageError(f"--frames {frames}: at least 1")
+    if not inputs:
+        raise UsageError("no inputs; example: dtn-fast detect clip.mp4 --model runs/first")
+    scorer, detector = load_scorer(model, choose_device(device)), FaceDetector()
+    paths, results = list(find_inputs(inputs)), []
+    with progress() as bar:
+        task = bar.add_task("detecting", total=len(paths), note="")
+        for path, error in paths:
+            bar.update(task, note=path.name)
+            results.append(Result(path, error=error) if error else run(path, scorer, detector, frames, threshold))
+            if results[-1].error:
+                print(f"dtn-fast: {results[-1].error}", file=sys.stderr)
+            bar.advance(task)
+    rows = [
+        [str(r.path), r.verdict, f"{r.score:.3f}" if r.score is not None else "", f"{len(r.frames)} of {r.frames_read}"]
+        for r in results
+    ]
+    print_table("Verdicts", ["input", "verdict", "P(fake)", "frames with a face"], rows)
+    print(f"{RULE}; fake from {threshold} up" + (f"\n{scorer.notice}" if scorer.notice else ""))
+    write_results(out / "results.json", results, scorer.notice, threshold)
+    write_report(out / "report.html", "Face forgery report", [trained_on(scorer.notice)], None, results, threshold)
+    print(f"report: {out / 'report.html'}")
+    return int(not all(r.ok for r in results))
+
+
+def trained_on(notice: str) -> str:
+    return f"This model was trained on {notice}." if notice else ""
+
+
+def doctor() -> None:
+    """Show what this machine offers and what is missing.
+
+    Example: dtn-fast doctor
+    """
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    rows = [["python", platform.python_version(), ""]]
+    needs = {
+        "torch": "",
+        "triton": "GPU kernels",
+        "dlib-bin": "face detection",
+        "av": "video",
+        "albumentations": "augmentation in training",
+        "timm": "dtn_paper in timm's registry",
+        "onnx": "export",
+        "onnxruntime": "export, ONNX inference",
+        "tensorrt": "engines for NVIDIA GPUs (not needed elsewhere)",
+    }
+    for package, use in needs.items():
+        try:
+            rows.append([package, importlib.metadata.version(package), use])
+        except importlib.metadata.PackageNotFoundError:
+            rows.append([package, "not installed", use])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads, no GPU"
+    rows.append(["device", device.type, name])
+    rows.append(
+        ["training precision", str(choose_precision("auto", device)).removeprefix("torch."), "--precision auto"]
+    )
+    print_table("dtn-fast doctor", ["what", "version", "for"], rows)
+
+
+def demo(out: Path = Path("runs/demo"), workers: int = 2) -> None:
+    """Everything once, on real files, in minutes: make a set, train, distil, evaluate, export, detect.
+
+    Example: dtn-fast demo --out runs/demo
+
+    Args:
+        out: Folder for everything; an interrupted demo goes on there.
+        workers: Processes that render and crop.
+    """
+    from dtn_fast.demo import run
+
+    run(out, workers)
+
+
+# ------------------------------------------------------------------------------------------------- entry
+
+
+VERBS = {verb.__name__: verb for verb in (demo, synthesize, prepare, train, distill, evaluate, export, detect, doctor)}
+DESCRIPTION = """DTN face-forgery detection: train, distil, evaluate, export, detect.
+
+Example: dtn-fast detect clip.mp4 --model runs/first
+
+Exit codes: 0 done, 1 some inputs failed, 2 usage."""
+
+
+def main() -> None:
+    """Entry point of ``dtn-fast``."""
+    try:
+        code = tyro.extras.subcommand_cli_from_dict(VERBS, prog="dtn-fast", description=DESCRIPTION)
+    except DtnError as error:
+        raise SystemExit(_fail(str(error), error.exit_code)) from None
+    except OSError as error:  # a full disk, a folder without permission
+        where = f"{error.filename}: " if error.filename else ""
+        remedy = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
+        raise SystemExit(_fail(f"{where}{error.strerror or error}{remedy}", 1)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(
+            _fail("interrupted; the same command goes on where training or rendering stopped", 130)
+        ) from None
+    raise SystemExit(code or 0)
+
+
+def _fail(message: str, code: int) -> int:
+    print("dtn-fast: error: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Results to one self-contained HTML page (no script, no network) and JSON."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+import dtn_fast
+from dtn_fast.detect import RULE, Picture, Result
+from dtn_fast.explain import overlay
+
+DETAILS = 50
+"""Inputs shown with timeline and faces; the rest have their row in the table."""
+
+
+class Table(NamedTuple):
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+def write_report(
+    path: Path,
+    title: str,
+    notices: list[str],
+    tables: list[Table] | None = None,
+    results: list[Result] | None = None,
+    threshold: float = 0.5,
+) -> None:
+    """Writes the page to ``path``, whole or not at all.  Every text is escaped."""
+    import jinja2
+
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"jpeg": _jpeg, "heat": _heat}
+    page = environment.from_string(template).render(
+        title=title,
+        notices=[notice for notice in notices if notice],
+        tables=tables or [],
+        results=results or [],
+        details=DETAILS,
+        rule=RULE,
+        threshold=threshold,
+        version=dtn_fast.__version__,
+    )
+    write_text(path, page)
+
+
+def write_results(path: Path, results: list[Result], notice: str, threshold: float) -> None:
+    """The same results for programs."""
+    data: dict[str, Any] = {"notice": notice, "rule": RULE, "threshold": threshold}
+    write_text(path, json.dumps({**data, "results": [r.to_json() for r in results]}, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all; bytes of a file name that are no UTF-8 become question marks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(text.encode("utf-8", "replace"))
+    partial.replace(path)
+
+
+def _jpeg(image: NDArray[np.uint8]) -> str:
+    data = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+
+
+def _heat(picture: Picture) -> str:
+    assert picture.heat is not None
+    return _jpeg(overlay(picture.crop, picture.heat))

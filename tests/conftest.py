@@ -1,0 +1,77 @@
+"""Shared material: a miniature synthetic set, its crops, a small trained run, made once per session."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtn_fast import DTN, DTNConfig
+from dtn_fast.data.manifest import read_ffpp
+from dtn_fast.data.shards import Shards, open_shards, prepare
+from dtn_fast.data.synthetic import SyntheticConfig, make_synthetic
+from dtn_fast.train.distill import start_run, train_initial
+from dtn_fast.train.recipe import Recipe
+
+SMALL = DTNConfig(
+    image_size=64,
+    channels=(8, 8, 16, 16, 64),
+    convs=(1, 1, 1, 1, 1),
+    expert_hidden=16,
+    depth=1,
+    num_heads=2,
+    mlp_ratio=1,
+)
+"""The smallest DTN with every part."""
+RECIPE = Recipe(epochs=2, batch_size=8, lr=1e-3, generations=2, precision="fp32")
+SET = SyntheticConfig(train=4, val=2, test=2, frames=3)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("synthetic") / "set"
+    for _ in make_synthetic(root, SET):
+        pass
+    return root
+
+
+@pytest.fixture(scope="session")
+def crops(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("crops")
+    for _ in prepare(read_ffpp(dataset), out, SMALL.image_size, frames=3):
+        pass
+    return out
+
+
+@pytest.fixture(scope="session")
+def shards(crops: Path) -> Shards:
+    return open_shards(crops)
+
+
+@pytest.fixture(scope="session")
+def trained(shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose generation 0 is done."""
+    run = tmp_path_factory.mktemp("run")
+    start_run(run, RECIPE, SMALL)
+    for _ in train_initial(run, shards):
+        pass
+    return run
+
+
+@pytest.fixture
+def small() -> DTN:
+    torch.manual_seed(0)
+    return DTN(SMALL).eval()
+
+
+def changed(recipe: Recipe, **fields: object) -> Recipe:
+    return dataclasses.replace(recipe, **fields)  # type: ignore[arg-type]
