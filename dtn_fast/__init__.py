@@ -8,5 +8,5 @@ from dtn_fast.version import __version__
 
 __all__ = ["DTN", "DTNConfig", "__version__"]
 
-if "timm" in sys.modules:  # timm takes seconds to import: register where it is already there, never pull it in
+if sys.modules.get("timm"):  # timm takes seconds to import: register where it is already there, never pull it in
     from dtn_fast import timm_models  # noqa: F401

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
+from small import RECIPE, SET, SMALL
 
-from dtn_fast import DTN, DTNConfig
+from dtn_fast import DTN
 from dtn_fast.data.manifest import read_ffpp
 from dtn_fast.data.shards import Shards, open_shards, prepare
-from dtn_fast.data.synthetic import SyntheticConfig, make_synthetic
+from dtn_fast.data.synthetic import make_synthetic
 from dtn_fast.train.distill import start_run, train_initial
-from dtn_fast.train.recipe import Recipe
-
-SMALL = DTNConfig(
-    image_size=64,
-    channels=(8, 8, 16, 16, 64),
-    convs=(1, 1, 1, 1, 1),
-    expert_hidden=16,
-    depth=1,
-    num_heads=2,
-    mlp_ratio=1,
-)
-"""The smallest DTN with every part."""
-RECIPE = Recipe(epochs=2, batch_size=8, lr=1e-3, generations=2, precision="fp32")
-SET = SyntheticConfig(train=4, val=2, test=2, frames=3)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,7 +57,3 @@ def trained(shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small() -> DTN:
     torch.manual_seed(0)
     return DTN(SMALL).eval()
-
-
-def changed(recipe: Recipe, **fields: object) -> Recipe:
-    return dataclasses.replace(recipe, **fields)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from small import SMALL
 
 from dtn_fast import DTN, DTNConfig
 from dtn_fast.counting import count
@@ -84,7 +84,9 @@ def test_mas_is_a_scale_per_head(small: DTN) -> None:
     assert plain(torch.randn(1, 3, 64, 64)).isfinite().all()
 
 
-@pytest.mark.parametrize("change", [{"num_experts": 0}, {"expert_kernel": 3}, {"depth": 0}, {"local_connection": False}])
+@pytest.mark.parametrize(
+    "change", [{"num_experts": 0}, {"expert_kernel": 3}, {"depth": 0}, {"local_connection": False}]
+)
 def test_every_variant_trains(change: dict[str, int]) -> None:
     model = DTN(dataclasses.replace(SMALL, **change)).train()
     model(torch.randn(2, 3, 64, 64)).sum().backward()

@@ -14,7 +14,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("kernels", "train", "export", "bench")
 ROOF = {"cli", "demo", "__main__"}  # may import everything
-HEAVY = ("triton", "tensorrt", "tensorrt_rtx", "dlib", "timm", "albumentations", "av", "tyro", "rich", "onnx", "skimage")
+HEAVY = (
+    "triton",
+    "tensorrt",
+    "tensorrt_rtx",
+    "dlib",
+    "timm",
+    "albumentations",
+    "av",
+    "tyro",
+    "rich",
+    "onnx",
+    "skimage",
+)
 
 
 def floor(module: str) -> int:
@@ -47,7 +59,9 @@ def test_imports_fall_one_way() -> None:
             if floor(name) > floor(own):
                 wrong.append(f"{relative} imports {name}")
     assert not wrong
-    assert floor("dtn_fast.kernels.ops") < floor("dtn_fast.dtn") < floor("dtn_fast.train.engine") < floor("dtn_fast.cli")
+    assert (
+        floor("dtn_fast.kernels.ops") < floor("dtn_fast.dtn") < floor("dtn_fast.train.engine") < floor("dtn_fast.cli")
+    )
 
 
 def test_the_four_folders_are_symlinks_of_one_package() -> None:

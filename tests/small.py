@@ -1,0 +1,18 @@
+"""The small configurations that the tests share."""
+
+from dtn_fast import DTNConfig
+from dtn_fast.data.synthetic import SyntheticConfig
+from dtn_fast.train.recipe import Recipe
+
+SMALL = DTNConfig(
+    image_size=64,
+    channels=(8, 8, 16, 16, 64),
+    convs=(1, 1, 1, 1, 1),
+    expert_hidden=16,
+    depth=1,
+    num_heads=2,
+    mlp_ratio=1,
+)
+"""The smallest DTN with every part."""
+RECIPE = Recipe(epochs=2, batch_size=8, lr=1e-3, generations=2, precision="fp32")
+SET = SyntheticConfig(train=4, val=2, test=2, frames=3)

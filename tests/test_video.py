@@ -1,0 +1,139 @@
+"""Reading pictures and videos as they come: rotated, cut short, empty, mislabelled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dtn_fast.data.video import read_frames, read_image, write_video
+from dtn_fast.errors import MediaError
+
+
+def clip(count: int = 12, height: int = 64, width: int = 96) -> list[np.ndarray]:
+    """Frames whose brightness tells their number, with a red left edge that tells which way is up."""
+    frames = []
+    for i in range(count):
+        frame = np.full((height, width, 3), 40 + 12 * i, np.uint8)
+        frame[:, :16] = (220, 20, 20)
+        frames.append(frame)
+    return frames
+
+
+def numbers(frames: list[np.ndarray]) -> list[int]:
+    return [round((float(frame[30:, 40:].mean()) - 40) / 12) for frame in frames]
+
+
+def test_all_frames_and_even_spread(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    write_video(path, clip(), fps=10, crf=10)
+    everything = list(read_frames(path))
+    assert numbers([f.image for f in everything]) == list(range(12))
+    assert [f.seconds for f in everything] == pytest.approx([i / 10 for i in range(12)])
+    some = list(read_frames(path, 4))
+    assert [f.index for f in some] == [0, 4, 7, 11]  # spread over the whole video, ends included
+    assert numbers([f.image for f in some]) == [0, 4, 7, 11]
+    assert len(list(read_frames(path, 100))) == 12
+
+
+@pytest.mark.parametrize("rotation", [90, -90, 180])
+def test_rotation_metadata_is_applied(tmp_path: Path, rotation: int) -> None:
+    path = tmp_path / "portrait.mp4"
+    write_video(path, clip(3), rotation=rotation)
+    image = next(read_frames(path)).image
+    expected = np.rot90(clip(1)[0], rotation // 90)
+    assert image.shape == expected.shape
+    assert np.abs(image.astype(int) - expected).mean() < 6
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned clockwise by 90 degrees
+    Image.fromarray(clip(1)[0]).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "a.png"), np.rot90(clip(1)[0], -1))
+
+
+def test_odd_size_grey_and_alpha(tmp_path: Path) -> None:
+    for mode in ("L", "RGBA", "P"):
+        Image.new(mode, (33, 17)).save(tmp_path / "a.png")
+        assert read_image(tmp_path / "a.png").shape == (17, 33, 3)
+
+
+def test_truncated_video_gives_what_decodes(tmp_path: Path) -> None:
+    whole, part = tmp_path / "a.mkv", tmp_path / "part.avi"
+    import av
+
+    rng = np.random.default_rng(0)
+    with av.open(str(part), "w") as container:  # an index at the end, as in many formats: cutting it must not matter
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for _ in range(20):
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 255, (64, 96, 3), np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    data = part.read_bytes()
+    whole.write_bytes(data)
+    part.write_bytes(data[: len(data) // 2])
+    count = len(list(read_frames(part)))
+    assert 3 < count < 20
+    assert 0 < len(list(read_frames(part, 4))) <= 4
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("text.mp4", b"just text\n"), ("empty.mp4", b""), ("cut.mp4", None), ("zeros.avi", bytes(4096))],
+)
+def test_bad_videos_name_themselves_in_one_line(tmp_path: Path, name: str, data: bytes | None) -> None:
+    path = tmp_path / name
+    if data is None:  # an mp4 without its index holds nothing that can be decoded
+        write_video(path, clip())
+        data = path.read_bytes()[:700]
+    path.write_bytes(data)
+    for count in (None, 4):
+        with pytest.raises(MediaError, match=name) as error:
+            list(read_frames(path, count))
+        assert "\n" not in str(error.value)
+
+
+def test_video_of_zero_frames_and_sound_only(tmp_path: Path) -> None:
+    import av
+
+    silent = tmp_path / "zero.mkv"
+    with av.open(str(silent), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        container.mux(stream.encode())
+    with pytest.raises(MediaError, match=r"zero\.mkv"):
+        list(read_frames(silent, 3))
+    sound = tmp_path / "sound.mkv"
+    with av.open(str(sound), "w") as container:
+        audio = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.rate = 8000
+        container.mux(audio.encode(frame))
+    with pytest.raises(MediaError, match="no video stream"):
+        list(read_frames(sound, 3))
+
+
+@pytest.mark.parametrize("cut", [0, 10, 200])
+def test_bad_images_name_themselves_in_one_line(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "a.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(MediaError, match=r"a\.jpg: cannot read this image") as error:
+        read_image(path)
+    assert "\n" not in str(error.value)
+
+
+def test_huge_images_are_refused_before_decoding(tmp_path: Path) -> None:
+    Image.new("1", (10_000, 7_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(MediaError, match="over the limit"):
+        read_image(tmp_path / "bomb.png")
+
+
+def test_write_is_atomic(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=r".+"):
+        write_video(tmp_path / "a.mp4", [np.zeros((64, 64, 3), np.uint8), np.zeros((3, 3), np.uint8)])
+    assert not (tmp_path / "a.mp4").exists()
