@@ -27,7 +27,6 @@ from dtn_fast.train.recipe import Recipe, choose_precision
 
 Device = Literal["auto", "cpu", "cuda"]
 PresetName = Literal["paper", "tiny"]
-Flat = tyro.conf.OmitArgPrefixes
 
 
 def console() -> Console:
@@ -71,7 +70,9 @@ def choose_device(device: Device) -> str:
 
 
 def synthesize(
-    out: Annotated[Path, tyro.conf.Positional], config: Flat[SyntheticConfig] = SyntheticConfig(), workers: int = 2
+    out: Annotated[Path, tyro.conf.Positional],
+    config: Annotated[SyntheticConfig, tyro.conf.OmitArgPrefixes] = SyntheticConfig(),
+    workers: int = 2,
 ) -> None:
     """Write the synthetic demo set, laid out like FaceForensics++.
 
@@ -136,7 +137,7 @@ def prepare(
 def train(
     data: Annotated[Path, tyro.conf.Positional],
     out: Path,
-    recipe: Flat[Recipe] = Recipe(),
+    recipe: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = Recipe(),
     preset: PresetName = "paper",
     config: Path | None = None,
     device: Device = "auto",

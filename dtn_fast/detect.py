@@ -30,7 +30,7 @@ class Face(NamedTuple):
 
 
 class FrameResult(NamedTuple):
-    index: int
+    number: int
     seconds: float
     faces: list[Face]
 
@@ -42,7 +42,7 @@ class FrameResult(NamedTuple):
 class Picture(NamedTuple):
     """A face kept for the report."""
 
-    index: int
+    number: int
     seconds: float
     score: float
     crop: NDArray[np.uint8]
@@ -78,7 +78,7 @@ class Result:
             "error": self.error,
             "frames": [
                 {
-                    "index": f.index,
+                    "number": f.number,
                     "seconds": round(f.seconds, 3),
                     "score": f.score,
                     "faces": [{"box": list(face.box), "score": face.score} for face in f.faces],
@@ -153,9 +153,9 @@ def detect(path: Path, scorer: Scorer, detector: FaceDetector, frames: int = 32,
             for box in boxes:
                 score = float(scores[place])
                 faces.append(Face(box, score))
-                kept.append(Picture(frame.index, frame.seconds, score, crops[place], None))
+                kept.append(Picture(frame.number, frame.seconds, score, crops[place], None))
                 place += 1
-            result.frames.append(FrameResult(frame.index, frame.seconds, faces))
+            result.frames.append(FrameResult(frame.number, frame.seconds, faces))
         kept.sort(key=lambda p: -p.score)
         del kept[TOP:]
         pending.clear()

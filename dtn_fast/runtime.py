@@ -35,7 +35,9 @@ class Scorer(Protocol):
 
 def normalise(crops: NDArray[np.uint8] | Tensor, config: DTNConfig, device: str | torch.device = "cpu") -> Tensor:
     """uint8 crops [B, S, S, 3] to the network's input: float32 [B, 3, S, S], channels_last."""
-    x = torch.as_tensor(crops).to(device, non_blocking=True).permute(0, 3, 1, 2)  # a channels_last view
+    if isinstance(crops, np.ndarray):
+        crops = torch.from_numpy(np.require(crops, np.uint8, ["C", "W"]))  # torch refuses read-only memory maps
+    x = crops.to(device, non_blocking=True).permute(0, 3, 1, 2)  # a channels_last view
     shift, scale = (torch.tensor(v, device=device).view(1, 3, 1, 1) * 255 for v in (config.mean, config.std))
     return (x.float() - shift) / scale
 
@@ -110,7 +112,12 @@ def load_scorer(path: Path, device: str = "cpu") -> Scorer:
         if not path.is_file():
             raise UsageError(f"{path}: no such file")
         return OnnxScorer(path)
-    return TorchScorer(load_model(path).to(device, memory_format=torch.channels_last))
+    return TorchScorer(place(load_model(path), device))
+
+
+def place(model: DTN, device: str | torch.device) -> DTN:
+    """``model`` moved to ``device``, its convolutions in channels_last."""
+    return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def load_model(path: Path) -> DTN:

@@ -70,8 +70,8 @@ def export_onnx(model: DTN, path: Path, batches: tuple[int, ...] = (1, 2, 7)) ->
             images = _noise(model.config, batch, seed=batch)
             with torch.inference_mode():
                 expected = model(images).numpy()
-            error = float(np.abs(session.run(None, {"images": images.numpy()})[0] - expected).max())
-            report.append(Parity(batch, error, max(1.0, float(np.abs(expected).max()))))
+            gap = float(np.abs(session.run(None, {"images": images.numpy()})[0] - expected).max())
+            report.append(Parity(batch, gap, max(1.0, float(np.abs(expected).max()))))
         worst = max(report, key=lambda p: p.error / p.scale)
         if not worst.error <= TOLERANCE * worst.scale:
             raise DtnError(f"{path}: onnxruntime differs from torch by {worst.error:.2e} at batch {worst.batch}, over "

@@ -33,7 +33,7 @@ def test_all_frames_and_even_spread(tmp_path: Path) -> None:
     assert numbers([f.image for f in everything]) == list(range(12))
     assert [f.seconds for f in everything] == pytest.approx([i / 10 for i in range(12)])
     some = list(read_frames(path, 4))
-    assert [f.index for f in some] == [0, 4, 7, 11]  # spread over the whole video, ends included
+    assert [f.number for f in some] == [0, 4, 7, 11]  # spread over the whole video, ends included
     assert numbers([f.image for f in some]) == [0, 4, 7, 11]
     assert len(list(read_frames(path, 100))) == 12
 

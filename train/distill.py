@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,13 @@ def load_run(run: Path) -> tuple[Recipe, DTNConfig]:
     path = run / RECIPE
     try:
         asked = json.loads(path.read_text(encoding="utf-8"))
-        recipe = {k: tuple(v) if isinstance(v, list) else v for k, v in asked["recipe"].items()}
+        recipe: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in asked["recipe"].items()}
         return Recipe(**recipe), DTNConfig.from_json(json.dumps(asked["model"]), str(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{run}: no training run there ({error}); run dtn-fast train first") from error
 
 
-def train_initial(run: Path, shards: Shards, device: str | torch.device = "cpu") -> Iterator[Step | Epoch]:
+def train_initial(run: Path, shards: Shards, device: str | torch.device = "cpu") -> Generator[Step | Epoch, None, None]:
     """Generation 0: CE + Ct-c from scratch."""
     recipe, config = load_run(run)
     torch.manual_seed(recipe.seed)
@@ -61,7 +61,7 @@ def train_initial(run: Path, shards: Shards, device: str | torch.device = "cpu")
     summarise(run)
 
 
-def distill(run: Path, shards: Shards, device: str | torch.device = "cpu") -> Iterator[Step | Epoch]:
+def distill(run: Path, shards: Shards, device: str | torch.device = "cpu") -> Generator[Step | Epoch, None, None]:
     """Generations 1, 2, ...: each starts from its frozen teacher and learns by DSD, until AUC stops improving.
 
     Finished generations are kept, an unfinished one goes on.  Raises UsageError before generation 0 is trained.

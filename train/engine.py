@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from dtn_fast.dtn import DTN, check_state
 from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.losses import dsd_loss, initial_centers, initial_loss
 from dtn_fast.metrics import evaluate_scores
-from dtn_fast.runtime import TorchScorer, normalise
+from dtn_fast.runtime import TorchScorer, normalise, place
 from dtn_fast.train.checkpoint import load_state, save_state
 from dtn_fast.train.recipe import Recipe, choose_precision
 
@@ -66,10 +66,10 @@ def fit(
     shards: Shards,
     recipe: Recipe,
     out: Path,
-    teacher: nn.Module | None = None,
+    teacher: DTN | None = None,
     generation: int = 0,
     device: str | torch.device = "cpu",
-) -> Iterator[Step | Epoch]:
+) -> Generator[Step | Epoch, None, None]:
     """Trains ``model`` into ``out``, yielding progress; with a ``teacher`` by DSD, else by CE + Ct-c.
 
     ``out`` receives the best epoch's weights by validation AUC, metrics.jsonl and the state to go on from: a call on
@@ -90,9 +90,9 @@ def fit(
 
     model.notice = STAMP if shards.synthetic else ""
     dtype = choose_precision(recipe.precision, device)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = place(model, device)
     if teacher is not None:
-        teacher = teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        teacher = place(teacher, device).eval().requires_grad_(False)
     centers = nn.Parameter(initial_centers(model.num_classes).to(device))
     optimizer = torch.optim.Adam(
         [*model.parameters(), centers], lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
@@ -151,7 +151,7 @@ def fit(
                 totals[name] = totals.get(name, 0.0) + value / steps
             rate = (step + 1) * len(batch) / (time.perf_counter() - start)
             yield Step(generation, epoch, step, steps, values, rate)
-        lr = schedule.get_last_lr()[0]
+        lr = float(schedule.get_last_lr()[0])
         schedule.step()
         metrics = evaluate_scores(shards.labels[val_rows], TorchScorer(model).score_rows(shards, val_rows))
         assert metrics.auc is not None, "both classes are in the validation split, checked above"

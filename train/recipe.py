@@ -64,5 +64,5 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype:
         return PRECISIONS[precision]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known: dict[str, object] = dict(getattr(torch.cpu, "get_capabilities", dict)())
     return torch.bfloat16 if known.get("avx512_bf16") or known.get("amx_bf16") else torch.float32

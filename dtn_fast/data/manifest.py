@@ -42,13 +42,17 @@ def read_ffpp(root: Path, compression: str = "c23", splits: Path | None = None) 
     methods = sorted(p.parent.parent.name for p in root.glob(f"manipulated_sequences/*/{compression}/videos"))
     if not methods:
         raise UsageError(f"{root}: no manipulated_sequences/*/{compression}/videos there; is it the FF++ root?")
-    videos, owner, missing = [], {}, []
+    videos: list[Video] = []
+    owner: dict[str, str] = {}
+    missing: list[str] = []
     for split in SPLITS:
         for a, b in _pairs(folder / f"{split}.json"):
             for target, source in ((a, b), (b, a)):
                 if owner.setdefault(target, split) != split:
                     raise UsageError(f"{folder}: identity {target} is in both {owner[target]} and {split}")
-                rows = [(f"original_sequences/youtube/{compression}/videos/{target}.mp4", 0, REAL, (target,))]
+                rows: list[tuple[str, int, str, tuple[str, ...]]] = [
+                    (f"original_sequences/youtube/{compression}/videos/{target}.mp4", 0, REAL, (target,))
+                ]
                 for method in methods:
                     path = f"manipulated_sequences/{method}/{compression}/videos/{target}_{source}.mp4"
                     rows.append((path, 1, method, (target, source)))

@@ -110,7 +110,7 @@ def _crop_video(root: Path, size: int, frames: int, margin: float, video: Video)
             boxes = detector(frame.image)
             if boxes:
                 crops.append(crop_face(frame.image, boxes[0], size, margin))
-                numbers.append(frame.index)
+                numbers.append(frame.number)
     except MediaError as error:
         state["error"] = str(error)
     state["faces"] = len(crops)

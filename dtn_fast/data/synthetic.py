@@ -150,7 +150,7 @@ class Face:
         nx, ny = (xx - cx) / fw, (yy - cy) / fh
         nz = np.sqrt(np.clip(1 - nx**2 - ny**2, 0.02, 1))
         shade = np.clip(nx * self.light[0] + ny * self.light[1] + nz * self.light[2], 0, 1) * 0.55 + 0.5
-        shift = np.float32([[1, 0, cx - size / 2], [0, 1, cy - size / 2]])
+        shift = np.array([[1, 0, cx - size / 2], [0, 1, cy - size / 2]], np.float32)
         pores = cv2.warpAffine(self.pores, shift, (size, size), borderMode=cv2.BORDER_REFLECT)
         head = _ellipse_mask(xx, yy, cx, cy, fw, fh, 1.5)[..., None]
         canvas.image += head * (skin.astype(np.float32) * shade[..., None] + pores[..., None] - canvas.image)

@@ -19,7 +19,8 @@ MAX_PIXELS = 64_000_000
 
 
 class Frame(NamedTuple):
-    index: int
+    number: int
+    """Position in the video, from 0."""
     seconds: float
     image: NDArray[np.uint8]
     """[H, W, 3] RGB."""
@@ -61,12 +62,12 @@ def read_frames(path: Path, count: int | None = None) -> Iterator[Frame]:
             if stream.width * stream.height > MAX_PIXELS:
                 raise MediaError(f"{path}: {stream.width}x{stream.height} pixels is over the limit of {MAX_PIXELS}")
             stream.thread_type = "AUTO"
-            for index, frame in enumerate(container.decode(stream)):
+            for number, frame in enumerate(container.decode(stream)):
                 seen += 1
-                if wanted is None or index in wanted:
+                if wanted is None or number in wanted:
                     image = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
-                    yield Frame(index, float(frame.time or 0.0), image)
-                    if wanted is not None and index == max(wanted):
+                    yield Frame(number, float(frame.time or 0.0), image.astype(np.uint8, copy=False))
+                    if wanted is not None and number == max(wanted):
                         return
     except (av.FFmpegError, OSError, ValueError) as error:
         if not seen:

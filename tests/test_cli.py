@@ -1,0 +1,190 @@
+"""The command line as a user types it: every verb, its help, its exit code."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+from small import SMALL
+
+from dtn_fast import cli
+
+
+def dtn_fast(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object
+) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command."""
+    monkeypatch.setattr(sys, "argv", ["dtn-fast", *map(str, words)])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capfd.readouterr()
+    code = stop.value.code
+    return (code if isinstance(code, int) else 0), out, err
+
+
+@pytest.fixture
+def run(capfd, monkeypatch):
+    return lambda *words: dtn_fast(capfd, monkeypatch, *words)
+
+
+def test_help_names_every_verb_and_shows_examples_that_parse(run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    for verb in cli.VERBS:
+        assert verb in out
+        code, text, _ = run(verb, "--help")
+        assert code == 0
+        plain = " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+        example = re.search(r"Example: dtn-fast (.*?)(?= Prints| options| positional|$)", plain)
+        assert example, f"{verb} shows no example"
+        flags = [w for w in shlex.split(example[1]) if w.startswith("--")]
+        assert all(flag in text.replace(example[0], "") for flag in flags), (verb, flags)
+
+
+def test_usage_errors_exit_2(run, tmp_path: Path) -> None:
+    for words, word in (
+        (["fly"], "fly"),
+        (["detect", "x.png"], "--model"),
+        (["detect", "--model", tmp_path / "none"], "no inputs"),
+        (["detect", "x.png", "--model", tmp_path / "none"], "no such checkpoint"),
+        (["export", tmp_path, "--out", "x.pt"], "must end in .onnx"),
+        (["train", tmp_path, "--out", tmp_path / "r"], "dtn-fast prepare"),
+        (["prepare", tmp_path, "--out", tmp_path / "c"], "is it the FF++ root"),
+        (["train", tmp_path, "--out", tmp_path / "r", "--epochs", "0"], "Recipe.epochs"),
+    ):
+        code, out, err = run(*words)
+        assert code == 2, words
+        assert word in out + err
+        if err.startswith("dtn-fast: error"):
+            assert err.count("\n") == 1
+
+
+def test_the_whole_path(run, dataset: Path, tmp_path: Path) -> None:
+    """prepare, train, resume, distill, evaluate, export, detect with the checkpoint and with the ONNX file."""
+    (tmp_path / "small.json").write_text(SMALL.to_json())
+    crops, training, onnx = tmp_path / "crops", tmp_path / "run", tmp_path / "m.onnx"
+    code, _, err = run("prepare", dataset, "--out", crops, "--preset", "tiny", "--frames", "2")
+    assert code == 0, err
+    (tmp_path / "tiny.json").write_text(SMALL.to_json().replace('"image_size": 64', '"image_size": 128'))
+    flags = [
+        "--config",
+        tmp_path / "tiny.json",
+        "--epochs",
+        "1",
+        "--lr",
+        "1e-3",
+        "--generations",
+        "1",
+        "--batch-size",
+        "8",
+    ]
+    for _ in range(2):
+        code, out, err = run("train", crops, "--out", training, *flags)
+        assert code == 0, err
+    assert "generation-0" in out
+    code, out, _ = run("distill", crops, "--run", training)
+    assert code == 0
+    assert "student 1" in out
+    code, out, _ = run("evaluate", crops, "--model", training, "--out", tmp_path / "test")
+    assert code == 0
+    assert "SynthWarp" in out
+    assert "no claim about real deepfakes" in out
+    assert json.loads((tmp_path / "test.json").read_text())["rows"][0]["fakes"] == "all"
+    assert (tmp_path / "test.md").read_text().startswith("| fakes")
+    code, out, _ = run("export", training, "--out", onnx)
+    assert code == 0
+    assert "largest error" in out
+    Image.fromarray(data.astronaut()).save(tmp_path / "face.png")
+    scores = []
+    for model in (training, onnx):
+        code, out, err = run("detect", tmp_path / "face.png", dataset / "original_sequences", "--model", model, "--out",
+                             tmp_path / "out", "--frames", "2")  # fmt: skip
+        assert code == 0, err
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert len(results["results"]) == 9
+        scores.append([r["score"] for r in results["results"]])
+        assert "synthetic" in (tmp_path / "out" / "report.html").read_text()
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+def test_batch_jobs_go_on_and_exit_1(run, trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.fromarray(data.astronaut()).save(folder / "face.png")
+    Image.fromarray(np.zeros((99, 33, 3), np.uint8)).save(folder / "blank.png")
+    (folder / "broken.jpg").write_bytes((folder / "face.png").read_bytes()[:500])
+    (folder / "text.mp4").write_text("hello")
+    code, out, err = run("detect", folder, tmp_path / "gone.png", "--model", trained, "--out", tmp_path / "out")
+    assert code == 1
+    assert err.count("dtn-fast: ") == 4
+    assert all(name in err for name in ("blank.png", "broken.jpg", "text.mp4", "gone.png"))
+    verdicts = {
+        Path(r["path"]).name: r["verdict"]
+        for r in json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    }
+    assert verdicts["face.png"] in ("real", "fake")
+    assert (verdicts["blank.png"], verdicts["broken.jpg"], verdicts["text.mp4"]) == ("no face", "failed", "failed")
+    assert "report:" in out
+
+
+def test_checkpoint_of_another_preset_is_named(run, trained: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from dtn_fast import DTNConfig
+
+    shutil.copytree(trained / "generation-0", tmp_path / "mixed")
+    (tmp_path / "mixed" / "config.json").write_text(DTNConfig.preset("paper").to_json())
+    code, _, err = run("detect", "x.png", "--model", tmp_path / "mixed")
+    assert code == 2
+    assert "another preset" in err
+
+
+def test_full_disk_and_interrupt(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x")
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.VERBS, "doctor", full)
+    code, _, err = run("doctor")
+    assert (code, err) == (
+        1,
+        "dtn-fast: error: runs/x: No space left on device; free some space and run the same command again\n",
+    )
+    monkeypatch.setitem(cli.VERBS, "doctor", interrupted)
+    assert run("doctor")[0] == 130
+
+
+def test_doctor_and_progress(run) -> None:
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert "training precision" in out
+
+
+def test_demo_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The demo's own path on a miniature set, one epoch a generation."""
+    from dtn_fast import demo
+    from dtn_fast.data.synthetic import SyntheticConfig
+
+    from small import changed  # isort: skip
+
+    recipe = changed(demo.RECIPE, epochs=1, generations=2)
+    demo.run(tmp_path, size=SyntheticConfig(train=4, val=2, test=2, frames=2), recipe=recipe)
+    out = capfd.readouterr().out
+    assert re.search(r"teacher +test frame AUC 0\.\d{4}", out)
+    assert "student 2" in out
+    assert re.search(r"largest logit error \d\.\d\de-\d\d", out)
+    report = (tmp_path / "report.html").read_text()
+    assert "synthetic faces: no claim about real deepfakes" in report
+    assert report.count("<img") >= 16
+    assert (tmp_path / "videos" / "photographs.mp4").is_file()

@@ -1,0 +1,232 @@
+"""The training loop and the chain: repeatable, resumable to the bit, exactly Algorithm 1."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import RECIPE, SMALL, changed
+
+from dtn_fast import DTN, DTNConfig
+from dtn_fast.data.shards import Shards
+from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.runtime import TorchScorer, best_checkpoint, load_model
+from dtn_fast.train import distill as chain
+from dtn_fast.train import engine
+from dtn_fast.train.checkpoint import load_state, save_state
+from dtn_fast.train.engine import Epoch, Step, epoch_rows, fit, read_metrics
+from dtn_fast.train.recipe import Recipe, choose_precision
+
+
+def train(out: Path, shards: Shards, recipe: Recipe = RECIPE, stop_after: int | None = None, **kwargs) -> list[Epoch]:
+    torch.manual_seed(1)
+    events = fit(DTN(SMALL), shards, recipe, out, **kwargs)
+    epochs = []
+    for event in events:
+        if isinstance(event, Epoch):
+            epochs.append(event)
+        elif stop_after is not None and event.epoch == stop_after and event.step == 1:
+            events.close()  # killed in the middle of an epoch
+            break
+    return epochs
+
+
+def test_same_seed_same_run_and_resume_to_the_bit(shards: Shards, tmp_path: Path) -> None:
+    recipe = changed(RECIPE, epochs=3)
+    whole = train(tmp_path / "a", shards, recipe)
+    train(tmp_path / "b", shards, recipe, stop_after=1)
+    resumed = train(tmp_path / "b", shards, recipe)
+    assert [e.epoch for e in resumed] == [1, 2]
+    a, b = (load_state(tmp_path / run / engine.STATE) for run in "ab")
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert torch.equal(a["centers"], b["centers"])
+    same = [
+        {k: row[k] for k in ("epoch", "losses", "val_auc", "lr")}
+        for row in read_metrics(tmp_path / "a" / engine.METRICS)
+    ]
+    other = [
+        {k: row[k] for k in ("epoch", "losses", "val_auc", "lr")}
+        for row in read_metrics(tmp_path / "b" / engine.METRICS)
+    ]
+    assert same == other
+    assert len(same) == len(whole) == 3
+    assert not train(tmp_path / "a", shards, recipe), "a finished run stays as it is"
+    different = train(tmp_path / "c", shards, changed(recipe, seed=5))
+    assert different[0].losses != whole[0].losses
+
+
+def test_paper_defaults() -> None:
+    recipe = Recipe()
+    assert (recipe.batch_size, recipe.lr, recipe.weight_decay, recipe.lr_step) == (32, 1e-4, 1e-4, 15)
+    assert recipe.weights == (4.0, 0.4, 0.6)
+
+
+def test_learning_rate_drops_by_ten(shards: Shards, tmp_path: Path) -> None:
+    epochs = train(tmp_path, shards, changed(RECIPE, epochs=3, lr_step=2))
+    assert [e.lr for e in epochs] == pytest.approx([1e-3, 1e-3, 1e-4])
+
+
+def test_best_epoch_is_kept_and_patience_stops(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    aucs = iter([0.6, 0.9, 0.7, 0.8, 0.95])
+    real = engine.evaluate_scores
+    monkeypatch.setattr(engine, "evaluate_scores", lambda y, s: real(y, s)._replace(auc=next(aucs)))
+    saved: list[int] = []
+    monkeypatch.setattr(DTN, "save_pretrained", lambda self, folder: saved.append(len(saved)))
+    epochs = train(tmp_path, shards, changed(RECIPE, epochs=9, patience=2))
+    assert [e.best_auc for e in epochs] == [0.6, 0.9, 0.9, 0.9]
+    assert len(saved) == 2
+
+
+def test_reals_are_repeated_to_balance(shards: Shards) -> None:
+    rows = shards.select("train")
+    for repeat, expected in ((0, 4), (1, 1), (7, 7)):
+        drawn = epoch_rows(shards, rows, repeat, np.random.default_rng(0))
+        counts = np.bincount(drawn, minlength=len(shards.labels))
+        assert set(counts[rows][shards.labels[rows] == 0]) == {expected}
+        assert set(counts[rows][shards.labels[rows] == 1]) == {1}
+        assert counts.sum() == len(drawn)
+
+
+def test_non_finite_loss_stops_with_advice(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nan = torch.tensor(float("nan"), requires_grad=True)
+    monkeypatch.setattr(engine, "initial_loss", lambda *a: {"loss": nan * 1})
+    with pytest.raises(DtnError, match="lower --lr"):
+        train(tmp_path, shards)
+    assert not (tmp_path / engine.STATE).exists()
+
+
+def test_wrong_crops_are_named(shards: Shards, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="crops are 64 pixels, the model takes 128"):
+        next(fit(DTN(DTNConfig.preset("tiny")), shards, RECIPE, tmp_path))
+    with pytest.raises(UsageError, match="needs reals and fakes"):
+        next(fit(DTN(SMALL), shards, changed(RECIPE, methods=("NoSuchMethod",)), tmp_path))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_precision_trains(shards: Shards, tmp_path: Path, precision: str) -> None:
+    (epoch,) = train(tmp_path, shards, changed(RECIPE, epochs=1, precision=precision))
+    assert np.isfinite(epoch.losses["loss"])
+
+
+def test_auto_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for flags, expected in (
+        ({}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags)
+        assert choose_precision("auto", cpu) == expected
+    for capability, expected in (((7, 0), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert choose_precision("auto", gpu) == expected
+    assert choose_precision("fp16", gpu) == torch.float16
+
+
+# --------------------------------------------------------------------------------------------- the chain
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_algorithm_1(trained: Path, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The student starts from its teacher, the teacher stays frozen, hard labels stay in, AUC decides when to stop."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    seen = []
+
+    def spy(model, shards_, recipe, out, teacher=None, generation=0, device="cpu"):
+        seen.append((generation, teacher))
+        assert teacher is not None
+        expected = weights(run / f"generation-{generation - 1}")
+        for part in (model, teacher):
+            state = part.state_dict()
+            assert all(torch.equal(state[k], expected[k]) for k in expected)
+        before = {k: v.clone() for k, v in teacher.state_dict().items()}
+        for event in fit(model, shards_, recipe, out, teacher, generation, device):
+            if isinstance(event, Step):
+                assert set(event.losses) == {"loss", "ce", "kd", "center"}
+                total = 4 * event.losses["ce"] + 0.4 * event.losses["kd"] + 0.6 * event.losses["center"]
+                assert event.losses["loss"] == pytest.approx(total, rel=1e-4)
+            yield event
+        assert not any(p.requires_grad for p in teacher.parameters())
+        assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+        moved = model.state_dict()
+        assert not torch.equal(moved["head.weight"], before["head.weight"])
+
+    monkeypatch.setattr(chain, "fit", spy)
+    aucs = {0: 0.8, 1: 0.9, 2: 0.9}
+    monkeypatch.setattr(chain, "best_auc", lambda run_, generation: aucs[generation])
+    list(chain.distill(run, shards))
+    assert [g for g, _ in seen] == [1, 2]
+    assert json.loads((run / "summary.json").read_text())["best"] == 1
+
+
+@pytest.mark.parametrize(("minimum", "expected"), [(0, [1]), (2, [1, 2])])
+def test_the_chain_stops_without_improvement(
+    trained: Path, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minimum: int, expected: list[int]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / chain.RECIPE).unlink()
+    chain.start_run(run, changed(RECIPE, epochs=1, generations=4, min_generations=minimum), SMALL)
+    monkeypatch.setattr(chain, "best_auc", lambda run_, generation: 0.9 - generation / 100)
+    done = [e.generation for e in chain.distill(run, shards) if isinstance(e, Epoch)]
+    assert done == expected
+    assert best_checkpoint(run) == run / "generation-0"
+
+
+def test_the_chain_resumes(trained: Path, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chain, "best_auc", lambda run_, generation: generation / 10)
+    for name in ("whole", "paused"):
+        shutil.copytree(trained, tmp_path / name)
+    list(chain.distill(tmp_path / "whole", shards))
+    events = chain.distill(tmp_path / "paused", shards)
+    for event in events:
+        if isinstance(event, Epoch) and (event.generation, event.epoch) == (1, 0):
+            events.close()
+            break
+    list(chain.distill(tmp_path / "paused", shards))
+    for generation in (1, 2):
+        a, b = (load_state(tmp_path / n / f"generation-{generation}" / engine.STATE) for n in ("whole", "paused"))
+        assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+def test_run_folders_are_checked(trained: Path, shards: Shards, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no training run"):
+        list(chain.distill(tmp_path, shards))
+    chain.start_run(tmp_path / "new", RECIPE, SMALL)
+    with pytest.raises(UsageError, match="generation 0 is not trained"):
+        list(chain.distill(tmp_path / "new", shards))
+    with pytest.raises(UsageError, match="another recipe"):
+        chain.start_run(tmp_path / "new", changed(RECIPE, lr=1.0), SMALL)
+    for name in ("lr", "epochs"):
+        with pytest.raises(UsageError, match=name):
+            changed(RECIPE, **{name: 0})
+    model = load_model(trained)
+    assert model.notice.startswith("synthetic")
+    rows = shards.select("val")
+    assert TorchScorer(model).score_rows(shards, rows).shape == rows.shape
+
+
+def test_state_files_never_execute(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save({"model": Evil()}, tmp_path / "last.pt")
+    with pytest.raises(UsageError, match="not a training state"):
+        load_state(tmp_path / "last.pt")
+    assert not (tmp_path / "executed").exists()
+    (tmp_path / "last.pt").write_bytes(b"")
+    with pytest.raises(UsageError, match="not a training state"):
+        load_state(tmp_path / "last.pt")
+    save_state(tmp_path / "last.pt", {"epoch": 3})
+    assert load_state(tmp_path / "last.pt") == {"epoch": 3}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
