@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dtn_fast.config import DTNConfig
-from dtn_fast.kernels.ops import mas_attention
+from dtn_fast.kernels.ops import mas_attention_packed
 
 
 class ScaledAttention(nn.Module):
@@ -22,15 +22,12 @@ class ScaledAttention(nn.Module):
         else:  # sigmoid(+inf) = 1 exactly: plain attention by the same path
             self.register_buffer("head_scale", torch.full((num_heads,), torch.inf), persistent=False)
 
-    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each a [B, N, H, D] view of one packed product."""
-        batch, count, width = tokens.shape
-        packed = self.qkv(tokens).view(batch, count, 3, self.num_heads, width // self.num_heads)
-        q, k, v = packed.unbind(2)
-        return q, k, v
+    def project(self, tokens: Tensor) -> Tensor:
+        """Queries, keys and values as one packed product [B, N, 3, H, D]."""
+        return self.qkv(tokens).unflatten(2, (3, self.num_heads, -1))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.out(mas_attention(*self.project(tokens), self.head_scale).flatten(2))
+        return self.out(mas_attention_packed(self.project(tokens), self.head_scale).flatten(2))
 
 
 class LEVTBlock(nn.Module):

@@ -6,10 +6,10 @@ Write S = Q K^T / sqrt(D), P = softmax(S) by row, g = sigmoid(s), so O = g P V, 
     dV = g P^T dO           dP = dO V^T          delta_i = sum_j P_ij dP_ij
     dS = g P * (dP - delta) dQ = dS K / sqrt(D)  dK = dS^T Q / sqrt(D)    ds_h = g (1 - g) sum_i delta_i
 
-N <= 128: one program holds a whole (batch, head), Q, K, V and P in registers and shared memory (where an architecture's
-registers do not hold it, tuned/ says STREAM and the kernels for longer N serve).  Forward reads q,
-k, v and writes o (4 BNHD elements, 4 BHN^2 D flops); backward reads q, k, v, dO, recomputes P from them and delta from P
-and dP, and writes dq, dk, dv (7 BNHD elements, 10 BHN^2 D flops).  It needs neither O nor the row sums of the forward.
+N <= 128: one program holds a whole (batch, head), Q, K, V and P in registers and shared memory (where an
+architecture's registers do not hold it, tuned/ says STREAM and the kernels for longer N serve).  Forward reads q, k, v
+and writes o (4 BNHD elements, 4 BHN^2 D flops); backward reads q, k, v, dO, recomputes P from them and delta from P and
+dP, and writes dq, dk, dv (7 BNHD elements, 10 BHN^2 D flops).  It needs neither O nor the row sums of the forward.
 
 Longer N: flash attention.  The forward streams K and V past a block of queries with a running maximum and sum and
 stores lse_i = log2 sum_j exp2(S_ij log2 e).  In the backward P_ij = exp2(S_ij log2 e - lse_i), and since the stored O
@@ -242,7 +242,7 @@ def mas_flash_backward_dkdv(
     N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BLOCK_N keys, queries streamed in blocks of BLOCK_M; works on S^T to keep its products untransposed."""
+    """dK and dV of BLOCK_N keys, queries streamed in blocks of BLOCK_M; works on S^T."""
     pid = tl.program_id(1)
     b, h = (pid // H).to(tl.int64), pid % H
     keys, cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, D)
@@ -326,9 +326,7 @@ def _flash_forward(q, k, v, head_scale, o, lse, scale) -> Launch:
 
 def _describable(*tensors: Tensor) -> bool:
     """Whether tensor descriptors can address these: 16-byte aligned bases and strides."""
-    return all(
-        t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:3]) for t in tensors
-    )
+    return all(t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:3]) for t in tensors)
 
 
 def _persistent(q, k, v, head_scale, o, scale, constants, options, tiles) -> Launch:
@@ -383,7 +381,7 @@ def finish(partial: Tensor, head_scale: Tensor) -> Tensor:
 
 
 def partial_like(q: Tensor) -> Tensor:
-    """An unfilled ``partial`` for :func:`backward`: float32 [B, H] from the one-pass kernel, [B, H, N] from the others."""
+    """An unfilled ``partial`` for :func:`backward`, float32: [B, H] for the one-pass kernel, else [B, H, N]."""
     whole = q.shape[1] <= SMALL and "STREAM" not in settings("mas_small_backward", q, D=q.shape[3], N=q.shape[1])[1]
     return q.new_empty((q.shape[0], q.shape[2]), dtype=torch.float32) if whole else rows_like(q)
 

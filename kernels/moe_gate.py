@@ -1,9 +1,9 @@
 """The noisy expert gate in Triton: F' = F * sigmoid(max_e m_e), m_e = sigmoid(s_e) * sigmoid(E_e(F + n_e)).
 
-Rows are positions: x, y, dy [T, C] with T = B H W (a channels_last map seen as a matrix).  E_e(z) = w2_e . relu(W1_e z +
-b1_e) + b2_e with w1 [E, M, C], b1 and w2 [E, M], b2 and s [E].  n_e is Gaussian of standard deviation ``std``, drawn in
-registers: element i = row * C + channel of expert e takes half a word of Philox-4x32-10 at counter (i // 8, e) under the
-seed (reference.gate_noise draws the same numbers), so neither forward nor backward ever writes noise to memory.
+Rows are positions: x, y, dy [T, C] with T = B H W (a channels_last map seen as a matrix).  E_e(z) = w2_e . relu(W1_e z
++ b1_e) + b2_e with w1 [E, M, C], b1 and w2 [E, M], b2 and s [E].  n_e is Gaussian of standard deviation ``std``, drawn
+in registers: element i = row * C + channel of expert e takes half a word of Philox-4x32-10 at counter (i // 8, e) under
+the seed (reference.gate_noise draws the same numbers), so neither forward nor backward ever writes noise to memory.
 
 Forward: one kernel, 2 T C E (M + 1) flops; reads x and the weights (x again from cache for each further expert and for
 the product), writes y, the attention map a [T] float32 and the winning expert [T] int8 (the first at a tie, as torch).
@@ -73,7 +73,7 @@ def _noise(seed, expert, calls, ROWS: tl.constexpr, COLS: tl.constexpr, FAST: tl
 
 @triton.jit
 def _noisy(x, seed, expert, std, first_call, ROWS: tl.constexpr, COLS: tl.constexpr, FAST: tl.constexpr):
-    """x + std * noise, rounded to x's dtype as the reference rounds it; first_call [ROWS, 1] of the tile's left edge."""
+    """x + std * noise, rounded to x's dtype as the reference does; first_call [ROWS, 1] of the tile's left edge."""
     calls = first_call + tl.arange(0, COLS // 8)[None, :]
     z = _noise(seed, expert, calls, ROWS, COLS, FAST)
     return (x.to(tl.float32) + std * z).to(x.dtype)
@@ -253,7 +253,9 @@ def unsupported(x: Tensor, w1: Tensor) -> str | None:
     if w1.dim() != 3:
         return f"{w1.shape[-1]}x{w1.shape[-1]} experts (kernels take 1x1)"
     if x.shape[1] % 16 or w1.shape[1] % 16 or w1.shape[1] > MAX_HIDDEN or w1.shape[0] > MAX_EXPERTS:
-        return f"C={x.shape[1]}, M={w1.shape[1]}, E={w1.shape[0]} (multiples of 16, M <= {MAX_HIDDEN}, E <= {MAX_EXPERTS})"
+        return (
+            f"C={x.shape[1]}, M={w1.shape[1]}, E={w1.shape[0]} (multiples of 16, M <= {MAX_HIDDEN}, E <= {MAX_EXPERTS})"
+        )
     if x.numel() // 8 >= 2**32:
         return f"{x.numel()} elements (the noise counter holds 2**35)"
     return None
@@ -306,7 +308,7 @@ def backward(
     args = (x, w1, b1, w2, b2, expert_scale, seed, dy, a, winner, dx, dh, partial, float(std), total, *strides)
     launches = [Launch(moe_backward_rows, (programs,), args, constants, options)]
     options, constants = _constants("moe_backward_weight", x, w1, std)
-    # as many splits as fill a large GPU with (column, split, expert) programs, fixed by the shape: the same sums anywhere
+    # as many splits as fill a large GPU with (column, split, expert) programs, and no more
     columns, block = channels // constants["BLOCK_C"], constants["BLOCK_T"]
     splits = max(1, min(triton.cdiv(total, block), constants.pop("PROGRAMS") // (columns * experts)))
     per_split = triton.cdiv(triton.cdiv(total, splits), block) * block

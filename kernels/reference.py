@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 PHILOX_ROUNDS = 10
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers and key increments of Philox-4x32 (Salmon et al., 2011)
@@ -32,6 +33,34 @@ def mas_attention(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor, *, return
     out = (maps.to(v.dtype) @ vh).to(acc) * gate  # reads BHN^2 + BHND, writes BHND
     out = out.to(q.dtype).transpose(1, 2)  # [B, N, H, D] view
     return (out, maps * gate) if return_maps else out
+
+
+def mas_attention_forward(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`mas_attention` and log2 of each query's softmax denominator, [B, H, N] float32."""
+    scores = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).to(torch.promote_types(q.dtype, torch.float32))
+    log_sum = (scores * q.shape[-1] ** -0.5).logsumexp(-1) / math.log(2.0)
+    return mas_attention(q, k, v, head_scale).contiguous(), log_sum.float()
+
+
+def mas_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`mas_attention` for q, k, v [B, N, H, D] and head_scale [H], by formula.
+
+    With P the softmax, g the gate and dP = dO V^T: dV = g P^T dO, delta = rowsum(P dP), dS = g P (dP - delta),
+    dQ = dS K / sqrt(D), dK = dS^T Q / sqrt(D), ds = g (1 - g) sum delta.
+    """
+    acc = torch.promote_types(q.dtype, torch.float32)
+    scale = q.shape[-1] ** -0.5
+    qh, kh, vh, do = (t.transpose(1, 2).to(acc) for t in (q, k, v, grad))
+    gate = head_scale.to(acc).sigmoid()
+    p = (qh @ kh.transpose(-1, -2) * scale).softmax(-1)  # reads 2 BHND, writes BHN^2
+    dp = do @ vh.transpose(-1, -2)  # reads 2 BHND, writes BHN^2
+    delta = (p * dp).sum(-1, keepdim=True)
+    ds = p * (dp - delta) * (gate * scale)[:, None, None]
+    grads = (ds @ kh, ds.transpose(-1, -2) @ qh, p.transpose(-1, -2) @ do * gate[:, None, None])
+    dq, dk, dv = (g.transpose(1, 2).to(q.dtype).contiguous() for g in grads)
+    return dq, dk, dv, (gate * (1 - gate) * delta.sum((0, 2, 3))).to(head_scale.dtype)
 
 
 def philox(counter: Tensor, stream: int, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -84,22 +113,100 @@ def moe_gate(
     deviation of n_e in units of x; 0 draws nothing.  seed: int64 scalar tensor, needed when noise_std > 0.
     Returns [B, C, H, W] in x's dtype.  FLOPs per expert 2 B H W (C M + M), times K^2.
     """
+    return moe_gate_forward(x, w1, b1, w2, b2, expert_scale, noise_std, seed)[0]
+
+
+def moe_gate_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    expert_scale: Tensor,
+    noise_std: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`moe_gate`, its attention map [B, H, W] and the winning expert [B, H, W] int8 (the first of equals)."""
+    acc = torch.promote_types(x.dtype, torch.float32)
+    attention, winner = None, torch.zeros(())
+    for e in range(w1.shape[0]):
+        score = _expert(e, x, w1, b1, w2, b2, noise_std, seed) * expert_scale[e].to(acc).sigmoid()
+        if attention is None:
+            attention, winner = score, torch.zeros_like(score, dtype=torch.int8)
+        else:
+            winner = torch.where(score > attention, e, winner)
+            attention = torch.maximum(attention, score)
+    assert attention is not None
+    attention = attention.sigmoid()
+    out = (x.to(acc) * attention[:, None]).to(x.dtype)  # reads BCHW + BHW, writes BCHW
+    return out, attention, winner.to(torch.int8)
+
+
+def moe_gate_backward(
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    expert_scale: Tensor,
+    noise_std: float,
+    seed: Tensor | None,
+    winner: Tensor,
+) -> tuple[Tensor, ...]:
+    """Gradients of :func:`moe_gate` for x, w1, b1, w2, b2 and expert_scale, by formula; only winners have one.
+
+    With A the attention and p the winner's sigmoid: dm = (dy . x) A (1 - A), de = dm sigmoid(s) p (1 - p), then back
+    through the two convolutions and the ReLU.
+    """
+    acc = torch.promote_types(x.dtype, torch.float32)
+    gates = expert_scale.to(acc).sigmoid()
+    kept = []
+    best = torch.zeros((), dtype=acc, device=x.device)
+    for e in range(w1.shape[0]):
+        noisy = _noisy(x, noise_std, e, seed)
+        hidden = _conv(noisy, w1[e], b1[e]).relu()
+        p = _conv(hidden, w2[e][None], b2[e][None])[:, 0].to(acc).sigmoid()
+        kept.append((noisy.to(acc), hidden.to(acc), p))
+        best = torch.where(winner == e, gates[e] * p, best)
+    attention = best.sigmoid()
+    dm = (grad.to(acc) * x.to(acc)).sum(1) * attention * (1 - attention)  # [B, H, W]
+    dx = grad.to(acc) * attention[:, None]
+    rows: list[tuple[Tensor, ...]] = []
+    for e, (noisy, hidden, p) in enumerate(kept):
+        mine = torch.where(winner == e, dm, 0.0)
+        de = (mine * gates[e] * p * (1 - p))[:, None]  # [B, 1, H, W]
+        first, second = (w if w.dim() == 4 else w[..., None, None] for w in (w1[e].to(acc), w2[e][None].to(acc)))
+        same = second.shape[-1] // 2
+        dh = conv2d_input(hidden.shape, second, de, padding=same) * (hidden > 0)
+        dw2 = conv2d_weight(hidden, second.shape, de, padding=same).reshape(w2[e].shape)
+        dx = dx + conv2d_input(noisy.shape, first, dh, padding=same)
+        dw1 = conv2d_weight(noisy, first.shape, dh, padding=same).reshape(w1[e].shape)
+        rows.append((dw1, dh.sum((0, 2, 3)), dw2, de.sum(), gates[e] * (1 - gates[e]) * (mine * p).sum()))
+    grads = (torch.stack(column) for column in zip(*rows, strict=True))
+    small = zip(grads, (w1, b1, w2, b2, expert_scale), strict=True)
+    return dx.to(x.dtype), *(g.to(parameter.dtype) for g, parameter in small)
+
+
+def _noisy(x: Tensor, noise_std: float, expert: int, seed: Tensor | None) -> Tensor:
+    """x + n_e, rounded to x's dtype."""
+    if not noise_std:
+        return x
+    if seed is None:
+        raise ValueError("seed: noise_std > 0 needs a seed, got None")
     acc = torch.promote_types(x.dtype, torch.float32)
     batch, channels, height, width = x.shape
-    attention = None
-    for e in range(w1.shape[0]):
-        noisy = x
-        if noise_std > 0:
-            if seed is None:
-                raise ValueError("seed: noise_std > 0 needs a seed, got None")
-            z = gate_noise(batch * height * width, channels, e, seed).view(batch, height, width, channels)
-            noisy = (x.to(acc) + noise_std * z.permute(0, 3, 1, 2).to(acc)).to(x.dtype)  # reads 2 BCHW, writes BCHW
-        hidden = _conv(noisy, w1[e], b1[e]).relu()  # reads BCHW, writes BMHW
-        score = _conv(hidden, w2[e][None], b2[e][None]).to(acc).sigmoid()  # reads BMHW, writes BHW
-        score = score * expert_scale[e].to(acc).sigmoid()
-        attention = score if attention is None else torch.maximum(attention, score)
-    assert attention is not None
-    return (x.to(acc) * attention.sigmoid()).to(x.dtype)  # reads BCHW + BHW, writes BCHW
+    z = gate_noise(batch * height * width, channels, expert, seed).view(batch, height, width, channels)
+    return (x.to(acc) + noise_std * z.permute(0, 3, 1, 2).to(acc)).to(x.dtype)  # reads 2 BCHW, writes BCHW
+
+
+def _expert(
+    e: int, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, noise_std: float, seed: Tensor | None
+) -> Tensor:
+    """sigmoid(conv(relu(conv(x + noise)))) of expert ``e``: [B, C, H, W] -> [B, H, W]."""
+    acc = torch.promote_types(x.dtype, torch.float32)
+    hidden = _conv(_noisy(x, noise_std, e, seed), w1[e], b1[e]).relu()  # reads BCHW, writes BMHW
+    return _conv(hidden, w2[e][None], b2[e][None])[:, 0].to(acc).sigmoid()  # reads BMHW, writes BHW
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
