@@ -194,8 +194,9 @@ def moe_backward_rows(
         out = PARTIAL + (pid * E + expert).to(tl.int64) * (2 * M + 2)
         tl.store(out + units, tl.sum(dh, 0), mask=units < M)
         tl.store(out + M + units, tl.sum(h * de[:, None], 0), mask=units < M)
-        tl.store(out + 2 * M, tl.sum(de, 0))
-        tl.store(out + 2 * M + 1, s * (1.0 - s) * tl.sum(dm * p, 0))
+        # db2 and ds as two columns: reducing a row vector to a scalar crashes the compiler on sm_100
+        last = tl.where(units[None, :] == 0, de[:, None], (s * (1.0 - s) * dm * p)[:, None])
+        tl.store(out + 2 * M + units, tl.sum(last, 0), mask=units < 2)
         dh = dh.to(DH.dtype.element_ty)
         tl.store(DH + rows[:, None] * M + units[None, :], dh, mask=mine[:, None] & (units[None, :] < M))
         if UPCAST:
