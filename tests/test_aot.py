@@ -1,0 +1,115 @@
+"""Every shipped kernel configuration compiled for every architecture: no spills, it fits, it uses the tensor cores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtn_fast.kernels import aot, mas_attention, tuned
+
+ARCHS = sorted(aot.SHARED_LIMIT)
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[aot.Row]:
+    return aot.check_all(ARCHS)
+
+
+def test_nothing_spills_everything_fits_and_uses_tensor_cores(rows: list[aot.Row]) -> None:
+    assert {r.arch for r in rows} == set(ARCHS)
+    assert [(r, r.problems()) for r in rows if r.problems()] == []
+
+
+def test_every_kernel_is_compiled_for_every_architecture(rows: list[aot.Row]) -> None:
+    kernels = {name for module in ("mas_", "moe_") for name in {r.kernel for r in rows} if name.startswith(module)}
+    expected = {
+        "mas_small_forward",
+        "mas_small_backward",
+        "mas_flash_forward",
+        "mas_flash_backward_dq",
+        "mas_flash_backward_dkdv",
+        "moe_forward",
+        "moe_backward_rows",
+        "moe_backward_weight",
+    }
+    for arch in ARCHS:
+        assert expected <= {r.kernel for r in rows if r.arch == arch}
+        assert ("mas_small_forward_persistent" in {r.kernel for r in rows if r.arch == arch}) == (arch >= 90)
+    assert kernels == expected | {"mas_small_forward_persistent"}
+
+
+def test_the_papers_shape_is_one_pass_everywhere(rows: list[aot.Row]) -> None:
+    for arch in ARCHS:
+        names = {r.kernel for r in rows if (r.arch, r.shape, r.dtype) == (arch, "N=64 D=64", "bfloat16")}
+        assert {"mas_small_forward", "mas_small_backward"} <= names
+        assert not {n for n in names if "flash" in n}
+
+
+def test_problems_are_seen(rows: list[aot.Row]) -> None:
+    """The check can fail: a spill, too much memory, a lost tensor core are each named."""
+    bad = rows[0]._replace(spill=8, shared=10**6, tensor_core=0, vector_load=0)
+    assert len(bad.problems()) == 4
+    with aot.target(80):  # and a real one: 128 positions in one pass do not fit sm_80's registers
+        before = dict(tuned.override)
+        tuned.override["mas_small_backward"] = {"num_warps": 4, "num_stages": 1}
+        try:
+            launches = aot.mas_launches(128, 64, torch.bfloat16)
+            row = aot.inspect(launches[-1], 80, "N=128 D=64", torch.bfloat16)
+        finally:
+            tuned.override.clear()
+            tuned.override.update(before)
+    assert any("spills" in problem for problem in row.problems())
+
+
+def test_dispatch_specialises_as_a_launch_would() -> None:
+    """Through Triton's own dispatch: packed strides are seen as multiples of 16, odd ones are not."""
+    with aot.target(90):
+        qkv = torch.empty(2, 64, 3, 8, 64, dtype=torch.bfloat16, device="meta")
+        parts = qkv.unbind(2)
+        (launch,) = mas_attention.forward(*parts, torch.empty(8, device="meta"), torch.empty_like(parts[0]), parts[0])
+        assert launch.grid == (16,)
+        wide = launch.compile().asm["ptx"]
+        odd = torch.empty(2, 64, 3, 8, 65, dtype=torch.bfloat16, device="meta")[..., :64].unbind(2)
+        (launch,) = mas_attention.forward(*odd, torch.empty(8, device="meta"), torch.empty_like(parts[0]), parts[0])
+        narrow = launch.compile().asm["ptx"]
+    assert len(aot.VECTOR_LOAD.findall(wide)) > len(aot.VECTOR_LOAD.findall(narrow))
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rows: list[aot.Row]) -> None:
+    monkeypatch.setattr(aot, "check_all", lambda archs, processes: [r for r in rows if r.arch in archs])
+    assert aot.main(["--arch", "80", "90", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert {r["arch"] for r in data["rows"]} == {80, 90}
+    assert data["triton"]
+    assert aot.main(["--arch", "90"]) == 0
+    assert "mas_small_forward" in capsys.readouterr().out
+    monkeypatch.setattr(aot, "check_all", lambda archs, processes: [rows[0]._replace(spill=4)])
+    assert aot.main(["--arch", "80"]) == 1
+    with pytest.raises(SystemExit):
+        aot.main(["--arch", "70"])
+
+
+def test_launch_values_cover_every_kernel_and_prefer_the_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = json.loads((tuned.FOLDER / "default.json").read_text())
+    assert all("when" not in rows[-1] for rows in default.values()), "the default's last row fits any shape"
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    for name, warps in (("default", 4), ("sm90", 8), ("nvidia-h200", 16)):
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps({"k": [{"when": {"N": 64}, "num_warps": warps, "num_stages": 1}]})
+        )
+    try:
+        for gpu, n, expected in ((("nvidia-h200", 90), 64, 16), (("other", 90), 64, 8), (("other", 80), 49, 4)):
+            tuned._read.cache_clear()
+            tuned._lookup.cache_clear()
+            assert tuned._lookup("k", gpu, 2, ("N", n))["num_warps"] == expected
+        with pytest.raises(KeyError, match="no launch values"):
+            tuned._lookup("k", ("other", 80), 2, ("N", 65))
+    finally:
+        tuned._read.cache_clear()
+        tuned._lookup.cache_clear()
+    assert tuned.slug("NVIDIA GeForce RTX 4090") == "nvidia-geforce-rtx-4090"
