@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help setup demo test lint format bench gpu clean
+.PHONY: help setup demo test test-oldest lint format bench gpu clean
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.ready  ## a virtual environment with everything pinned
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -19,7 +19,14 @@ demo: setup  ## make a set, train, distil, evaluate, export, detect: minutes on 
 	@$(BIN)/dtn-fast demo
 
 test: setup  ## every test that this machine can run
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --ignore tests/interpreted $(ARGS)
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted $(ARGS)
+
+OLDEST = $(VENV)/triton-3.6.0
+test-oldest: setup  ## the kernels with the oldest Triton that they support
+	@test -d $(OLDEST) || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST) triton==3.6.0
+	@PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
+	@PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_aot.py tests/test_ops.py
 
 lint: setup  ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -22,6 +22,8 @@ every run.  Products run in x's dtype, accumulation and everything else in float
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -216,21 +218,20 @@ def moe_backward_rows(
 @triton.jit
 def moe_backward_weight(
     X, SEED, WINNER, DH, DW1,
-    std, rows_total, rows_per_split, x_row,
-    E: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
+    std, rows_total, x_row,
+    E: tl.constexpr, C: tl.constexpr, M: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
     NOISE: tl.constexpr, FAST: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dW1 of one expert and BLOCK_C channels over one split of the rows: DW1 [splits, E, M, C] float32."""
+    """dW1 of one expert and BLOCK_C channels over a split of STEPS * BLOCK_T rows: DW1 [splits, E, M, C] float32."""
     column, split, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     units, cols = tl.arange(0, BLOCK_M), column * BLOCK_C + tl.arange(0, BLOCK_C)
     seed = 0
     if NOISE:
         seed = tl.load(SEED)
     acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    first_row = split * rows_per_split
-    for start in tl.range(0, rows_per_split, BLOCK_T):
-        rows = (first_row + start + tl.arange(0, BLOCK_T)).to(tl.int64)
+    for step in tl.range(0, STEPS):
+        rows = ((split * STEPS + step) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
         mine = tl.load(WINNER + rows, mask=rows < rows_total, other=-1) == expert
         dh = tl.load(DH + rows[:, None] * M + units[None, :], mask=mine[:, None] & (units[None, :] < M), other=0.0)
         x = tl.load(X + rows[:, None] * x_row + cols[None, :], mask=mine[:, None], other=0.0)
@@ -267,7 +268,7 @@ def rows_of(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
 
 
-def _constants(kernel: str, x: Tensor, w1: Tensor, std: float) -> tuple[dict[str, int], dict[str, object]]:
+def _constants(kernel: str, x: Tensor, w1: Tensor, std: float) -> tuple[dict[str, int], dict[str, Any]]:
     experts, hidden, channels = w1.shape
     options, tiles = settings(kernel, x, M=triton.next_power_of_2(hidden))
     divisor = channels & -channels  # the largest power of two that divides C
@@ -312,10 +313,12 @@ def backward(
     # as many splits as fill a large GPU with (column, split, expert) programs, and no more
     columns, block = channels // constants["BLOCK_C"], constants["BLOCK_T"]
     splits = max(1, min(triton.cdiv(total, block), constants.pop("PROGRAMS") // (columns * experts)))
-    per_split = triton.cdiv(triton.cdiv(total, splits), block) * block
+    steps = triton.next_power_of_2(triton.cdiv(total, splits * block))  # a constexpr of few values
+    splits = triton.cdiv(total, steps * block)
     dw1 = x.new_empty(splits, experts, hidden, channels, dtype=torch.float32)
-    args = (x, seed, winner, dh, dw1, float(std), total, per_split, x.stride(0))
-    launches.append(Launch(moe_backward_weight, (columns, splits, experts), args, constants, options))
+    weight_args = (x, seed, winner, dh, dw1, float(std), total, x.stride(0))
+    constants["STEPS"] = steps
+    launches.append(Launch(moe_backward_weight, (columns, splits, experts), weight_args, constants, options))
     return launches, partial, dw1
 
 

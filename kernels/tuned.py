@@ -147,7 +147,7 @@ def cases(device: str = "cuda", batch: int = 256) -> list[Case]:
         Case(small, {"N": 64, "bytes": 2, "D": 64}, attention(64, 64, batch)),
         Case(small, {"N": 128, "bytes": 2, "D": 64}, attention(128, 64, max(batch // 2, 1))),
         Case(flash, {"bytes": 2, "D": 64}, attention(1024, 64, max(batch // 16, 1))),
-        Case(("moe_forward", "moe_backward_rows", "moe_backward_weight"), {"M": 128, "bytes": 2}, lambda: gate),
+        Case(("moe_forward", "moe_backward_rows", "moe_backward_weight"), {"M": 128, "bytes": 2}, gate),
     ]
 
 

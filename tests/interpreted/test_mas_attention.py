@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 from tolerances import assert_close
 from torch import Tensor
 
@@ -82,6 +83,7 @@ def test_streaming_where_a_whole_problem_does_not_fit(n: int, monkeypatch: pytes
     check(*inputs(n, 2, 32, FULL))
 
 
+@pytest.mark.skipif(triton.__version__ < "3.7", reason="Triton 3.6 interprets no loop whose bounds are run-time values")
 @pytest.mark.parametrize(("n", "dtype"), [(64, FULL), (49, torch.float16), (7, FULL)])
 def test_persistent_forward_through_descriptors(n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"PERSISTENT": 1, "STAGES": 2, "num_warps": 4, "num_stages": 2}
