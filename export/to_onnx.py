@@ -13,6 +13,7 @@ import torch
 from dtn_fast.config import DTNConfig
 from dtn_fast.dtn import DTN
 from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.kernels.ops import plain_torch
 
 OPSET = 20
 TOLERANCE = 1e-4
@@ -46,7 +47,7 @@ def export_onnx(model: DTN, path: Path, batches: tuple[int, ...] = (1, 2, 7)) ->
     partial = path.with_name(f".{path.name}.partial")
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), plain_torch():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         program = torch.onnx.export(
             model,

@@ -9,9 +9,11 @@ DTN_FAST_KERNELS force one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import warnings
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,19 @@ SMALL = 128  # up to this N the attention's backward needs nothing of its forwar
 
 
 # ------------------------------------------------------------------------------------------------ the choice of path
+
+_plain = False
+
+
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """Within it the operators are traced as the reference's own torch calls, for exporters that know no others."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
 
 
 def _requested(path: str | None) -> str:
@@ -261,8 +276,8 @@ def mas_attention(
                 )
         if tensor.stride(-1) != 1:
             raise ValueError(f"{name}: strides are {tensor.stride()}; the last dimension must be contiguous")
-    if return_maps:
-        return reference.mas_attention(q, k, v, head_scale, return_maps=True)
+    if return_maps or _plain:
+        return reference.mas_attention(q, k, v, head_scale, return_maps=return_maps)
     if path == "auto" and _strict_float32(q):
         return _sdpa(q, k, v, head_scale)
     return _MAS.apply(q, k, v, head_scale, path)
@@ -275,6 +290,8 @@ def mas_attention_packed(qkv: Tensor, head_scale: Tensor, *, path: str | None = 
         raise ValueError(f"qkv: shape is {tuple(qkv.shape)}; it must be [B, N, 3, H, D]")
     (qkv,) = _autocast(qkv)
     _check_qkv(qkv.select(2, 0), head_scale, "qkv")
+    if _plain:
+        return reference.mas_attention(*qkv.unbind(2), head_scale)
     if path == "auto" and _strict_float32(qkv):
         return _sdpa(*qkv.unbind(2), head_scale)
     return _MASPacked.apply(qkv, head_scale, path)
@@ -438,4 +455,6 @@ def moe_gate(
         seed = torch.randint(2**62, (), device=x.device)
     elif isinstance(seed, int):
         seed = torch.tensor(seed, device=x.device)
+    if _plain:
+        return reference.moe_gate(x, w1, b1, w2, b2, expert_scale, float(noise_std), seed)
     return _MoE.apply(x, w1, b1, w2, b2, expert_scale, seed, float(noise_std), path)
