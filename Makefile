@@ -36,12 +36,11 @@ lint: setup  ## ruff and mypy
 format: setup  ## let ruff mend what it can
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-bench: setup  ## CPU benchmarks
-	@$(BIN)/python -m pytest bench/bench_model.py --benchmark-only $(ARGS)
+bench: setup  ## this machine's figures into bench/results, and the tables made of them: minutes
+	@$(BIN)/dtn-fast bench model train data kernels tables --budget 540 $(ARGS)
 
-gpu:  ## the GPU tests, on a machine with a GPU, torch and Triton; installs nothing
-	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu: torch sees no GPU on this machine; not run")'
-	@$(PYTHON) -m pytest -m gpu $(ARGS)
+gpu:  ## test, tune and measure on a GPU within BUDGET seconds (540); STAGE="kernels model" chooses; installs nothing
+	@$(PYTHON) -m dtn_fast.bench.gpu $(if $(STAGE),--stage $(STAGE)) $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

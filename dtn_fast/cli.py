@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from dtn_fast.data.prepare import PrepareConfig
+from dtn_fast.data.readers import Source
 from dtn_fast.data.synthetic import STAMP, SyntheticConfig, make_synthetic
 from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.train.recipe import Recipe, choose_precision
@@ -93,45 +96,112 @@ def synthesize(
 def prepare(
     root: Annotated[Path, tyro.conf.Positional],
     out: Path,
+    source: Annotated[Source, tyro.conf.OmitArgPrefixes] = Source(),
+    config: Annotated[PrepareConfig, tyro.conf.OmitArgPrefixes] = PrepareConfig(),
     preset: PresetName = "paper",
-    frames: int = 8,
-    margin: float = 1.3,
-    compression: str = "c23",
-    splits: Path | None = None,
+    size: int | None = None,
     workers: int = 2,
+    shard: str = "1/1",
+    verify: bool = False,
+    audit_only: bool = False,
 ) -> None:
-    """Crop the faces of a FaceForensics++ tree, once, for training and evaluation.
+    """Audit a dataset and crop its faces, once, for training and evaluation; the same command resumes it.
 
-    Example: dtn-fast prepare data/synthetic --out data/crops --preset tiny
+    Example: dtn-fast prepare /data/DFDC --out dfdc --dataset dfdc --frames 32 --shard 3/8
 
     Args:
-        root: The dataset: original_sequences/, manipulated_sequences/ and the split lists.
-        out: Folder for the crops.
-        preset: The model that will read them; it sets their size.
-        frames: Frames per video, spread evenly.
-        margin: Side of the crop over the longest side of the face.
-        compression: Which of the tree's compressions to read.
-        splits: Folder of train.json, val.json and test.json; default ROOT/splits, then ROOT.
+        root: The dataset as it was downloaded.
+        out: Folder for the crops; all shards of one dataset share it.
+        source: Which dataset, and which part of it.
+        config: How faces are found and cropped.
+        preset: The model that will read the crops; it sets their size.
+        size: Side of the crops in pixels instead of the preset's.
         workers: Processes.
+        shard: i/n does every n-th part of the work; whichever shard ends last writes the index.
+        verify: Compare checksums of what is already there, and make damaged parts again.
+        audit_only: Check the dataset against its lists and published counts, then stop.
     """
     from dtn_fast.config import DTNConfig
-    from dtn_fast.data.manifest import read_ffpp
+    from dtn_fast.data.prepare import finished
+    from dtn_fast.data.prepare import prepare as run
+    from dtn_fast.data.readers import read
     from dtn_fast.data.shards import open_shards
-    from dtn_fast.data.shards import prepare as run
 
-    if frames < 1 or margin <= 0 or workers < 1:
-        raise UsageError("--frames and --workers must be at least 1, --margin above 0")
-    manifest = read_ffpp(root, compression, splits)
+    number, slash, shards = shard.partition("/")
+    if not (slash and number.isdecimal() and shards.isdecimal()):
+        raise UsageError(f"--shard {shard}: i/n was expected, for example 1/4")
+    if size is not None and size < 16:
+        raise UsageError(f"--size {size}: at least 16 pixels")
+    manifest = read(root, source)
+    print("\n".join(f"{root}: {note}" for note in manifest.notes))
+    if audit_only:
+        return
+    side = size or DTNConfig.preset(preset).image_size
+    begin = said = time.monotonic()
+    first = None
     with progress() as bar:
-        task = bar.add_task("cropping faces", total=len(manifest.videos), note="")
-        for state in run(manifest, out, DTNConfig.preset(preset).image_size, frames, margin, workers):
-            bar.update(task, completed=state.done, note=f"{state.faces} faces")
-    shards = open_shards(out)
-    bad = [state["error"] for state in shards.status if state["error"]]
-    empty = sum(not state["faces"] and not state["error"] for state in shards.status)
-    print(f"{len(shards.video)} faces of {len(shards.videos)} videos in {out}; {empty} videos without a face")
+        task = bar.add_task("cropping faces", total=None, note="")
+        for state in run(manifest, out, side, config, workers, (int(number), int(shards)), verify):
+            now = time.monotonic()
+            first = state.done if first is None else first
+            rate = (state.done - first) / max(now - begin, 1e-3)
+            note = f"{state.faces} faces, {rate:.1f} videos/s"
+            bar.update(task, completed=state.done, total=state.total, note=note)
+            if bar.disable and now - said > 30 and rate:  # a log file of a scheduler's job
+                said, left = now, (state.total - state.done) / rate
+                print(f"{state.done} of {state.total} videos, {note}, {left / 60:.0f} minutes left", flush=True)
+    if not finished(out):
+        print(f"shard {shard} is done: {state.faces} faces of {state.total} videos; the last shard writes the index")
+        return
+    made = open_shards(out)
+    bad = [state["error"] for state in made.status if state["error"]]
+    empty = sum(bool(state["reason"]) for state in made.status)
+    short = sum(0 < state["frames"] < state["asked"] for state in made.status)
+    print(f"{len(made.video)} faces of {len(made.videos)} videos in {out}; {empty} videos without a face, {short} with "
+          f"fewer frames than asked, {len(bad)} unreadable")  # fmt: skip
     if bad:
-        raise DtnError(f"{len(bad)} videos could not be read, the first: {bad[0]}")
+        raise DtnError(
+            f"{len(bad)} videos could not be read or broke off, the first: {bad[0]}; the others are in {out}"
+        )
+
+
+def corrupt(
+    source: Annotated[Path, tyro.conf.Positional],
+    out: Path,
+    kind: str,
+    level: int = 3,
+    seed: int = 0,
+) -> None:
+    """Write a corrupted copy of an image (.png) or a video (.mp4), as the robustness protocol does.
+
+    Example: dtn-fast corrupt clip.mp4 --out worse.mp4 --kind video --level 5
+
+    Args:
+        source: An image or a video.
+        out: The file to write: .png of an image, .mp4 of a video.
+        kind: saturation, contrast, blocks, gaussian_noise, uniform_noise, blur, pixelation, jpeg or video (H.264).
+        level: 1 to 5; 0 leaves the pixels as they are.
+        seed: Of noise and blocks.
+    """
+    from PIL import Image
+
+    from dtn_fast.data.corrupt import check, corrupt_video
+    from dtn_fast.data.corrupt import corrupt as run
+    from dtn_fast.data.video import IMAGES, read_image
+
+    check(kind, level)
+    image = source.suffix.lower() in IMAGES
+    if out.suffix.lower() != (".png" if image else ".mp4"):
+        raise UsageError(f"--out {out}: the name must end in {'.png' if image else '.mp4'}")
+    if image:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(run(read_image(source), kind, level, seed)).save(out)
+    else:
+        with progress() as bar:
+            task = bar.add_task("frames", total=None, note="")
+            for done in corrupt_video(source, out, [(kind, level)], seed):
+                bar.update(task, completed=done)
+    print(f"{out}: {source.name} with {kind}, level {level}")
 
 
 def train(
@@ -147,7 +217,7 @@ def train(
     Example: dtn-fast train data/crops --out runs/first --preset tiny --epochs 3 --lr 1e-3
 
     Args:
-        data: Crops written by dtn-fast prepare.
+        data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
         out: Folder of the run.
         recipe: How to train.
         preset: The model.
@@ -155,14 +225,14 @@ def train(
         device: Where to train.
     """
     from dtn_fast.config import DTNConfig
-    from dtn_fast.data.shards import open_shards
+    from dtn_fast.data.shards import open_data
     from dtn_fast.train.distill import start_run, train_initial
 
-    shards = open_shards(data)
     try:
         model = DTNConfig.from_json(config.read_text("utf-8"), str(config)) if config else DTNConfig.preset(preset)
     except OSError as error:
         raise UsageError(f"{config}: {error.strerror}") from error
+    shards = open_data(data, model.image_size)
     start_run(out, recipe, model)
     _show_training(train_initial(out, shards, choose_device(device)), recipe.epochs)
     print(f"best weights in {out / 'generation-0'}; next: dtn-fast distill {data} --run {out}")
@@ -178,16 +248,16 @@ def distill(
     Example: dtn-fast distill data/crops --run runs/first
 
     Args:
-        data: Crops written by dtn-fast prepare.
+        data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
         run: A folder written by dtn-fast train; its recipe says how many generations at most.
         device: Where to train.
     """
-    from dtn_fast.data.shards import open_shards
+    from dtn_fast.data.shards import open_data
     from dtn_fast.train.distill import distill as chain
     from dtn_fast.train.distill import load_run, summarise
 
-    recipe, _ = load_run(run)
-    _show_training(chain(run, open_shards(data), choose_device(device)), recipe.epochs)
+    recipe, model = load_run(run)
+    _show_training(chain(run, open_data(data, model.image_size), choose_device(device)), recipe.epochs)
     print_generations(summarise(run))
 
 
@@ -234,6 +304,7 @@ def evaluate(
     model: Path,
     split: Literal["train", "val", "test"] = "test",
     out: Path | None = None,
+    self_blend: bool = False,
     device: Device = "auto",
 ) -> None:
     """Measure a checkpoint or ONNX file on prepared crops, per forgery, at frame and video level.
@@ -241,18 +312,22 @@ def evaluate(
     Example: dtn-fast evaluate data/crops --model runs/first --out runs/first/test
 
     Args:
-        data: Crops written by dtn-fast prepare.
+        data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
         model: A run, a checkpoint folder or an .onnx file.
         split: Which videos.
         out: Also write OUT.json and OUT.md.
+        self_blend: Measure against self-blended copies of the reals instead of the data's fakes.
         device: Where a checkpoint runs.
     """
-    from dtn_fast.data.shards import open_shards
+    from dtn_fast.data.blend import self_blended
+    from dtn_fast.data.shards import open_data
     from dtn_fast.evaluate import evaluate as run
     from dtn_fast.report import write_text
     from dtn_fast.runtime import load_scorer
 
-    result = run(load_scorer(model, choose_device(device)), open_shards(data), split)
+    scorer = load_scorer(model, choose_device(device))
+    shards = open_data(data, scorer.config.image_size)
+    result = run(scorer, self_blended(shards) if self_blend else shards, split)
     header, rows = result.table()
     print_table(f"{model} on {data}", header, rows)
     print(result.policy() + (f"\n{result.notice}" if result.notice else ""))
@@ -390,10 +465,18 @@ def demo(out: Path = Path("runs/demo"), workers: int = 2) -> None:
     run(out, workers)
 
 
+def bench() -> None:
+    """Measure this machine, print rooflines, compare results; dtn-fast bench --help shows its own options.
+
+    Example: dtn-fast bench model train --budget 300
+    """
+
+
 # ------------------------------------------------------------------------------------------------- entry
 
 
-VERBS = {verb.__name__: verb for verb in (demo, synthesize, prepare, train, distill, evaluate, export, detect, doctor)}
+_ALL = (demo, synthesize, prepare, train, distill, evaluate, export, detect, corrupt, bench, doctor)
+VERBS = {verb.__name__: verb for verb in _ALL}
 DESCRIPTION = """DTN face-forgery detection: train, distil, evaluate, export, detect.
 
 Example: dtn-fast detect clip.mp4 --model runs/first
@@ -404,6 +487,10 @@ Exit codes: 0 done, 1 some inputs failed, 2 usage."""
 def main() -> None:
     """Entry point of ``dtn-fast``."""
     try:
+        if sys.argv[1:2] == ["bench"]:  # it runs where tyro is not installed, so it parses by itself
+            from dtn_fast.bench.run import main as run
+
+            raise SystemExit(run(sys.argv[2:]))
         code = tyro.extras.subcommand_cli_from_dict(VERBS, prog="dtn-fast", description=DESCRIPTION)
     except DtnError as error:
         raise SystemExit(_fail(str(error), error.exit_code)) from None
@@ -419,7 +506,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print("dtn-fast: error: " + " ".join(message.split()), file=sys.stderr)
+    print(f"dtn-fast: error: {message}", file=sys.stderr)
     return code
 
 

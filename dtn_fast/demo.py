@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from dtn_fast import cli
 from dtn_fast.data.faces import FaceDetector
-from dtn_fast.data.shards import INDEX, open_shards
+from dtn_fast.data.prepare import finished
+from dtn_fast.data.shards import open_shards
 from dtn_fast.data.synthetic import HELD_OUT, METHODS, STAMP, SyntheticConfig, film
 from dtn_fast.data.video import read_image, write_video
 from dtn_fast.detect import detect
@@ -29,6 +30,7 @@ RECIPE = Recipe(
     epochs=3,
     lr=1e-3,
     lr_step=2,
+    augment="light",
     methods=tuple(m for m in METHODS if m != HELD_OUT),
     generations=3,
     min_generations=2,
@@ -51,7 +53,7 @@ def run(out: Path, workers: int = 2, size: SyntheticConfig = SyntheticConfig(), 
     with _stage(1, f"Rendering faces and forging them by {len(METHODS)} methods"):
         cli.synthesize(data, size, workers)
     with _stage(2, "Finding and cropping faces with dlib"):
-        if (crops / INDEX).is_file():
+        if finished(crops):
             print("already done")
         else:
             cli.prepare(data, crops, preset="tiny", workers=workers)

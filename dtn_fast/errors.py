@@ -9,6 +9,9 @@ class DtnError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # names from files may hold line breaks
+
 
 class UsageError(DtnError, ValueError):
     """The request itself cannot be met: wrong arguments, a missing file, a checkpoint of another shape."""

@@ -79,9 +79,9 @@ def evaluate(
         raise UsageError(
             f"the crops are {shards.size} pixels, the model takes {scorer.config.image_size}; prepare again"
         )
-    parts = [scorer.score(shards.crops[rows[i : i + chunk]]) for i in range(0, len(rows), chunk)]
+    parts = [scorer.score(shards.get(rows[i : i + chunk])) for i in range(0, len(rows), chunk)]
     scores: NDArray[np.float64] = np.concatenate(parts)
-    labels, names = shards.labels[rows], np.array([v.path for v in shards.videos])[shards.video[rows]]
+    labels, names = shards.labels[rows], shards.video[rows].astype(str)
     kinds = np.array([v.method for v in shards.videos])[shards.video[rows]]
     table = []
     for title, group in (groups or {"all": shards.methods, **{m: (m,) for m in shards.methods}}).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from dtn_fast.config import DTNConfig
 from dtn_fast.data.shards import Shards
 from dtn_fast.dtn import CONFIG, DTN, WEIGHTS
 from dtn_fast.errors import UsageError
+from dtn_fast.fold import fold
 
 SUMMARY = "summary.json"
 """In a training run: its generations, and which is best."""
@@ -47,31 +49,26 @@ def _batches(total: int, size: int) -> list[slice]:
 
 
 class TorchScorer:
-    """A DTN in eval mode and float32, on the device where its weights are.  The model's mode is left as it was."""
+    """A DTN, folded, in float32, on the device where its weights are; a copy: later training changes nothing here."""
 
     def __init__(self, model: DTN, batch_size: int = 64) -> None:
         self.model, self.config, self.notice, self.name = model, model.config, model.notice, "torch"
+        self.folded = place(fold(model), model.head.weight.device)
         self.batch_size = batch_size
 
     def score(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
-        return self._run(crops, np.arange(len(crops)))
+        return self._run([crops[part] for part in _batches(len(crops), self.batch_size)])
 
     def score_rows(self, shards: Shards, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """P(fake) of the crops ``rows`` without reading them all into memory."""
-        return self._run(shards.crops, rows)
+        return self._run(shards.get(rows[part]) for part in _batches(len(rows), self.batch_size))
 
-    def _run(self, crops: NDArray[np.uint8], rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        was_training = self.model.training
-        device = self.model.head.weight.device
-        self.model.eval()
-        try:
-            with torch.inference_mode():
-                parts = [
-                    self.model(normalise(crops[rows[part]], self.config, device)).double().softmax(1)[:, 1].cpu()
-                    for part in _batches(len(rows), self.batch_size)
-                ]
-        finally:
-            self.model.train(was_training)
+    def _run(self, batches: Iterable[NDArray[np.uint8]]) -> NDArray[np.float64]:
+        device = self.folded.head.weight.device
+        with torch.inference_mode():
+            parts = [
+                self.folded(normalise(crops, self.config, device)).double().softmax(1)[:, 1].cpu() for crops in batches
+            ]
         return torch.cat(parts).numpy() if parts else np.zeros(0)
 
 

@@ -28,6 +28,9 @@ from triton.backends.compiler import GPUTarget
 from . import mas_attention, moe_gate, tuned
 from .launch import INTERPRET, Launch
 
+MULTIPROCESSOR = {80: (64, 32, 164), 86: (48, 16, 100), 89: (48, 24, 100), 90: (64, 32, 228), 100: (64, 32, 228),
+                  120: (48, 24, 100)}  # fmt: skip
+"""Warps, blocks and KiB of shared memory that one multiprocessor holds; each has 65,536 registers."""
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Shared memory that one block may use, KiB."""
 TENSOR_CORE = re.compile(r"wgmma\.mma_async|\bmma\.sync|tcgen05\.mma")
@@ -51,6 +54,14 @@ class Row(NamedTuple):
     """Tensor-core instructions in the PTX."""
     vector_load: int
     """Loads of 8 or 16 bytes a thread, asynchronous copies and TMA loads in the PTX."""
+
+    def occupancy(self) -> float:
+        """Share of a multiprocessor's warps that registers, shared memory and the block limit leave room for."""
+        warps, blocks, shared = MULTIPROCESSOR[self.arch]
+        per_warp = -(-self.registers * 32 // 256) * 256  # registers are given out by 256 a warp
+        fit = min(blocks, warps // self.warps, 65536 // (per_warp * self.warps))
+        fit = min(fit, shared * 1024 // (self.shared + 1024))  # 1 KiB of each block is the system's
+        return fit * self.warps / warps
 
     def problems(self) -> list[str]:
         """What disqualifies this configuration from being shipped."""

@@ -9,8 +9,9 @@ import torch
 from small import RECIPE, SET, SMALL
 
 from dtn_fast import DTN
-from dtn_fast.data.manifest import read_ffpp
-from dtn_fast.data.shards import Shards, open_shards, prepare
+from dtn_fast.data.prepare import PrepareConfig, prepare
+from dtn_fast.data.readers import read_ffpp
+from dtn_fast.data.shards import Shards, open_shards
 from dtn_fast.data.synthetic import make_synthetic
 from dtn_fast.train.distill import start_run, train_initial
 
@@ -33,7 +34,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def crops(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("crops")
-    for _ in prepare(read_ffpp(dataset), out, SMALL.image_size, frames=3):
+    for _ in prepare(read_ffpp(dataset), out, SMALL.image_size, PrepareConfig(frames=3)):
         pass
     return out
 

@@ -148,6 +148,36 @@ def test_checkpoint_of_another_preset_is_named(run, trained: Path, tmp_path: Pat
     assert "another preset" in err
 
 
+def test_corrupt_and_bench(run, dataset: Path, tmp_path: Path) -> None:
+    Image.fromarray(data.astronaut()).save(tmp_path / "face.png")
+    code, _, err = run(
+        "corrupt", tmp_path / "face.png", "--out", tmp_path / "o" / "grey.png", "--kind", "saturation", "--level", 5
+    )
+    assert code == 0, err
+    grey = np.asarray(Image.open(tmp_path / "o" / "grey.png")).astype(int)
+    assert np.abs(grey - grey[..., :1]).max() <= 2
+    video = next(dataset.rglob("*.mp4"))
+    code, _, err = run("corrupt", video, "--out", tmp_path / "v.mp4", "--kind", "video", "--level", 5)
+    assert code == 0, err
+    assert (tmp_path / "v.mp4").stat().st_size < video.stat().st_size
+    for words, word in (
+        (["corrupt", video, "--out", tmp_path / "v.png", "--kind", "blur"], "must end in .mp4"),
+        (["corrupt", video, "--out", tmp_path / "v.mp4", "--kind", "fog"], "unknown corruption 'fog'"),
+        (["bench", "everything"], "unknown suite 'everything'"),
+        (["bench", "compare", tmp_path / "a.json", tmp_path / "b.json"], "a.json: No such file"),
+        (["prepare", dataset, "--out", tmp_path / "c", "--shard", "5/4"], "--shard 5/4"),
+        (["prepare", dataset, "--out", tmp_path / "c", "--shard", "half"], "i/n was expected"),
+        (["prepare", dataset, "--out", tmp_path / "c", "--dataset", "dfd"], "with DFD in it"),
+    ):
+        code, _, err = run(*words)
+        assert code == 2, words
+        assert word in err
+    code, out, _ = run("prepare", dataset, "--out", tmp_path / "c", "--audit-only")
+    assert code == 0
+    assert "40 videos: test/SynthBlend 2" in out
+    assert not (tmp_path / "c").exists()
+
+
 def test_full_disk_and_interrupt(run, monkeypatch: pytest.MonkeyPatch) -> None:
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "runs/x")

@@ -37,7 +37,7 @@ def test_the_file_stands_alone(exported: Path, trained: Path, shards: Shards) ->
     assert isinstance(scorer, OnnxScorer)
     assert scorer.config == SMALL
     assert scorer.notice.startswith("synthetic")
-    crops = np.asarray(shards.crops[:5])
+    crops = shards.get(np.arange(5))
     assert scorer.score(crops) == pytest.approx(load_scorer(trained).score(crops), abs=1e-5)
     assert scorer.score(crops[:0]).shape == (0,)
 
@@ -59,10 +59,10 @@ def test_a_wrong_export_is_not_kept(tmp_path: Path, small: DTN, monkeypatch: pyt
 def test_scoring_leaves_the_model_as_it_was(small: DTN, shards: Shards) -> None:
     small.train()
     before = {k: v.clone() for k, v in small.state_dict().items()}
-    first = TorchScorer(small, batch_size=2).score(np.asarray(shards.crops[:5]))
+    first = TorchScorer(small, batch_size=2).score(shards.get(np.arange(5)))
     assert small.training
     assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
-    assert first == pytest.approx(TorchScorer(small, batch_size=5).score(np.asarray(shards.crops[:5])), abs=1e-6)
+    assert first == pytest.approx(TorchScorer(small, batch_size=5).score(shards.get(np.arange(5))), abs=1e-6)
 
 
 def test_unusable_models_are_named(tmp_path: Path, trained: Path) -> None:

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from small import RECIPE, SMALL, changed
 
 from dtn_fast import DTN, DTNConfig
+from dtn_fast.data.loader import epoch_order
 from dtn_fast.data.shards import Shards
 from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.runtime import TorchScorer, best_checkpoint, load_model
 from dtn_fast.train import distill as chain
 from dtn_fast.train import engine
 from dtn_fast.train.checkpoint import load_state, save_state
-from dtn_fast.train.engine import Epoch, Step, epoch_rows, fit, read_metrics
+from dtn_fast.train.engine import Epoch, Step, fit, read_metrics
 from dtn_fast.train.recipe import Recipe, choose_precision
 
 
@@ -85,7 +86,7 @@ def test_best_epoch_is_kept_and_patience_stops(shards: Shards, tmp_path: Path, m
 def test_reals_are_repeated_to_balance(shards: Shards) -> None:
     rows = shards.select("train")
     for repeat, expected in ((0, 4), (1, 1), (7, 7)):
-        drawn = epoch_rows(shards, rows, repeat, np.random.default_rng(0))
+        drawn = epoch_order(shards.labels, rows, repeat, 0)
         counts = np.bincount(drawn, minlength=len(shards.labels))
         assert set(counts[rows][shards.labels[rows] == 0]) == {expected}
         assert set(counts[rows][shards.labels[rows] == 1]) == {1}

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from dtn_fast.data.augment import Augment
+from dtn_fast.data.augment import PRESETS, Augment, DeviceAugment
+from dtn_fast.data.blend import self_blended
+from dtn_fast.data.loader import Loader
 from dtn_fast.data.shards import Shards
 from dtn_fast.data.synthetic import STAMP
 from dtn_fast.dtn import DTN, check_state
@@ -54,13 +55,6 @@ class Epoch(NamedTuple):
     images_per_second: float
 
 
-def epoch_rows(shards: Shards, rows: NDArray, real_repeat: int, rng: np.random.Generator) -> NDArray:
-    """The crops of one epoch in random order, each real repeated ``real_repeat`` times (0: to balance the classes)."""
-    fake = shards.labels[rows] == 1
-    repeat = real_repeat or max(1, round(int(fake.sum()) / max(int((~fake).sum()), 1)))
-    return rng.permutation(np.concatenate([rows[fake], np.tile(rows[~fake], repeat)]))
-
-
 def fit(
     model: DTN,
     shards: Shards,
@@ -77,12 +71,15 @@ def fit(
     Raises UsageError on an unfitting image size or splits without both classes, DtnError when the loss is not finite.
     """
     device = torch.device(device)
-    train_rows = shards.select("train", recipe.methods)
-    val_rows = shards.select("val", recipe.methods)
+    if recipe.self_blend:
+        shards = self_blended(shards, recipe.seed)
+    methods = () if recipe.self_blend else recipe.methods
+    train_rows, val_rows = shards.select("train", methods), shards.select("val", methods)
     for name, rows in (("train", train_rows), ("val", val_rows)):
         if set(shards.labels[rows]) != {0, 1}:
             raise UsageError(f"the {name} split needs reals and fakes; it has {len(rows)} crops of labels "
-                             f"{sorted(set(shards.labels[rows].tolist()))}")  # fmt: skip
+                             f"{sorted(set(shards.labels[rows].tolist()))}; "
+                             "--self-blend makes fakes of reals")  # fmt: skip
     if shards.size != model.config.image_size:
         raise UsageError(
             f"the crops are {shards.size} pixels, the model takes {model.config.image_size}; prepare again"
@@ -98,6 +95,12 @@ def fit(
         [*model.parameters(), centers], lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
     )
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, recipe.lr_step, gamma=0.1)
+    preset = PRESETS.get(recipe.augment)
+    where = recipe.augment_on if recipe.augment_on != "auto" else "device" if device.type == "cuda" else "cpu"
+    on_cpu = Augment(preset) if preset and where == "cpu" else None
+    on_device = DeviceAugment(preset) if preset and where == "device" else None
+    loader = Loader(shards, train_rows, recipe.batch_size, (recipe.seed, generation), recipe.real_repeat,
+                    device=device, resident=recipe.resident, transform=on_cpu)  # fmt: skip
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     best, first, stale = -1.0, 0, 0
     if (out / STATE).is_file():
@@ -114,20 +117,14 @@ def fit(
         if recipe.patience and stale >= recipe.patience:
             break
         # everything random in an epoch comes from (seed, generation, epoch), so a resumed run repeats it
-        entropy = np.random.SeedSequence((recipe.seed, generation, epoch))
-        order_seed, augment_seed, noise_seed = (int(s) for s in entropy.generate_state(3))
-        torch.manual_seed(noise_seed)
-        rows = epoch_rows(shards, train_rows, recipe.real_repeat, np.random.default_rng(order_seed))
-        augment = Augment(augment_seed) if recipe.augment else None
-        steps = max(len(rows) // recipe.batch_size, 1)
+        torch.manual_seed(int(np.random.SeedSequence((recipe.seed, generation, epoch)).generate_state(1)[0]))
+        steps = len(loader)
         totals: dict[str, float] = {}
         model.train()
         start = time.perf_counter()
-        for step in range(steps):
-            batch = rows[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-            crops = shards.crops[batch]
-            images = normalise(augment(crops) if augment else crops, model.config, device)
-            labels = torch.as_tensor(shards.labels[batch], device=device)
+        for step, batch in enumerate(loader.epoch(epoch)):
+            crops, labels = batch.crops, batch.labels
+            images = normalise(on_device(crops, batch.seeds) if on_device else crops, model.config, device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = model(images)
                 if teacher is not None:
@@ -149,7 +146,7 @@ def fit(
             scaler.update()
             for name, value in values.items():
                 totals[name] = totals.get(name, 0.0) + value / steps
-            rate = (step + 1) * len(batch) / (time.perf_counter() - start)
+            rate = (step + 1) * len(labels) / (time.perf_counter() - start)
             yield Step(generation, epoch, step, steps, values, rate)
         lr = float(schedule.get_last_lr()[0])
         schedule.step()

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from dtn_fast.data.augment import PresetName
 from dtn_fast.errors import UsageError
 
 
@@ -38,7 +39,14 @@ class Recipe:
     """Students to train even when AUC does not improve."""
     patience: int = 0
     """Stop a generation after this many epochs without a better validation AUC; 0: never."""
-    augment: bool = True
+    augment: PresetName = "forensic"
+    """none; light: for small, clean sets; forensic: geometry, light, blur, noise and JPEG."""
+    augment_on: Literal["auto", "device", "cpu"] = "auto"
+    """device: one batched pipeline where the model is; cpu: albumentations, as the paper; auto: device on a GPU."""
+    self_blend: bool = False
+    """Leave the data's fakes out and train on self-blended copies of its reals instead (*choice*)."""
+    resident: bool = False
+    """Keep the training crops in the device's memory."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the hardware computes in it, fp16 with a loss scaler on older GPUs, fp32 on other CPUs."""
     seed: int = 0

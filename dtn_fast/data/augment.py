@@ -1,38 +1,224 @@
-"""Training augmentation on uint8 crops with albumentations."""
+"""Training augmentation: one preset, two machines for it, albumentations on the CPU and batched torch on the device."""
 
 from __future__ import annotations
 
+import functools
+import math
 import os
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
+from dtn_fast.data.randomness import uniform
 from dtn_fast.errors import UsageError
+
+PresetName = Literal["none", "light", "forensic"]
+
+
+@dataclass(frozen=True)
+class AugmentPreset:
+    """Probability of each transform and the range that its strength is drawn from, uniformly; in this order."""
+
+    flip: float = 0.5
+    shift_scale_rotate: float = 0.5
+    shift: float = 0.05
+    """Largest shift over the side of the crop."""
+    scale: float = 0.1
+    """Largest change of size."""
+    rotate: float = 10.0
+    """Largest turn in degrees."""
+    brightness_contrast: float = 0.5
+    brightness: float = 0.2
+    """Largest shift over 255."""
+    contrast: float = 0.2
+    """Largest change of the factor about mid-grey."""
+    blur: float = 0.1
+    sigma: tuple[float, float] = (0.3, 1.5)
+    """Of the Gaussian, in pixels."""
+    noise: float = 0.1
+    std: tuple[float, float] = (0.01, 0.04)
+    """Of Gaussian noise over 255."""
+    compression: float = 0.5
+    quality: tuple[int, int] = (40, 100)
+    """Of JPEG, both included."""
+
+
+PRESETS: dict[str, AugmentPreset] = {
+    "light": AugmentPreset(
+        shift_scale_rotate=0.0, brightness_contrast=0.3, brightness=0.1, contrast=0.1, blur=0.0,
+        noise=0.1, std=(0.005, 0.02), compression=0.15, quality=(70, 100),
+    ),
+    "forensic": AugmentPreset(),
+}  # fmt: skip
+"""light: for clean, small sets; forensic: the field's usual, against compression and camera."""
 
 
 class Augment:
-    """Flip, brightness and contrast, hue shift, JPEG compression, blur, noise: each sometimes, none strong.
+    """A preset through albumentations, on the CPU.
 
-    Called with uint8 crops [n, S, S, 3], returns as many augmented ones.  The same ``seed`` gives the same result.
-    Raises UsageError when albumentations is not installed.
+    Called with uint8 crops [n, S, S, 3] and a seed per crop, returns as many augmented ones; a seed gives the same
+    result in any batch.  Raises UsageError when albumentations is not installed.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, preset: AugmentPreset) -> None:
         os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for a newer version
         try:
             import albumentations as A
         except ImportError as error:
             raise UsageError("albumentations is not installed; run: pip install albumentations==2.0.8") from error
+        p = preset
         self._pipeline = A.Compose(
             [
-                A.HorizontalFlip(p=0.5),
-                A.RandomBrightnessContrast(brightness_limit=0.1, contrast_limit=0.1, p=0.3),
-                A.HueSaturationValue(hue_shift_limit=5, sat_shift_limit=10, val_shift_limit=5, p=0.2),
-                A.ImageCompression(quality_range=(70, 100), p=0.15),
-                A.GaussNoise(std_range=(0.005, 0.02), p=0.1),
-            ],
-            seed=seed,
-        )
+                A.HorizontalFlip(p=p.flip),
+                A.Affine(
+                    translate_percent=(-p.shift, p.shift), scale=(1 - p.scale, 1 + p.scale),
+                    rotate=(-p.rotate, p.rotate),
+                    keep_ratio=True, border_mode=4, p=p.shift_scale_rotate,
+                ),  # border 4: reflected, as in torch's "reflection"
+                A.RandomBrightnessContrast(p.brightness, p.contrast, brightness_by_max=True, p=p.brightness_contrast),
+                A.GaussianBlur(blur_limit=0, sigma_limit=p.sigma, p=p.blur),
+                A.GaussNoise(std_range=p.std, p=p.noise),
+                A.ImageCompression(quality_range=p.quality, p=p.compression),
+            ]
+        )  # fmt: skip
 
-    def __call__(self, crops: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        return np.stack([self._pipeline(image=crop)["image"] for crop in crops])
+    def __call__(self, crops: NDArray[np.uint8], seeds: NDArray[np.uint64]) -> NDArray[np.uint8]:
+        out = np.empty_like(crops)
+        for place, (crop, seed) in enumerate(zip(crops, seeds.tolist(), strict=True)):
+            self._pipeline.set_random_seed(seed % 2**32)
+            out[place] = self._pipeline(image=crop)["image"]
+        return out
+
+
+class DeviceAugment:
+    """The same preset as one batched torch pipeline on the crops' device.
+
+    Called with uint8 crops [n, S, S, 3] on any device (S a multiple of 16) and a seed per crop, returns uint8 crops
+    there.  Which samples a transform changes is drawn on the host, so only those are computed and nothing
+    synchronises.  A seed gives the same result in any batch, on one kind of device, up to rounding.
+    """
+
+    def __init__(self, preset: AugmentPreset) -> None:
+        self.preset = preset
+
+    def __call__(self, crops: Tensor, seeds: NDArray[np.uint64]) -> Tensor:
+        if crops.shape[1] % 16 or crops.shape[1] != crops.shape[2]:
+            side = "x".join(map(str, crops.shape[1:3]))
+            raise UsageError(f"crops of {side} pixels: augmentation on the device needs squares of a multiple of 16")
+        p, draw = self.preset, uniform(seeds, 16)
+        x = crops.permute(0, 3, 1, 2).to(torch.float32)  # [n, 3, S, S], 0..255; a new tensor, changed in place below
+
+        def chosen(column: int, probability: float) -> NDArray[np.int64]:
+            return np.flatnonzero(draw[:, column] < probability)
+
+        def between(rows: NDArray[np.int64], column: int, low: float, high: float) -> Tensor:
+            values = (low + (high - low) * draw[rows, column]).astype(np.float32)
+            return torch.from_numpy(values).to(x.device, non_blocking=True)
+
+        def change(rows: NDArray[np.int64], function: Any, *parameters: Any) -> None:
+            if len(rows):
+                index = torch.from_numpy(rows).to(x.device, non_blocking=True)
+                x.index_copy_(0, index, function(x.index_select(0, index), *parameters))
+
+        change(chosen(0, p.flip), lambda images: images.flip(3))
+        rows = chosen(1, p.shift_scale_rotate)
+        change(rows, _affine, between(rows, 2, -p.shift, p.shift), between(rows, 3, -p.shift, p.shift),
+               between(rows, 4, 1 - p.scale, 1 + p.scale), between(rows, 5, -p.rotate, p.rotate))  # fmt: skip
+        rows = chosen(6, p.brightness_contrast)
+        change(rows, _brightness_contrast, between(rows, 7, -p.brightness, p.brightness),
+               between(rows, 8, 1 - p.contrast, 1 + p.contrast))  # fmt: skip
+        rows = chosen(9, p.blur)
+        change(rows, _blur, between(rows, 10, *p.sigma), math.ceil(3 * p.sigma[1]))
+        rows = chosen(11, p.noise)
+        change(rows, _noise, between(rows, 12, *p.std), seeds[rows])
+        rows = chosen(13, p.compression)
+        low, high = p.quality
+        change(rows, jpeg, np.minimum(low + (draw[rows, 14] * (high + 1 - low)).astype(np.int64), high))
+        return x.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _affine(images: Tensor, right: Tensor, down: Tensor, scale: Tensor, degrees: Tensor) -> Tensor:
+    """Moves, scales and turns the content about the middle; outside is reflected."""
+    turn = torch.deg2rad(degrees)
+    cos, sin = torch.cos(turn) / scale, torch.sin(turn) / scale
+    rows = (cos, -sin, -2 * (cos * right - sin * down), sin, cos, -2 * (sin * right + cos * down))  # output -> input
+    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def _brightness_contrast(images: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
+    factor, shift = contrast.view(-1, 1, 1, 1), brightness.view(-1, 1, 1, 1)
+    return ((images * factor) + shift * 255).clamp(0, 255)
+
+
+def _blur(images: Tensor, sigma: Tensor, reach: int) -> Tensor:
+    n, channels, side, _ = images.shape
+    steps = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
+    kernel = torch.softmax(-(steps**2) / (2 * sigma[:, None] ** 2), 1).repeat_interleave(channels, 0)  # [3 n, 2 r + 1]
+    flat = images.reshape(1, n * channels, side, side)
+    flat = F.conv2d(F.pad(flat, (reach, reach, 0, 0), "reflect"), kernel[:, None, None, :], groups=n * channels)
+    flat = F.conv2d(F.pad(flat, (0, 0, reach, reach), "reflect"), kernel[:, None, :, None], groups=n * channels)
+    return flat.view(n, channels, side, side)
+
+
+def _noise(images: Tensor, std: Tensor, seeds: NDArray[np.uint64]) -> Tensor:
+    generator = torch.Generator(images.device)
+    noise = torch.empty_like(images)
+    for place, seed in enumerate(seeds.tolist()):
+        noise[place].normal_(generator=generator.manual_seed(seed % 2**63))
+    return (images + noise * (std * 255).view(-1, 1, 1, 1)).clamp(0, 255)
+
+
+# ITU-T T.81 (JPEG), annex K, tables K.1 (luminance) and K.2 (chrominance)
+_LUMINANCE = (
+    16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56,
+    14, 17, 22, 29, 51, 87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92,
+    49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99,
+)  # fmt: skip
+_CHROMINANCE = (
+    17, 18, 24, 47, 99, 99, 99, 99, 18, 21, 26, 66, 99, 99, 99, 99, 24, 26, 56, 99, 99, 99, 99, 99,
+    47, 66, 99, 99, 99, 99, 99, 99, *([99] * 32),
+)  # fmt: skip
+
+
+def jpeg(images: Tensor, quality: NDArray[np.int64]) -> Tensor:
+    """What JPEG with 4:2:0 chroma makes of RGB images [n, 3, S, S] in 0..255, S a multiple of 16; quality [n] 1..100.
+
+    The entropy coder loses nothing, so it is left out: colour transform, 8x8 DCT, quantisation, and back (ITU-T T.81).
+    """
+    device = images.device
+    scale = np.where(quality < 50, 5000 / np.maximum(quality, 1), 200 - 2 * quality)
+    tables = [
+        np.clip(np.floor((np.array(base).reshape(1, 8, 8) * scale[:, None, None] + 50) / 100), 1, 255)
+        for base in (_LUMINANCE, _CHROMINANCE)
+    ]
+    luma_table, chroma_table = (torch.from_numpy(t.astype(np.float32)).to(device, non_blocking=True) for t in tables)
+    to_ycc, dct = _jpeg_matrices(device)
+    ycc = torch.einsum("ij,njhw->nihw", to_ycc, images.round()).round_()
+    luma = _quantise(ycc[:, :1] - 128, luma_table, dct).round_() + 128
+    chroma = _quantise(F.avg_pool2d(ycc[:, 1:], 2).round_(), chroma_table, dct).round_()
+    chroma = F.interpolate(chroma, scale_factor=2, mode="bilinear", align_corners=False)  # libjpeg's "fancy" upsampling
+    return torch.einsum("ij,njhw->nihw", torch.linalg.inv(to_ycc), torch.cat([luma, chroma], 1)).clamp(0, 255)
+
+
+@functools.cache
+def _jpeg_matrices(device: torch.device) -> tuple[Tensor, Tensor]:
+    to_ycc = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+    k = torch.arange(8, dtype=torch.float64)
+    dct = torch.cos((2 * k[None] + 1) * k[:, None] * math.pi / 16) / 2
+    dct[0] /= math.sqrt(2)
+    return to_ycc.to(device), dct.float().to(device)
+
+
+def _quantise(plane: Tensor, table: Tensor, dct: Tensor) -> Tensor:
+    """[n, c, S, S] through the DCT of its 8x8 blocks, divided by table [n, 8, 8], rounded, and back."""
+    n, channels, height, width = plane.shape
+    blocks = plane.view(n, channels, height // 8, 8, width // 8, 8).transpose(3, 4)
+    table = table.view(n, 1, 1, 1, 8, 8)
+    coefficients = torch.round(dct @ blocks @ dct.T / table) * table
+    return (dct.T @ coefficients @ dct).transpose(3, 4).reshape(n, channels, height, width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import cv2
@@ -14,6 +15,8 @@ MARGIN = 1.3
 """Side of the crop over the longest side of the detection, the habit of FaceForensics++."""
 DETECT_SIDE = 640
 """Frames are shrunk to this longest side before detection; dlib's smallest face is 80 pixels, 40 when upsampled."""
+NEAR_SIDE = 110
+"""Side in pixels that a face is scaled to when it is searched where it was in the frame before."""
 
 
 class Box(NamedTuple):
@@ -28,6 +31,15 @@ class Box(NamedTuple):
     def area(self) -> int:
         return max(self.right - self.left, 0) * max(self.bottom - self.top, 0)
 
+    def moved(self, x: int, y: int) -> Box:
+        return Box(self.left + x, self.top + y, self.right + x, self.bottom + y)
+
+    def overlap(self, other: Box) -> float:
+        """Intersection over union."""
+        both = Box(max(self.left, other.left), max(self.top, other.top),
+                   min(self.right, other.right), min(self.bottom, other.bottom)).area  # fmt: skip
+        return both / max(self.area + other.area - both, 1)
+
 
 class FaceDetector:
     """dlib's frontal face detector.  Raises UsageError when dlib is not installed."""
@@ -41,16 +53,74 @@ class FaceDetector:
 
     def __call__(self, image: NDArray[np.uint8]) -> list[Box]:
         """Faces in an RGB frame [H, W, 3], largest first.  One without a face is searched again at twice the size."""
+        scale = min(1.0, DETECT_SIDE / max(image.shape[:2]))
+        return self._search(image, scale, upsample=0) or self._search(image, scale, upsample=1)
+
+    def near(self, image: NDArray[np.uint8], box: Box) -> Box | None:
+        """The face that overlaps ``box`` most, searched only around it, at the size dlib likes best."""
+        side = max(box.right - box.left, box.bottom - box.top)
+        left, top = max((box.left + box.right) // 2 - side, 0), max((box.top + box.bottom) // 2 - side, 0)
+        window = image[top : top + 2 * side, left : left + 2 * side]
+        if not side or not window.size:
+            return None
+        found = [b.moved(left, top) for b in self._search(window, NEAR_SIDE / side, upsample=0)]
+        return max(found, key=box.overlap, default=None)
+
+    def _search(self, image: NDArray[np.uint8], scale: float, upsample: int) -> list[Box]:
         height, width = image.shape[:2]
-        scale = min(1.0, DETECT_SIDE / max(height, width))
-        small = image
-        if scale < 1:
-            side = (max(1, round(width * scale)), max(1, round(height * scale)))
-            small = cv2.resize(image, side, interpolation=cv2.INTER_AREA)
-        small = np.ascontiguousarray(small)
-        found = self._detect(small, 0) or self._detect(small, 1)
+        if scale != 1:
+            size = (max(1, round(width * scale)), max(1, round(height * scale)))
+            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+        found = self._detect(np.ascontiguousarray(image), upsample)  # in colour: grey is a little faster, finds fewer
         boxes = [Box(*(round(v / scale) for v in (r.left(), r.top(), r.right() + 1, r.bottom() + 1))) for r in found]
         return sorted(boxes, key=lambda box: -box.area)
+
+
+class Tracked(NamedTuple):
+    person: int
+    """Number of the face's track in this video, from 0."""
+    box: Box
+
+
+class FaceTracker:
+    """The faces of a video's frames, given in order: each is searched near where it was, the whole frame now and then.
+
+    A search near a face costs about a tenth of one of the whole frame, which is made for the first frame, for every
+    ``every``-th after it (new faces), and whenever a face is no longer where it was.
+    """
+
+    def __init__(self, detector: FaceDetector, every: int = 8) -> None:
+        self._detector, self._every = detector, every
+        self._last: list[Tracked] = []
+        self._count = self._people = 0
+
+    def __call__(self, image: NDArray[np.uint8]) -> list[Tracked]:
+        """Faces in the next RGB frame [H, W, 3], largest first."""
+        near = None
+        if self._last and self._count % self._every:
+            near = self._follow(image)
+        self._count = 1 if near is None else self._count + 1
+        self._last = self._link(self._detector(image)) if near is None else near
+        return self._last
+
+    def _follow(self, image: NDArray[np.uint8]) -> list[Tracked] | None:
+        """The same people, or None when one is lost or two have become one."""
+        found = [Tracked(t.person, box) for t in self._last if (box := self._detector.near(image, t.box)) is not None]
+        apart = all(a.box.overlap(b.box) < 0.5 for a, b in itertools.combinations(found, 2))
+        return sorted(found, key=lambda t: -t.box.area) if apart and len(found) == len(self._last) else None
+
+    def _link(self, boxes: list[Box]) -> list[Tracked]:
+        """Gives each box the number of the face that it overlaps most in the last frame, or a new one."""
+        free, linked = list(self._last), []
+        for box in boxes:
+            best = max(((box.overlap(t.box), t) for t in free), default=(0.0, None))[1]
+            if best is not None and box.overlap(best.box) > 0.2:
+                free.remove(best)
+                linked.append(Tracked(best.person, box))
+            else:
+                linked.append(Tracked(self._people, box))
+                self._people += 1
+        return linked
 
 
 def crop_face(image: NDArray[np.uint8], box: Box, size: int, margin: float = MARGIN) -> NDArray[np.uint8]:
@@ -63,4 +133,12 @@ def crop_face(image: NDArray[np.uint8], box: Box, size: int, margin: float = MAR
     part = image[max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)]
     if any(before + after):
         part = cv2.copyMakeBorder(part, before[0], after[0], before[1], after[1], cv2.BORDER_REPLICATE)
-    return cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
+    return resize_square(part, size)
+
+
+def resize_square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """An image [H, W, 3] as [size, size, 3], averaged when it shrinks."""
+    if image.shape[:2] == (size, size):
+        return image
+    shrinks = min(image.shape[:2]) > size
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)

@@ -316,3 +316,12 @@ def make_synthetic(root: Path, config: SyntheticConfig, workers: int = 2) -> Ite
 def is_synthetic(root: Path) -> bool:
     """Whether ``root`` is a set written by :func:`make_synthetic`."""
     return (root / MARKER).is_file()
+
+
+def expected_counts(root: Path) -> dict[str, int]:
+    """Videos per split of each class that a synthetic set under ``root`` holds, from its marker."""
+    try:
+        made = json.loads((root / MARKER).read_text(encoding="utf-8"))
+        return {split: int(made[split]) for split in ("train", "val", "test")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{root / MARKER}: damaged ({error}); make the synthetic set again") from error

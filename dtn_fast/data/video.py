@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
+import io
 import re
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,71 +31,175 @@ class Frame(NamedTuple):
 
 def read_image(path: Path) -> NDArray[np.uint8]:
     """An image file as upright RGB [H, W, 3].  Raises MediaError when it is missing, truncated or no image."""
+    return _image(path, str(path))
+
+
+def decode_image(data: bytes, name: str) -> NDArray[np.uint8]:
+    """The bytes of an image file as upright RGB [H, W, 3]; ``name`` is for the MediaError when they are none."""
+    return _image(io.BytesIO(data), name)
+
+
+def _image(file: Path | io.BytesIO, name: str) -> NDArray[np.uint8]:
     from PIL import Image, ImageFile, ImageOps
 
     if ImageFile.LOAD_TRUNCATED_IMAGES:  # another library may have switched this on for the whole process
         ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise MediaError(f"{path}: {image.width}x{image.height} pixels is over the limit of {MAX_PIXELS}")
+                raise MediaError(f"{name}: {image.width}x{image.height} pixels is over the limit of {MAX_PIXELS}")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MediaError(f"{path}: cannot read this image ({_reason(error)})") from error
+        raise MediaError(f"{name}: cannot read this image ({_reason(error)})") from error
 
 
-def read_frames(path: Path, count: int | None = None) -> Iterator[Frame]:
+def read_frames(path: Path, count: int | None = None, threads: int = 0) -> Iterator[Frame]:
     """Frames of a video in order, upright; with ``count`` that many (or fewer) spread evenly from first to last.
 
-    Raises MediaError when the file is no video, holds no frame, or stops in the middle of one before anything was
-    decoded.  A video cut short yields the frames that decode; its length is then counted, not believed.
+    With ``count`` only what leads to a wanted frame is decoded: whole groups of pictures are jumped over and, with
+    one decoder thread, frames that nothing refers to are skipped; the wanted ones come out the same.  ``threads``: of
+    the decoder, 0 as many as there are cores.  Raises MediaError when the file is no video, holds no frame, or breaks
+    before anything was decoded.  A video cut short yields the frames that decode; its length is counted, not believed.
     """
     import av
 
-    wanted = None
+    last, wanted = -1, None
     if count is not None:
-        total = _frame_count(path)
-        wanted = set(np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist())
-    seen = 0
+        index = _index(path)
+        wanted = _spread(index.total, count)
+        for frame in _jump(path, index, wanted, threads):
+            last = frame.number
+            yield frame
+        if last == wanted[-1]:
+            return
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise MediaError(f"{path}: no video stream")
-            stream = container.streams.video[0]
-            if stream.width * stream.height > MAX_PIXELS:
-                raise MediaError(f"{path}: {stream.width}x{stream.height} pixels is over the limit of {MAX_PIXELS}")
-            stream.thread_type = "AUTO"
-            for number, frame in enumerate(container.decode(stream)):
-                seen += 1
-                if wanted is None or number in wanted:
-                    image = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
-                    yield Frame(number, float(frame.time or 0.0), image.astype(np.uint8, copy=False))
-                    if wanted is not None and number == max(wanted):
-                        return
+        if count is not None and last < 0:  # its first frames cannot be decoded: those that can are numbered from 0
+            wanted = _spread(sum(1 for _ in _decoded(path, threads)), count)
+        for number, raw in enumerate(_decoded(path, threads)):
+            if number > last and (wanted is None or number in wanted):
+                last = number
+                yield _frame(number, raw)
     except (av.FFmpegError, OSError, ValueError) as error:
-        if not seen:
+        if last < 0:
             raise MediaError(f"{path}: cannot read this video ({_reason(error)})") from error
-    if not seen:
+    if last < 0:
         raise MediaError(f"{path}: the video holds no frame")
 
 
-def _frame_count(path: Path) -> int:
-    """Frames that decode, counted from the packets' index when the container states them and is whole."""
+def _spread(total: int, count: int) -> list[int]:
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
+
+
+def _frame(number: int, raw: Any) -> Frame:
+    return Frame(number, float(raw.time or 0.0), _upright(raw))
+
+
+def _decoded(path: Path, threads: int) -> Iterator[Any]:
+    import av
+
+    with av.open(str(path)) as container:
+        yield from container.decode(_stream(container, path, threads))
+
+
+def _jump(path: Path, index: _Index, numbers: list[int], threads: int) -> Iterator[Frame]:
+    """The frames of these numbers, with as little decoding as possible; stops at the first that is not found."""
     import av
 
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise MediaError(f"{path}: no video stream")
-            stream = container.streams.video[0]
-            packets = 0
-            for packet in container.demux(stream):
-                packets += packet.size > 0
+            stream = _stream(container, path, threads)
+            for start, wanted in index.segments(numbers):
+                if start is not None:
+                    container.seek(start, stream=stream)
+                end = max(wanted)
+                for number, raw in _decode(container, stream, index, wanted, skip=threads == 1):
+                    if number in wanted:
+                        if number > min(wanted):
+                            return
+                        wanted.discard(number)
+                        yield _frame(number, raw)
+                    if not wanted or number > end:
+                        break
+                if wanted:
+                    return
+    except (av.FFmpegError, OSError, ValueError):
+        return
+
+
+def _stream(container: Any, path: Path, threads: int = 1) -> Any:
+    if not container.streams.video:
+        raise MediaError(f"{path}: no video stream")
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise MediaError(f"{path}: no decoder knows this video's format")
+    stream.thread_type = "NONE" if threads == 1 else "AUTO"
+    stream.codec_context.thread_count = threads
+    if stream.width * stream.height > MAX_PIXELS:
+        raise MediaError(f"{path}: {stream.width}x{stream.height} pixels is over the limit of {MAX_PIXELS}")
+    return stream
+
+
+def _upright(frame: Any) -> NDArray[np.uint8]:
+    image = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+    return np.ascontiguousarray(image, np.uint8)
+
+
+def _decode(container: Any, stream: Any, index: _Index, wanted: set[int], skip: bool) -> Iterator[tuple[int, Any]]:
+    """(number, frame) from the container's position on; without usable timestamps, counted from the first frame."""
+    position = -1
+    for packet in container.demux(stream):
+        if skip and index.numbers:  # read per packet, so not to be set while other threads decode ahead
+            number = index.numbers.get(packet.pts)
+            stream.codec_context.skip_frame = "DEFAULT" if number is None or number in wanted else "NONREF"
+        for frame in packet.decode():
+            position = index.numbers.get(frame.pts, -1) if index.numbers else position + 1
+            yield position, frame
+
+
+class _Index(NamedTuple):
+    """What the packets of a video say of its frames, without decoding one."""
+
+    total: int
+    numbers: dict[int, int]
+    """Timestamp to frame number; empty when the file's timestamps are missing or repeat."""
+    keys: list[int]
+    """Timestamps of frames from which decoding can start, in order."""
+
+    def segments(self, wanted: list[int]) -> Iterator[tuple[int | None, set[int]]]:
+        """Frames by number as runs to decode: (timestamp to seek to, frame numbers wanted)."""
+        keys = [self.numbers[key] for key in self.keys] if self.numbers else []
+        run: set[int] = set()
+        start: int | None = None
+        for number in wanted:
+            key = bisect.bisect_right(keys, number) - 1  # the last key frame at or before it
+            if run and key >= 0 and keys[key] > max(run):
+                yield start, run
+                run, start = set(), self.keys[key]
+            run.add(number)
+        yield start, run
+
+
+def _index(path: Path) -> _Index:
+    import av
+
+    stamps: list[int | None] = []
+    keys: list[int] = []
+    try:
+        with av.open(str(path)) as container:
+            exact = container.format.name.partition(",")[0] in ("mov", "matroska")  # others' stamps and seeks are not
+            for packet in container.demux(_stream(container, path)):
+                if packet.size and not packet.is_discard:
+                    stamps.append(packet.pts)
+                    if packet.is_keyframe and packet.pts is not None:
+                        keys.append(packet.pts)
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(f"{path}: cannot read this video ({_reason(error)})") from error
-    if not packets:
+        if not stamps:
+            raise MediaError(f"{path}: cannot read this video ({_reason(error)})") from error
+    if not stamps:
         raise MediaError(f"{path}: the video holds no frame")
-    return packets
+    known = sorted({stamp for stamp in stamps if stamp is not None})
+    usable = exact and len(known) == len(stamps)
+    return _Index(len(stamps), {t: n for n, t in enumerate(known)} if usable else {}, sorted(keys) if usable else [])
 
 
 def _reason(error: BaseException) -> str:
@@ -100,23 +207,65 @@ def _reason(error: BaseException) -> str:
     return text or type(error).__name__
 
 
-def write_video(path: Path, frames: list[NDArray[np.uint8]], fps: int = 25, crf: int = 23, rotation: int = 0) -> None:
-    """RGB frames [H, W, 3] (even sides) as H.264 in mp4, atomically.  ``crf``: 0 lossless to 51 worst.
+def h264(crf: float, preset: str = "medium") -> dict[str, str]:
+    """libx264's options.  Its macroblock tree reads memory that nobody wrote: without it, output repeats to the bit."""
+    return {"crf": str(int(crf)), "preset": preset, "x264-params": "mbtree=0"}
+
+
+def frame_rate(path: Path) -> Fraction:
+    """Average frames per second of a video, 25 when it does not say.  Raises MediaError when it cannot be read."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            return _stream(container, path).average_rate or Fraction(25)
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise MediaError(f"{path}: cannot read this video ({_reason(error)})") from error
+
+
+def write_video(
+    path: Path, frames: list[NDArray[np.uint8]], fps: int | Fraction = 25, crf: int = 23, rotation: int = 0
+) -> None:
+    """RGB frames [H, W, 3] as H.264 in mp4, atomically.  ``crf``: 0 lossless to 51 worst.
 
     ``rotation``: degrees (a multiple of 90) that a player must turn the frames anticlockwise, as phones write.
+    """
+    for _ in write_frames(path, iter(frames), fps, crf, rotation):
+        pass
+
+
+def write_frames(
+    path: Path,
+    frames: Iterator[NDArray[np.uint8]],
+    fps: int | Fraction = 25,
+    crf: int = 23,
+    rotation: int = 0,
+    preset: str = "veryfast",
+) -> Iterator[int]:
+    """:func:`write_video` for frames that come one by one, yielding how many are written.
+
+    Odd sides, which H.264's usual chroma does not have, get one more row or column.
     """
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with av.open(str(partial), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast"})
-        stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
-        stream.thread_count = 1
-        if rotation:
-            stream.set_display_rotation(rotation)
-        for image in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
-        container.mux(stream.encode())
-    partial.replace(path)
+    try:
+        with av.open(str(partial), "w", format="mp4") as container:
+            stream = None
+            for number, image in enumerate(frames, 1):
+                image = np.pad(image, ((0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)), "edge")
+                if stream is None:
+                    stream = container.add_stream("libx264", rate=fps, options=h264(crf, preset))
+                    stream.height, stream.width = image.shape[:2]
+                    stream.pix_fmt, stream.thread_count = "yuv420p", 1
+                    if rotation:
+                        stream.set_display_rotation(rotation)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+                yield number
+            if stream is None:
+                raise MediaError(f"{path}: no frame to write")
+            container.mux(stream.encode())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

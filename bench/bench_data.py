@@ -1,0 +1,266 @@
+"""The data path on one core: decoding, detection, preparing, reading crops, augmentation.  Run: dtn-fast bench data"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from dtn_fast.bench.measure import Case
+from dtn_fast.bench.roofline import Machine
+from dtn_fast.data.augment import PRESETS, Augment, DeviceAugment
+from dtn_fast.data.blend import self_blended
+from dtn_fast.data.faces import Box, FaceDetector, FaceTracker, crop_face
+from dtn_fast.data.loader import Loader
+from dtn_fast.data.manifest import Video
+from dtn_fast.data.randomness import sample_seeds
+from dtn_fast.data.shards import Crops, Shards, open_data
+from dtn_fast.data.video import read_frames, write_video
+
+SUITE = "data"
+FRAMES, SAMPLED, CROPS, BATCH = 120, 24, 1024, 64
+
+
+def cases(machine: Machine | None = None, quick: bool = False) -> Iterator[Case]:
+    """Every case that this machine has the packages for; what is missing is said by the last case's notes."""
+    with one_core(), tempfile.TemporaryDirectory() as folder:
+        if all(map(importlib.util.find_spec, ("av", "dlib", "skimage"))):
+            video = film(Path(folder), FRAMES // (6 if quick else 1))
+            for case in (prepare_case, decode_case, detect_case):
+                yield case(*video)
+        kept = stored(Path(folder), CROPS // (8 if quick else 1))
+        yield reading_case(*kept)
+        for preset in sorted(PRESETS):
+            yield augment_case(kept[0], preset)
+        yield blend_case(kept[1])
+
+
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """Within it OpenCV and torch use one thread: figures per core."""
+    threads = torch.get_num_threads()
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(-1)
+        torch.set_num_threads(threads)
+
+
+def film(folder: Path, count: int) -> tuple[Path, list[Box]]:
+    """A 1280x720 video of a photographed face that wanders and changes size, and where it is in each frame."""
+    from skimage import data
+
+    face = data.astronaut()[:280, 90:370]
+    true = FaceDetector()(face)[0]
+    rng, frames, boxes = np.random.default_rng(0), [], []
+    back = cv2.resize(rng.integers(60, 140, (18, 32, 3), np.uint8), (1280, 720), interpolation=cv2.INTER_CUBIC)
+    for index in range(count):
+        side = int(280 * (1.1 + 0.4 * np.sin(index / 30)))
+        left, top = int(500 + 350 * np.sin(index / 25)), int(180 + 100 * np.cos(index / 19))
+        frame = back.copy()
+        frame[top : top + side, left : left + side] = cv2.resize(face, (side, side))
+        noisy = frame + rng.normal(0, 3, frame.shape)
+        frames.append(np.clip(noisy, 0, 255).astype(np.uint8))
+        boxes.append(Box(*(round(v * side / 280) for v in true)).moved(left, top))
+    write_video(folder / "face.mp4", frames, fps=30)
+    return folder / "face.mp4", boxes
+
+
+def _fast(path: Path) -> dict[int, Box]:
+    """What prepare does for each video."""
+    tracker, found = FaceTracker(FaceDetector()), {}
+    for frame in read_frames(path, SAMPLED, threads=1):
+        if faces := tracker(frame.image):
+            crop_face(frame.image, faces[0].box, 256)
+            found[frame.number] = faces[0].box
+    return found
+
+
+def _slow(path: Path) -> dict[int, Box]:
+    """Every frame decoded and searched at its full size."""
+    import dlib
+
+    detect, found = dlib.get_frontal_face_detector(), {}
+    for frame in read_frames(path, threads=1):
+        rectangles = sorted(detect(frame.image, 0), key=lambda r: -r.area())
+        if rectangles:
+            r = rectangles[0]
+            found[frame.number] = Box(r.left(), r.top(), r.right() + 1, r.bottom() + 1)
+            crop_face(frame.image, found[frame.number], 256)
+    return found
+
+
+def _recall(found: dict[int, Box], true: list[Box], frames: list[int]) -> float:
+    return float(np.mean([number in found and found[number].overlap(true[number]) > 0.5 for number in frames]))
+
+
+def prepare_case(path: Path, true: list[Box]) -> Case:
+    """Faces cropped per second, with the recall of both ways on the frames that the fast one samples."""
+    fast, slow = _fast(path), _slow(path)
+    sampled = [frame.number for frame in read_frames(path, SAMPLED, threads=1)]
+    notes = (f"recall on {len(sampled)} sampled frames (overlap > 0.5): prepare {_recall(fast, true, sampled):.2f}, "
+             f"every frame at full size {_recall(slow, true, sampled):.2f}",
+             f"the slow way searches {len(true)} frames to crop the same {len(sampled)}")  # fmt: skip
+    return Case(
+        SUITE, f"Prepare, 1280x720, {len(sampled)} of {len(true)} frames, one core",
+        {"every frame decoded, full-size detection": lambda: _slow(path), "prepare": lambda: _fast(path)},
+        "prepare", "every frame decoded, full-size detection", len(sampled), notes=notes, rounds=3,
+    )  # fmt: skip
+
+
+def decode_case(path: Path, true: list[Box]) -> Case:
+    step = max(len(true) // SAMPLED, 1)
+    return Case(
+        SUITE, f"Decode, 1280x720 H.264, {min(SAMPLED, len(true))} of {len(true)} frames, one core",
+        {
+            "every frame, then choose": lambda: [f for f in read_frames(path, threads=1) if f.number % step == 0],
+            "read_frames(count)": lambda: list(read_frames(path, SAMPLED, threads=1)),
+        },
+        "read_frames(count)", "every frame, then choose", min(SAMPLED, len(true)),
+    )  # fmt: skip
+
+
+def detect_case(path: Path, true: list[Box]) -> Case:
+    frames = list(read_frames(path, SAMPLED, threads=1))
+    detector = FaceDetector()
+
+    def track() -> list[Box]:
+        tracker = FaceTracker(detector)
+        return [faces[0].box for frame in frames if (faces := tracker(frame.image))]
+
+    return Case(
+        SUITE, "Detect, 1280x720, one core",
+        {
+            "dlib HOG at full size": lambda: [detector._detect(frame.image, 0) for frame in frames],
+            "FaceDetector (640 pixels)": lambda: [detector(frame.image) for frame in frames],
+            "FaceTracker": track,
+        },
+        "FaceTracker", "dlib HOG at full size", len(frames), rounds=3,
+    )  # fmt: skip
+
+
+class _Jpegs(Dataset):
+    """What most training code does: an image file per sample through PIL."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(np.array(Image.open(self.paths[index]).convert("RGB")))
+
+
+def stored(root: Path, count: int) -> tuple[np.ndarray, Shards, Path]:
+    """The same 256x256 pictures as one memory map, as shards of 256, and as JPEGs of quality 95."""
+    rng = np.random.default_rng(0)
+    face = cv2.resize(rng.integers(0, 255, (32, 32, 3), np.uint8), (256, 256), interpolation=cv2.INTER_CUBIC)
+    crops = np.stack([np.roll(face, int(rng.integers(256)), 1) for _ in range(count)])
+    np.save(root / "all.npy", crops)
+    parts = []
+    for first in range(0, count, 256):
+        np.save(root / f"{first}.npy", crops[first : first + 256])
+        parts.append(np.load(root / f"{first}.npy", mmap_mode="r"))
+    for number, crop in enumerate(crops):
+        path = root / "jpeg" / "train" / ("real" if number % 2 else "Swap") / "video" / f"{number:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), crop[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+    zeros = np.zeros(count, np.int64)
+    videos = [Video("real", 0, "real", "train"), Video("fake", 1, "Swap", "train")]
+    shards = Shards(Crops(parts, 256), np.arange(count) % 2, zeros, zeros, videos, [{}, {}], False)
+    return np.load(root / "all.npy", mmap_mode="r"), shards, root / "jpeg"
+
+
+def reading_case(flat: np.ndarray, shards: Shards, jpegs: Path) -> Case:
+    """A shuffled epoch in batches of 64; the limit is a bare gather from one memory map."""
+    order = np.random.default_rng(1).permutation(len(flat))
+    batches = order.reshape(-1, BATCH)
+    pictures, buffer = open_data(jpegs, 256), np.empty((BATCH, 256, 256, 3), np.uint8)
+    dataset = _Jpegs(sorted(jpegs.rglob("*.jpg")))
+
+    def drain(loader) -> None:
+        for _ in loader:
+            pass
+
+    contenders: dict[str, Callable[[], object]] = {
+        "DataLoader + PIL, JPEG q95": lambda: drain(DataLoader(dataset, BATCH, sampler=order.tolist())),
+        "Loader, folder of JPEGs (2 threads)": lambda: drain(Loader(pictures, order, BATCH).epoch(0)),
+        "Shards.get": lambda: [shards.get(rows) for rows in batches],
+        "Loader, shards": lambda: drain(Loader(shards, order, BATCH).epoch(0)),
+        "bare numpy gather, one memory map": lambda: [flat[rows] for rows in batches],
+        "the same into one buffer": lambda: [np.take(flat, rows, 0, buffer, "clip") for rows in batches],
+    }
+    if torch.cuda.is_available():
+        contenders["Loader, shards to the GPU"] = lambda: drain(Loader(shards, order, BATCH, device="cuda").epoch(0))
+    return Case(
+        SUITE, f"Reading 256x256 crops from the page cache, batches of {BATCH}", contenders,
+        "Loader, shards", "bare numpy gather, one memory map", len(flat), bytes=2.0 * flat.nbytes,
+    )  # fmt: skip
+
+
+def augment_case(flat: np.ndarray, preset: str) -> Case:
+    crops, seeds = np.array(flat[:BATCH]), sample_seeds(0, np.arange(BATCH))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_device, tensor = DeviceAugment(PRESETS[preset]), torch.from_numpy(crops).to(device)
+    contenders: dict[str, Callable[[], object]] = {}
+    notes: tuple[str, ...] = () if device == "cuda" else ("the device pipeline is meant for a GPU: not run",)
+    if importlib.util.find_spec("albumentations"):
+        on_cpu = Augment(PRESETS[preset])
+        contenders["albumentations"] = lambda: on_cpu(crops, seeds)
+    else:
+        notes = (*notes, "albumentations is not installed: not run")
+    batched = f"device pipeline, on the {device}"
+    contenders[batched] = lambda: on_device(tensor, seeds)
+    baseline = next(iter(contenders))
+    ours = batched if device == "cuda" else baseline
+    return Case(SUITE, f"Augmentation '{preset}', 256x256, one core", contenders, ours, baseline, BATCH, notes=notes,
+                rounds=5)  # fmt: skip
+
+
+def blend_case(shards: Shards) -> Case:
+    blended = self_blended(shards)
+    rows = np.arange(BATCH) + len(blended.crops) // 2
+    return Case(SUITE, "Self-blending, 256x256, all cores", {"self_blended": lambda: blended.get(rows)}, "self_blended",
+                "self_blended", BATCH, rounds=5)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[np.ndarray, Shards, Path]]:
+    with one_core():
+        yield stored(tmp_path_factory.mktemp("stored"), CROPS)
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[Box]]]:
+    with one_core():
+        yield film(tmp_path_factory.mktemp("film"), FRAMES)
+
+
+@pytest.mark.parametrize("case", [prepare_case, decode_case, detect_case])
+def bench_video(compare, video: tuple[Path, list[Box]], case: Callable[..., Case]) -> None:
+    compare(case(*video))
+
+
+def bench_reading(compare, kept: tuple[np.ndarray, Shards, Path]) -> None:
+    compare(reading_case(*kept))
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def bench_augment(compare, kept: tuple[np.ndarray, Shards, Path], preset: str) -> None:
+    compare(augment_case(kept[0], preset))
+
+
+def bench_self_blend(compare, kept: tuple[np.ndarray, Shards, Path]) -> None:
+    compare(blend_case(kept[1]))

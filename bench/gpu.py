@@ -1,0 +1,167 @@
+"""``make gpu``: everything that needs a GPU, from a bare checkout with Python, torch and Triton, within a budget.
+
+    python -m dtn_fast.bench.gpu --stage kernels model --budget 540
+
+Each stage is a process of its own with a share of what is left of the budget; what it has measured when its time is
+up stays.  Results go to --out, with a summary of the stages, and are copied into bench/results/; tuned launch values go
+to kernels/tuned/ and are copied to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dtn_fast.bench import results, roofline
+from dtn_fast.bench.measure import Row, seconds
+from dtn_fast.config import DTNConfig
+
+SHARES = {
+    "environment": 0.05,
+    "tests": 0.3,
+    "convolutions": 0.08,
+    "sweep": 0.30,
+    "kernels": 0.30,
+    "model": 0.35,
+    "train": 0.60,
+    "data": 1.0,
+}
+"""Stages in their order, and the share of the time left that each may take.  Tuning comes before what it speeds up."""
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+"""The file by name: collecting the others needs packages that a GPU machine may lack."""
+
+
+def commands(stage: str, seconds: float, out: Path, quick: bool) -> list[list[str]]:
+    """The processes of a stage, in their order."""
+    this = [sys.executable, "-m", "dtn_fast.bench.gpu"]
+    if stage == "environment":
+        return [[*this, "--only-environment"]]
+    if stage == "convolutions":
+        return [[*this, "--only-convolutions", "--out", str(out), *(["--dry-run"] if quick else [])]]
+    if stage == "tests":
+        checker = shutil.which("compute-sanitizer")
+        sanitized = [[checker, "--error-exitcode", "9", *this, "--only-small-shapes"]] if checker else []
+        return [PYTEST, *sanitized]
+    if stage == "sweep":
+        return [[sys.executable, "-m", "dtn_fast.kernels.tuned", "--budget", str(max(int(seconds) - 20, 5))]]
+    small = ["--quick"] if quick else []
+    return [[sys.executable, "-m", "dtn_fast.bench.run", stage, "--budget", str(max(int(seconds) - 20, 5)), "--out",
+             str(out), *small]]  # fmt: skip
+
+
+def run(stages: list[str], budget: float, out: Path, quick: bool) -> list[dict[str, object]]:
+    """Runs the stages, writing ``out``/gpu-run.json after each; returns what it says."""
+    deadline = time.monotonic() + budget
+    out.mkdir(parents=True, exist_ok=True)
+    summary: list[dict[str, object]] = []
+    for stage in stages:
+        left = deadline - time.monotonic()
+        share = left * (SHARES[stage] if len(stages) > 1 else 1.0)
+        state = "not run: the budget is spent" if share < 5 else "done"
+        start = time.monotonic()
+        print(f"\n== {stage}, at most {share:.0f} s", flush=True)
+        if share >= 5 and quick and stage in ("tests", "sweep"):
+            state = "not run: needs a GPU"
+        elif share >= 5:
+            for command in commands(stage, share, out, quick):
+                try:
+                    code = subprocess.run(command, timeout=max(start + share - time.monotonic(), 1)).returncode
+                    state = state if code == 0 else f"failed with {code}: {' '.join(command[1:])}"
+                except subprocess.TimeoutExpired:
+                    state = "cut off by the budget; what it had is kept"
+        print(f"== {stage}: {state}", flush=True)
+        summary.append({"stage": stage, "state": state, "seconds": round(time.monotonic() - start, 1)})
+        results.write_json(out / "gpu-run.json", {"environment": results.environment(), "stages": summary})
+        if not quick:
+            _copy(out)
+    return summary
+
+
+def _copy(out: Path) -> None:
+    """This GPU's results into the checkout, its launch values out of it."""
+    from dtn_fast.kernels import tuned
+
+    env = results.environment()
+    measured = out / results.file_name(env)
+    if measured.is_file() and out.resolve() != results.FOLDER.resolve():
+        shutil.copy(measured, results.FOLDER / measured.name)
+    values = tuned.FOLDER / f"{tuned.slug(str(env['gpu']))}.json"
+    if values.is_file():
+        shutil.copy(values, out / f"tuned-{values.name}")
+
+
+def convolutions(out: Path, quick: bool) -> None:
+    """The 17 convolutions, forward, dgrad and wgrad, beside their floors; stored as the suite ``convolutions``."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.backends.cudnn.benchmark = True
+    machine = roofline.measure_machine(device, dtype, quick)
+    config, batch = DTNConfig.preset("tiny" if quick else "paper"), 1 if quick else 256
+    measured = roofline.measure_convolutions(config, batch, machine, device, dtype)
+    print(machine.ceilings())
+    rows = []
+    for conv in measured:
+        for direction, taken in conv.directions():
+            print(f"{conv.name:24s} {direction:8s} {seconds(taken):>9s}  {conv.floor / taken:4.0%} of the floor")
+            case = f"The backbone's convolutions alone, batch {batch}, {machine.dtype}, channels_last: best of several"
+            name = f"{conv.name} {direction}"
+            rows.append(Row("convolutions", case, name, taken, taken, taken, 1.0, share=conv.floor / taken))
+    results.store(out, "convolutions", rows, machine, results.environment(), {})
+
+
+def small_shapes() -> None:
+    """Each kernel once on small and odd shapes: what compute-sanitizer watches."""
+    from dtn_fast.kernels import ops
+
+    for n in (1, 49, 64, 197):
+        qkv = torch.randn(2, n, 3, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        scale = torch.randn(2, device="cuda", requires_grad=True)
+        ops.mas_attention_packed(qkv, scale, path="triton").float().sum().backward()
+    shapes = ((2, 32, 64), (2, 32), (2, 32), (2,), (2,))
+    leaves = [torch.randn(2, 64, 5, 3, device="cuda", dtype=torch.bfloat16, requires_grad=True)]
+    leaves += [torch.randn(s, device="cuda", requires_grad=True) for s in shapes]
+    ops.moe_gate(*leaves, noise_std=0.1, seed=1, path="triton").float().sum().backward()
+    torch.cuda.synchronize()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="make gpu", description="Test, tune and measure on the GPU at hand, within a budget.",
+        epilog="Example: make gpu STAGE=\"kernels model\" BUDGET=300",
+    )  # fmt: skip
+    parser.add_argument("--stage", nargs="+", choices=list(SHARES), default=list(SHARES), help="default: all, in order")
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds for everything")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for the JSON files")
+    parser.add_argument("--dry-run", action="store_true", help="small shapes on this CPU: to see that the stages work")
+    parser.add_argument("--only-environment", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only-convolutions", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only-small-shapes", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available() and not options.dry_run and not options.only_environment:
+        print("make gpu: torch sees no GPU on this machine; nothing was run", file=sys.stderr)
+        return 2
+    if options.only_environment:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        print(json.dumps(results.environment(), indent=1))
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        print(roofline.measure_machine(device, dtype, device.type == "cpu").ceilings())
+    elif options.only_convolutions:
+        convolutions(options.out, options.dry_run)
+    elif options.only_small_shapes:
+        small_shapes()
+    else:
+        summary = run([s for s in SHARES if s in options.stage], options.budget, options.out, options.dry_run)
+        print(f"\nresults in {options.out}:", *sorted(p.name for p in options.out.glob("*.json")))
+        return int(any(str(row["state"]).startswith("failed") for row in summary))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

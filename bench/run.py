@@ -1,0 +1,111 @@
+"""``dtn-fast bench``: suites measured into bench/results, tables made of them, two files compared.
+
+Also ``python -m dtn_fast.bench.run``, which needs no more than torch and numpy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+from pathlib import Path
+
+import torch
+
+from dtn_fast.bench import results, roofline
+from dtn_fast.bench.measure import Row, lines, measure, seconds
+from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.train.recipe import choose_precision
+
+WORDS = (*results.SUITES, "roofline", "structure", "tables", "compare")
+
+
+def run_suite(name: str, folder: Path, machine: roofline.Machine, quick: bool, budget: float) -> Path | None:
+    """Measures a suite case by case, storing after each, until ``budget`` seconds are spent."""
+    module = importlib.import_module(f"dtn_fast.bench.bench_{name}")
+    env, deadline = results.environment(), time.monotonic() + budget
+    rows: list[Row] = []
+    notes: dict[str, list[str]] = {}
+    path = None
+    for case in module.cases(machine, quick):
+        measured = measure(case, 2 if quick else None)
+        rows += measured
+        notes[case.title] = list(case.notes)
+        print(f"\n{case.title}", *lines(measured), *case.notes, sep="\n  ", flush=True)
+        path = results.store(folder, name, rows, machine, env, notes)
+        if time.monotonic() > deadline:
+            print(f"{name}: the budget of {budget:.0f} s is spent; the other cases are not run")
+            break
+    return path
+
+
+def structure(folder: Path) -> int:
+    """Compiles every shipped kernel for every architecture and stores the report; returns the number of problems."""
+    import triton
+
+    from dtn_fast.kernels import aot
+
+    rows = aot.check_all(sorted(aot.SHARED_LIMIT))
+    table = [{**row._asdict(), "occupancy": round(row.occupancy(), 3)} for row in rows]
+    results.write_json(folder / results.STRUCTURE, {"triton": triton.__version__, "rows": table})
+    problems = [f"sm_{row.arch} {row.kernel} {row.shape}: {p}" for row in rows for p in row.problems()]
+    print(f"{len(rows)} configurations, {len(problems)} problems", *problems, sep="\n")
+    return len(problems)
+
+
+def compare(before: Path, after: Path) -> None:
+    """Prints what moved beyond the spread."""
+    changes = results.moved(before, after)
+    for a, b in changes:
+        change = f"{seconds(a.median)} -> {seconds(b.median)}"
+        print(f"{a.median / b.median:6.2f}x  {a.suite}: {a.case}: {a.contender}  {change}")
+    print(f"{len(changes)} figures moved beyond their quartiles; above 1 is faster in {after}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="dtn-fast bench",
+        description="Measure this machine into bench/results, or work with what is there.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Example: dtn-fast bench model train --budget 300\n"
+        "Others:  dtn-fast bench roofline --batch 256\n"
+        "         dtn-fast bench compare before.json after.json",
+    )
+    parser.add_argument("what", nargs="*", help=f"{', '.join(WORDS)}; default: {' '.join(results.SUITES)}")
+    parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the results (bench/results)")
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds for all suites together")
+    parser.add_argument("--quick", action="store_true", help="few small cases: to see that everything works")
+    options, rest = parser.parse_known_args(arguments)
+    what = options.what or list(results.SUITES)
+    if what[0] == "roofline":
+        return roofline.main([*what[1:], *rest])
+    if rest:
+        parser.error(f"unknown option {rest[0]}")
+    if what[0] == "compare":
+        if len(what) != 3:
+            raise UsageError("compare takes two results files: dtn-fast bench compare before.json after.json")
+        compare(Path(what[1]), Path(what[2]))
+        return 0
+    if unknown := [word for word in what if word not in WORDS]:
+        raise UsageError(f"unknown suite {unknown[0]!r}; known are {', '.join(WORDS)}")
+    deadline = time.monotonic() + options.budget
+    bad = structure(options.out) if "structure" in what else 0
+    suites = [name for name in results.SUITES if name in what]
+    if suites:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.backends.cudnn.benchmark = True
+        machine = roofline.measure_machine(device, choose_precision("auto", device), options.quick)
+        print(machine.ceilings())
+        for place, name in enumerate(suites):
+            left = max(deadline - time.monotonic(), 1.0) / (len(suites) - place)
+            run_suite(name, options.out, machine, options.quick, left)
+    if "tables" in what:
+        results.write_tables(folder=options.out)
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(main())
+    except DtnError as error:
+        raise SystemExit(f"dtn-fast bench: error: {error}") from None

@@ -1,0 +1,106 @@
+"""A row of a manifest to its frames: a video file, a folder of pictures or an LMDB, perturbed where the row asks."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtn_fast.data.corrupt import corrupt_all, corrupt_video
+from dtn_fast.data.manifest import Video
+from dtn_fast.data.shards import load_array
+from dtn_fast.data.video import Frame, decode_image, read_frames, read_image
+from dtn_fast.errors import MediaError, UsageError
+
+
+def video_frames(root: Path, video: Video, count: int, lmdb: Path | None = None, threads: int = 1) -> Iterator[Frame]:
+    """``count`` frames (or as many as there are) of a manifest's row, spread evenly, upright RGB.
+
+    Raises MediaError when the video, or one of its pictures, cannot be read.
+    """
+    if not video.corruptions:
+        yield from _plain(root, video, count, lmdb, threads)
+        return
+    seed, steps = zlib.crc32(Path(video.path).name.encode()), list(video.corruptions)
+    with tempfile.TemporaryDirectory(prefix="dtn-fast-") as folder:
+        source = root / video.path
+        compressed = next((i for i, (name, _) in enumerate(steps) if name == "video"), None)
+        if compressed is not None:
+            source, out = Path(folder) / "compressed.mp4", source
+            for _ in corrupt_video(out, source, steps[: compressed + 1], seed, threads):
+                pass
+            steps = steps[compressed + 1 :]
+        for frame in read_frames(source, count, threads):
+            yield frame._replace(image=corrupt_all(frame.image, steps, (seed, frame.number)))
+
+
+def _plain(root: Path, video: Video, count: int, lmdb: Path | None, threads: int) -> Iterator[Frame]:
+    if not video.frames:
+        yield from read_frames(root / video.path, count, threads)
+        return
+    total = len(video.frames)
+    for place in np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist():
+        name = video.frames[place]
+        stem = Path(name).stem
+        number = int(stem) if stem.isdecimal() else place
+        yield Frame(number, 0.0, open_lmdb(lmdb).image(name) if lmdb else read_image(root / name))
+
+
+def landmarks(root: Path, frame: str) -> NDArray[np.float32] | None:
+    """The landmarks [K, 2] (x, y) of a DeepfakeBench picture, from the .npy beside it; None when there are none."""
+    path = (root / frame.replace("/frames/", "/landmarks/", 1)).with_suffix(".npy")
+    if "/frames/" not in frame or not path.is_file():
+        return None
+    try:
+        points = load_array(path)
+    except (OSError, ValueError) as error:
+        raise MediaError(f"{path}: cannot read these landmarks ({error})") from error
+    if not isinstance(points, np.ndarray) or points.dtype.kind not in "fiu":
+        raise MediaError(f"{path}: not an array of numbers")
+    if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
+        raise MediaError(f"{path}: landmarks are {points.shape}; [K, 2] finite numbers were expected")
+    return points.astype(np.float32)
+
+
+class Lmdb:
+    """Pictures by their relative path, as DeepfakeBench stores them; opened read-only."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import lmdb
+        except ImportError as error:
+            raise UsageError("lmdb is not installed; run: pip install lmdb") from error
+        self.path = path
+        try:
+            self._open = lmdb.open(str(path), readonly=True, lock=False, subdir=path.is_dir())
+        except lmdb.Error as error:
+            raise UsageError(f"{path}: cannot open this LMDB ({error})") from error
+
+    def _find(self, transaction, name: str) -> bytes | None:
+        for key in (name, name.replace("/", "\\"), f"./{name}"):
+            cursor = transaction.cursor()
+            if cursor.set_key(key.encode()):
+                return cursor.value()
+        return None
+
+    def __contains__(self, name: str) -> bool:
+        with self._open.begin(buffers=True) as transaction:
+            return self._find(transaction, name) is not None
+
+    def image(self, name: str) -> NDArray[np.uint8]:
+        with self._open.begin() as transaction:
+            data = self._find(transaction, name)
+        if data is None:
+            raise MediaError(f"{self.path}: holds no {name}")
+        return decode_image(data, f"{self.path}:{name}")
+
+
+@functools.cache
+def open_lmdb(path: Path) -> Lmdb:
+    """One handle per file and process: LMDB forbids a second."""
+    return Lmdb(path)

@@ -1,0 +1,194 @@
+"""Crops to training batches: shuffled, balanced, prefetched, the same for the same (seed, epoch) on any machine."""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dtn_fast.data.randomness import sample_seeds
+from dtn_fast.data.shards import Shards
+from dtn_fast.errors import UsageError
+
+Transform = Callable[[NDArray[np.uint8], NDArray[np.uint64]], NDArray[np.uint8]]
+"""Crops [n, S, S, 3] and a seed for each to augmented crops: what runs on the CPU, in the loader's thread."""
+
+
+class Batch(NamedTuple):
+    crops: Tensor
+    """[n, S, S, 3] uint8 RGB on the loader's device."""
+    labels: Tensor
+    """[n] int64 on the loader's device."""
+    rows: NDArray[np.int64]
+    """[n] crop numbers, to name a batch by."""
+    seeds: NDArray[np.uint64]
+    """[n] a seed per sample from (seed, epoch, place in the epoch): for augmentation on the device."""
+
+
+def epoch_order(labels: NDArray[np.int64], rows: NDArray[np.int64], real_repeat: int, seed: int) -> NDArray[np.int64]:
+    """The rows of one epoch in random order, each real ``real_repeat`` times (0: as often as balances the classes)."""
+    fake = labels[rows] == 1
+    repeat = real_repeat or max(1, round(int(fake.sum()) / max(int((~fake).sum()), 1)))
+    return np.random.default_rng(seed).permutation(np.concatenate([rows[fake], np.tile(rows[~fake], repeat)]))
+
+
+class Loader:
+    """Batches of a split for one rank of ``world``.
+
+    Epoch e's order comes from (seed, e) alone; the global batch is ``batch_size * world`` consecutive places of it, of
+    which a rank takes every ``world``-th, so ranks never share a sample and together see what one process would.
+    ``resident`` keeps the rows' crops in the device's memory.  ``transform`` runs in the loader's thread.  ``prefetch``
+    batches wait ready; on a GPU they are copied from pinned memory on a stream of their own.  Raises UsageError when
+    ``rows`` are fewer than ``world``, or do not fit the device.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        rows: NDArray[np.int64],
+        batch_size: int,
+        seed: tuple[int, ...] = (0,),
+        real_repeat: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        device: str | torch.device = "cpu",
+        resident: bool = False,
+        transform: Transform | None = None,
+        prefetch: int = 2,
+    ) -> None:
+        if len(rows) < world:
+            raise UsageError(f"{len(rows)} crops cannot be shared by {world} processes; prepare more, or use fewer")
+        self.shards, self.rows, self.batch_size, self.seed, self.repeat = shards, rows, batch_size, seed, real_repeat
+        self.rank, self.world, self.device = rank, world, torch.device(device)
+        self.transform, self.prefetch = transform, max(prefetch, 1)
+        self.waited = 0.0
+        """Seconds that the consumer has waited for data so far."""
+        self._labels = shards.labels
+        self._total = len(epoch_order(self._labels, rows, real_repeat, 0))
+        self._resident = self._upload() if resident else None
+
+    def __len__(self) -> int:
+        """Batches in an epoch; the places that don't fill a global batch are left out, another each epoch."""
+        return max(self._total // (self.batch_size * self.world), 1)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from number ``start`` on: resuming in the middle is asking for the rest."""
+        order_seed, sample_seed = (
+            int(s) for s in np.random.SeedSequence((*self.seed, epoch)).generate_state(2, np.uint64)
+        )
+        order = epoch_order(self._labels, self.rows, self.repeat, order_seed)
+        plan = []
+        for step in range(start, len(self)):
+            places = np.arange(step * self.batch_size * self.world, (step + 1) * self.batch_size * self.world)
+            places = places[places < len(order)][self.rank :: self.world]
+            plan.append((order[places], sample_seeds(sample_seed, places)))
+        if self._resident is not None and self.transform is None:
+            for rows, seeds in plan:
+                crops = self._resident.index_select(0, self._place_of(rows))
+                yield Batch(crops, torch.from_numpy(self._labels[rows]).to(self.device), rows, seeds)
+        else:
+            yield from self._prefetched(plan, epoch)
+
+    def _read(self, rows: NDArray[np.int64], seeds: NDArray[np.uint64], epoch: int, out: NDArray[np.uint8]) -> None:
+        self.shards.crops.fill(rows, out, epoch)
+        if self.transform is not None:
+            out[...] = self.transform(out, seeds)
+
+    def _prefetched(self, plan: list[tuple[NDArray[np.int64], NDArray[np.uint64]]], epoch: int) -> Iterator[Batch]:
+        ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException] = queue.Queue(self.prefetch)
+        stop = threading.Event()
+        thread = threading.Thread(target=self._produce, args=(plan, epoch, ready, stop), daemon=True)
+        thread.start()
+        try:
+            for _ in plan:
+                asked = time.perf_counter()
+                item = ready.get()
+                self.waited += time.perf_counter() - asked
+                if isinstance(item, BaseException):
+                    raise item
+                batch, event = item
+                if event is not None:
+                    torch.cuda.current_stream(self.device).wait_event(event)
+                    for tensor in batch[:2]:
+                        tensor.record_stream(torch.cuda.current_stream(self.device))
+                yield batch
+        finally:
+            stop.set()
+            thread.join()
+
+    def _produce(self, plan, epoch: int, ready: queue.Queue, stop: threading.Event) -> None:
+        cuda = self.device.type == "cuda"
+        shape = (self.batch_size, self.shards.size, self.shards.size, 3)
+        stream = torch.cuda.Stream(self.device) if cuda else None
+        pinned = [torch.empty(shape, dtype=torch.uint8, pin_memory=True) for _ in range(2)] if cuda else []
+        memory = _Memory(shape, self.prefetch + 2)
+        copied: list[torch.cuda.Event | None] = [None, None]
+        try:
+            for step, (rows, seeds) in enumerate(plan):
+                turn = step % 2
+                if (before := copied[turn]) is not None:
+                    before.synchronize()  # the copy out of this buffer, two batches ago
+                crops = pinned[turn][: len(rows)] if cuda else torch.from_numpy(memory.get()[: len(rows)])
+                self._read(rows, seeds, epoch, crops.numpy())
+                labels, event = torch.from_numpy(self._labels[rows]), None
+                if stream is not None:
+                    with torch.cuda.stream(stream):
+                        crops = crops.to(self.device, non_blocking=True)
+                        labels = labels.to(self.device, non_blocking=True)
+                        event = copied[turn] = stream.record_event()
+                _put(ready, (Batch(crops, labels, rows, seeds), event), stop)
+                if stop.is_set():
+                    return
+        except BaseException as error:  # an unreadable picture, a vanished file: the consumer raises it
+            _put(ready, error, stop)
+
+    def _upload(self) -> Tensor:
+        """All crops of the rows on the device, in chunks."""
+        size = len(self.rows) * self.shards.size**2 * 3
+        if self.device.type == "cuda" and size > 0.8 * torch.cuda.mem_get_info(self.device)[0]:
+            raise UsageError(
+                f"{size / 1e9:.1f} GB of crops do not fit {self.device}'s free memory; leave --resident out"
+            )
+        self._sorted = np.unique(self.rows)
+        store = torch.empty((len(self._sorted), *(self.shards.size,) * 2, 3), dtype=torch.uint8, device=self.device)
+        for first in range(0, len(self._sorted), 256):
+            part = self._sorted[first : first + 256]
+            store[first : first + len(part)] = torch.from_numpy(self.shards.get(part)).to(self.device)
+        return store
+
+    def _place_of(self, rows: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(np.searchsorted(self._sorted, rows)).to(self.device)
+
+
+class _Memory:
+    """Arrays that are handed out again once nobody holds them: fresh ones cost more in page faults than the copy."""
+
+    def __init__(self, shape: tuple[int, ...], keep: int) -> None:
+        self._shape, self._keep, self._arrays = shape, keep, list[NDArray[np.uint8]]()
+
+    def get(self) -> NDArray[np.uint8]:
+        for array in self._arrays:
+            if sys.getrefcount(array) == 3:  # the list, the loop's name and the call itself
+                return array
+        array = np.empty(self._shape, np.uint8)
+        if len(self._arrays) < self._keep:
+            self._arrays.append(array)
+        return array
+
+
+def _put(ready: queue.Queue, item: object, stop: threading.Event) -> None:
+    """Waits for room unless nobody reads any more."""
+    while not stop.is_set():
+        try:
+            ready.put(item, timeout=0.1)
+            return
+        except queue.Full:
+            continue

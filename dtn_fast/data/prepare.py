@@ -1,0 +1,373 @@
+"""Videos to face crops on disk: parallel, resumable after any interruption, divisible over machines."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import secrets
+import threading
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from dtn_fast.data.faces import MARGIN, Box, FaceDetector, FaceTracker, Tracked, crop_face, resize_square
+from dtn_fast.data.frames import landmarks, video_frames
+from dtn_fast.data.manifest import Manifest, Video
+from dtn_fast.data.shards import INDEX, PARTS, VERSION, load_array, open_part
+from dtn_fast.errors import DtnError, MediaError, UsageError
+
+JOB = "job.json"
+PART_CROPS = 256
+"""Crops that a part is meant to hold: what an interruption can cost each worker."""
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """How faces are found and cropped."""
+
+    frames: int = 8
+    """Frames per video, spread evenly."""
+    margin: float = MARGIN
+    """Side of the crop over the longest side of the face."""
+    faces: Literal["largest", "all"] = "largest"
+    """Which faces of a frame."""
+    reuse_boxes: bool = False
+    """Crop a fake where the face of its real is, when both have the same frames: no detection, aligned pairs."""
+    every: int = 8
+    """The whole frame is searched once in so many; between, only where the faces were.  1: always."""
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or self.every < 1 or not self.margin > 0:
+            raise UsageError("--frames and --every must be at least 1, --margin above 0")
+
+
+class Progress(NamedTuple):
+    done: int
+    """Videos of this shard that are done."""
+    total: int
+    faces: int
+
+
+class Job(NamedTuple):
+    """All that a worker needs besides the number of the part."""
+
+    manifest: Manifest
+    out: Path
+    size: int
+    config: PrepareConfig
+    parts: list[list[int]]
+
+
+def prepare(
+    manifest: Manifest,
+    out: Path,
+    size: int,
+    config: PrepareConfig = PrepareConfig(),
+    workers: int = 2,
+    shard: tuple[int, int] = (1, 1),
+    verify: bool = False,
+) -> Iterator[Progress]:
+    """Crops the faces of every video of ``manifest`` to ``size`` pixels into ``out``, yielding progress.
+
+    The work is cut into parts, each a real with the fakes made from it or several such; a part appears whole or not
+    at all, so a run that was killed goes on where it was.  ``shard`` (i, n) does every n-th part: n jobs on n
+    machines fill one folder, and whichever ends last writes the index.  ``verify`` compares the checksums of the parts
+    that are there and makes damaged ones again.  Videos without a face or that cannot be read are kept in the index
+    with the reason.  Raises UsageError when ``out`` holds other work or no face is found anywhere, DtnError when the
+    disk is full or a worker dies; what is done stays.
+    """
+    number, shards = shard
+    if not 1 <= number <= shards:
+        raise UsageError(f"--shard {number}/{shards}: the first number runs from 1 to the second")
+    if workers < 1:
+        raise UsageError(f"--workers {workers}: at least 1")
+    job = Job(manifest, out, size, config, _parts(manifest, config))
+    try:
+        (out / PARTS).mkdir(parents=True, exist_ok=True)
+        _claim(job)
+        mine = [k for k in range(len(job.parts)) if k % shards == number - 1]
+        total = sum(len(job.parts[k]) for k in mine)
+        states = {k: state for k in mine if (state := _state(out, k, size, verify)) is not None}
+        done, faces = sum(len(job.parts[k]) for k in states), sum(state["rows"] for state in states.values())
+        yield Progress(done, total, faces)
+        missing = [k for k in mine if k not in states]
+        context = multiprocessing.get_context("spawn")
+        size_of_pool = min(workers, max(len(missing), 1))
+        with ProcessPoolExecutor(size_of_pool, mp_context=context, initializer=_begin, initargs=(job,)) as pool:
+            running = {pool.submit(_make_part, k): k for k in missing}
+            try:
+                for future in as_completed(running):
+                    faces += future.result()
+                    done += len(job.parts[running[future]])
+                    yield Progress(done, total, faces)
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        _write_index(job)
+    except BrokenProcessPool as error:
+        raise DtnError(f"{out}: a worker was killed (out of memory?); what is done is kept: run the same command "
+                       "again, with fewer --workers") from error  # fmt: skip
+    except OSError as error:
+        remedy = "free some space" if error.errno == errno.ENOSPC else "mend the cause"
+        raise DtnError(f"{out}: {error.strerror or error}; what is done is kept: {remedy} and run the same command "
+                       "again") from error  # fmt: skip
+
+
+def finished(out: Path) -> bool:
+    """Whether every part of ``out`` is done and indexed."""
+    return (out / INDEX).is_file()
+
+
+def _parts(manifest: Manifest, config: PrepareConfig) -> list[list[int]]:
+    """Videos by number, cut into parts: a real and the fakes made from it stay together, the real first."""
+    groups: dict[tuple[str, tuple[tuple[str, int], ...]], list[int]] = {}
+    for number, video in enumerate(manifest.videos):
+        groups.setdefault((video.target or video.path, video.corruptions), []).append(number)
+    parts: list[list[int]] = []
+    for group in groups.values():
+        group.sort(key=lambda number: manifest.videos[number].label)
+        if not parts or len(parts[-1]) * config.frames >= PART_CROPS:
+            parts.append([])
+        parts[-1] += group
+    return parts
+
+
+def _claim(job: Job) -> None:
+    """Writes down what is being made here.  Raises UsageError when that is something else."""
+    rows = json.dumps([_portable(video)._asdict() for video in job.manifest.videos]).encode()
+    asked = {"version": VERSION, "size": job.size, **asdict(job.config), "dataset": job.manifest.dataset,
+             "videos": len(job.manifest.videos), "manifest": hashlib.sha256(rows).hexdigest()}  # fmt: skip
+    path = job.out / JOB
+    if path.is_file():
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(there, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            raise UsageError(f"{path}: damaged ({error}); delete {job.out} and prepare again") from error
+        if there != asked:
+            other = ", ".join(f"{k} {there.get(k)} (asked: {asked[k]})" for k in asked if there.get(k) != asked[k])
+            raise UsageError(f"{job.out}: holds crops made otherwise: {other}; choose another --out or delete it")
+    _write_file(path, json.dumps(asked, indent=1).encode())
+
+
+def _portable(video: Video) -> Video:
+    """Without the folders of a borrowed video, which may be mounted elsewhere on the next machine."""
+    return video._replace(path=Path(video.path).name) if Path(video.path).is_absolute() else video
+
+
+def _state(out: Path, part: int, size: int, verify: bool) -> dict[str, Any] | None:
+    """What a finished part's file says; None when the part must be made."""
+    try:
+        state = json.loads((out / PARTS / f"{_name(part)}.json").read_text(encoding="utf-8"))
+        if state.pop("check") != _check(state):
+            return None
+        open_part(out, _name(part), size, state["rows"], state["crc32"] if verify else None)
+        if state["landmarks"]:
+            points = load_array(out / PARTS / f"{_name(part)}.landmarks.npy")
+            if points.shape != (state["rows"], state["landmarks"], 2):
+                return None
+            if verify and zlib.crc32(points.tobytes()) != state["landmarks_crc32"]:
+                return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return state
+
+
+def _check(state: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(state).encode())
+
+
+def _name(part: int) -> str:
+    return f"{part:06d}"
+
+
+class Cropped(NamedTuple):
+    """One video's crops."""
+
+    crops: list[NDArray[np.uint8]]
+    rows: list[tuple[int, int, Box]]
+    """(frame, person, box) of each crop."""
+    points: list[NDArray[np.float32] | None]
+    state: dict[str, Any]
+
+
+_current: Job
+"""A worker's job, sent once and not with every part."""
+
+
+def _begin(job: Job) -> None:
+    global _current
+    _current = job
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    cv2.setNumThreads(1)  # the pool already uses every core
+
+
+def _end_with(parent: Any) -> None:
+    """Ends this worker when its parent was killed: nobody would send it work, or an end, any more."""
+    parent.join()
+    os._exit(1)
+
+
+def _make_part(part: int) -> int:
+    """Crops the videos of a part and writes its files, the one with the status last; returns the number of crops."""
+    job = _current
+    done: list[Cropped] = []
+    reals: dict[str, Boxes] = {}
+    for number in job.parts[part]:
+        done.append(_crop_video(job, job.manifest.videos[number], reals))
+    crops = [crop for video in done for crop in video.crops]
+    points = [point for video in done for point in video.points]
+    array = np.array(crops, np.uint8).reshape(-1, job.size, job.size, 3)
+    state: dict[str, Any] = {"rows": len(array), "crc32": zlib.crc32(array.data.cast("B")) if len(array) else 0}
+    counts = [len(video.crops) for video in done]
+    state["video"] = np.repeat(job.parts[part], counts).tolist()
+    rows = [row for video in done for row in video.rows]
+    state["frame"], state["person"] = [row[0] for row in rows], [row[1] for row in rows]
+    state["box"] = [list(row[2]) for row in rows]
+    state["status"] = [video.state for video in done]
+    state["landmarks"] = max((len(point) for point in points if point is not None), default=0)
+    folder = job.out / PARTS
+    if len(array):
+        _write_file(folder / f"{_name(part)}.npy", _npy(array))
+    if state["landmarks"]:
+        known = np.full((len(points), state["landmarks"], 2), np.nan, np.float32)
+        for place, point in enumerate(points):
+            if point is not None:
+                known[place, : len(point)] = point
+        state["landmarks_crc32"] = zlib.crc32(known.tobytes())
+        _write_file(folder / f"{_name(part)}.landmarks.npy", _npy(known))
+    _write_file(folder / f"{_name(part)}.json", json.dumps({**state, "check": _check(state)}).encode())
+    return len(array)
+
+
+Boxes = dict[int, tuple[tuple[int, ...], list[Tracked]]]
+"""Frame number -> (shape of the frame, the faces there)."""
+
+
+def _crop_video(job: Job, video: Video, reals: dict[str, Boxes]) -> Cropped:
+    config, manifest = job.config, job.manifest
+    state: dict[str, Any] = {
+        "asked": config.frames, "frames": 0, "faces": 0, "boxes": "own", "error": None, "reason": None
+    }  # fmt: skip
+    crops, points = [], []
+    rows: list[tuple[int, int, Box]] = []
+    known = reals.get(video.target) if config.reuse_boxes and video.label else None
+    found: Boxes = {}
+    tracker = None if manifest.crops else FaceTracker(_detector(), config.every)
+    names = {int(Path(name).stem): name for name in video.frames if Path(name).stem.isdecimal()}
+    try:
+        for frame in video_frames(manifest.root, video, config.frames, manifest.lmdb):
+            state["frames"] += 1
+            shape = frame.image.shape
+            if tracker is None:
+                faces, state["boxes"] = [Tracked(0, Box(0, 0, shape[1], shape[0]))], "whole"
+            elif known is not None and frame.number in known and known[frame.number][0] == shape:
+                faces = known[frame.number][1]
+                state["boxes"] = "real" if state["boxes"] == "real" or not rows else "mixed"
+            else:
+                known, faces = None, tracker(frame.image)  # from here on its own: the videos differ
+                state["boxes"] = "mixed" if state["boxes"] == "real" else state["boxes"]
+                found[frame.number] = (shape, faces)
+            for face in faces if config.faces == "all" else faces[:1]:
+                if tracker is None:
+                    points.append(_points(job, names.get(frame.number), shape))
+                    crops.append(resize_square(frame.image, job.size))
+                else:
+                    crops.append(crop_face(frame.image, face.box, job.size, config.margin))
+                    points.append(None)
+                rows.append((frame.number, face.person, face.box))
+    except MediaError as error:
+        state["error"] = str(error)
+    state["faces"] = len(crops)
+    if not crops and not state["error"]:
+        state["reason"] = f"no face in {state['frames']} frames"
+    if not video.label:
+        reals[video.path] = found
+    return Cropped(crops, rows, points, state)
+
+
+def _points(job: Job, name: str | None, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
+    if name is None or job.manifest.lmdb:
+        return None
+    points = landmarks(job.manifest.root, name)
+    return None if points is None else points * np.array([job.size / shape[1], job.size / shape[0]], np.float32)
+
+
+@functools.cache
+def _detector() -> FaceDetector:
+    return FaceDetector()
+
+
+def _write_index(job: Job) -> None:
+    """Joins the parts' status files into the index, when every part of every shard is there."""
+    states = []
+    for part in range(len(job.parts)):
+        state = _state(job.out, part, job.size, verify=False)
+        if state is None:
+            return  # another shard is still at work
+        states.append(state)
+    joined = {name: [v for state in states for v in state[name]] for name in ("video", "frame", "person", "box")}
+    if not joined["video"]:
+        raise UsageError(f"{job.manifest.root}: no face was found in any of the {len(job.manifest.videos)} videos")
+    status: list[dict[str, Any]] = [{}] * len(job.manifest.videos)
+    for numbers, state in zip(job.parts, states, strict=True):
+        for number, video in zip(numbers, state["status"], strict=True):
+            status[number] = video
+    index = {
+        "version": VERSION,
+        "size": job.size,
+        "synthetic": job.manifest.synthetic,
+        "dataset": job.manifest.dataset,
+        **asdict(job.config),
+        "landmarks": len(marks := {state["landmarks"] for state in states if state["rows"]}) == 1 and 0 not in marks,
+        "notes": job.manifest.notes,
+        "parts": [
+            {"name": _name(k), "rows": state["rows"], "crc32": state["crc32"]}
+            for k, state in enumerate(states)
+            if state["rows"]
+        ],
+        "videos": [video._asdict() for video in job.manifest.videos],
+        "status": status,
+        **joined,
+    }
+    _write_file(job.out / INDEX, json.dumps(index).encode())
+    for partial in [*job.out.glob(".*.partial"), *(job.out / PARTS).glob(".*.partial")]:  # of those that were killed
+        partial.unlink(missing_ok=True)
+
+
+def _npy(array: NDArray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    """Whole or not at all, and on the disk when it returns; two writers of one file don't disturb each other."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            partial.replace(path)
+        except FileNotFoundError:  # swept up by another shard that has written the index
+            if not path.is_file():
+                raise
+    finally:
+        partial.unlink(missing_ok=True)
