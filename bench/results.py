@@ -18,6 +18,7 @@ import torch
 from dtn_fast.bench.measure import Row, seconds
 from dtn_fast.bench.roofline import Machine, cpu_name
 from dtn_fast.errors import UsageError
+from dtn_fast.files import write_whole
 
 FOLDER = Path(__file__).parent / "results"
 REPOSITORY = FOLDER.resolve().parent.parent
@@ -103,12 +104,9 @@ def store(
 
 def write_json(path: Path, data: Any) -> None:
     """Writes JSON, a line for each innermost object or list, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(data, default=_rounded, indent=1)
     text = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda match: re.sub(r"\s*\n\s*", " ", match[0]), text)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, text + "\n")
 
 
 def _rounded(row: Row) -> dict[str, Any]:

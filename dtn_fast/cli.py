@@ -322,7 +322,7 @@ def evaluate(
     from dtn_fast.data.blend import self_blended
     from dtn_fast.data.shards import open_data
     from dtn_fast.evaluate import evaluate as run
-    from dtn_fast.report import write_text
+    from dtn_fast.files import write_whole
     from dtn_fast.runtime import load_scorer
 
     scorer = load_scorer(model, choose_device(device))
@@ -332,8 +332,8 @@ def evaluate(
     print_table(f"{model} on {data}", header, rows)
     print(result.policy() + (f"\n{result.notice}" if result.notice else ""))
     if out is not None:
-        write_text(out.with_name(out.name + ".json"), json.dumps(result.to_json(), indent=1))
-        write_text(out.with_name(out.name + ".md"), result.markdown())
+        write_whole(out.with_name(out.name + ".json"), json.dumps(result.to_json(), indent=1))
+        write_whole(out.with_name(out.name + ".md"), result.markdown())
 
 
 def export(model: Annotated[Path, tyro.conf.Positional], out: Path) -> None:

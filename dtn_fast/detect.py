@@ -178,7 +178,7 @@ def detect(path: Path, scorer: Scorer, detector: FaceDetector, frames: int = 32,
         return result
     result.score = float(np.mean([frame.score for frame in result.frames]))
     result.verdict = "fake" if result.score >= threshold else "real"
-    if isinstance(scorer, TorchScorer):
+    if isinstance(scorer, TorchScorer) and scorer.model.cam_layer() is not None:
         heats = grad_cam(scorer.model, np.stack([p.crop for p in kept]))
         kept = [p._replace(heat=heat) for p, heat in zip(kept, heats, strict=True)]
     result.pictures = kept

@@ -9,16 +9,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dtn_fast.dtn import DTN
+from dtn_fast.pretrained import Detector, device_of
 from dtn_fast.runtime import normalise
 
 
-def grad_cam(model: DTN, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+def grad_cam(model: Detector, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Grad-CAM of the fake logit over the real one (Selvaraju et al., 2017), [B, S, S] in [0, 1].
 
-    crops: [B, S, S, 3] uint8.  The layer is the backbone's last convolution group before its pooling, 1/16 of the
-    input's resolution: the finest map that still carries the deepest features.  A crop without positive evidence
-    gives zeros.
+    crops: [B, S, S, 3] uint8.  The layer is the model's ``cam_layer``.  A crop without positive evidence gives zeros.
+    Raises ValueError when the model has no such layer.
     """
     kept: list[Tensor] = []
 
@@ -28,12 +27,14 @@ def grad_cam(model: DTN, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
         return output
 
     was_training = model.training
-    layer = model.backbone[-2]  # the ReLU before the last pool
+    layer = model.cam_layer()
+    if layer is None:
+        raise ValueError(f"{type(model).__name__}: no map to weigh, its cam_layer() is None")
     handle = layer.register_forward_hook(keep)
     model.eval()
     try:
         with torch.enable_grad():
-            logits = model(normalise(crops, model.config, model.head.weight.device))
+            logits = model(normalise(crops, model.config, device_of(model)))
             (gradient,) = torch.autograd.grad((logits[:, 1] - logits[:, 0]).sum(), kept[0])
     finally:
         handle.remove()

@@ -105,7 +105,7 @@ def fold_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
 def _fold_backbone(layers: nn.Sequential) -> nn.Sequential:
     folded: list[nn.Module] = []
     for layer in layers:
-        if isinstance(layer, nn.BatchNorm2d):
+        if isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm):
             folded[-1] = fold_conv(folded[-1], layer)  # type: ignore[arg-type]
         else:
             folded.append(copy.deepcopy(layer))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 import dtn_fast
 from dtn_fast.detect import RULE, Picture, Result
 from dtn_fast.explain import overlay
+from dtn_fast.files import write_whole
 
 DETAILS = 50
 """Inputs shown with timeline and faces; the rest have their row in the table."""
@@ -50,21 +51,13 @@ def write_report(
         threshold=threshold,
         version=dtn_fast.__version__,
     )
-    write_text(path, page)
+    write_whole(path, page)
 
 
 def write_results(path: Path, results: list[Result], notice: str, threshold: float) -> None:
     """The same results for programs."""
     data: dict[str, Any] = {"notice": notice, "rule": RULE, "threshold": threshold}
-    write_text(path, json.dumps({**data, "results": [r.to_json() for r in results]}, indent=1))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all; bytes of a file name that are no UTF-8 become question marks."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(text.encode("utf-8", "replace"))
-    partial.replace(path)
+    write_whole(path, json.dumps({**data, "results": [r.to_json() for r in results]}, indent=1))
 
 
 def _jpeg(image: NDArray[np.uint8]) -> str:

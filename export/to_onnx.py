@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from dtn_fast.config import DTNConfig
-from dtn_fast.dtn import DTN
 from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.kernels.ops import plain_torch
+from dtn_fast.pretrained import Detector
 
 OPSET = 20
 TOLERANCE = 1e-4
@@ -28,7 +27,7 @@ class Parity(NamedTuple):
     """Largest absolute logit, at least 1."""
 
 
-def export_onnx(model: DTN, path: Path, batches: tuple[int, ...] = (1, 2, 7)) -> list[Parity]:
+def export_onnx(model: Detector, path: Path, batches: tuple[int, ...] = (1, 2, 7)) -> list[Parity]:
     """Writes ``model`` (float32, eval) to ``path`` and compares it with torch at each batch size.
 
     Input ``images`` [batch, 3, S, S] normalised float32, output ``logits`` [batch, 2], batch dynamic, opset 20.  The
@@ -83,6 +82,6 @@ def export_onnx(model: DTN, path: Path, batches: tuple[int, ...] = (1, 2, 7)) ->
     return report
 
 
-def _noise(config: DTNConfig, batch: int, seed: int) -> torch.Tensor:
+def _noise(config: Any, batch: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 3, config.image_size, config.image_size, generator=generator)

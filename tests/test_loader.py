@@ -21,6 +21,7 @@ from dtn_fast.data.manifest import Video
 from dtn_fast.data.shards import Crops, Shards, open_data
 from dtn_fast.errors import DtnError, MediaError, UsageError
 from dtn_fast.train.engine import Epoch, fit
+from dtn_fast.train.recipe import Execution
 
 
 def numbered(count: int = 40, fakes: int = 30, side: int = 16) -> Shards:
@@ -191,19 +192,19 @@ def test_a_folder_of_jpegs_is_as_good_as_shards(shards: Shards, pictures: Path) 
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "how"),
     [
-        {"resident": True},
-        {"augment_on": "cpu"},
-        {"augment_on": "device"},
-        {"augment": "none"},
-        {"self_blend": True, "augment": "light"},
+        ({}, {"resident": True}),
+        ({"augment_on": "cpu"}, {}),
+        ({"augment_on": "device"}, {}),
+        ({"augment": "none"}, {}),
+        ({"self_blend": True, "augment": "light"}, {}),
     ],
 )
-def test_training_on_every_path_of_the_data(shards: Shards, tmp_path: Path, fields: dict[str, object]) -> None:
+def test_training_on_every_path_of_the_data(shards: Shards, tmp_path: Path, fields: dict, how: dict) -> None:
     def losses(out: Path) -> list[float]:
         torch.manual_seed(1)
-        events = fit(DTN(SMALL), shards, changed(RECIPE, epochs=1, **fields), out)
+        events = fit(DTN(SMALL), shards, changed(RECIPE, epochs=1, **fields), out, execution=Execution(**how))
         return [event.losses["loss"] for event in events if isinstance(event, Epoch)]
 
     assert losses(tmp_path / "a") == losses(tmp_path / "b")

@@ -34,6 +34,7 @@ from dtn_fast.data.readers import Source, read, read_ffpp
 from dtn_fast.data.shards import open_shards
 from dtn_fast.data.video import read_frames, write_video
 from dtn_fast.errors import MediaError, UsageError
+from dtn_fast.files import write_whole
 
 SIZE = SMALL.image_size
 EACH = PrepareConfig(frames=P.PART_CROPS, every=1)
@@ -283,8 +284,9 @@ def test_shards_on_several_machines_fill_one_folder(many: Manifest, whole: Path,
 def test_writers_with_the_same_process_number_do_not_meet(tmp_path: Path, monkeypatch) -> None:
     """Containers on two machines number their processes alike, and every shard writes job.json."""
     path, between = tmp_path / "job.json", list[int]()
-    monkeypatch.setattr(os, "fsync", lambda file: between or between.append(file) or P._write_file(path, b"same"))
-    P._write_file(path, b"same")
+    write = lambda: write_whole(path, b"same", shared=True)
+    monkeypatch.setattr(os, "fsync", lambda file: between or between.append(file) or write())
+    write()
     assert between
     assert files(tmp_path) == {"job.json": b"same"}
 

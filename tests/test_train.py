@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -19,8 +20,9 @@ from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.runtime import TorchScorer, best_checkpoint, load_model
 from dtn_fast.train import distill as chain
 from dtn_fast.train import engine
-from dtn_fast.train.checkpoint import load_state, save_state
-from dtn_fast.train.engine import Epoch, Step, fit, read_metrics
+from dtn_fast.train import step as step_module
+from dtn_fast.train.checkpoint import load_state, read_lines, save_state
+from dtn_fast.train.engine import Epoch, Step, fit
 from dtn_fast.train.recipe import Recipe, choose_precision
 
 
@@ -47,12 +49,10 @@ def test_same_seed_same_run_and_resume_to_the_bit(shards: Shards, tmp_path: Path
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     assert torch.equal(a["centers"], b["centers"])
     same = [
-        {k: row[k] for k in ("epoch", "losses", "val_auc", "lr")}
-        for row in read_metrics(tmp_path / "a" / engine.METRICS)
+        {k: row[k] for k in ("epoch", "losses", "val_auc", "lr")} for row in read_lines(tmp_path / "a" / engine.METRICS)
     ]
     other = [
-        {k: row[k] for k in ("epoch", "losses", "val_auc", "lr")}
-        for row in read_metrics(tmp_path / "b" / engine.METRICS)
+        {k: row[k] for k in ("epoch", "losses", "val_auc", "lr")} for row in read_lines(tmp_path / "b" / engine.METRICS)
     ]
     assert same == other
     assert len(same) == len(whole) == 3
@@ -94,11 +94,24 @@ def test_reals_are_repeated_to_balance(shards: Shards) -> None:
 
 
 def test_non_finite_loss_stops_with_advice(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nan = torch.tensor(float("nan"), requires_grad=True)
-    monkeypatch.setattr(engine, "initial_loss", lambda *a: {"loss": nan * 1})
-    with pytest.raises(DtnError, match="lower --lr"):
-        train(tmp_path, shards)
-    assert not (tmp_path / engine.STATE).exists()
+    real, calls, bad = step_module.initial_loss, itertools.count(), {2, 5}
+
+    def poison(*inputs):
+        losses = real(*inputs)
+        return {**losses, "loss": losses["loss"] * torch.nan} if next(calls) in bad else losses
+
+    monkeypatch.setattr(step_module, "initial_loss", poison)
+    epochs = train(tmp_path / "few", shards, changed(RECIPE, max_nonfinite=2))
+    assert epochs[-1].skipped == 2
+    assert all(np.isfinite(value) for e in epochs for value in e.losses.values())
+    lines = read_lines(tmp_path / "few" / engine.NONFINITE)
+    assert [(line["epoch"], line["step"]) for line in lines] == [(0, 2), (0, 5)]
+    assert all(len(line["rows"]) == len(line["videos"]) == RECIPE.batch_size for line in lines)
+    assert lines[0]["values"]["loss"] == "nan"
+    bad.update(range(10**6))
+    with pytest.raises(DtnError, match=r"3 steps were not finite.*lower --lr"):
+        train(tmp_path / "many", shards, changed(RECIPE, max_nonfinite=2))
+    assert not (tmp_path / "many" / engine.STATE).exists()
 
 
 def test_wrong_crops_are_named(shards: Shards, tmp_path: Path) -> None:

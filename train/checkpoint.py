@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import json
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,12 @@ from typing import Any
 import torch
 
 from dtn_fast.errors import UsageError
+from dtn_fast.files import write_whole
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Writes tensors, numbers and strings to ``path`` atomically (write, fsync, rename)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_whole(path, lambda file: torch.save(state, file))
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -30,3 +26,29 @@ def load_state(path: Path) -> dict[str, Any]:
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"{path}: not a training state ({text}); delete it to start over") from error
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Adds a line of JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines written so far; one that was cut off by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def cut_lines(path: Path, epoch: int, step: int = 0) -> None:
+    """Leaves the lines before ``step`` of ``epoch`` (one of a whole epoch is of its end): what is done again is recorded once."""
+    rows = read_lines(path)
+    kept = [row for row in rows if (row["epoch"], row.get("step", math.inf)) < (epoch, step)]
+    if path.is_file():
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import shutil
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,14 @@ import torch
 
 from dtn_fast.config import DTNConfig
 from dtn_fast.data.shards import Shards
-from dtn_fast.dtn import DTN, WEIGHTS
+from dtn_fast.detectors import TimmConfig, build_detector, load_detector, parse_config
 from dtn_fast.errors import UsageError
+from dtn_fast.files import write_whole
+from dtn_fast.pretrained import WEIGHTS
 from dtn_fast.runtime import SUMMARY
-from dtn_fast.train.engine import METRICS, Epoch, Step, clone, fit, read_metrics
+from dtn_fast.train import distributed
+from dtn_fast.train.checkpoint import read_lines
+from dtn_fast.train.engine import METRICS, Epoch, Step, fit
 from dtn_fast.train.recipe import Recipe
 
 RECIPE = "recipe.json"
@@ -27,56 +33,74 @@ def generation_folder(run: Path, generation: int) -> Path:
 
 def best_auc(run: Path, generation: int) -> float:
     """The best validation AUC of a generation so far, -1 before its first epoch."""
-    rows = read_metrics(generation_folder(run, generation) / METRICS)
+    rows = read_lines(generation_folder(run, generation) / METRICS)
     return max((row["val_auc"] for row in rows), default=-1.0)
 
 
-def start_run(run: Path, recipe: Recipe, config: DTNConfig) -> None:
+def start_run(run: Path, recipe: Recipe, config: DTNConfig | TimmConfig) -> None:
     """Records how a run was asked for.  Raises UsageError when ``run`` holds one that was asked for otherwise."""
     asked = {"recipe": dataclasses.asdict(recipe), "model": dataclasses.asdict(config)}
     text = json.dumps(asked, indent=2)
     path = run / RECIPE
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise UsageError(f"{run}: holds a run of another recipe or model; choose another --out or delete it")
-    run.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    distributed.barrier()
+    if distributed.ranks().main:
+        write_whole(path, text)
+    distributed.barrier()
 
 
-def load_run(run: Path) -> tuple[Recipe, DTNConfig]:
+def load_run(run: Path) -> tuple[Recipe, DTNConfig | TimmConfig]:
     """The recipe and model of a run.  Raises UsageError when there is none."""
     path = run / RECIPE
     try:
         asked = json.loads(path.read_text(encoding="utf-8"))
         recipe: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in asked["recipe"].items()}
-        return Recipe(**recipe), DTNConfig.from_json(json.dumps(asked["model"]), str(path))
+        return Recipe(**recipe), parse_config(json.dumps(asked["model"]), str(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{run}: no training run there ({error}); run dtn-fast train first") from error
 
 
-def train_initial(run: Path, shards: Shards, device: str | torch.device = "cpu") -> Generator[Step | Epoch, None, None]:
-    """Generation 0: CE + Ct-c from scratch."""
+def train_initial(run: Path, shards: Shards, **how: Any) -> Generator[Step | Epoch, None, None]:
+    """Generation 0: CE + Ct-c from scratch.  ``how``: device, execution and stop, as ``fit`` takes them."""
     recipe, config = load_run(run)
     torch.manual_seed(recipe.seed)
-    yield from fit(DTN(config), shards, recipe, generation_folder(run, 0), device=device)
+    yield from fit(build_detector(config), shards, recipe, generation_folder(run, 0), **how)
     summarise(run)
 
 
-def distill(run: Path, shards: Shards, device: str | torch.device = "cpu") -> Generator[Step | Epoch, None, None]:
+def distill(run: Path, shards: Shards, restart: int | None = None, **how: Any) -> Generator[Step | Epoch, None, None]:
     """Generations 1, 2, ...: each starts from its frozen teacher and learns by DSD, until AUC stops improving.
 
-    Finished generations are kept, an unfinished one goes on.  Raises UsageError before generation 0 is trained.
+    Finished generations are kept, an unfinished one goes on; ``restart`` first deletes that generation and the later
+    ones.  ``how`` as in :func:`train_initial`.  Raises UsageError before generation 0 is trained.
     """
     recipe, _ = load_run(run)
     if not (generation_folder(run, 0) / WEIGHTS).is_file():
         raise UsageError(f"{run}: generation 0 is not trained; run dtn-fast train first")
+    if restart is not None:
+        forget(run, restart)
     for generation in range(1, recipe.generations + 1):
-        teacher = DTN.from_pretrained(generation_folder(run, generation - 1))
-        student = clone(teacher)
-        yield from fit(student, shards, recipe, generation_folder(run, generation), teacher, generation, device)
+        teacher = load_detector(generation_folder(run, generation - 1)).requires_grad_(False)
+        student = copy.deepcopy(teacher).requires_grad_(True)
+        yield from fit(student, shards, recipe, generation_folder(run, generation), teacher, generation, **how)
         summarise(run)
         better = best_auc(run, generation) > best_auc(run, generation - 1)
         if not better and generation >= recipe.min_generations:
             break
+
+
+def forget(run: Path, generation: int) -> None:
+    """Deletes a generation and the later ones.  Raises UsageError unless its teacher is there."""
+    if generation < 1 or not (generation_folder(run, generation - 1) / WEIGHTS).is_file():
+        raise UsageError(f"--restart {generation}: {run} has no generation {generation - 1} to teach it")
+    distributed.barrier()
+    if distributed.ranks().main:
+        for folder in run.glob("generation-*"):
+            number = folder.name.removeprefix("generation-")
+            if number.isdecimal() and int(number) >= generation:
+                shutil.rmtree(folder)
+    distributed.barrier()
 
 
 def summarise(run: Path) -> dict[str, Any]:
@@ -84,12 +108,11 @@ def summarise(run: Path) -> dict[str, Any]:
     rows = []
     generation = 0
     while (generation_folder(run, generation) / METRICS).is_file():
-        epochs = read_metrics(generation_folder(run, generation) / METRICS)
+        epochs = read_lines(generation_folder(run, generation) / METRICS)
         rows.append({"generation": generation, "epochs": len(epochs), "val_auc": best_auc(run, generation)})
         generation += 1
     best = max(rows, key=lambda row: row["val_auc"])["generation"]
     summary = {"best": best, "generations": rows}
-    partial = run / f".{SUMMARY}.partial"
-    partial.write_text(json.dumps(summary, indent=2), encoding="utf-8")
-    partial.replace(run / SUMMARY)
+    if distributed.ranks().main:
+        write_whole(run / SUMMARY, json.dumps(summary, indent=2))
     return summary

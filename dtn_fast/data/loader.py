@@ -31,6 +31,8 @@ class Batch(NamedTuple):
     """[n] crop numbers, to name a batch by."""
     seeds: NDArray[np.uint64]
     """[n] a seed per sample from (seed, epoch, place in the epoch): for augmentation on the device."""
+    views: NDArray[np.int64]
+    """[n] which view of its crop a sample is, of those that the loader has; 0 where every one is new."""
 
 
 def epoch_order(labels: NDArray[np.int64], rows: NDArray[np.int64], real_repeat: int, seed: int) -> NDArray[np.int64]:
@@ -46,8 +48,9 @@ class Loader:
     Epoch e's order comes from (seed, e) alone; the global batch is ``batch_size * world`` consecutive places of it, of
     which a rank takes every ``world``-th, so ranks never share a sample and together see what one process would.
     ``resident`` keeps the rows' crops in the device's memory.  ``transform`` runs in the loader's thread.  ``prefetch``
-    batches wait ready; on a GPU they are copied from pinned memory on a stream of their own.  Raises UsageError when
-    ``rows`` are fewer than ``world``, or do not fit the device.
+    batches wait ready; on a GPU they are copied from pinned memory on a stream of their own.  With ``views`` each crop
+    has that many seeds, so that as many augmented views of it come again and again.  Raises UsageError when ``rows``
+    are fewer than ``world``, or do not fit the device.
     """
 
     def __init__(
@@ -63,21 +66,23 @@ class Loader:
         resident: bool = False,
         transform: Transform | None = None,
         prefetch: int = 2,
+        views: int = 0,
     ) -> None:
         if len(rows) < world:
             raise UsageError(f"{len(rows)} crops cannot be shared by {world} processes; prepare more, or use fewer")
         self.shards, self.rows, self.batch_size, self.seed, self.repeat = shards, rows, batch_size, seed, real_repeat
         self.rank, self.world, self.device = rank, world, torch.device(device)
-        self.transform, self.prefetch = transform, max(prefetch, 1)
+        self.transform, self.prefetch, self.views = transform, max(prefetch, 1), views
         self.waited = 0.0
         """Seconds that the consumer has waited for data so far."""
         self._labels = shards.labels
-        self._total = len(epoch_order(self._labels, rows, real_repeat, 0))
+        self._view_seed = int(np.random.SeedSequence((*seed, 1 << 32)).generate_state(1, np.uint64)[0])
+        self.total = len(epoch_order(self._labels, rows, real_repeat, 0))
         self._resident = self._upload() if resident else None
 
     def __len__(self) -> int:
         """Batches in an epoch; the places that don't fill a global batch are left out, another each epoch."""
-        return max(self._total // (self.batch_size * self.world), 1)
+        return max(self.total // (self.batch_size * self.world), 1)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number ``start`` on: resuming in the middle is asking for the rest."""
@@ -89,11 +94,15 @@ class Loader:
         for step in range(start, len(self)):
             places = np.arange(step * self.batch_size * self.world, (step + 1) * self.batch_size * self.world)
             places = places[places < len(order)][self.rank :: self.world]
-            plan.append((order[places], sample_seeds(sample_seed, places)))
+            rows, seeds, views = order[places], sample_seeds(sample_seed, places), np.zeros(len(places), np.int64)
+            if self.views:
+                views = (seeds % np.uint64(self.views)).astype(np.int64)
+                seeds = sample_seeds(self._view_seed, rows * self.views + views)
+            plan.append((rows, seeds, views))
         if self._resident is not None and self.transform is None:
-            for rows, seeds in plan:
+            for rows, seeds, views in plan:
                 crops = self._resident.index_select(0, self._place_of(rows))
-                yield Batch(crops, torch.from_numpy(self._labels[rows]).to(self.device), rows, seeds)
+                yield Batch(crops, torch.from_numpy(self._labels[rows]).to(self.device), rows, seeds, views)
         else:
             yield from self._prefetched(plan, epoch)
 
@@ -102,7 +111,7 @@ class Loader:
         if self.transform is not None:
             out[...] = self.transform(out, seeds)
 
-    def _prefetched(self, plan: list[tuple[NDArray[np.int64], NDArray[np.uint64]]], epoch: int) -> Iterator[Batch]:
+    def _prefetched(self, plan: list[tuple], epoch: int) -> Iterator[Batch]:
         ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException] = queue.Queue(self.prefetch)
         stop = threading.Event()
         thread = threading.Thread(target=self._produce, args=(plan, epoch, ready, stop), daemon=True)
@@ -132,7 +141,7 @@ class Loader:
         memory = _Memory(shape, self.prefetch + 2)
         copied: list[torch.cuda.Event | None] = [None, None]
         try:
-            for step, (rows, seeds) in enumerate(plan):
+            for step, (rows, seeds, views) in enumerate(plan):
                 turn = step % 2
                 if (before := copied[turn]) is not None:
                     before.synchronize()  # the copy out of this buffer, two batches ago
@@ -144,7 +153,7 @@ class Loader:
                         crops = crops.to(self.device, non_blocking=True)
                         labels = labels.to(self.device, non_blocking=True)
                         event = copied[turn] = stream.record_event()
-                _put(ready, (Batch(crops, labels, rows, seeds), event), stop)
+                _put(ready, (Batch(crops, labels, rows, seeds, views), event), stop)
                 if stop.is_set():
                     return
         except BaseException as error:  # an unreadable picture, a vanished file: the consumer raises it

@@ -9,7 +9,6 @@ import io
 import json
 import multiprocessing
 import os
-import secrets
 import threading
 import zlib
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from dtn_fast.data.frames import landmarks, video_frames
 from dtn_fast.data.manifest import Manifest, Video
 from dtn_fast.data.shards import INDEX, PARTS, VERSION, load_array, open_part
 from dtn_fast.errors import DtnError, MediaError, UsageError
+from dtn_fast.files import write_whole
 
 JOB = "job.json"
 PART_CROPS = 256
@@ -161,7 +161,7 @@ def _claim(job: Job) -> None:
         if there != asked:
             other = ", ".join(f"{k} {there.get(k)} (asked: {asked[k]})" for k in asked if there.get(k) != asked[k])
             raise UsageError(f"{job.out}: holds crops made otherwise: {other}; choose another --out or delete it")
-    _write_file(path, json.dumps(asked, indent=1).encode())
+    write_whole(path, json.dumps(asked, indent=1).encode(), shared=True)
 
 
 def _portable(video: Video) -> Video:
@@ -243,15 +243,15 @@ def _make_part(part: int) -> int:
     state["landmarks"] = max((len(point) for point in points if point is not None), default=0)
     folder = job.out / PARTS
     if len(array):
-        _write_file(folder / f"{_name(part)}.npy", _npy(array))
+        write_whole(folder / f"{_name(part)}.npy", _npy(array), shared=True)
     if state["landmarks"]:
         known = np.full((len(points), state["landmarks"], 2), np.nan, np.float32)
         for place, point in enumerate(points):
             if point is not None:
                 known[place, : len(point)] = point
         state["landmarks_crc32"] = zlib.crc32(known.tobytes())
-        _write_file(folder / f"{_name(part)}.landmarks.npy", _npy(known))
-    _write_file(folder / f"{_name(part)}.json", json.dumps({**state, "check": _check(state)}).encode())
+        write_whole(folder / f"{_name(part)}.landmarks.npy", _npy(known), shared=True)
+    write_whole(folder / f"{_name(part)}.json", json.dumps({**state, "check": _check(state)}).encode(), shared=True)
     return len(array)
 
 
@@ -345,7 +345,7 @@ def _write_index(job: Job) -> None:
         "status": status,
         **joined,
     }
-    _write_file(job.out / INDEX, json.dumps(index).encode())
+    write_whole(job.out / INDEX, json.dumps(index).encode(), shared=True)
     for partial in [*job.out.glob(".*.partial"), *(job.out / PARTS).glob(".*.partial")]:  # of those that were killed
         partial.unlink(missing_ok=True)
 
@@ -354,20 +354,3 @@ def _npy(array: NDArray) -> bytes:
     file = io.BytesIO()
     np.save(file, array, allow_pickle=False)
     return file.getvalue()
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    """Whole or not at all, and on the disk when it returns; two writers of one file don't disturb each other."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            partial.replace(path)
-        except FileNotFoundError:  # swept up by another shard that has written the index
-            if not path.is_file():
-                raise
-    finally:
-        partial.unlink(missing_ok=True)

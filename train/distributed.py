@@ -1,0 +1,132 @@
+"""Several processes training one model: who is who, and what they tell each other (torchrun, NCCL or gloo)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+from dtn_fast.errors import UsageError
+
+
+class Ranks(NamedTuple):
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+
+def ranks() -> Ranks:
+    """This process's place among those that train together; alone outside :func:`connect`."""
+    return Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Ranks()
+
+
+@contextmanager
+def connect(device: str) -> Iterator[str]:
+    """Joins the processes that torchrun started and yields this one's device; without torchrun, ``device`` itself.
+
+    Ends the process when several were connected: threads of the communication library that outlive the interpreter
+    would abort it, and torchrun would then report a finished run as failed.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield device
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UsageError(f"process {local} has no GPU of its own; start {torch.cuda.device_count()} a machine")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    kind = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(kind, timeout=timedelta(minutes=30))  # validation and saving take their time
+    yield device  # an exception leaves as it is: the others cannot be waited for
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """The mean over all processes, in place."""
+    if (world := ranks().world) > 1:
+        dist.all_reduce(tensor)
+        tensor /= world
+    return tensor
+
+
+def largest(tensor: Tensor) -> Tensor:
+    """The largest over all processes, in place."""
+    if ranks().world > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def gather(mine: NDArray) -> list[NDArray]:
+    """Every process's array, in the order of ranks, exactly as it was."""
+    here = ranks()
+    if here.world == 1:
+        return [mine]
+    parts: list[NDArray] = [np.empty(0)] * here.world
+    dist.all_gather_object(parts, mine)
+    return parts
+
+
+def interleave(parts: list[NDArray]) -> NDArray:
+    """Undoes ``whole[rank::world]``."""
+    whole = np.empty(sum(map(len, parts)), parts[0].dtype)
+    for rank, part in enumerate(parts):
+        whole[rank :: len(parts)] = part
+    return whole
+
+
+def synchronise_bn(model: nn.Module, device: torch.device) -> nn.Module:
+    """``model`` with BN statistics over all processes' images."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = CpuSyncBatchNorm2d  # the same parameters and buffers
+    return model
+
+
+class CpuSyncBatchNorm2d(nn.BatchNorm2d):
+    """What torch's SyncBatchNorm does, for processes on CPUs, which it refuses."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
+        if not self.training:
+            return super().forward(x)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        wide = x.float()
+        count = ranks().world * x.numel() / x.shape[1]
+        mean = all_reduce(wide.sum((0, 2, 3))) / count
+        centred = wide - mean[:, None, None]
+        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)

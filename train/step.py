@@ -1,0 +1,274 @@
+"""One training step, nothing wasted: forward, losses, backward and update, with the frozen teacher in it.
+
+Everything is decided on the device, so the host never waits for a step: whether it was finite, whether to keep it.
+On a GPU the whole step is one CUDA graph.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dtn_fast.errors import UsageError
+from dtn_fast.losses import dsd_loss, initial_centers, initial_loss
+from dtn_fast.pretrained import Detector
+from dtn_fast.runtime import frozen, normalise
+from dtn_fast.train.distributed import mean, ranks, synchronise_bn
+from dtn_fast.train.recipe import Execution, Recipe, choose_precision
+
+WARM_UP = 3
+"""Steps done as they come before one is captured: compilation, cuDNN's search and lazy initialisation need them."""
+
+
+class Outcome(NamedTuple):
+    values: Tensor
+    """Float32 vector, named by ``TrainStep.names``: loss terms and the gradient's norm, over all processes."""
+    soft: Tensor | None
+    """[B, classes] the teacher's logits, where there is a teacher."""
+
+
+class TrainStep:
+    """Trains ``model`` on a batch at a time; with a ``teacher`` by DSD (Eq. 7), else by CE + Ct-c.
+
+    A step whose loss or gradient is not finite changes nothing: neither weights, nor Adam's moments, nor BN statistics.
+    Raises UsageError when ``execution`` asks for what this machine or ``recipe`` excludes.
+    """
+
+    def __init__(
+        self,
+        model: Detector,
+        recipe: Recipe,
+        execution: Execution,
+        device: torch.device,
+        teacher: Detector | None = None,
+    ) -> None:
+        set_backends(execution)
+        here, cuda = ranks(), device.type == "cuda"
+        self.recipe, self.device, self.config = recipe, device, model.config
+        self.channels_last, self.fused = execution.channels_last, execution.fused_adam
+        self.dtype = choose_precision(recipe.precision, device)
+        self.model = self._place(model)
+        if here.world > 1 and recipe.sync_bn:
+            self.model = synchronise_bn(self.model, device)  # type: ignore[assignment]
+        self.centers = nn.Parameter(initial_centers(model.config.num_classes).to(device))
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False) if recipe.ema else None
+        self.teacher = self._freeze(teacher, execution.fold_teacher) if teacher is not None else None
+        names = ("loss", "ce", "kd", "center") if teacher is not None else ("loss", "ce", "center")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.names: tuple[str, ...] = names if self.scaler.is_enabled() else (*names, "grad_norm")
+        self._terms = names
+
+        self.captured = execution.captured(device, here.world)
+        self.lr = torch.tensor(recipe.lr, device=device) if self.captured else recipe.lr
+        how: dict[str, Any] = {"fused": True} if self.fused else {"foreach": True}
+        self._parameters = [*self.model.parameters(), self.centers]
+        self.optimizer = torch.optim.Adam(
+            self._parameters, lr=self.lr, weight_decay=recipe.weight_decay, capturable=self.captured, **how
+        )
+        self._statistics = [b for m in self.model.modules() if isinstance(m, _NORMS) for b in m.buffers(recurse=False)]
+        self._before = [torch.empty_like(b) for b in self._statistics]
+
+        self._stream = torch.cuda.Stream(device) if cuda and self.teacher and execution.teacher_stream else None
+        self._graphs: dict[bool, _Graph] = {}
+        self._run: nn.Module | Callable[..., Tensor] = self.model
+        self._losses: Callable[..., Tensor] = self._stacked_losses
+        if here.world > 1:
+            self._run = nn.parallel.DistributedDataParallel(
+                self.model, device_ids=[device] if cuda else None, broadcast_buffers=not recipe.sync_bn
+            )
+        if execution.compiled(device):
+            self._run, self._losses = torch.compile(self._run), torch.compile(self._losses)
+
+    def __call__(self, crops: Tensor, labels: Tensor, soft: Tensor | None = None) -> Outcome:
+        """crops: [B, S, S, 3] uint8, labels: [B] int64, both on the device; soft: the teacher's logits [B, classes]
+        when they are known already.  Nothing is waited for."""
+        if not self.captured:
+            return self._compute(crops, labels, soft)
+        graph = self._graphs.setdefault(soft is None, _Graph(self._compute))
+        return graph(crops, labels, soft)
+
+    def set_epoch(self, epoch: int) -> float:
+        """Sets and returns the epoch's learning rate: a tenth after every ``lr_step`` epochs."""
+        lr = self.recipe.lr * 0.1 ** (epoch // self.recipe.lr_step)
+        if isinstance(self.lr, Tensor):
+            self.lr.fill_(lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr if isinstance(self.lr, Tensor) else lr
+        return lr
+
+    def judged(self) -> Detector:
+        """The weights to validate and keep: their moving average where there is one."""
+        if self.ema is None:
+            return self.model
+        for mine, theirs in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+            mine.copy_(theirs)
+        return self.ema
+
+    def state(self) -> dict[str, Any]:
+        """Everything that later steps depend on."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "centers": self.centers.detach(),
+            "ema": self.ema.state_dict() if self.ema is not None else {},
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state`; call ``set_epoch`` after it."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.centers.data.copy_(state["centers"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+
+    def _place(self, model: Detector) -> Detector:
+        model = model.to(self.device)
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model  # type: ignore[call-overload]
+
+    def _freeze(self, teacher: Detector, folded: bool) -> Detector:
+        """A copy that only answers; its weights are cast once, where autocast would cast them in every step."""
+        teacher = self._place(teacher)
+        if not folded:
+            return teacher.eval().requires_grad_(False)
+        return frozen(teacher).to(self.dtype)
+
+    def _compute(self, crops: Tensor, labels: Tensor, soft: Tensor | None) -> Outcome:
+        self.optimizer.zero_grad(set_to_none=True)
+        images = normalise(crops, self.config, self.device)
+        if not self.channels_last:
+            images = images.contiguous()
+        teaching = self.teacher is not None and soft is None
+        if teaching:
+            soft = self._teach(images)
+        torch._foreach_copy_(self._before, self._statistics)
+        parts = self.recipe.accumulate
+        soft_parts = soft.chunk(parts) if soft is not None else [None] * parts
+        total = torch.zeros(len(self._terms), device=self.device)
+        for number, (x, y, s) in enumerate(zip(images.chunk(parts), labels.chunk(parts), soft_parts, strict=True)):
+            alone = ranks().world > 1 and number < parts - 1  # gradients are summed over processes once, at the end
+            with self._run.no_sync() if alone else nullcontext():  # type: ignore[union-attr, operator]
+                with self._autocast():
+                    logits = self._run(x)
+                if teaching and self._stream is not None:
+                    torch.cuda.current_stream(self.device).wait_stream(self._stream)
+                terms = self._losses(logits.float(), y, s)
+                self.scaler.scale(terms[0] / parts).backward()
+            total += terms.detach() / parts
+        assert self.centers.grad is not None
+        mean(self.centers.grad)
+        values = mean(total)
+        if self.scaler.is_enabled():
+            healthy = values[0].isfinite()
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+            values = torch.cat((values, norm[None]))
+            healthy = (values[0] + norm).isfinite()
+        self._update(healthy)
+        for now, before in zip(self._statistics, self._before, strict=True):
+            now.copy_(torch.where(healthy, now, before))
+        if self.ema is not None:
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - self.recipe.ema)
+        return Outcome(values, soft)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _teach(self, images: Tensor) -> Tensor:
+        assert self.teacher is not None
+        if self._stream is None:
+            return self._answers(images)
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            soft = self._answers(images)
+        soft.record_stream(torch.cuda.current_stream(self.device))
+        images.record_stream(self._stream)
+        return soft
+
+    def _answers(self, images: Tensor) -> Tensor:
+        assert self.teacher is not None
+        cast = next(self.teacher.parameters()).dtype
+        with torch.no_grad():
+            if cast == torch.float32:
+                with self._autocast():
+                    return self.teacher(images).float()
+            return self.teacher(images.to(cast)).float()
+
+    def _stacked_losses(self, logits: Tensor, labels: Tensor, soft: Tensor | None) -> Tensor:
+        r = self.recipe
+        if soft is None:
+            losses = initial_loss(logits, labels, self.centers, r.delta)
+        else:
+            losses = dsd_loss(logits, labels, soft, self.centers, r.weights, r.temperature, r.delta)
+        return torch.stack([losses[name] for name in self._terms])
+
+    def _update(self, healthy: Tensor) -> None:
+        if self.scaler.is_enabled():  # it finds gradients that are not finite by itself, and lowers its scale
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif self.fused:
+            self.optimizer.found_inf = (~healthy).float()  # type: ignore[attr-defined]  # as GradScaler tells it
+            self.optimizer.step()
+        elif bool(healthy):
+            self.optimizer.step()
+
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+class _Graph:
+    """A step that, after a few calls, is captured once and replayed from then on."""
+
+    def __init__(self, compute: Callable[..., Outcome]) -> None:
+        self._compute, self._calls = compute, 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *inputs: Tensor | None) -> Outcome:
+        self._calls += 1
+        if self._calls <= WARM_UP:
+            return self._aside(inputs)
+        if self._graph is None:
+            self._inputs = [None if x is None else x.clone() for x in inputs]
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._outcome = self._compute(*self._inputs)
+        for own, new in zip(self._inputs, inputs, strict=True):
+            if own is not None and new is not None:
+                if own.shape != new.shape:
+                    raise ValueError(f"a captured step takes {tuple(own.shape)}, got {tuple(new.shape)}")
+                own.copy_(new)
+        self._graph.replay()
+        return Outcome(*(None if x is None else x.clone() for x in self._outcome))  # type: ignore[arg-type]
+
+    def _aside(self, inputs: tuple[Tensor | None, ...]) -> Outcome:
+        """On another stream than the default one, which capture excludes."""
+        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            outcome = self._compute(*inputs)
+        current.wait_stream(stream)
+        return outcome
+
+
+def set_backends(execution: Execution) -> None:
+    """Process-wide arithmetic of torch's GPU libraries."""
+    torch.backends.cuda.matmul.allow_tf32 = execution.tf32
+    torch.backends.cudnn.allow_tf32 = execution.tf32
+    torch.backends.cudnn.benchmark = execution.cudnn_benchmark
+
+
+def batch_of_rank(recipe: Recipe, world: int) -> int:
+    """Images of one process's step.  Raises UsageError when ``batch_size`` cannot be shared out."""
+    share = world * recipe.accumulate
+    if recipe.batch_size % share:
+        raise UsageError(
+            f"--batch-size {recipe.batch_size} cannot be shared by {world} processes times --accumulate "
+            f"{recipe.accumulate}; make it a multiple of {share}"
+        )
+    return recipe.batch_size // world
