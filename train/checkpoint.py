@@ -47,7 +47,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_lines(path: Path, epoch: int, step: int = 0) -> None:
-    """Leaves the lines before ``step`` of ``epoch`` (one of a whole epoch is of its end): what is done again is recorded once."""
+    """Leaves the lines before ``step`` of ``epoch``, so that what is done again is recorded once."""
     rows = read_lines(path)
     kept = [row for row in rows if (row["epoch"], row.get("step", math.inf)) < (epoch, step)]
     if path.is_file():
