@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import functools
+import inspect
 import json
+import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,10 +30,13 @@ from dtn_fast.data.prepare import PrepareConfig
 from dtn_fast.data.readers import Source
 from dtn_fast.data.synthetic import STAMP, SyntheticConfig, make_synthetic
 from dtn_fast.errors import DtnError, UsageError
-from dtn_fast.train.recipe import Recipe, choose_precision
+from dtn_fast.runtime import best_checkpoint
+from dtn_fast.train.distributed import connect, ranks
+from dtn_fast.train.recipe import PRESETS, Execution, Recipe, choose_precision
 
 Device = Literal["auto", "cpu", "cuda"]
 PresetName = Literal["paper", "tiny"]
+RunPreset = Literal["paper", "tiny", "ffpp-c23", "cross-manipulation", "demo"]
 
 
 def console() -> Console:
@@ -208,57 +215,98 @@ def train(
     data: Annotated[Path, tyro.conf.Positional],
     out: Path,
     recipe: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = Recipe(),
-    preset: PresetName = "paper",
+    execution: Annotated[Execution, tyro.conf.OmitArgPrefixes] = Execution(),
+    preset: RunPreset = "paper",
     config: Path | None = None,
+    timm: str = "",
+    wandb: str = "",
     device: Device = "auto",
 ) -> None:
-    """Train a DTN from scratch with CE + Ct-c (generation 0); the same command resumes it.
+    """Train a detector from scratch with CE + Ct-c (generation 0); the same command resumes it.
 
-    Example: dtn-fast train data/crops --out runs/first --preset tiny --epochs 3 --lr 1e-3
+    Example: dtn-fast train data/crops --out runs/first --preset ffpp-c23 --epochs 20
+
+    On 8 GPUs: torchrun --nproc-per-node 8 -m dtn_fast train data/crops --out runs/first --preset ffpp-c23
 
     Args:
         data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
         out: Folder of the run.
-        recipe: How to train.
-        preset: The model.
-        config: A JSON file of DTNConfig fields instead of a preset.
+        recipe: What is learned.
+        execution: How it is computed.
+        preset: A model and the recipe that the options below change; --preset NAME --help shows its values.
+        config: A JSON file of DTNConfig or TimmConfig fields instead of the preset's model.
+        timm: A model of timm's registry instead of the preset's, such as legacy_xception.
+        wandb: A Weights & Biases project to log to as well.
         device: Where to train.
     """
     from dtn_fast.config import DTNConfig
-    from dtn_fast.data.shards import open_data
+    from dtn_fast.detectors import TimmConfig, parse_config
     from dtn_fast.train.distill import start_run, train_initial
 
+    base = DTNConfig.preset(PRESETS[preset].model)
     try:
-        model = DTNConfig.from_json(config.read_text("utf-8"), str(config)) if config else DTNConfig.preset(preset)
+        model = parse_config(config.read_text("utf-8"), str(config)) if config else base
     except OSError as error:
         raise UsageError(f"{config}: {error.strerror}") from error
-    shards = open_data(data, model.image_size)
-    start_run(out, recipe, model)
-    _show_training(train_initial(out, shards, choose_device(device)), recipe.epochs)
-    print(f"best weights in {out / 'generation-0'}; next: dtn-fast distill {data} --run {out}")
+    if timm:
+        if config:
+            raise UsageError("--timm and --config both name a model; give one")
+        model = TimmConfig(timm, base.image_size)
+    if recipe.pretrained and not isinstance(model, TimmConfig):
+        raise UsageError("--pretrained: only models of timm have published weights; name one with --timm")
+    with connect(choose_device(device)) as where:
+        start_run(out, recipe, model)
+        events = lambda shards, **how: train_initial(out, shards, **how)
+        _run_training(events, data, out, recipe, model.image_size, execution, where, wandb)
 
 
 def distill(
     data: Annotated[Path, tyro.conf.Positional],
     run: Path,
+    restart: int | None = None,
+    execution: Annotated[Execution, tyro.conf.OmitArgPrefixes] = Execution(),
+    wandb: str = "",
     device: Device = "auto",
 ) -> None:
     """Distil a trained run generation by generation (DSD) until validation AUC stops improving; resumable.
 
     Example: dtn-fast distill data/crops --run runs/first
 
+    On 8 GPUs: torchrun --nproc-per-node 8 -m dtn_fast distill data/crops --run runs/first
+
     Args:
         data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
         run: A folder written by dtn-fast train; its recipe says how many generations at most.
+        restart: Delete this generation and the later ones, and distil them again.
+        execution: How it is computed.
+        wandb: A Weights & Biases project to log to as well.
         device: Where to train.
     """
-    from dtn_fast.data.shards import open_data
     from dtn_fast.train.distill import distill as chain
     from dtn_fast.train.distill import load_run, summarise
 
     recipe, model = load_run(run)
-    _show_training(chain(run, open_data(data, model.image_size), choose_device(device)), recipe.epochs)
-    print_generations(summarise(run))
+    with connect(choose_device(device)) as where:
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun repeats the command after a crash
+        events = lambda shards, **how: chain(run, shards, None if again else restart, **how)
+        _run_training(events, data, run, recipe, model.image_size, execution, where, wandb)
+        if ranks().main:
+            print_generations(summarise(run))
+
+
+def _run_training(
+    start: Any, data: Path, run: Path, recipe: Recipe, size: int, execution: Execution, device: str, wandb: str
+) -> None:
+    """Drives a training generator to its end, shown, stoppable by signals, reported."""
+    from dtn_fast.data.shards import open_data
+    from dtn_fast.train.monitor import signals, watch
+    from dtn_fast.train.report import write_run_report
+
+    with signals() as stop:
+        events = start(open_data(data, size), device=device, execution=execution, stop=stop)
+        watch(events, run, recipe.epochs, execution.log_every, wandb)
+    if ranks().main:
+        print(f"best weights in {best_checkpoint(run)}; report: {write_run_report(run)}")
 
 
 def print_generations(summary: dict[str, Any]) -> None:
@@ -272,31 +320,6 @@ def print_generations(summary: dict[str, Any]) -> None:
         for row in summary["generations"]
     ]
     print_table("Generations", ["generation", "epochs", "validation frame AUC", ""], rows)
-
-
-def _show_training(events: Any, epochs: int) -> None:
-    """Drives a training generator: a bar for each epoch, a line at its end."""
-    from dtn_fast.train.engine import Step
-
-    with progress() as bar:
-        task = None
-        for event in events:
-            if isinstance(event, Step):
-                if task is None:
-                    name = f"generation {event.generation}, epoch {event.epoch + 1}/{epochs}"
-                    task = bar.add_task(name, total=event.steps, note="")
-                note = " ".join(f"{key} {value:.3f}" for key, value in event.losses.items())
-                bar.update(task, completed=event.step + 1, note=f"{note}, {event.images_per_second:.0f} images/s")
-            else:
-                if task is not None:
-                    bar.remove_task(task)
-                    task = None
-                print(
-                    f"generation {event.generation} epoch {event.epoch + 1}/{epochs}: loss {event.losses['loss']:.4f}, "
-                    f"validation AUC {event.val_auc:.4f} (best {event.best_auc:.4f}), "
-                    f"{event.images_per_second:.0f} images/s",
-                    flush=True,
-                )
 
 
 def evaluate(
@@ -484,6 +507,21 @@ Example: dtn-fast detect clip.mp4 --model runs/first
 Exit codes: 0 done, 1 some inputs failed, 2 usage."""
 
 
+def with_preset(verb: Callable[..., None], arguments: list[str]) -> Callable[..., None]:
+    """``verb`` with the recipe of the --preset among ``arguments`` as its default, so that options change that one."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    name = words[words.index("--preset") + 1] if "--preset" in words[:-1] else ""
+    if name not in PRESETS:
+        return verb
+    signature = inspect.signature(verb, eval_str=True)
+    recipe = signature.parameters["recipe"].replace(default=PRESETS[name].recipe)
+    changed = functools.wraps(verb)(lambda *args, **kwargs: verb(*args, **kwargs))
+    changed.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[recipe if p.name == "recipe" else p for p in signature.parameters.values()]
+    )
+    return changed
+
+
 def main() -> None:
     """Entry point of ``dtn-fast``."""
     try:
@@ -491,7 +529,8 @@ def main() -> None:
             from dtn_fast.bench.run import main as run
 
             raise SystemExit(run(sys.argv[2:]))
-        code = tyro.extras.subcommand_cli_from_dict(VERBS, prog="dtn-fast", description=DESCRIPTION)
+        verbs = {**VERBS, "train": with_preset(train, sys.argv[1:])}
+        code = tyro.extras.subcommand_cli_from_dict(verbs, prog="dtn-fast", description=DESCRIPTION)
     except DtnError as error:
         raise SystemExit(_fail(str(error), error.exit_code)) from None
     except OSError as error:  # a full disk, a folder without permission

@@ -24,18 +24,9 @@ from dtn_fast.export.to_onnx import export_onnx
 from dtn_fast.report import Table, write_report, write_results
 from dtn_fast.runtime import TorchScorer, load_model, load_scorer
 from dtn_fast.train.distill import generation_folder, summarise
-from dtn_fast.train.recipe import Recipe
+from dtn_fast.train.recipe import PRESETS, Recipe
 
-RECIPE = Recipe(
-    epochs=3,
-    lr=1e-3,
-    lr_step=2,
-    augment="light",
-    methods=tuple(m for m in METHODS if m != HELD_OUT),
-    generations=3,
-    min_generations=2,
-)
-THRESHOLD = 0.5
+RECIPE, THRESHOLD = PRESETS["demo"].recipe, 0.5
 
 
 @contextmanager
@@ -58,7 +49,7 @@ def run(out: Path, workers: int = 2, size: SyntheticConfig = SyntheticConfig(), 
         else:
             cli.prepare(data, crops, preset="tiny", workers=workers)
     with _stage(3, "Training the teacher (CE + Ct-c)"):
-        cli.train(crops, training, recipe, preset="tiny")
+        cli.train(crops, training, recipe, preset="demo")
     with _stage(4, "Distilling students (DSD)"):
         cli.distill(crops, training)
     shards, summary = open_shards(crops), summarise(training)

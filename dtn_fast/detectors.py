@@ -95,9 +95,9 @@ def parse_config(text: str, where: str) -> DTNConfig | TimmConfig:
     return TimmConfig.from_json(text, where) if timm else DTNConfig.from_json(text, where)
 
 
-def build_detector(config: DTNConfig | TimmConfig) -> Detector:
-    """A detector with fresh weights."""
-    return DTN(config) if isinstance(config, DTNConfig) else TimmDetector(config)
+def build_detector(config: DTNConfig | TimmConfig, pretrained: bool = False) -> Detector:
+    """A detector with fresh weights, or with timm's published ones."""
+    return DTN(config) if isinstance(config, DTNConfig) else TimmDetector(config, pretrained)
 
 
 def load_detector(folder: Path) -> Detector:

@@ -62,10 +62,10 @@ def load_run(run: Path) -> tuple[Recipe, DTNConfig | TimmConfig]:
 
 
 def train_initial(run: Path, shards: Shards, **how: Any) -> Generator[Step | Epoch, None, None]:
-    """Generation 0: CE + Ct-c from scratch.  ``how``: device, execution and stop, as ``fit`` takes them."""
+    """Generation 0: CE + Ct-c.  ``how``: device, execution and stop, as ``fit`` takes them."""
     recipe, config = load_run(run)
     torch.manual_seed(recipe.seed)
-    yield from fit(build_detector(config), shards, recipe, generation_folder(run, 0), **how)
+    yield from fit(build_detector(config, recipe.pretrained), shards, recipe, generation_folder(run, 0), **how)
     summarise(run)
 
 

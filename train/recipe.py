@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
-from dtn_fast.data.augment import PresetName
+from dtn_fast.data.augment import PresetName as AugmentName
+from dtn_fast.data.synthetic import HELD_OUT, METHODS
 from dtn_fast.errors import UsageError
 
 
@@ -44,7 +45,7 @@ class Recipe:
     """Students to train even when AUC does not improve."""
     patience: int = 0
     """Stop a generation after this many epochs without a better validation AUC; 0: never."""
-    augment: PresetName = "forensic"
+    augment: AugmentName = "forensic"
     """none; light: for small, clean sets; forensic: geometry, light, blur, noise and JPEG."""
     augment_on: Literal["auto", "device", "cpu"] = "auto"
     """device: one batched pipeline where the model is; cpu: albumentations, as the paper; auto: device on a GPU."""
@@ -56,6 +57,8 @@ class Recipe:
     """Validate and keep a moving average of the weights with this decay, such as 0.999; 0: the weights themselves."""
     max_nonfinite: int = 10
     """Steps with a loss or gradient that is not finite, skipped and recorded, after which a generation gives up."""
+    pretrained: bool = False
+    """Start a model of timm from its published weights (downloads them)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the hardware computes in it, fp16 with a loss scaler on older GPUs, fp32 on other CPUs."""
     seed: int = 0
@@ -123,6 +126,38 @@ class Execution:
         if self.cuda_graph == "on" and obstacle:
             raise UsageError(f"--cuda-graph on: it {obstacle}; use auto")
         return self.cuda_graph != "off" and not obstacle
+
+
+class Preset(NamedTuple):
+    """A model and how to train it, by name."""
+
+    model: str
+    recipe: Recipe
+
+
+PRESETS = {
+    "paper": Preset("paper", Recipe()),
+    "tiny": Preset("tiny", Recipe()),
+    "ffpp-c23": Preset(
+        "paper", Recipe(real_repeat=4, methods=("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures"))
+    ),
+    "cross-manipulation": Preset("paper", Recipe(methods=("Deepfakes",))),
+    "demo": Preset(
+        "tiny",
+        Recipe(
+            epochs=3,
+            lr=1e-3,
+            lr_step=2,
+            augment="light",
+            methods=tuple(m for m in METHODS if m != HELD_OUT),
+            generations=3,
+            min_generations=2,
+        ),
+    ),
+}
+"""paper, tiny: the model alone, the paper's recipe on every forgery in the data.  ffpp-c23: the paper's training on
+FaceForensics++.  cross-manipulation: one forgery alone (choose it by --methods), for testing on each.  demo: what
+``dtn-fast demo`` trains."""
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,0 +1,253 @@
+"""Runs that are killed, stopped, restarted and shared by processes: what comes out is what one whole run gives."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small import RECIPE, SMALL, changed
+
+from dtn_fast import DTN
+from dtn_fast.data.shards import Shards
+from dtn_fast.errors import UsageError
+from dtn_fast.train import engine
+from dtn_fast.train.checkpoint import load_state, read_lines
+from dtn_fast.train.distributed import interleave
+from dtn_fast.train.engine import Epoch, Step, Stopped, fit
+from dtn_fast.train.recipe import Execution
+from dtn_fast.train.step import batch_of_rank
+
+FLAGS = ["--batch-size", "8", "--lr", "1e-3", "--precision", "fp32", "--augment", "light"]
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def small_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "small.json"
+    path.write_text(json.dumps({**json.loads(SMALL.to_json()), "noise_std": 0.0}))
+    return path
+
+
+def command(crops: Path, out: Path, config: Path, *flags: str, torchrun: tuple[str, ...] = ()) -> list[str]:
+    start = [sys.executable, *(("-m", "torch.distributed.run", *torchrun) if torchrun else ()), "-m", "dtn_fast"]
+    return [*start, "train", str(crops), "--out", str(out), "--config", str(config), *FLAGS, *flags]
+
+
+def start(*arguments, **kwargs) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(*arguments, **kwargs), cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finish(process: subprocess.Popen, seconds: float = 240) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out, err
+
+
+def wait_for_steps(out: Path, steps: int, process: subprocess.Popen) -> None:
+    """Until a run has recorded that many steps, or has ended."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and len(read_lines(out / "generation-0" / engine.STEPS)) < steps:
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.005)
+
+
+def same_run(a: Path, b: Path) -> None:
+    """Weights, state, curves and validation scores, to the bit."""
+    one, two = (load_state(run / "generation-0" / engine.STATE) for run in (a, b))
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+    weights = [(run / "generation-0" / "model.safetensors").read_bytes() for run in (a, b)]
+    assert weights[0] == weights[1]
+    assert read_lines(a / "generation-0" / engine.STEPS) == read_lines(b / "generation-0" / engine.STEPS)
+    kept = ("epoch", "lr", "losses", "val_auc", "val_acc", "best_auc", "skipped")
+    rows = [[{k: r[k] for k in kept} for r in read_lines(run / "generation-0" / engine.METRICS)] for run in (a, b)]
+    assert rows[0] == rows[1]
+    assert rows[0]
+    scores = [np.load(run / "generation-0" / engine.VALIDATION)["scores"] for run in (a, b)]
+    assert np.array_equal(*scores)
+
+
+def test_killed_at_random_steps_and_resumed_to_the_bit(crops: Path, tmp_path: Path, small_json: Path) -> None:
+    flags = ("--epochs", "3", "--save-every", "3", "--log-every", "1", "--cache-teacher", "0", "--ema", "0.9")
+    code, _, err = finish(start(crops, tmp_path / "whole", small_json, *flags))
+    assert code == 0, err
+    steps = len(read_lines(tmp_path / "whole" / "generation-0" / engine.STEPS))
+    assert steps == 36
+    draw = random.Random(7)
+    for _ in range(3):
+        process = start(crops, tmp_path / "killed", small_json, *flags)
+        already = len(read_lines(tmp_path / "killed" / "generation-0" / engine.STEPS))
+        wait_for_steps(tmp_path / "killed", min(already + draw.randrange(1, 12), steps - 1), process)
+        process.send_signal(signal.SIGKILL)
+        assert finish(process)[0] == -signal.SIGKILL
+    code, out, err = finish(start(crops, tmp_path / "killed", small_json, *flags))
+    assert code == 0, err
+    assert "best weights in" in out
+    same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_sigterm_saves_and_exits(crops: Path, tmp_path: Path, small_json: Path) -> None:
+    flags = ("--epochs", "2", "--save-every", "0", "--log-every", "1")
+    process = start(crops, tmp_path / "stopped", small_json, *flags)
+    wait_for_steps(tmp_path / "stopped", 4, process)
+    process.terminate()
+    code, _, err = finish(process)
+    assert code == 143
+    assert len(err.strip().splitlines()) == 1
+    assert "SIGTERM: saved at generation 0, epoch 1, step" in err
+    place = load_state(tmp_path / "stopped" / "generation-0" / engine.STATE)["place"]
+    assert place["step"] >= 4
+    for run in ("stopped", "whole"):
+        code, _, err = finish(start(crops, tmp_path / run, small_json, *flags))
+        assert code == 0, err
+    same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("flags", [("--sync-bn",), ("--sync-bn", "--accumulate", "2")], ids=["whole", "in parts"])
+def test_two_processes_train_as_one(crops: Path, tmp_path: Path, small_json: Path, flags: tuple[str, ...]) -> None:
+    """The same global batches, BN statistics, losses and metrics, to float tolerance."""
+    flags = (*flags, "--epochs", "1", "--log-every", "1", "--augment", "none", "--compile", "off")
+    if "--accumulate" in flags:  # BN sees a part of both processes' images at a time, which one process cuts otherwise
+        flags = (*flags, "--lr", "1e-6")
+    code, _, err = finish(start(crops, tmp_path / "one", small_json, *flags))
+    assert code == 0, err
+    code, out, err = finish(
+        start(crops, tmp_path / "two", small_json, *flags, torchrun=("--standalone", "--nproc-per-node", "2"))
+    )
+    assert code == 0, err
+    assert out.count("best weights in") == 1, "one process speaks"
+    one, two = (read_lines(tmp_path / run / "generation-0" / engine.STEPS) for run in ("one", "two"))
+    assert len(one) == len(two) == 12
+    loose = {"rtol": 0.1, "atol": 0.1} if "--accumulate" in flags else {"rtol": 2e-3, "atol": 2e-4}
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose([b["loss"], b["center"]], [a["loss"], a["center"]], **loose)
+    first = [one[0]["grad_norm"], two[0]["grad_norm"]]
+    assert first[1] == pytest.approx(first[0], rel=1e-4 if "--accumulate" not in flags else 0.5)
+    assert (tmp_path / "two" / "report.html").is_file()
+    labels, scores = (
+        [np.load(tmp_path / run / "generation-0" / engine.VALIDATION)[k] for run in ("one", "two")]
+        for k in ("labels", "scores")
+    )
+    assert np.array_equal(*labels)
+    if "--accumulate" not in flags:
+        np.testing.assert_allclose(*scores, atol=2e-2)
+
+
+def test_an_elastic_restart_goes_on(crops: Path, tmp_path: Path, small_json: Path) -> None:
+    flags = ("--epochs", "2", "--save-every", "2", "--log-every", "1")
+    run = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
+    process = start(crops, tmp_path / "run", small_json, *flags, torchrun=run)
+    wait_for_steps(tmp_path / "run", 5, process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    victim = int(children.stdout.split()[-1])
+    os.kill(victim, signal.SIGKILL)
+    code, _, err = finish(process)
+    assert code == 0, err
+    assert "restart" in err.lower()
+    assert [row["epoch"] for row in read_lines(tmp_path / "run" / "generation-0" / engine.METRICS)] == [0, 1]
+    steps = [(row["epoch"], row["step"]) for row in read_lines(tmp_path / "run" / "generation-0" / engine.STEPS)]
+    assert steps == sorted(set(steps)), "what was done again is recorded once"
+
+
+# ------------------------------------------------------------------------------------------ in one process
+
+
+def drive(out: Path, shards: Shards, stop: Callable[[], int] = lambda: 0, recipe=RECIPE, **kwargs) -> list:
+    torch.manual_seed(1)
+    return list(fit(DTN(SMALL), shards, recipe, out, stop=stop, **kwargs))
+
+
+def test_stopping_at_every_kind_of_step(shards: Shards, tmp_path: Path) -> None:
+    recipe = changed(RECIPE, epochs=2)
+    whole = [e for e in drive(tmp_path / "whole", shards, recipe=recipe) if isinstance(e, Step)]
+    pauses = 0
+    while True:
+        countdown = iter([0] * 7 + [signal.SIGTERM])  # the eighth step, sometimes an epoch's last
+        try:
+            last = drive(tmp_path / "often", shards, countdown.__next__, recipe)[-1]
+            break
+        except Stopped as stopped:
+            pauses += stopped.exit_code == 143
+    assert pauses == 3
+    assert isinstance(last, Epoch)
+    one, two = (load_state(tmp_path / run / engine.STATE) for run in ("whole", "often"))
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+    assert len(whole) == 24
+
+
+def test_soft_labels_are_computed_once_and_survive_a_pause(shards: Shards, tmp_path: Path) -> None:
+    teacher = DTN(SMALL).eval()
+    recipe = changed(RECIPE, epochs=3, cache_teacher=1, augment="light")
+    asked: list[int] = []
+    real = engine.TrainStep._answers
+
+    def answers(self, images):
+        asked.append(len(images))
+        return real(self, images)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.TrainStep, "_answers", answers)
+        drive(tmp_path / "whole", shards, recipe=recipe, teacher=teacher)
+        once = len(asked)
+        assert 12 <= once < 24, "an epoch's crops, and those that the first epoch left out"
+        stops = iter([0] * 15 + [15])
+        with pytest.raises(Stopped):
+            drive(tmp_path / "paused", shards, lambda: next(stops), recipe, teacher=teacher)
+        drive(tmp_path / "paused", shards, recipe=recipe, teacher=teacher)
+    assert len(asked) == 2 * once
+    one, two = (load_state(tmp_path / run / engine.STATE) for run in ("whole", "paused"))
+    torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(UsageError, match="blends are new in every epoch"):
+        changed(RECIPE, cache_teacher=2, self_blend=True)
+
+
+def test_a_full_disk_leaves_the_last_state(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = changed(RECIPE, epochs=3)
+    events = fit(DTN(SMALL), shards, recipe, tmp_path, execution=Execution(save_every=5))
+    for event in events:
+        if isinstance(event, Epoch):
+            break
+    before = (tmp_path / engine.STATE).read_bytes()
+
+    def full(_file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        list(events)
+    assert caught.value.filename == str(tmp_path / engine.STATE)
+    assert (tmp_path / engine.STATE).read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+    monkeypatch.undo()
+    assert drive(tmp_path, shards, recipe=recipe)[-1].epoch == 2
+
+
+def test_states_of_other_runs_are_refused(shards: Shards, tmp_path: Path) -> None:
+    drive(tmp_path, shards, recipe=changed(RECIPE, epochs=1))
+    with pytest.raises(UsageError, match="of another version or kind of run"):
+        drive(tmp_path, shards, recipe=changed(RECIPE, epochs=2, ema=0.5))
+    state = load_state(tmp_path / engine.STATE)
+    for damage in ({"place": {"nonsense": 1}}, {"model": {}}, {"optimizer": {}}):
+        torch.save({**state, **damage}, tmp_path / engine.STATE)
+        with pytest.raises(UsageError, match=r"last\.pt"):
+            drive(tmp_path, shards, recipe=changed(RECIPE, epochs=2))
+
+
+def test_batches_are_shared_out_evenly() -> None:
+    assert batch_of_rank(changed(RECIPE, batch_size=24, accumulate=3), 2) == 12
+    with pytest.raises(UsageError, match="--batch-size 8 cannot be shared by 3 processes times --accumulate 1"):
+        batch_of_rank(RECIPE, 3)
+    whole = np.arange(11)
+    assert np.array_equal(interleave([whole[rank::4] for rank in range(4)]), whole)
