@@ -1,8 +1,9 @@
-"""Both operators, forward and backward, against what else a person could call.  Run: dtn-fast bench kernels
+"""Every operator, forward and backward, against what else a person could call.  Run: dtn-fast bench kernels
 
 On a GPU the contenders are this package's kernels, torch's SDPA on each backend that accepts the shape followed by the
 head gate, FlexAttention, the compiled reference and the eager one; without a GPU small shapes show that the suite works
-and how the reference path compares.  Attention here is [B, N, 3, 8, 64] packed, the gate the paper's 2 experts.
+and how the reference path compares.  Attention here is [B, N, 3, 8, 64] packed, the gate the paper's 2 experts, BN with
+ReLU and pool the maps of the paper's backbone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtn_fast.bench.measure import Case, captured
-from dtn_fast.bench.roofline import Machine, attention_work, gate_work
+from dtn_fast.bench.roofline import Machine, attention_work, bn_work, gate_work
 from dtn_fast.errors import DtnError
 from dtn_fast.kernels import ops, reference
 
@@ -25,6 +26,8 @@ SUITE = "kernels"
 HEADS, DIM = 8, 64
 GPU_SHAPES = [(1, 64), (32, 64), (256, 64), (1024, 64), (128, 197), (32, 577), (8, 1024), (2, 4096)]
 CPU_SHAPES = [(1, 64), (8, 64), (2, 197)]
+BN_SHAPES = [(256, 32, 256), (256, 64, 128), (256, 128, 64), (256, 512, 16), (32, 32, 256)]
+"""Batch, channels and side of the backbone's maps."""
 TOLERANCE = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest error, relative to the largest value, of an answer that is worth timing; float32 may be TF32 on a GPU."""
 REPLAYED = 2**21
@@ -45,6 +48,9 @@ def cases(machine: Machine | None = None, quick: bool = False) -> Iterator[Case]
             yield from attention_cases(batch, n, dtype, machine)
         for batch in ([1, 32, 256, 1024] if gpu else [1, 8])[: 2 if quick else None]:
             yield from gate_cases(batch, dtype, machine)
+        for shape in (BN_SHAPES if gpu else [(2, 16, 32)])[: 1 if quick else None]:
+            for pool in (False, True):
+                yield from bn_cases(*shape, pool, dtype, machine)
 
 
 def _floor(machine: Machine | None, work: tuple[float, float]) -> float:
@@ -202,6 +208,57 @@ def gate_cases(batch: int, dtype: torch.dtype, machine: Machine | None) -> Itera
             work = gate_work(batch * 64, 2, 128, 512, x.element_size(), back)
             yield Case(SUITE, f"{title} {shape}", calls, "dtn_fast", baseline, 0, *work, _floor(machine, work),
                        {} if back else errors, tuple(notes))  # fmt: skip
+
+
+def _bn_eager(x: Tensor, weight: Tensor, bias: Tensor, pool: bool) -> Tensor:
+    y = F.batch_norm(x, None, None, weight, bias, True, 0.0, 1e-5).relu()
+    return F.max_pool2d(y, 2) if pool else y
+
+
+def bn_cases(
+    batch: int, channels: int, side: int, pool: bool, dtype: torch.dtype, machine: Machine | None
+) -> Iterator[Case]:
+    """BN in training, ReLU and the pool after it, at one of the backbone's maps."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    x = torch.randn(batch, channels, side, side, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    leaves = [x.requires_grad_(), *(torch.randn(channels, device=device).requires_grad_() for _ in range(2))]
+    contenders: dict[str, Any] = {"dtn_fast": lambda *t: ops.bn_relu(*t, 1e-5, pool)[0]}
+    contenders["torch, one operator after another"] = lambda *t: _bn_eager(*t, pool)
+    if device == "cuda":
+        contenders["torch.compile"] = torch.compile(lambda *t: _bn_eager(*t, pool))
+    exact = _bn_eager(*(t.detach().float() for t in leaves), pool).double()
+    forward, backward, errors, notes = {}, {}, {}, []
+    for name, call in contenders.items():
+
+        def once(call: Any = call) -> Tensor:
+            with torch.no_grad():
+                return call(*leaves)
+
+        errors[name] = _error(once(), exact)
+        if why := _wrong(name, errors[name], dtype):
+            notes.append(why)
+            continue
+        out = call(*leaves)
+        forward[name] = captured(once)
+        grad = torch.ones_like(out)
+        backward[name] = lambda out=out, grad=grad: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    shape = f"B={batch} {channels}x{side}x{side} {str(dtype).removeprefix('torch.')}"
+    baseline = "torch, one operator after another"
+    baseline = baseline if baseline in forward else "dtn_fast"
+    what = "BN + ReLU + pool" if pool else "BN + ReLU"
+    for title, calls, back in ((what, forward, False), (f"{what} backward", backward, True)):
+        work = bn_work(x.numel(), x.element_size(), pool, back)
+        yield Case(SUITE, f"{title} {shape}", calls, "dtn_fast", baseline, 0, *work, _floor(machine, work),
+                   {} if back else errors, tuple(notes))  # fmt: skip
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def bench_bn_relu(compare, pool: bool) -> None:
+    gpu = torch.cuda.is_available()
+    shape = BN_SHAPES[0] if gpu else (2, 16, 32)
+    for case in bn_cases(*shape, pool, torch.bfloat16 if gpu else torch.float32, None):
+        compare(case)
 
 
 @pytest.mark.parametrize(("batch", "n"), GPU_SHAPES if torch.cuda.is_available() else CPU_SHAPES)

@@ -1,4 +1,4 @@
-"""A training step with one technique added after another, the loss compared over several steps.
+"""A training step as ``dtn-fast train`` runs it, its switches turned on one after another, the loss compared at each.
 
 Run: dtn-fast bench train
 """
@@ -6,8 +6,10 @@ Run: dtn-fast bench train
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,26 +19,29 @@ from dtn_fast import DTN, DTNConfig
 from dtn_fast.bench.bench_model import half
 from dtn_fast.bench.measure import Case
 from dtn_fast.bench.roofline import PASSES, Machine, inference, training_floor
-from dtn_fast.fold import fold
 from dtn_fast.levt import ScaledAttention
-from dtn_fast.losses import dsd_loss, initial_centers, initial_loss
+from dtn_fast.train.recipe import PRECISIONS, Execution, Recipe
+from dtn_fast.train.step import WARM_UP, Outcome, TrainStep
 
 SUITE = "train"
 STEPS = 20
 """Steps over which a technique's losses are compared with the baseline's."""
+PLAIN = Execution(
+    channels_last=False, compile="off", cuda_graph="off", fused_adam=False, fold_teacher=False, teacher_stream=False
+)
+"""TF32 and cuDNN's search stay on: they are settings of the process, in which the rows take turns."""
 
 
 class Technique(NamedTuple):
     """One row of the waterfall; each adds to the one before."""
 
     name: str
+    execution: Execution
     autocast: bool = False
-    channels_last: bool = False
     packed: bool = False
     """One QKV product and the fused attention operator, instead of three and materialised scores."""
-    fused_adam: bool = False
-    compiled: bool = False
-    folded_teacher: bool = False
+    cached: bool = False
+    """The step is given the teacher's logits, as from the second sight of a view on with ``--cache-teacher``."""
 
 
 class SeparateAttention(nn.Module):
@@ -57,83 +62,82 @@ class SeparateAttention(nn.Module):
 
 def techniques(device: torch.device, dsd: bool) -> list[Technique]:
     """The rows for a machine, the baseline first."""
-    rows = [Technique("eager NCHW, separate QKV, scores in memory")]
-    flags: dict[str, Any] = {}
-    steps = [("autocast", f"+ {half(device)} autocast".replace("torch.", ""))] if half(device) is not None else []
-    steps += [
-        ("channels_last", "+ channels_last"),
-        ("packed", "+ packed QKV, fused attention"),
-        ("fused_adam", "+ fused Adam"),
-    ]
-    steps += [("folded_teacher", "+ folded teacher")] if dsd else []
-    steps += [("compiled", "+ torch.compile")] if device.type == "cuda" else []
-    for flag, name in steps:
-        flags[flag] = True
-        rows.append(Technique(name, **flags))
+    cuda, dtype = device.type == "cuda", half(device)
+    short = next((name for name, known in PRECISIONS.items() if known == dtype), "")
+    rows = [Technique("eager NCHW, separate QKV, scores in memory", PLAIN)]
+    for wanted, name, switch in (
+        (dtype is not None, f"{short} autocast", {"autocast": True}),
+        (True, "channels_last", {"channels_last": True}),
+        (True, "packed QKV, fused attention", {"packed": True}),
+        (True, "fused Adam", {"fused_adam": True}),
+        (dsd, "folded teacher", {"fold_teacher": True}),
+        (dsd and cuda, "teacher on its own stream", {"teacher_stream": True}),
+        (cuda, "torch.compile", {"compile": "on"}),
+        (cuda, "CUDA graph", {"cuda_graph": "on"}),
+        (dsd, "cached soft labels", {"cached": True}),
+    ):
+        if wanted:
+            row = rows[-1]._replace(name=f"+ {name}")
+            own = switch.keys() <= set(Technique._fields)
+            rows.append(row._replace(**(switch if own else {"execution": replace(row.execution, **switch)})))
     return rows
 
 
 def stepper(
-    model: DTN, teacher: DTN | None, technique: Technique, images: Tensor, labels: Tensor
-) -> Callable[[], Tensor]:
-    """A call that does one training step on ``images`` and returns the loss, not waited for."""
-    device = images.device
-    model, dtype = copy.deepcopy(model).to(device).train(), half(device)
-    if not technique.packed:
-        for block in model.blocks:
-            block.attention = SeparateAttention(block.attention).to(device)
-    if teacher is not None:
-        teacher = fold(teacher.to(device)) if technique.folded_teacher else copy.deepcopy(teacher).to(device).eval()
-    if technique.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-        model = model.to(memory_format=torch.channels_last)
-        teacher = teacher.to(memory_format=torch.channels_last) if teacher is not None else None
-    centers = nn.Parameter(initial_centers().to(device))
-    how: dict[str, Any] = {"fused": True} if technique.fused_adam else {"foreach": False}
-    optimizer = torch.optim.Adam([*model.parameters(), centers], lr=1e-4, weight_decay=1e-4, **how)
-    run: Any = torch.compile(model) if technique.compiled else model
-
-    def step() -> Tensor:
-        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=technique.autocast and dtype is not None):
-            logits = run(images).float()
-            if teacher is None:
-                loss = initial_loss(logits, labels, centers)["loss"]
-            else:
-                with torch.no_grad():
-                    soft = teacher(images).float()
-                loss = dsd_loss(logits, labels, soft, centers)["loss"]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
+    model: DTN, teacher: DTN | None, technique: Technique, crops: Tensor, labels: Tensor, soft: Tensor | None = None
+) -> Callable[[], Outcome]:
+    """A call that does one training step on copies of ``model`` and ``teacher``; nothing is waited for."""
+    model, teacher = copy.deepcopy(model).train(), copy.deepcopy(teacher)
+    for network in [] if technique.packed else filter(None, (model, teacher)):
+        for block in network.blocks:
+            block.attention = SeparateAttention(block.attention)
+    recipe = Recipe(precision="auto" if technique.autocast else "fp32", augment="none")
+    step = TrainStep(model, recipe, technique.execution, crops.device, teacher)
+    return lambda: step(crops, labels, soft)
 
 
 def train_case(preset: str, batch: int, dsd: bool, machine: Machine | None, steps: int = STEPS) -> Case:
     """The waterfall; ``errors`` are the largest difference of the loss from the baseline's over ``steps`` steps."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device.type == "cuda"
     config = DTNConfig.preset(preset, noise_std=0.0)  # noise would be drawn anew by each technique
     torch.manual_seed(0)
     model, teacher = DTN(config), DTN(config).eval().requires_grad_(False) if dsd else None
     side = config.image_size
-    images = torch.randn(batch, 3, side, side, device=device)
+    crops = torch.randint(256, (batch, side, side, 3), dtype=torch.uint8).to(device)
     labels = torch.arange(batch, device=device) % 2
-    losses, calls = {}, {}
-    for technique in techniques(device, dsd):
-        call = stepper(model, teacher, technique, images, labels)
-        losses[technique.name] = torch.stack([call() for _ in range(steps)])
-        calls[technique.name] = call
-    baseline, *_, ours = losses
+    losses: dict[str, Tensor] = {}
+    calls: dict[str, Callable[[], Outcome]] = {}
+    peaks: dict[str, int] = {}
+    soft, rows = None, techniques(device, dsd)
+    if cuda:
+        torch.compiler.reset()  # else another batch size than the last case's would be compiled for any size
+    for row in rows:
+        held = torch.cuda.memory_allocated() if cuda else 0  # by the rows before
+        call = stepper(model, teacher, row, crops, labels, soft if row.cached else None)
+        outcomes = []
+        for number in range(steps):
+            if cuda and number == WARM_UP:  # cuDNN's search is over, and what a graph takes is taken now
+                torch.cuda.reset_peak_memory_stats()
+            outcomes.append(call())
+        if cuda:
+            peaks[row.name] = torch.cuda.max_memory_allocated() - held
+        losses[row.name], calls[row.name] = torch.stack([o.values[0] for o in outcomes]), call
+        soft = outcomes[-1].soft
+    baseline, ours = rows[0].name, [row for row in rows if not row.cached][-1].name
     errors = {name: float((values - losses[baseline]).abs().max()) for name, values in losses.items()}
-    parts = inference(config, batch)
-    work = (3 + dsd) * sum(p.flops for p in parts)
+    work = (3 + dsd) * sum(p.flops for p in inference(config, batch))
     least = training_floor(config, batch, machine, PASSES["everything fused"], dsd) if machine else 0.0
-    notes = (
-        f"error: largest difference of the loss over the first {steps} steps; it starts at {losses[baseline][0]:.2f}",
-    )
+    notes = [
+        f"error: largest difference of the loss over the first {steps} steps; it starts at {losses[baseline][0]:.2f}"
+    ]
+    if dsd:
+        notes.append("cached soft labels: the teacher's work, which this row leaves out, is in its TFLOP/s and floor")
+    if cuda:
+        listed = "; ".join(f"{name} {peak / 2**20:,.0f}" for name, peak in peaks.items())
+        notes.append(f"memory of each row alone at its peak, once warm, a graph's included, MiB: {listed}")
     title = f"DTN {preset} {side}x{side}, batch {batch}{', DSD' if dsd else ''}"
-    return Case(SUITE, title, calls, ours, baseline, batch, work, 0.0, least, errors, notes, rounds=7)
+    return Case(SUITE, title, calls, ours, baseline, batch, work, 0.0, least, errors, tuple(notes), rounds=7)
 
 
 def cases(machine: Machine | None = None, quick: bool = False) -> Iterator[Case]:
@@ -142,8 +146,13 @@ def cases(machine: Machine | None = None, quick: bool = False) -> Iterator[Case]
     shapes = [("paper", 32), ("paper", 256)] if gpu else [("tiny", 8)] if quick else [("tiny", 32), ("paper", 2)]
     for preset, batch in shapes:
         for dsd in (False,) if quick or (not gpu and preset == "paper") else (False, True):
-            steps = 3 if quick else STEPS if batch > 8 else 1  # the statistics of two images make later losses chaotic
-            yield train_case(preset, batch, dsd, machine, steps)
+            # the statistics of two images make later losses chaotic
+            steps = WARM_UP + 2 if quick else STEPS if batch > 8 else 1
+            case = train_case(preset, batch, dsd, machine, steps)
+            yield case
+            assert isinstance(case.contenders, dict)
+            case.contenders.clear()  # measured; whoever still holds the case does not hold its graphs' memory
+            gc.collect()
 
 
 @pytest.mark.parametrize("dsd", [False, True])

@@ -118,6 +118,14 @@ def gate_work(
     return product, 2.0 * positions * channels * width + weights
 
 
+def bn_work(elements: int, width: int, pool: bool, backward: bool = False) -> tuple[float, float]:
+    """(FLOPs, least bytes) of BN + ReLU (+ pool) over a map of ``elements``: x twice in (statistics first), y out;
+    backward x and dy twice in, dx out."""
+    out = elements / 4 if pool else elements
+    return (10.0 * elements, (3.0 * elements + 2 * out) * width) if backward else (
+        8.0 * elements, (2.0 * elements + out) * width)  # fmt: skip
+
+
 PASSES = {
     "everything fused": 0.0,
     "BN in prologues, statistics in epilogues": 3.0,

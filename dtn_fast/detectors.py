@@ -42,8 +42,8 @@ class TimmConfig:
     def from_json(cls, text: str, where: str = "config") -> TimmConfig:
         """Inverse of :meth:`to_json`.  Raises UsageError naming ``where``."""
         try:
-            data: dict[str, Any] = json.loads(text)
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+            return cls(**fields)
         except (ValueError, TypeError, AttributeError) as error:
             raise UsageError(f"{where}: not a timm configuration ({error})") from error
 

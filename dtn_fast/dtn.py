@@ -26,7 +26,7 @@ class DTN(Detector):
         self.config = config = config or DTNConfig()
         self.num_classes, self.num_features = config.num_classes, config.channels[-1]
         side = config.image_size // STRIDE
-        self.backbone = build_backbone(config)
+        self.backbone: nn.Sequential = build_backbone(config)
         self.gate: nn.Module = MoEGate(config) if config.num_experts else nn.Identity()
         self.pos_embed = nn.Parameter(torch.empty(1, self.num_features, side, side))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)

@@ -29,7 +29,7 @@ class FoldedDTN(DTN):
         nn.Module.__init__(self)  # its parts come from ``model``
         self.config, self.notice = model.config, model.notice
         self.num_classes, self.num_features = model.num_classes, model.num_features
-        self.backbone = _fold_backbone(model.backbone)
+        self.backbone: nn.Sequential = _fold_backbone(model.backbone)
         self.gate = copy.deepcopy(model.gate)
         self.pos_embed = copy.deepcopy(model.pos_embed)
         self.blocks = nn.Sequential(*(FoldedBlock(block, attention) for block in model.blocks))  # type: ignore[arg-type]

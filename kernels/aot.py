@@ -25,7 +25,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from . import mas_attention, moe_gate, tuned
+from . import batch_norm, mas_attention, moe_gate, tuned
 from .launch import INTERPRET, Launch
 
 MULTIPROCESSOR = {80: (64, 32, 164), 86: (48, 16, 100), 89: (48, 24, 100), 90: (64, 32, 228), 100: (64, 32, 228),
@@ -70,9 +70,9 @@ class Row(NamedTuple):
             found.append(f"spills {self.spill} bytes")
         if self.shared > SHARED_LIMIT[self.arch] * 1024:
             found.append(f"needs {self.shared} bytes of shared memory of {SHARED_LIMIT[self.arch] * 1024}")
-        if not self.tensor_core:
+        if not self.tensor_core and not self.kernel.startswith("bn_"):  # which multiply no matrices
             found.append("uses no tensor cores")
-        if not self.vector_load:
+        if not self.vector_load and self.kernel != "bn_merge":  # which reads a few kilobytes
             found.append("uses no vector loads")
         return found
 
@@ -145,6 +145,17 @@ def moe_launches(experts: int, hidden: int, channels: int, std: float, dtype: to
     return launches + moe_gate.backward(x, x, *weights, seed, std, a, winner, torch.empty_like(x))[0]
 
 
+def bn_launches(channels: int, side: int, pool: bool, dtype: torch.dtype, batch: int = 32) -> list[Launch]:
+    """Forward and backward of a map [batch, channels, side, side]."""
+    total = batch * side * side
+    x, y = _empty(total, channels, dtype=dtype), _empty(total // 4 if pool else total, channels, dtype=dtype)
+    column = [_empty(channels) for _ in range(4)]  # weight, bias, mean, variance
+    size = (side, side)
+    launches = batch_norm.forward(x, *column[:2], 1e-5, size, y, *column[2:])
+    stats, partial = batch_norm.backward_stats(y, x, *column, 1e-5, size)
+    return [*launches, stats, batch_norm.backward_apply(y, x, *column, 1e-5, size, partial[0], torch.empty_like(x))]
+
+
 PERSISTENT = {"PERSISTENT": 4, "STAGES": 2, "num_warps": 4, "num_stages": 2}
 """The persistent forward's values where no tuned file holds better ones."""
 
@@ -177,6 +188,17 @@ def shipped(arch: int) -> Iterator[tuple[str, torch.dtype, list[Launch]]]:
     ]:
         launches = moe_launches(experts, hidden, channels, std, dtype)
         yield f"E={experts} M={hidden} C={channels}{'' if std else ' no noise'}", dtype, launches
+    for channels, side, pool, dtype in [
+        (32, 256, False, half),
+        (32, 256, True, half),
+        (64, 128, True, half),
+        (512, 16, False, half),
+        (512, 16, True, half),
+        (48, 32, True, torch.float16),
+        (64, 128, True, full),
+    ]:
+        name = f"C={channels} {side}x{side}{' pooled' if pool else ''}"
+        yield name, dtype, bn_launches(channels, side, pool, dtype)
 
 
 def inspect(launch: Launch, arch: int, shape: str, dtype: torch.dtype) -> Row:

@@ -50,8 +50,9 @@ def _requested(path: str | None) -> str:
     return path
 
 
-def _use_triton(path: str, operator: str, x: Tensor, refusal: str | None) -> bool:
-    """Whether ``operator`` runs its Triton kernels on ``x``; ``refusal`` says why they cannot take the shapes."""
+def _use_triton(path: str, operator: str, x: Tensor, refusal: str | None, products: bool = True) -> bool:
+    """Whether ``operator``, of matrix products or none, runs its Triton kernels on ``x``; ``refusal`` says why they
+    cannot take the shapes."""
     if path == "reference":
         return False
     if x.device.type == "cpu":
@@ -60,7 +61,9 @@ def _use_triton(path: str, operator: str, x: Tensor, refusal: str | None) -> boo
         why = f"device {x.device.type}"
     elif torch.cuda.get_device_capability(x.device) < (8, 0):
         why = "a GPU of compute capability under 8.0"
-    elif x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32" and path == "auto":
+    elif (
+        products and x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32" and path == "auto"
+    ):
         why = "float32 without TF32 (torch.backends.cuda.matmul.fp32_precision)"
     else:
         why = None
@@ -70,6 +73,10 @@ def _use_triton(path: str, operator: str, x: Tensor, refusal: str | None) -> boo
     if why and x.device.type != "cpu":
         _notice(operator, why)
     return why is None
+
+
+def _tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _interpreting() -> bool:
@@ -115,6 +122,13 @@ _library.define(
 _library.define(
     "moe_forward(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor expert_scale, Tensor? seed,"
     " float noise_std, str path) -> (Tensor out, Tensor attention, Tensor winner)"
+)
+_library.define(
+    "bn_forward(Tensor x, Tensor weight, Tensor bias, float eps, bool pool) -> (Tensor y, Tensor mean, Tensor var)"
+)
+_library.define(
+    "bn_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps, bool pool)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "moe_backward(Tensor grad, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor expert_scale, Tensor? seed,"
@@ -319,7 +333,7 @@ def _show(value: object) -> object:
 
 
 def _strict_float32(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return x.dtype == torch.float32 and x.device.type == "cuda" and not _tf32()
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor) -> Tensor:
@@ -458,3 +472,95 @@ def moe_gate(
     if _plain:
         return reference.moe_gate(x, w1, b1, w2, b2, expert_scale, float(noise_std), seed)
     return _MoE.apply(x, w1, b1, w2, b2, expert_scale, seed, float(noise_std), path)
+
+
+# ------------------------------------------------------------------------------------------------ BN, ReLU, pool
+
+
+def _bn_triton(path: str, x: Tensor, pool: bool) -> bool:
+    if path == "reference" or (path == "auto" and x.device.type == "cpu" and not _interpreting()):
+        return False
+    from . import batch_norm as kernels
+
+    return _use_triton(path, "bn_relu", x, kernels.unsupported(x, pool), products=False)
+
+
+@_implement("bn_forward")
+def _bn_forward(x, weight, bias, eps, pool):
+    from . import batch_norm as kernels
+
+    y, mean, var = _bn_outputs(x, pool)
+    rows = kernels.rows_of(x), kernels.rows_of(y)
+    for launch in kernels.forward(rows[0], weight, bias, eps, tuple(x.shape[2:]), rows[1], mean, var):
+        launch.run()
+    return y, mean, var
+
+
+@_implement("bn_backward")
+def _bn_backward(grad, x, weight, bias, mean, var, eps, pool):
+    from . import batch_norm as kernels
+
+    dx = _map_like(x)
+    inputs = (kernels.rows_of(grad), kernels.rows_of(x), weight, bias, mean, var, eps, tuple(x.shape[2:]))
+    launch, partial = kernels.backward_stats(*inputs)
+    launch.run()
+    sums = partial.sum(0)
+    kernels.backward_apply(*inputs, sums, kernels.rows_of(dx)).run()
+    return dx, sums[0].to(weight.dtype), sums[1].to(bias.dtype, copy=True)  # outputs may not share memory
+
+
+def _bn_outputs(x: Tensor, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels, height, width = x.shape
+    size = (batch, channels, height // 2, width // 2) if pool else x.shape
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return y, x.new_empty(channels, dtype=torch.float32), x.new_empty(channels, dtype=torch.float32)
+
+
+@_fake("bn_forward")
+def _(x, weight, bias, eps, pool):
+    return _bn_outputs(x, pool)
+
+
+@_fake("bn_backward")
+def _(grad, x, weight, bias, mean, var, eps, pool):
+    return _map_like(x), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+class _BnRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, pool):
+        y, mean, var = torch.ops.dtn_fast.bn_forward(x, weight, bias, eps, pool)
+        ctx.eps, ctx.pool = eps, pool
+        ctx.save_for_backward(x, weight, bias, mean, var)
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _mean, _var):
+        return *torch.ops.dtn_fast.bn_backward(grad, *ctx.saved_tensors, ctx.eps, ctx.pool), None, None
+
+
+def bn_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, pool: bool = False, *, path: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch normalisation in training, ReLU and, with ``pool``, a 2x2 max-pool, in one pass after the statistics.
+
+    x: [B, C, H, W], best channels_last.  weight, bias: [C].  Returns y, [B, C, H, W] or [B, C, H / 2, W / 2], and the
+    batch's mean and biased variance [C] float32, which carry no gradient.  Raises ValueError naming the argument.
+    """
+    path = _requested(path)
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"x: got {tuple(x.shape)} {x.dtype}; it must be a floating [B, C, H, W]")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor.shape != x.shape[1:2]:
+            raise ValueError(f"{name}: shape is {tuple(tensor.shape)}; it must be [{x.shape[1]}]")
+    if _plain or not _bn_triton(path, x, pool):
+        return reference.bn_relu(x, weight, bias, eps, pool)
+    return _BnRelu.apply(x, weight.contiguous(), bias.contiguous(), float(eps), pool)
+
+
+def fuses_bn(x: Tensor, pool: bool) -> bool:
+    """Whether :func:`bn_relu` wins over torch's own operators on ``x``: by bytes, everywhere but where torch.compile
+    fuses as much, which is all that is not pooled."""
+    return (pool or not torch.compiler.is_compiling()) and not _plain and _bn_triton(_requested(None), x, pool)

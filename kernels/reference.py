@@ -214,3 +214,14 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if weight.dim() == 2:
         weight = weight[:, :, None, None]
     return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=weight.shape[-1] // 2)
+
+
+def bn_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch normalisation by the batch's own statistics, ReLU and, with ``pool``, the 2x2 maximum.
+
+    x: [B, C, H, W] -> y of the same shape or [B, C, H / 2, W / 2], and the mean and biased variance [C].
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)  # reads BCHW
+    y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps).relu()  # reads 2 BCHW, writes BCHW; both once more
+    return F.max_pool2d(y, 2) if pool else y, mean.detach(), var.detach()

@@ -87,7 +87,13 @@ def candidates() -> dict[str, list[dict[str, int]]]:
     rows = _grid(
         BLOCK_T=(32, 64, 128), BLOCK_C=(32, 64, 128), BLOCK_OUT=(64, 128), num_warps=(4, 8), num_stages=(1, 2, 3)
     )
+    streams = _grid(BLOCK_T=(8, 16, 32, 64), BLOCK_C=(32, 64, 128), num_warps=(4, 8), num_stages=(1,))
+    sums = [{**row, "PROGRAMS": programs} for row in streams for programs in (512, 1024, 2048)]
     return {
+        "bn_stats": sums,
+        "bn_apply": streams,
+        "bn_backward_stats": sums,
+        "bn_backward_apply": streams,
         "mas_small_forward": small + _grid(PERSISTENT=(2, 4, 8), STAGES=(2, 3), num_warps=(4, 8), num_stages=(2,)),
         "mas_small_backward": small,
         "mas_flash_forward": blocks,
@@ -141,12 +147,30 @@ def cases(device: str = "cuda", batch: int = 256) -> list[Case]:
 
         return call
 
+    def norm(channels: int, side: int) -> Callable[[], Callable[[], list[Tensor]]]:
+        def make() -> Callable[[], list[Tensor]]:
+            x = torch.randn(batch // 4, channels, side, side, device=device, dtype=torch.bfloat16)
+            leaves = [x.to(memory_format=torch.channels_last).requires_grad_()]
+            leaves += [torch.randn(channels, device=device).requires_grad_() for _ in range(2)]
+
+            def call() -> list[Tensor]:
+                out = ops.bn_relu(*leaves, pool=True, path="triton")[0]
+                return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+            return call
+
+        return make
+
+    norms = ("bn_stats", "bn_apply", "bn_backward_stats", "bn_backward_apply")
     small = ("mas_small_forward", "mas_small_backward")
     flash = ("mas_flash_forward", "mas_flash_backward_dq", "mas_flash_backward_dkdv")
     return [
         Case(small, {"N": 64, "bytes": 2, "D": 64}, attention(64, 64, batch)),
         Case(small, {"N": 128, "bytes": 2, "D": 64}, attention(128, 64, max(batch // 2, 1))),
         Case(flash, {"bytes": 2, "D": 64}, attention(1024, 64, max(batch // 16, 1))),
+        Case(norms, {"C": 32, "bytes": 2}, norm(32, 256)),
+        Case(norms, {"C": 128, "bytes": 2}, norm(128, 64)),
+        Case(norms, {"C": 512, "bytes": 2}, norm(512, 16)),
         Case(("moe_forward", "moe_backward_rows", "moe_backward_weight"), {"M": 128, "bytes": 2}, gate),
     ]
 

@@ -239,7 +239,8 @@ def test_states_of_other_runs_are_refused(shards: Shards, tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="of another version or kind of run"):
         drive(tmp_path, shards, recipe=changed(RECIPE, epochs=2, ema=0.5))
     state = load_state(tmp_path / engine.STATE)
-    for damage in ({"place": {"nonsense": 1}}, {"model": {}}, {"optimizer": {}}):
+    damages: list[dict] = [{"place": {"nonsense": 1}}, {"model": {}}, {"optimizer": {}}]
+    for damage in damages:
         torch.save({**state, **damage}, tmp_path / engine.STATE)
         with pytest.raises(UsageError, match=r"last\.pt"):
             drive(tmp_path, shards, recipe=changed(RECIPE, epochs=2))

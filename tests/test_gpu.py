@@ -59,6 +59,27 @@ def test_gate(dtype: torch.dtype, std: float) -> None:
         assert torch.equal(a, c), name
 
 
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+@pytest.mark.parametrize("shape", [(8, 32, 64, 64), (3, 48, 6, 10), (16, 512, 16, 16)])
+def test_bn(shape: tuple[int, ...], dtype: torch.dtype, pool: bool) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(shape, device="cuda") * 1.5 + 3).to(dtype).contiguous(memory_format=torch.channels_last)
+    leaves = [x.requires_grad_(), *(torch.randn(shape[1], device="cuda").requires_grad_() for _ in range(2))]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+
+    def once(path: str, tensors: list[Tensor]) -> list[Tensor]:
+        out = ops.bn_relu(*tensors, pool=pool, path=path)[0]
+        torch.manual_seed(1)
+        grad = torch.randn(out.shape, device="cuda").to(out.dtype)
+        return [out.detach(), *torch.autograd.grad(out, tensors, grad)]
+
+    got, again = once("triton", leaves), once("triton", leaves)
+    for name, a, b, c in zip(["y", "dx", "dw", "db"], got, once("reference", wide), again, strict=True):
+        assert_close(name, a, b, dtype, summed=name != "y")
+        assert torch.equal(a, c), name
+
+
 def test_model_trains_under_autocast_and_in_a_cuda_graph() -> None:
     torch.manual_seed(0)
     model = DTN(DTNConfig.preset("tiny")).cuda().to(memory_format=torch.channels_last)
