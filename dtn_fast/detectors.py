@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dtn_fast.config import DTNConfig
 from dtn_fast.dtn import DTN
 from dtn_fast.errors import UsageError
-from dtn_fast.pretrained import CONFIG, Detector, check_folder
+from dtn_fast.pretrained import CONFIG, Detector, check_folder, device_of
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,19 @@ class TimmDetector(Detector):
         return self.net(images)
 
     def cam_layer(self) -> nn.Module | None:
+        """The last layer that timm names as a feature map; None where features are tokens, as in a ViT."""
         info = getattr(self.net, "feature_info", None)
-        name = info[-1].get("module") if isinstance(info, list) and info else None
-        return dict(self.net.named_modules()).get(name) if name else None
+        layer = dict(self.net.named_modules()).get(info[-1].get("module")) if isinstance(info, list) and info else None
+        if layer is None:
+            return None
+        shapes: list[int] = []
+        handle = layer.register_forward_hook(lambda _module, _inputs, output: shapes.append(output.dim()))
+        was_training, side = self.training, self.config.image_size
+        with torch.no_grad():
+            self.eval()(torch.zeros(1, 3, side, side, device=device_of(self)))
+        self.train(was_training)
+        handle.remove()
+        return layer if shapes == [4] else None
 
 
 def _takes_size(timm, name: str) -> bool:

@@ -80,3 +80,6 @@ def dtn_paper(pretrained: bool = False, **kwargs: Any) -> DTN:
 def dtn_tiny(pretrained: bool = False, **kwargs: Any) -> DTN:
     """A small DTN for demos and tests: 128x128, depth 2."""
     return _create("tiny", pretrained, kwargs)
+
+
+from dtn_fast import baselines  # noqa: E402, F401
