@@ -40,6 +40,8 @@ class Technique(NamedTuple):
     autocast: bool = False
     packed: bool = False
     """One QKV product and the fused attention operator, instead of three and materialised scores."""
+    bn_kernels: bool = False
+    """The backbone's BN, ReLU and pool as this project's operator, instead of torch's three."""
     cached: bool = False
     """The step is given the teacher's logits, as from the second sight of a view on with ``--cache-teacher``."""
 
@@ -69,6 +71,7 @@ def techniques(device: torch.device, dsd: bool) -> list[Technique]:
         (dtype is not None, f"{short} autocast", {"autocast": True}),
         (True, "channels_last", {"channels_last": True}),
         (True, "packed QKV, fused attention", {"packed": True}),
+        (cuda, "BN, ReLU and pool kernels", {"bn_kernels": True}),
         (True, "fused Adam", {"fused_adam": True}),
         (dsd, "folded teacher", {"fold_teacher": True}),
         (dsd and cuda, "teacher on its own stream", {"teacher_stream": True}),
@@ -88,9 +91,11 @@ def stepper(
 ) -> Callable[[], Outcome]:
     """A call that does one training step on copies of ``model`` and ``teacher``; nothing is waited for."""
     model, teacher = copy.deepcopy(model).train(), copy.deepcopy(teacher)
-    for network in [] if technique.packed else filter(None, (model, teacher)):
-        for block in network.blocks:
+    for network in filter(None, (model, teacher)):
+        for block in [] if technique.packed else network.blocks:
             block.attention = SeparateAttention(block.attention)
+        if not technique.bn_kernels:
+            network.backbone = nn.Sequential(*network.backbone)
     recipe = Recipe(precision="auto" if technique.autocast else "fp32", augment="none")
     step = TrainStep(model, recipe, technique.execution, crops.device, teacher)
     return lambda: step(crops, labels, soft)

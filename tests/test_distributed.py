@@ -115,34 +115,27 @@ def test_sigterm_saves_and_exits(crops: Path, tmp_path: Path, small_json: Path) 
     same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("flags", [("--sync-bn",), ("--sync-bn", "--accumulate", "2")], ids=["whole", "in parts"])
+@pytest.mark.parametrize("flags", [(), ("--accumulate", "2")], ids=["whole", "in parts"])
 def test_two_processes_train_as_one(crops: Path, tmp_path: Path, small_json: Path, flags: tuple[str, ...]) -> None:
-    """The same global batches, BN statistics, losses and metrics, to float tolerance."""
-    flags = (*flags, "--epochs", "1", "--log-every", "1", "--augment", "none", "--compile", "off")
-    if "--accumulate" in flags:  # BN sees a part of both processes' images at a time, which one process cuts otherwise
-        flags = (*flags, "--lr", "1e-6")
-    code, _, err = finish(start(crops, tmp_path / "one", small_json, *flags))
-    assert code == 0, err
-    code, out, err = finish(
-        start(crops, tmp_path / "two", small_json, *flags, torchrun=("--standalone", "--nproc-per-node", "2"))
-    )
-    assert code == 0, err
-    assert out.count("best weights in") == 1, "one process speaks"
-    one, two = (read_lines(tmp_path / run / "generation-0" / engine.STEPS) for run in ("one", "two"))
-    assert len(one) == len(two) == 12
-    loose = {"rtol": 0.1, "atol": 0.1} if "--accumulate" in flags else {"rtol": 2e-3, "atol": 2e-4}
-    for a, b in zip(one, two, strict=True):
-        np.testing.assert_allclose([b["loss"], b["center"]], [a["loss"], a["center"]], **loose)
-    first = [one[0]["grad_norm"], two[0]["grad_norm"]]
-    assert first[1] == pytest.approx(first[0], rel=1e-4 if "--accumulate" not in flags else 0.5)
-    assert (tmp_path / "two" / "report.html").is_file()
-    labels, scores = (
-        [np.load(tmp_path / run / "generation-0" / engine.VALIDATION)[k] for run in ("one", "two")]
-        for k in ("labels", "scores")
-    )
-    assert np.array_equal(*labels)
-    if "--accumulate" not in flags:
-        np.testing.assert_allclose(*scores, atol=2e-2)
+    """The same global batches in the same parts, BN statistics, losses, gradients and metrics, to float tolerance."""
+    # a small step: Adam turns the rounding of a gradient near zero into a whole one
+    flags = (*flags, "--epochs", "1", "--log-every", "1", "--lr", "1e-5")
+    two = ("--standalone", "--nproc-per-node", "2")
+    for run, how in (("one", ()), ("two", two)):
+        code, out, err = finish(start(crops, tmp_path / run, small_json, *flags, torchrun=how))
+        assert code == 0, err
+        assert out.count("best weights in") == 1, "one process speaks"
+        assert (tmp_path / run / "report.html").is_file()
+    a, b = (read_lines(tmp_path / run / "generation-0" / engine.STEPS) for run in ("one", "two"))
+    assert len(a) == len(b) == 12
+    for name in ("loss", "ce", "center", "grad_norm"):
+        np.testing.assert_allclose([row[name] for row in b], [row[name] for row in a], rtol=1e-3, err_msg=name)
+    one, two_ = (np.load(tmp_path / run / "generation-0" / engine.VALIDATION) for run in ("one", "two"))
+    assert np.array_equal(one["labels"], two_["labels"])
+    np.testing.assert_allclose(two_["scores"], one["scores"], atol=1e-4)
+    states = [load_state(tmp_path / run / "generation-0" / engine.STATE)["model"] for run in ("one", "two")]
+    for name, tensor in states[0].items():  # weights by the path they took, statistics by value
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=12 * 1e-5)
 
 
 def test_an_elastic_restart_goes_on(crops: Path, tmp_path: Path, small_json: Path) -> None:
@@ -155,7 +148,6 @@ def test_an_elastic_restart_goes_on(crops: Path, tmp_path: Path, small_json: Pat
     os.kill(victim, signal.SIGKILL)
     code, _, err = finish(process)
     assert code == 0, err
-    assert "restart" in err.lower()
     assert [row["epoch"] for row in read_lines(tmp_path / "run" / "generation-0" / engine.METRICS)] == [0, 1]
     steps = [(row["epoch"], row["step"]) for row in read_lines(tmp_path / "run" / "generation-0" / engine.STEPS)]
     assert steps == sorted(set(steps)), "what was done again is recorded once"

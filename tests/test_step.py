@@ -109,7 +109,7 @@ def test_switches_reach_what_they_switch(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not torch.backends.cuda.matmul.allow_tf32
     assert step.model.backbone[0].weight.is_contiguous()
     step = make(teacher=detector(9), compile="on")
-    assert len(compiled) == 3
+    assert len(compiled) == 4
     assert step.optimizer.defaults["fused"]
     assert torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.benchmark
@@ -158,7 +158,7 @@ def test_a_step_that_is_not_finite_changes_nothing(monkeypatch: pytest.MonkeyPat
     assert not values.isfinite().all()
     assert values[0].isfinite() == (where == "gradient")
     after = step.state()
-    for part in ("model", "centers"):
+    for part in ("model", "centers", "ema"):
         torch.testing.assert_close(after[part], before[part], rtol=0, atol=0)
     torch.testing.assert_close(after["optimizer"], before["optimizer"], rtol=0, atol=0)
     monkeypatch.undo()

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed.rendezvous import rendezvous
 
-from dtn_fast.errors import UsageError
+from dtn_fast.errors import DtnError, UsageError
 
 
 class Ranks(NamedTuple):
@@ -52,8 +52,17 @@ def connect(device: str) -> Iterator[str]:
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     kind = "nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(kind, timeout=timedelta(minutes=30))  # validation and saving take their time
-    yield device  # an exception leaves as it is: the others cannot be waited for
+    # torchrun keeps its store over a restart: without a prefix, processes would meet the addresses of dead ones
+    store, rank, world = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # validation and saving take their time
+    dist.init_process_group(kind, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=30))
+    try:
+        yield device  # after an exception the others are not waited for
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise DtnError(f"process {rank} lost another one, whose own message says why ({error})") from error
+        raise
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
@@ -109,6 +118,20 @@ def synchronise_bn(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over all processes; so is its gradient, as every process's loss depends on it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Sum.forward(ctx, grad)
+
+
 class CpuSyncBatchNorm2d(nn.BatchNorm2d):
     """What torch's SyncBatchNorm does, for processes on CPUs, which it refuses."""
 
@@ -121,9 +144,9 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
         assert self.momentum is not None
         wide = x.float()
         count = ranks().world * x.numel() / x.shape[1]
-        mean = all_reduce(wide.sum((0, 2, 3))) / count
+        mean = _Sum.apply(wide.sum((0, 2, 3))) / count
         centred = wide - mean[:, None, None]
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+        variance = _Sum.apply(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

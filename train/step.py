@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dtn_fast.dtn import DTN
 from dtn_fast.errors import UsageError
 from dtn_fast.losses import dsd_loss, initial_centers, initial_loss
 from dtn_fast.pretrained import Detector
@@ -35,7 +36,8 @@ class Outcome(NamedTuple):
 class TrainStep:
     """Trains ``model`` on a batch at a time; with a ``teacher`` by DSD (Eq. 7), else by CE + Ct-c.
 
-    A step whose loss or gradient is not finite changes nothing: neither weights, nor Adam's moments, nor BN statistics.
+    A step whose loss or gradient is not finite changes nothing: neither weights, nor their average, nor Adam's moments,
+    nor BN statistics.  (In fp16 a gradient that overflows its loss scale only leaves weights and moments alone.)
     Raises UsageError when ``execution`` asks for what this machine or ``recipe`` excludes.
     """
 
@@ -70,19 +72,19 @@ class TrainStep:
         self.optimizer = torch.optim.Adam(
             self._parameters, lr=self.lr, weight_decay=recipe.weight_decay, capturable=self.captured, **how
         )
-        self._statistics = [b for m in self.model.modules() if isinstance(m, _NORMS) for b in m.buffers(recurse=False)]
-        self._before = [torch.empty_like(b) for b in self._statistics]
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        self._statistics = _Kept([b for m in norms for b in m.buffers(recurse=False)])
 
         self._stream = torch.cuda.Stream(device) if cuda and self.teacher and execution.teacher_stream else None
         self._graphs: dict[bool, _Graph] = {}
         self._run: nn.Module | Callable[..., Tensor] = self.model
         self._losses: Callable[..., Tensor] = self._stacked_losses
+        self._ask: nn.Module | Callable[..., Tensor] | None = self.teacher
         if here.world > 1:
-            self._run = nn.parallel.DistributedDataParallel(
-                self.model, device_ids=[device] if cuda else None, broadcast_buffers=not recipe.sync_bn
-            )
+            self._run = nn.parallel.DistributedDataParallel(self.model, device_ids=[device] if cuda else None)
         if execution.compiled(device):
             self._run, self._losses = torch.compile(self._run), torch.compile(self._losses)
+            self._ask = torch.compile(self.teacher) if self.teacher is not None else None
 
     def __call__(self, crops: Tensor, labels: Tensor, soft: Tensor | None = None) -> Outcome:
         """crops: [B, S, S, 3] uint8, labels: [B] int64, both on the device; soft: the teacher's logits [B, classes]
@@ -123,6 +125,10 @@ class TrainStep:
         """Inverse of :meth:`state`; call ``set_epoch`` after it."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:  # how it is computed is this run's choice, not the saved one's
+            group.update(fused=self.fused, foreach=not self.fused, capturable=self.captured)
+        for moments in self.optimizer.state.values():
+            moments["step"] = moments["step"].to(self.device if self.fused or self.captured else "cpu")
         self.scaler.load_state_dict(state["scaler"])
         self.centers.data.copy_(state["centers"])
         if self.ema is not None:
@@ -133,11 +139,11 @@ class TrainStep:
         return model.to(memory_format=torch.channels_last) if self.channels_last else model  # type: ignore[call-overload]
 
     def _freeze(self, teacher: Detector, folded: bool) -> Detector:
-        """A copy that only answers; its weights are cast once, where autocast would cast them in every step."""
-        teacher = self._place(teacher)
-        if not folded:
-            return teacher.eval().requires_grad_(False)
-        return frozen(teacher).to(self.dtype)
+        """A copy that only answers; folded, its weights are cast once, where autocast casts them in every step."""
+        copied = self._place(copy.deepcopy(teacher)).eval().requires_grad_(False)
+        if not (folded and isinstance(copied, DTN)):
+            return copied
+        return self._place(frozen(copied)).to(self.dtype)
 
     def _compute(self, crops: Tensor, labels: Tensor, soft: Tensor | None) -> Outcome:
         self.optimizer.zero_grad(set_to_none=True)
@@ -147,7 +153,7 @@ class TrainStep:
         teaching = self.teacher is not None and soft is None
         if teaching:
             soft = self._teach(images)
-        torch._foreach_copy_(self._before, self._statistics)
+        self._statistics.keep()
         parts = self.recipe.accumulate
         soft_parts = soft.chunk(parts) if soft is not None else [None] * parts
         total = torch.zeros(len(self._terms), device=self.device)
@@ -171,10 +177,12 @@ class TrainStep:
             values = torch.cat((values, norm[None]))
             healthy = (values[0] + norm).isfinite()
         self._update(healthy)
-        for now, before in zip(self._statistics, self._before, strict=True):
-            now.copy_(torch.where(healthy, now, before))
+        self._statistics.restore_unless(healthy)
         if self.ema is not None:
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - self.recipe.ema)
+            averages: list[Tensor] = list(self.ema.parameters())
+            moves = list(torch._foreach_sub(list(self.model.parameters()), averages))
+            torch._foreach_mul_(moves, healthy * (1 - self.recipe.ema))
+            torch._foreach_add_(averages, moves)
         return Outcome(values, soft)
 
     def _autocast(self) -> torch.autocast:
@@ -193,12 +201,10 @@ class TrainStep:
 
     def _answers(self, images: Tensor) -> Tensor:
         assert self.teacher is not None
+        assert self._ask is not None
         cast = next(self.teacher.parameters()).dtype
-        with torch.no_grad():
-            if cast == torch.float32:
-                with self._autocast():
-                    return self.teacher(images).float()
-            return self.teacher(images.to(cast)).float()
+        with torch.no_grad(), self._autocast() if cast == torch.float32 else nullcontext():
+            return self._ask(images.to(cast)).float()
 
     def _stacked_losses(self, logits: Tensor, labels: Tensor, soft: Tensor | None) -> Tensor:
         r = self.recipe
@@ -219,14 +225,39 @@ class TrainStep:
             self.optimizer.step()
 
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+class _Kept:
+    """Buffers whose values before a step come back if the step fails: few copies of many small tensors at once."""
+
+    def __init__(self, buffers: list[Tensor]) -> None:
+        kinds = {b.dtype for b in buffers}
+        self._groups = [_Group([b for b in buffers if b.dtype == kind]) for kind in sorted(kinds, key=str)]
+
+    def keep(self) -> None:
+        for group in self._groups:
+            torch._foreach_copy_(group.before, group.buffers)
+
+    def restore_unless(self, healthy: Tensor) -> None:
+        for group in self._groups:
+            torch._foreach_copy_(group.after, group.buffers)
+            torch.where(healthy, group.flat[1], group.flat[0], out=group.flat[1])
+            torch._foreach_copy_(group.buffers, group.after)
+
+
+class _Group:
+    def __init__(self, buffers: list[Tensor]) -> None:
+        self.buffers = buffers
+        sizes = [b.numel() for b in buffers]
+        self.flat = buffers[0].new_empty(2, sum(sizes))
+        self.before, self.after = (
+            [part.view(b.shape) for part, b in zip(row.split(sizes), buffers, strict=True)] for row in self.flat
+        )
 
 
 class _Graph:
     """A step that, after a few calls, is captured once and replayed from then on."""
 
     def __init__(self, compute: Callable[..., Outcome]) -> None:
-        self._compute, self._calls = compute, 0
+        self._compute, self._calls, self._side = compute, 0, torch.cuda.Stream()
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: Tensor | None) -> Outcome:
@@ -235,9 +266,10 @@ class _Graph:
             return self._aside(inputs)
         if self._graph is None:
             self._inputs = [None if x is None else x.clone() for x in inputs]
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the loader's thread copies meanwhile
                 self._outcome = self._compute(*self._inputs)
+            self._graph = graph
         for own, new in zip(self._inputs, inputs, strict=True):
             if own is not None and new is not None:
                 if own.shape != new.shape:
@@ -248,11 +280,11 @@ class _Graph:
 
     def _aside(self, inputs: tuple[Tensor | None, ...]) -> Outcome:
         """On another stream than the default one, which capture excludes."""
-        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        current = torch.cuda.current_stream()
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
             outcome = self._compute(*inputs)
-        current.wait_stream(stream)
+        current.wait_stream(self._side)
         return outcome
 
 
