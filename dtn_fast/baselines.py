@@ -62,9 +62,10 @@ class EfficientViT(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.backbone: Any = timm.create_model("efficientnet_b0", pretrained=pretrained, num_classes=0, global_pool="")
+        backbone: Any = timm.create_model("efficientnet_b0", pretrained=pretrained, num_classes=0, global_pool="")
         side = -(-img_size // 32)
-        self.patch = nn.Linear(self.backbone.num_features * side * side, width)
+        self.backbone = backbone
+        self.patch = nn.Linear(backbone.num_features * side * side, width)
         self.token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.positions = nn.Parameter(torch.randn(1, 2, width) * 0.02)
         self.dropout = nn.Dropout(dropout)

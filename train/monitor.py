@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import signal
 import sys
 import time
@@ -81,7 +82,7 @@ def line(report: Epoch, epochs: int) -> str:
     """An epoch in one line."""
     skipped = f", {report.skipped} steps not finite" if report.skipped else ""
     return (
-        f"{title(report, epochs)}: loss {report.losses['loss']:.4f}, validation AUC {report.val_auc:.4f} "
+        f"{title(report, epochs)}: loss {report.losses.get('loss', math.nan):.4f}, validation AUC {report.val_auc:.4f} "
         f"(best {report.best_auc:.4f}), {report.images_per_second:.0f} images/s, "
         f"{report.data_wait:.0%} of it waiting for data, {report.memory:.1f} GB{skipped}"
     )

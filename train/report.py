@@ -216,7 +216,8 @@ def curves_plot(title: str, unit: str, curves: Curves, log: bool = False) -> Plo
             middles.append((start + 1 + x[-1]) / 2)
             start = x[-1]
             axes.axvline(start + 0.5, color=QUIET, linewidth=0.8, alpha=0.5)
-        axes.set_xlabel(f"{unit} (top: generation)")
+        axes.set(xlabel=f"{unit} (top: generation)", xlim=(0.5, start + 0.5))
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1, nbins=6)
         axes.secondary_xaxis("top").set_xticks(middles, [str(number) for number in curves])
         if log:
             axes.set_yscale("log")

@@ -67,11 +67,11 @@ class TrainStep:
 
         self.captured = execution.captured(device, here.world)
         self.lr = torch.tensor(recipe.lr, device=device) if self.captured else recipe.lr
-        how: dict[str, Any] = {"fused": True} if self.fused else {"foreach": True}
+        self._how: dict[str, Any] = {
+            "fused": self.fused or None, "foreach": None if self.fused else True, "capturable": self.captured,
+        }  # fmt: skip
         self._parameters = [*self.model.parameters(), self.centers]
-        self.optimizer = torch.optim.Adam(
-            self._parameters, lr=self.lr, weight_decay=recipe.weight_decay, capturable=self.captured, **how
-        )
+        self.optimizer = torch.optim.Adam(self._parameters, lr=self.lr, weight_decay=recipe.weight_decay, **self._how)
         norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         self._statistics = _Kept([b for m in norms for b in m.buffers(recurse=False)])
 
@@ -126,7 +126,7 @@ class TrainStep:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:  # how it is computed is this run's choice, not the saved one's
-            group.update(fused=self.fused, foreach=not self.fused, capturable=self.captured)
+            group.update(self._how)
         for moments in self.optimizer.state.values():
             moments["step"] = moments["step"].to(self.device if self.fused or self.captured else "cpu")
         self.scaler.load_state_dict(state["scaler"])
