@@ -27,7 +27,13 @@ SUITE = "train"
 STEPS = 20
 """Steps over which a technique's losses are compared with the baseline's."""
 PLAIN = Execution(
-    channels_last=False, compile="off", cuda_graph="off", fused_adam=False, fold_teacher=False, teacher_stream=False
+    channels_last=False,
+    compile="off",
+    cuda_graph="off",
+    norm_kernels=False,
+    fused_adam=False,
+    fold_teacher=False,
+    teacher_stream=False,
 )
 """TF32 and cuDNN's search stay on: they are settings of the process, in which the rows take turns."""
 
@@ -40,8 +46,6 @@ class Technique(NamedTuple):
     autocast: bool = False
     packed: bool = False
     """One QKV product and the fused attention operator, instead of three and materialised scores."""
-    bn_kernels: bool = False
-    """The backbone's BN, ReLU and pool as this project's operator, instead of torch's three."""
     cached: bool = False
     """The step is given the teacher's logits, as from the second sight of a view on with ``--cache-teacher``."""
 
@@ -71,7 +75,7 @@ def techniques(device: torch.device, dsd: bool) -> list[Technique]:
         (dtype is not None, f"{short} autocast", {"autocast": True}),
         (True, "channels_last", {"channels_last": True}),
         (True, "packed QKV, fused attention", {"packed": True}),
-        (cuda, "BN, ReLU and pool kernels", {"bn_kernels": True}),
+        (cuda, "BN and local connection kernels", {"norm_kernels": True}),
         (True, "fused Adam", {"fused_adam": True}),
         (dsd, "folded teacher", {"fold_teacher": True}),
         (dsd and cuda, "teacher on its own stream", {"teacher_stream": True}),
@@ -94,8 +98,6 @@ def stepper(
     for network in filter(None, (model, teacher)):
         for block in [] if technique.packed else network.blocks:
             block.attention = SeparateAttention(block.attention)
-        if not technique.bn_kernels:
-            network.backbone = nn.Sequential(*network.backbone)
     recipe = Recipe(precision="auto" if technique.autocast else "fp32", augment="none")
     step = TrainStep(model, recipe, technique.execution, crops.device, teacher)
     return lambda: step(crops, labels, soft)

@@ -12,11 +12,15 @@ from dtn_fast.kernels.ops import bn_relu, fuses_bn
 class Backbone(nn.Sequential):
     """Convolutions, BN, ReLU and pools in order; in training on a GPU, all that follows a convolution is one pass."""
 
+    norm_kernels = True
+
     def forward(self, x: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, C, H / 32, W / 32]
         layers = list(self)
         while layers:
             layer = layers.pop(0)
-            if self.training and type(layer) is nn.BatchNorm2d:  # not one whose statistics are shared by processes
+            if (
+                self.training and self.norm_kernels and type(layer) is nn.BatchNorm2d
+            ):  # not one whose statistics are shared by processes
                 pool = len(layers) > 1 and isinstance(layers[1], nn.MaxPool2d)
                 if fuses_bn(x, pool):
                     x = _normalised(layer, x, pool)
@@ -29,16 +33,20 @@ class Backbone(nn.Sequential):
 def _normalised(norm: nn.BatchNorm2d, x: Tensor, pool: bool) -> Tensor:
     """relu(norm(x)), pooled if asked, with the running statistics brought up to date as BatchNorm2d does."""
     y, mean, var = bn_relu(x, norm.weight, norm.bias, norm.eps, pool)
+    update_statistics(norm, mean, var, x.numel() // x.shape[1])
+    return y
+
+
+def update_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """Moves a BN's running statistics by those of a batch of ``count`` values a channel, as it does in training."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
     assert norm.momentum is not None
-    count = x.numel() // x.shape[1]
     with torch.no_grad():
         norm.num_batches_tracked += 1
         norm.running_mean.lerp_(mean, norm.momentum)
         norm.running_var.lerp_(var * (count / max(count - 1, 1)), norm.momentum)
-    return y
 
 
 def build_backbone(config: DTNConfig) -> Backbone:

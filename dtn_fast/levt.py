@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dtn_fast.backbone import update_statistics
 from dtn_fast.config import DTNConfig
-from dtn_fast.kernels.ops import mas_attention_packed
+from dtn_fast.kernels.ops import fuses_local_connection, local_connection, mas_attention_packed
 
 
 class ScaledAttention(nn.Module):
@@ -33,6 +34,8 @@ class ScaledAttention(nn.Module):
 class LEVTBlock(nn.Module):
     """One block on a map [B, C, H, W]: X + LC(Attention(BN(X))), then X + MLP(BN(X))."""
 
+    norm_kernels = True
+
     def __init__(self, config: DTNConfig) -> None:
         super().__init__()
         width = config.channels[-1]
@@ -51,5 +54,18 @@ class LEVTBlock(nn.Module):
         height, width = x.shape[-2:]
         tokens = self.norm1(x).flatten(2).transpose(1, 2)  # [B, HW, C], a view of a channels_last map
         mixed = self.attention(tokens).transpose(1, 2).unflatten(2, (height, width))  # [B, C, H, W]
-        x = x + self.local(mixed)
+        x = self._connected(x, mixed)
         return x + self.mlp(self.norm2(x))
+
+    def _connected(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """x + LC(mixed) (Eq. 23); in training on a GPU without the passes between."""
+        if not (self.training and self.norm_kernels and isinstance(self.local, nn.Sequential)):
+            return x + self.local(mixed)
+        conv, norm = self.local
+        assert isinstance(conv, nn.Conv2d)
+        assert conv.bias is not None
+        if type(norm) is not nn.BatchNorm2d or not fuses_local_connection(mixed):  # or its statistics are shared
+            return x + self.local(mixed)
+        y, mean, var = local_connection(mixed, x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
+        update_statistics(norm, mean, var, x.numel() // x.shape[1])
+        return y

@@ -25,7 +25,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from . import batch_norm, mas_attention, moe_gate, tuned
+from . import batch_norm, local_connection, mas_attention, moe_gate, tuned
 from .launch import INTERPRET, Launch
 
 MULTIPROCESSOR = {80: (64, 32, 164), 86: (48, 16, 100), 89: (48, 24, 100), 90: (64, 32, 228), 100: (64, 32, 228),
@@ -70,7 +70,7 @@ class Row(NamedTuple):
             found.append(f"spills {self.spill} bytes")
         if self.shared > SHARED_LIMIT[self.arch] * 1024:
             found.append(f"needs {self.shared} bytes of shared memory of {SHARED_LIMIT[self.arch] * 1024}")
-        if not self.tensor_core and not self.kernel.startswith("bn_"):  # which multiply no matrices
+        if not self.tensor_core and not self.kernel.startswith(("bn_", "lc_")):  # which multiply no matrices
             found.append("uses no tensor cores")
         if not self.vector_load and self.kernel != "bn_merge":  # which reads a few kilobytes
             found.append("uses no vector loads")
@@ -156,6 +156,18 @@ def bn_launches(channels: int, side: int, pool: bool, dtype: torch.dtype, batch:
     return [*launches, stats, batch_norm.backward_apply(y, x, *column, 1e-5, size, partial[0], torch.empty_like(x))]
 
 
+def lc_launches(channels: int, side: int, dtype: torch.dtype, batch: int = 32) -> list[Launch]:
+    """Forward and backward of the local connection on maps [batch, channels, side, side]."""
+    rows = [_empty(batch * side * side, channels, dtype=dtype) for _ in range(4)]  # m, x, z, y
+    weight, column, size = _empty(channels, 9), [_empty(channels) for _ in range(5)], (side, side)
+    launches = local_connection.forward(*rows[:2], weight, *column[:3], 1e-5, size, *rows[2:], *column[3:])
+    stats, partial = local_connection.backward_stats(rows[3], rows[2], *column[1:], 1e-5)
+    last, _ = local_connection.backward(
+        rows[3], rows[0], weight, rows[2], *column[1:], 1e-5, size, partial[0], torch.empty_like(rows[0])
+    )
+    return [*launches, stats, last]
+
+
 PERSISTENT = {"PERSISTENT": 4, "STAGES": 2, "num_warps": 4, "num_stages": 2}
 """The persistent forward's values where no tuned file holds better ones."""
 
@@ -189,16 +201,15 @@ def shipped(arch: int) -> Iterator[tuple[str, torch.dtype, list[Launch]]]:
         launches = moe_launches(experts, hidden, channels, std, dtype)
         yield f"E={experts} M={hidden} C={channels}{'' if std else ' no noise'}", dtype, launches
     for channels, side, pool, dtype in [
-        (32, 256, False, half),
         (32, 256, True, half),
-        (64, 128, True, half),
         (512, 16, False, half),
-        (512, 16, True, half),
         (48, 32, True, torch.float16),
         (64, 128, True, full),
     ]:
         name = f"C={channels} {side}x{side}{' pooled' if pool else ''}"
         yield name, dtype, bn_launches(channels, side, pool, dtype)
+    for channels, side, dtype in [(512, 8, half), (512, 8, full)]:
+        yield f"LC C={channels} {side}x{side}", dtype, lc_launches(channels, side, dtype)
 
 
 def inspect(launch: Launch, arch: int, shape: str, dtype: torch.dtype) -> Row:

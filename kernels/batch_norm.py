@@ -28,12 +28,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
-from .moe_gate import rows_of
+from .moe_gate import rows_of as rows_of
 from .tuned import settings
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-__all__ = ["backward_apply", "backward_stats", "forward", "rows_of", "unsupported"]
 
 # ------------------------------------------------------------------------------------------------ device functions
 
@@ -70,7 +68,8 @@ def _column(W, B, MEAN, VAR, cols, eps, C: tl.constexpr):
 @triton.jit
 def _window(
     X, DY, out, rows_out, cols, mean, r, w, b,
-    C: tl.constexpr, POOL: tl.constexpr, WIDTH: tl.constexpr, HALF_H: tl.constexpr, HALF_W: tl.constexpr,
+    C: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
+    WIDTH: tl.constexpr, HALF_H: tl.constexpr, HALF_W: tl.constexpr,
 ):  # fmt: skip
     """The gradient g that reaches each output's winning input, which of the four that is, and its xhat."""
     mask = (out[:, None] < rows_out) & (cols[None, :] < C)
@@ -87,7 +86,9 @@ def _window(
             z = other * w[None, :] + b[None, :]
             more = _better(z, best)
             best, hat, pick = tl.where(more, z, best), tl.where(more, other, hat), tl.where(more, k, pick)
-    return tl.where((best <= 0.0) | (mask == 0), 0.0, dy), pick, hat
+    if RELU:
+        dy = tl.where((best <= 0.0) | (mask == 0), 0.0, dy)
+    return dy, pick, hat
 
 
 # ------------------------------------------------------------------------------------------------ kernels
@@ -147,11 +148,12 @@ def bn_merge(
 
 @triton.jit
 def bn_apply(
-    X, W, B, MEAN, VAR, Y, eps, rows_out,
-    C: tl.constexpr, POOL: tl.constexpr, WIDTH: tl.constexpr, HALF_H: tl.constexpr, HALF_W: tl.constexpr,
+    X, W, B, MEAN, VAR, RESIDUAL, Y, eps, rows_out,
+    C: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
+    WIDTH: tl.constexpr, HALF_H: tl.constexpr, HALF_W: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """relu(w xhat + b) of BLOCK_T outputs, each the maximum of its window when POOL."""
+    """relu(w xhat + b) of BLOCK_T outputs, each the maximum of its window when POOL; without RELU, RESIDUAL added."""
     out = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (out[:, None] < rows_out) & (cols[None, :] < C)
@@ -164,14 +166,19 @@ def bn_apply(
         for k in tl.static_range(1, 4):
             z = _hat(X, first + (k // 2) * WIDTH + k % 2, cols, mask, mean, r, C) * w[None, :] + b[None, :]
             best = tl.where(_better(z, best), z, best)
-    y = tl.where(best <= 0.0, 0.0, best).to(Y.dtype.element_ty)
-    tl.store(Y + out[:, None].to(tl.int64) * C + cols[None, :], y, mask=mask)
+    at = out[:, None].to(tl.int64) * C + cols[None, :]
+    if RELU:
+        y = tl.where(best <= 0.0, 0.0, best)
+    else:
+        y = best + tl.load(RESIDUAL + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(Y + at, y.to(Y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def bn_backward_stats(
     X, W, B, MEAN, VAR, DY, PARTIAL, eps, rows_out,
-    C: tl.constexpr, POOL: tl.constexpr, WIDTH: tl.constexpr, HALF_H: tl.constexpr, HALF_W: tl.constexpr,
+    C: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
+    WIDTH: tl.constexpr, HALF_H: tl.constexpr, HALF_W: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums of g xhat and g over this program's outputs: PARTIAL [splits, 2, C]."""
@@ -182,7 +189,7 @@ def bn_backward_stats(
     db = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for step in tl.range(0, STEPS):
         out = (split * STEPS + step) * BLOCK_T + tl.arange(0, BLOCK_T)
-        g, _, hat = _window(X, DY, out, rows_out, cols, mean, r, w, b, C, POOL, WIDTH, HALF_H, HALF_W)
+        g, _, hat = _window(X, DY, out, rows_out, cols, mean, r, w, b, C, RELU, POOL, WIDTH, HALF_H, HALF_W)
         dw += g * hat
         db += g
     at = PARTIAL + split.to(tl.int64) * 2 * C + cols
@@ -203,7 +210,7 @@ def bn_backward_apply(
     mean, r, w, b = _column(W, B, MEAN, VAR, cols, eps, C)
     dw = tl.load(SUMS + cols, mask=cols < C, other=0.0) / total
     db = tl.load(SUMS + C + cols, mask=cols < C, other=0.0) / total
-    g, pick, hat = _window(X, DY, out, rows_out, cols, mean, r, w, b, C, POOL, WIDTH, HALF_H, HALF_W)
+    g, pick, hat = _window(X, DY, out, rows_out, cols, mean, r, w, b, C, True, POOL, WIDTH, HALF_H, HALF_W)
     scale = (w * r)[None, :]
     if POOL:
         first = _corner(out, WIDTH, HALF_H, HALF_W)
@@ -231,12 +238,13 @@ def unsupported(x: Tensor, pool: bool) -> str | None:
     return None
 
 
-def _tiles(kernel: str, x: Tensor) -> tuple[dict[str, int], dict[str, int]]:
-    options, tiles = settings(kernel, x, C=x.shape[1])
-    return options, {**tiles, "BLOCK_C": min(tiles["BLOCK_C"], triton.next_power_of_2(x.shape[1]))}
+def tiles(kernel: str, x: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+    """Options and block sizes of ``kernel`` for x [..., C]."""
+    options, values = settings(kernel, x, C=x.shape[-1])
+    return options, {**values, "BLOCK_C": min(values["BLOCK_C"], triton.next_power_of_2(x.shape[-1]))}
 
 
-def _splits(rows: int, columns: int, constants: dict[str, int]) -> int:
+def share_rows(rows: int, columns: int, constants: dict[str, int]) -> int:
     """Sets STEPS so that about PROGRAMS programs share the rows; returns how many do."""
     block = constants["BLOCK_T"]
     wanted = max(1, min(triton.cdiv(rows, block), constants.pop("PROGRAMS") // columns))
@@ -257,34 +265,46 @@ def forward(
     size: height and width of a map, so that T = B height width.
     """
     total, channels = x.shape
-    options, constants = _tiles("bn_stats", x)
+    options, constants = tiles("bn_stats", x)
     columns = triton.cdiv(channels, constants["BLOCK_C"])
-    splits = _splits(total, columns, constants)
+    splits = share_rows(total, columns, constants)
     partial = x.new_empty(splits, 2, channels, dtype=torch.float32)
     each = constants["STEPS"] * constants["BLOCK_T"]
     launches = [Launch(bn_stats, (splits, columns), (x, partial, total), {"C": channels, **constants}, options)]
-    options, constants = _tiles("bn_merge", x)
-    columns = triton.cdiv(channels, constants["BLOCK_C"])
-    args: tuple[Any, ...] = (partial, mean, var, total, splits, each)
-    launches.append(Launch(bn_merge, (columns,), args, {"C": channels, **constants}, options))
-    options, constants = _tiles("bn_apply", x)
-    constants = {**_shape(size, channels, len(y) < total), **constants}
-    grid = (triton.cdiv(len(y), constants["BLOCK_T"]), triton.cdiv(channels, constants["BLOCK_C"]))
-    args = (x, weight, bias, mean, var, y, float(eps), len(y))
-    return [*launches, Launch(bn_apply, grid, args, constants, options)]
+    return [*launches, merge(partial, each, total, mean, var), apply(x, weight, bias, mean, var, eps, size, None, y)]
+
+
+def merge(partial: Tensor, each: int, total: int, mean: Tensor, var: Tensor) -> Launch:
+    """The launch that fills mean and var [C] from those of splits of ``each`` rows, partial [splits, 2, C]."""
+    splits, _, channels = partial.shape
+    options, constants = tiles("bn_merge", partial)
+    grid = (triton.cdiv(channels, constants["BLOCK_C"]),)
+    return Launch(bn_merge, grid, (partial, mean, var, total, splits, each), {"C": channels, **constants}, options)
+
+
+def apply(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, size: tuple[int, int],
+    residual: Tensor | None, y: Tensor,
+) -> Launch:  # fmt: skip
+    """The launch that fills y: relu(BN(x)), pooled when y is shorter than x; with a ``residual`` BN(x) + residual."""
+    options, constants = tiles("bn_apply", x)
+    constants = {"RELU": residual is None, **_shape(size, x.shape[1], len(y) < len(x)), **constants}
+    grid = (triton.cdiv(len(y), constants["BLOCK_T"]), triton.cdiv(x.shape[1], constants["BLOCK_C"]))
+    args = (x, weight, bias, mean, var, y if residual is None else residual, y, float(eps), len(y))
+    return Launch(bn_apply, grid, args, constants, options)
 
 
 def backward_stats(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float,
-    size: tuple[int, int],
+    size: tuple[int, int], relu: bool = True,
 ) -> tuple[Launch, Tensor]:  # fmt: skip
     """The launch that fills the partial sums [splits, 2, C], and these; their sum over splits is (dw, db)."""
-    options, constants = _tiles("bn_backward_stats", x)
+    options, constants = tiles("bn_backward_stats", x)
     channels = x.shape[1]
     columns = triton.cdiv(channels, constants["BLOCK_C"])
-    splits = _splits(len(dy), columns, constants)
+    splits = share_rows(len(dy), columns, constants)
     partial = x.new_empty(splits, 2, channels, dtype=torch.float32)
-    constants = {**_shape(size, channels, len(dy) < len(x)), **constants}
+    constants = {"RELU": relu, **_shape(size, channels, len(dy) < len(x)), **constants}
     args = (x, weight, bias, mean, var, dy, partial, float(eps), len(dy))
     return Launch(bn_backward_stats, (splits, columns), args, constants, options), partial
 
@@ -294,7 +314,7 @@ def backward_apply(
     size: tuple[int, int], sums: Tensor, dx: Tensor,
 ) -> Launch:  # fmt: skip
     """The launch that fills dx [T, C] from ``sums`` [2, C]: dw and db."""
-    options, constants = _tiles("bn_backward_apply", x)
+    options, constants = tiles("bn_backward_apply", x)
     constants = {**_shape(size, x.shape[1], len(dy) < len(x)), **constants}
     grid = (triton.cdiv(len(dy), constants["BLOCK_T"]), triton.cdiv(x.shape[1], constants["BLOCK_C"]))
     args = (x, weight, bias, mean, var, dy, sums, dx, float(eps), len(dy), len(x))

@@ -127,6 +127,14 @@ _library.define(
     "bn_forward(Tensor x, Tensor weight, Tensor bias, float eps, bool pool) -> (Tensor y, Tensor mean, Tensor var)"
 )
 _library.define(
+    "lc_forward(Tensor m, Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps)"
+    " -> (Tensor y, Tensor z, Tensor mean, Tensor var)"
+)
+_library.define(
+    "lc_backward(Tensor grad, Tensor m, Tensor weight, Tensor z, Tensor norm_weight, Tensor norm_bias, Tensor mean,"
+    " Tensor var, float eps) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
     "bn_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps, bool pool)"
     " -> (Tensor, Tensor, Tensor)"
 )
@@ -564,3 +572,109 @@ def fuses_bn(x: Tensor, pool: bool) -> bool:
     """Whether :func:`bn_relu` wins over torch's own operators on ``x``: by bytes, everywhere but where torch.compile
     fuses as much, which is all that is not pooled."""
     return (pool or not torch.compiler.is_compiling()) and not _plain and _bn_triton(_requested(None), x, pool)
+
+
+# ------------------------------------------------------------------------------------------------ local connection
+
+
+def _lc_triton(path: str, m: Tensor) -> bool:
+    if path == "reference" or (path == "auto" and m.device.type == "cpu" and not _interpreting()):
+        return False
+    from . import local_connection as kernels
+
+    return _use_triton(path, "local_connection", m, kernels.unsupported(m), products=False)
+
+
+@_implement("lc_forward")
+def _lc_forward(m, x, weight, bias, norm_weight, norm_bias, eps):
+    from . import local_connection as kernels
+
+    y, z = _map_like(x), _map_like(m)
+    mean, var = (m.new_empty(m.shape[1], dtype=torch.float32) for _ in range(2))
+    maps = [kernels.rows_of(t) for t in (m, x, z, y)]
+    column = (weight.reshape(-1, 9), bias, norm_weight, norm_bias)
+    for launch in kernels.forward(*maps[:2], *column, eps, tuple(m.shape[2:]), *maps[2:], mean, var):
+        launch.run()
+    return y, z, mean, var
+
+
+@_implement("lc_backward")
+def _lc_backward(grad, m, weight, z, norm_weight, norm_bias, mean, var, eps):
+    from . import local_connection as kernels
+
+    dm, dy, rows = _map_like(m), kernels.rows_of(grad), kernels.rows_of(z)
+    norm = (norm_weight, norm_bias, mean, var, eps)
+    launch, partial = kernels.backward_stats(dy, rows, *norm)
+    launch.run()
+    sums = partial.sum(0)
+    inputs = (dy, kernels.rows_of(m), weight.reshape(-1, 9), rows)
+    launch, partial = kernels.backward(*inputs, *norm, tuple(m.shape[2:]), sums, kernels.rows_of(dm))
+    launch.run()
+    dw = partial.sum(0).view(weight.shape).to(weight.dtype)
+    return dm, dw, sums[0].to(norm_weight.dtype), sums[1].to(norm_bias.dtype, copy=True)
+
+
+@_fake("lc_forward")
+def _(m, x, weight, bias, norm_weight, norm_bias, eps):
+    column = m.new_empty(m.shape[1], dtype=torch.float32)
+    return _map_like(x), _map_like(m), column, torch.empty_like(column)
+
+
+@_fake("lc_backward")
+def _(grad, m, weight, z, norm_weight, norm_bias, mean, var, eps):
+    return _map_like(m), *(t.new_empty(t.shape) for t in (weight, norm_weight, norm_bias))
+
+
+class _LocalConnection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, m, x, weight, bias, norm_weight, norm_bias, eps):
+        y, z, mean, var = torch.ops.dtn_fast.lc_forward(m, x, weight, bias, norm_weight, norm_bias, eps)
+        ctx.eps = eps
+        ctx.save_for_backward(m, weight, z, norm_weight, norm_bias, mean, var)
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _mean, _var):
+        dm, dw, *norm = torch.ops.dtn_fast.lc_backward(grad, *ctx.saved_tensors, ctx.eps)
+        return dm, grad, dw, torch.zeros_like(norm[1]), *norm, None  # BN takes the bias out: no gradient
+
+
+def local_connection(
+    m: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    path: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + BN(depthwise 3x3 of m) in training (Eq. 23), zeros around the map.
+
+    m, x: [B, C, H, W] of one dtype, best channels_last.  weight: [C, 1, 3, 3]; bias, norm_weight, norm_bias: [C].
+    Returns y like x, and the convolution's mean and biased variance [C] float32, which carry no gradient.  Raises
+    ValueError naming the argument.
+    """
+    path = _requested(path)
+    m, x = _autocast(m, x)
+    if m.dim() != 4 or not m.is_floating_point() or m.shape != x.shape or m.dtype != x.dtype:
+        raise ValueError(f"m, x: got {tuple(m.shape)} {m.dtype}, {tuple(x.shape)} {x.dtype}; one floating [B, C, H, W]")
+    channels = m.shape[1]
+    named = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    for name, tensor, shape in (
+        ("weight", weight, (channels, 1, 3, 3)),
+        *((n, t, (channels,)) for n, t in named.items()),
+    ):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: shape is {tuple(tensor.shape)}; it must be {list(shape)}")
+    if _plain or not _lc_triton(path, m):
+        return reference.local_connection(m, x, weight.to(m.dtype), bias.to(m.dtype), norm_weight, norm_bias, eps)
+    return _LocalConnection.apply(m, x, *(t.contiguous() for t in (weight, bias, norm_weight, norm_bias)), float(eps))
+
+
+def fuses_local_connection(m: Tensor) -> bool:
+    """Whether :func:`local_connection` wins over torch's own operators on ``m``: by bytes, wherever its kernels run."""
+    return not _plain and _lc_triton(_requested(None), m)

@@ -225,3 +225,16 @@ def bn_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pool: bool) -> 
     var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)  # reads BCHW
     y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps).relu()  # reads 2 BCHW, writes BCHW; both once more
     return F.max_pool2d(y, 2) if pool else y, mean.detach(), var.detach()
+
+
+def local_connection(
+    m: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + BN(depthwise 3x3 of m) by the batch's own statistics (paper Eq. 23).
+
+    m, x: [B, C, H, W]; weight: [C, 1, 3, 3] -> y like x, and the mean and biased variance [C] of the convolution.
+    """
+    z = F.conv2d(m, weight, bias, padding=1, groups=m.shape[1])  # reads and writes BCHW
+    var, mean = torch.var_mean(z.to(torch.promote_types(z.dtype, torch.float32)), (0, 2, 3), correction=0)
+    y = F.batch_norm(z, None, None, norm_weight, norm_bias, True, 0.0, eps)  # reads 2 BCHW, writes BCHW
+    return x + y, mean.detach(), var.detach()  # reads 2 BCHW, writes BCHW

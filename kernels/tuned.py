@@ -94,6 +94,8 @@ def candidates() -> dict[str, list[dict[str, int]]]:
         "bn_apply": streams,
         "bn_backward_stats": sums,
         "bn_backward_apply": streams,
+        "lc_forward": sums,
+        "lc_backward": streams,
         "mas_small_forward": small + _grid(PERSISTENT=(2, 4, 8), STAGES=(2, 3), num_warps=(4, 8), num_stages=(2,)),
         "mas_small_backward": small,
         "mas_flash_forward": blocks,
@@ -161,6 +163,18 @@ def cases(device: str = "cuda", batch: int = 256) -> list[Case]:
 
         return make
 
+    def connection() -> Callable[[], list[Tensor]]:
+        maps = [torch.randn(batch, 512, 8, 8, device=device, dtype=torch.bfloat16) for _ in range(2)]
+        leaves = [t.to(memory_format=torch.channels_last).requires_grad_() for t in maps]
+        leaves += [torch.randn(512, 1, 3, 3, device=device).requires_grad_()]
+        leaves += [torch.randn(512, device=device).requires_grad_() for _ in range(3)]
+
+        def call() -> list[Tensor]:
+            out = ops.local_connection(*leaves, path="triton")[0]
+            return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+        return call
+
     norms = ("bn_stats", "bn_apply", "bn_backward_stats", "bn_backward_apply")
     small = ("mas_small_forward", "mas_small_backward")
     flash = ("mas_flash_forward", "mas_flash_backward_dq", "mas_flash_backward_dkdv")
@@ -171,6 +185,7 @@ def cases(device: str = "cuda", batch: int = 256) -> list[Case]:
         Case(norms, {"C": 32, "bytes": 2}, norm(32, 256)),
         Case(norms, {"C": 128, "bytes": 2}, norm(128, 64)),
         Case(norms, {"C": 512, "bytes": 2}, norm(512, 16)),
+        Case(("lc_forward", "lc_backward"), {"C": 512, "bytes": 2}, connection),
         Case(("moe_forward", "moe_backward_rows", "moe_backward_weight"), {"M": 128, "bytes": 2}, gate),
     ]
 

@@ -80,6 +80,28 @@ def test_bn(shape: tuple[int, ...], dtype: torch.dtype, pool: bool) -> None:
         assert torch.equal(a, c), name
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+@pytest.mark.parametrize("shape", [(16, 512, 8, 8), (3, 48, 5, 7)])
+def test_local_connection(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    maps = [torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last) for _ in "mx"]
+    columns = [torch.randn(shape[1], device="cuda") for _ in range(3)]
+    leaves = [t.requires_grad_() for t in (*maps, torch.randn(shape[1], 1, 3, 3, device="cuda") * 0.4, *columns)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    grad = torch.randn(shape, device="cuda").to(dtype)
+
+    def once(path: str, tensors: list[Tensor]) -> list[Tensor]:
+        out = ops.local_connection(*tensors, path=path)[0]
+        return [out.detach(), *torch.autograd.grad(out, tensors, grad.to(out.dtype))]
+
+    got, again = once("triton", leaves), once("triton", leaves)
+    names = ["y", "dm", "dx", "dw", "db", "d norm weight", "d norm bias"]
+    for name, a, b, c in zip(names, got, once("reference", wide), again, strict=True):
+        if name != "db":  # nothing but rounding
+            assert_close(name, a, b, dtype, summed=name not in ("y", "dx"))
+        assert torch.equal(a, c), name
+
+
 def test_model_trains_under_autocast_and_in_a_cuda_graph() -> None:
     torch.manual_seed(0)
     model = DTN(DTNConfig.preset("tiny")).cuda().to(memory_format=torch.channels_last)

@@ -108,6 +108,11 @@ def test_switches_reach_what_they_switch(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not step.optimizer.defaults["fused"]
     assert not torch.backends.cuda.matmul.allow_tf32
     assert step.model.backbone[0].weight.is_contiguous()
+    assert step.model.backbone.norm_kernels
+    assert step.model.blocks[0].norm_kernels
+    step = make(norm_kernels=False)
+    assert not step.model.backbone.norm_kernels
+    assert not step.model.blocks[0].norm_kernels
     step = make(teacher=detector(9), compile="on")
     assert len(compiled) == 4
     assert step.optimizer.defaults["fused"]

@@ -90,6 +90,8 @@ class Execution:
     """torch.compile of the model and the losses; auto: on a GPU."""
     cuda_graph: Switch = "auto"
     """The whole step as one CUDA graph; auto: on a GPU, in a single process."""
+    norm_kernels: bool = True
+    """On a GPU, BN with its ReLU and pool, and the local connection, as this package's kernels."""
     fused_adam: bool = True
     """The update in one pass over the weights."""
     tf32: bool = True

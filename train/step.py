@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dtn_fast.backbone import Backbone
 from dtn_fast.dtn import DTN
 from dtn_fast.errors import UsageError
+from dtn_fast.levt import LEVTBlock
 from dtn_fast.losses import dsd_loss, initial_centers, initial_loss
 from dtn_fast.pretrained import Detector
 from dtn_fast.runtime import frozen, normalise
@@ -54,6 +56,9 @@ class TrainStep:
         self.recipe, self.device, self.config = recipe, device, model.config
         self.channels_last, self.fused = execution.channels_last, execution.fused_adam
         self.dtype = choose_precision(recipe.precision, device)
+        for module in model.modules():
+            if isinstance(module, Backbone | LEVTBlock):
+                module.norm_kernels = execution.norm_kernels
         self.model = self._place(model)
         if here.world > 1 and recipe.sync_bn:
             self.model = synchronise_bn(self.model, device)  # type: ignore[assignment]
