@@ -34,8 +34,9 @@ SHARES = {
     "data": 1.0,
 }
 """Stages in their order, and the share of the time left that each may take.  Tuning comes before what it speeds up."""
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
-"""The file by name: collecting the others needs packages that a GPU machine may lack."""
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_gpu.py",
+          "tests/test_step.py"]  # fmt: skip
+"""The files by name: collecting the others needs packages that a GPU machine may lack."""
 
 
 def commands(stage: str, seconds: float, out: Path, quick: bool) -> list[list[str]]:
@@ -128,6 +129,13 @@ def small_shapes() -> None:
     leaves = [torch.randn(2, 64, 5, 3, device="cuda", dtype=torch.bfloat16, requires_grad=True)]
     leaves += [torch.randn(s, device="cuda", requires_grad=True) for s in shapes]
     ops.moe_gate(*leaves, noise_std=0.1, seed=1, path="triton").float().sum().backward()
+    for shape in ((2, 32, 6, 10), (1, 5, 2, 2), (3, 130, 4, 4)):
+        x = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        columns = [torch.randn(shape[1], device="cuda", requires_grad=True) for _ in range(3)]
+        window = torch.randn(shape[1], 1, 3, 3, device="cuda", requires_grad=True)
+        for pool in (False, True):
+            ops.bn_relu(x, *columns[:2], pool=pool, path="triton")[0].float().sum().backward()
+        ops.local_connection(x, x, window, *columns, path="triton")[0].float().sum().backward()
     torch.cuda.synchronize()
 
 
