@@ -359,6 +359,48 @@ def evaluate(
         write_whole(out.with_name(out.name + ".md"), result.markdown())
 
 
+def robustness(
+    data: Annotated[Path, tyro.conf.Positional],
+    models: list[Path],
+    out: Path = Path("robustness"),
+    kinds: tuple[str, ...] = (),
+    levels: tuple[int, ...] = (0, 1, 2, 3, 4, 5),
+    split: Literal["train", "val", "test"] = "test",
+    seed: int = 0,
+    workers: int = 2,
+    device: Device = "auto",
+) -> None:
+    """Measure models under every corruption and level, one plot for all; the same command goes on.
+
+    Example: dtn-fast robustness data/crops --models runs/first runs/second --out robustness
+
+    Args:
+        data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
+        models: Runs, checkpoint folders or .onnx files.
+        out: Folder for robustness.json, .md and .svg.
+        kinds: Corruptions; none: the paper's seven (uniform in place of Gaussian noise).
+        levels: 1 to 5, and 0 for the crops as they are.
+        split: Which videos.
+        seed: Of noise and blocks.
+        workers: Threads that corrupt.
+        device: Where checkpoints run.
+    """
+    from dtn_fast.data.shards import open_data
+    from dtn_fast.robustness import KINDS
+    from dtn_fast.robustness import robustness as run
+    from dtn_fast.runtime import load_scorer
+
+    if not models or workers < 1:
+        raise UsageError("--models and --workers: at least one")
+    scorers = {str(path): load_scorer(path, choose_device(device)) for path in models}
+    shards = open_data(data, next(iter(scorers.values())).config.image_size)
+    with progress() as bar:
+        task = bar.add_task("corrupting and scoring", total=None, note="")
+        for state in run(scorers, shards, out, kinds or KINDS, levels, split, seed, workers):
+            bar.update(task, completed=state.done, total=state.total, note=state.name)
+    print((out / "robustness.md").read_text(encoding="utf-8") + f"plot: {out / 'robustness.svg'}")
+
+
 def export(model: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
     """Write a checkpoint as ONNX and check it against torch through onnxruntime at three batch sizes.
 
@@ -498,7 +540,7 @@ def bench() -> None:
 # ------------------------------------------------------------------------------------------------- entry
 
 
-_ALL = (demo, synthesize, prepare, train, distill, evaluate, export, detect, corrupt, bench, doctor)
+_ALL = (demo, synthesize, prepare, train, distill, evaluate, robustness, export, detect, corrupt, bench, doctor)
 VERBS = {verb.__name__: verb for verb in _ALL}
 DESCRIPTION = """DTN face-forgery detection: train, distil, evaluate, export, detect.
 

@@ -97,7 +97,7 @@ def test_a_block_trains_as_its_layers_do(monkeypatch: pytest.MonkeyPatch) -> Non
     for on in (False, True):
         torch.manual_seed(0)
         block = DTN(config).blocks[0].train()
-        block.norm_kernels = on
+        block.norm_kernels = on  # type: ignore[assignment]
         x, forward = maps.clone().requires_grad_(), kernels.forward
         calls: list[str] = []
         monkeypatch.setattr(kernels, "forward", lambda *a, calls=calls, f=forward: calls.append("lc") or f(*a))

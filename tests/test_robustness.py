@@ -1,0 +1,113 @@
+"""Corruption by level by model: figures against a direct computation, resumable, refused where it must be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small import SMALL
+
+from dtn_fast import DTN
+from dtn_fast.data.corrupt import LEVELS, corrupt
+from dtn_fast.data.shards import Shards
+from dtn_fast.errors import UsageError
+from dtn_fast.metrics import by_video, evaluate_scores
+from dtn_fast.robustness import KINDS, robustness
+from dtn_fast.runtime import TorchScorer
+
+
+@pytest.fixture(scope="module")
+def scorers() -> dict[str, TorchScorer]:
+    models = {}
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models[f"model <{seed}>"] = TorchScorer(DTN(SMALL).eval())
+    return models
+
+
+def read(out: Path) -> dict:
+    return json.loads((out / "robustness.json").read_text())["auc"]
+
+
+def test_the_papers_corruptions() -> None:
+    assert KINDS == ("saturation", "contrast", "blocks", "uniform_noise", "blur", "pixelation", "video")
+
+
+def test_figures_are_those_of_corrupted_crops(scorers: dict, shards: Shards, tmp_path: Path) -> None:
+    states = list(robustness(scorers, shards, tmp_path, ("blocks", "jpeg"), (0, 2, 5)))
+    assert [s.name for s in states] == ["untouched", "blocks 2", "blocks 5", "jpeg 2", "jpeg 5", ""]
+    assert states[-1].done == states[-1].total == 5
+    got, rows = read(tmp_path), shards.select("test")
+    labels, videos = shards.labels[rows], shards.video[rows].astype(str)
+    for name, scorer in scorers.items():
+        assert set(got[name]) == {"untouched", "blocks 2", "blocks 5", "jpeg 2", "jpeg 5"}
+        for cell, kind, level in (("untouched", "", 0), ("blocks 5", "blocks", 5), ("jpeg 2", "jpeg", 2)):
+            crops = shards.get(rows)
+            if level:
+                place = list(LEVELS).index(kind)
+                crops = np.stack(
+                    [corrupt(c, kind, level, (0, int(r), place, level)) for c, r in zip(crops, rows, strict=True)]
+                )
+            scores = scorer.score(crops)
+            assert got[name][cell]["frame"] == evaluate_scores(labels, scores).auc
+            assert got[name][cell]["video"] == evaluate_scores(*by_video(videos, labels, scores)).auc
+    table = (tmp_path / "robustness.md").read_text()
+    value = got["model <0>"]["jpeg 5"]["frame"]
+    mean = (got["model <0>"]["blocks 5"]["frame"] + value) / 2
+    assert f"| {value:.4f} |\n| mean" in table
+    assert f"{mean:.4f} |" in table
+    picture = (tmp_path / "robustness.svg").read_text()
+    assert picture.count("<svg") == 1
+    assert "model &lt;1&gt;" in picture or "<path" in picture
+    list(robustness(scorers, shards, tmp_path, ("blocks", "jpeg"), (0, 2, 5)))
+    assert (tmp_path / "robustness.svg").read_text() == picture
+
+
+def test_what_is_there_is_not_measured_again(scorers: dict, shards: Shards, tmp_path: Path) -> None:
+    whole, name = tmp_path / "whole", "model <0>"
+    list(robustness(scorers, shards, whole, ("jpeg",), (0, 1, 2)))
+    events = robustness({name: scorers[name]}, shards, tmp_path / "paused", ("jpeg",), (0, 1, 2))
+    for state in events:
+        if state.done == 2:
+            events.close()
+    before = read(tmp_path / "paused")
+    assert set(before[name]) == {"untouched", "jpeg 1"}
+
+    class Counting(TorchScorer):
+        asked = 0
+
+        def score(self, crops):
+            Counting.asked += 1
+            return super().score(crops)
+
+    counting = Counting(scorers[name].model)
+    list(robustness({name: counting}, shards, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
+    assert Counting.asked == 2, "the probe, and the one cell that was missing"
+    list(robustness({name: scorers["model <1>"]}, shards, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
+    assert read(tmp_path / "paused")[name] == read(whole)["model <1>"], "another model under the same name"
+    list(robustness({name: counting}, shards, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
+    list(robustness(scorers, shards, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
+    assert read(tmp_path / "paused") == read(whole)
+
+
+def test_refusals(scorers: dict, shards: Shards, tmp_path: Path) -> None:
+    run = lambda **how: list(
+        robustness(**{"scorers": scorers, "shards": shards, "out": tmp_path, "levels": (0,), **how})
+    )
+    run(kinds=("jpeg",))
+    for how, message in (
+        ({"kinds": ("fog",)}, "unknown corruption"),
+        ({"levels": (6,)}, "level 6"),
+        ({"split": "nowhere"}, "needs reals and fakes"),
+        ({"seed": 3}, "other data, split or seed"),
+        ({"split": "val"}, "other data, split or seed"),
+        ({"scorers": {"big": TorchScorer(DTN(SMALL.preset("tiny")).eval())}}, "big: takes 128 pixels"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(**how)
+    (tmp_path / "robustness.json").write_text("[1]")
+    with pytest.raises(UsageError, match="damaged"):
+        run()
