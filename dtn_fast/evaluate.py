@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dtn_fast.data.shards import Shards
 from dtn_fast.errors import UsageError
-from dtn_fast.metrics import Metrics, by_video, evaluate_scores
+from dtn_fast.metrics import Metrics, auc_interval, by_video, evaluate_scores
 from dtn_fast.runtime import Scorer
 
 
@@ -19,6 +19,9 @@ class Row(NamedTuple):
     """The forgery measured against all reals of the split, or "all"."""
     frame: Metrics
     video: Metrics
+    frame_interval: tuple[float, float] | None
+    """95 % of the frame AUC, by bootstrap over videos; None where there is no AUC."""
+    video_interval: tuple[float, float] | None
 
 
 class Evaluation(NamedTuple):
@@ -36,21 +39,23 @@ class Evaluation(NamedTuple):
         return (
             f"{self.split} split, {self.videos} videos, {self.frames_per_video:.1f} frames each on average, largest "
             f"face; video score = mean of its frames; {self.no_face} videos without a face and {self.unreadable} "
-            "unreadable ones not scored"
+            "unreadable ones not scored; intervals by 1,000 bootstrap draws of videos"
         )
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows as text."""
-        header = ["fakes", "frame ACC", "frame AUC", "frame EER", "frame AP", "video ACC", "video AUC", "videos"]
+        header = ["fakes", "frame ACC", "frame AUC", "95 %", "frame EER", "frame AP", "video ACC", "video AUC", "95 %",
+                  "videos"]  # fmt: skip
         body = []
         for row in self.rows:
-            cells = [row.frame.text(name) for name in ("acc", "auc", "eer", "ap")]
-            cells += [row.video.text("acc"), row.video.text("auc"), f"{row.video.reals} + {row.video.fakes}"]
+            cells = [row.frame.text("acc"), row.frame.text("auc"), _text(row.frame_interval)]
+            cells += [row.frame.text("eer"), row.frame.text("ap"), row.video.text("acc"), row.video.text("auc")]
+            cells += [_text(row.video_interval), f"{row.video.reals} + {row.video.fakes}"]
             body.append([row.fakes, *cells])
         return header, body
 
     def to_json(self) -> dict[str, Any]:
-        rows = [{"fakes": r.fakes, "frame": r.frame._asdict(), "video": r.video._asdict()} for r in self.rows]
+        rows = [{**r._asdict(), "frame": r.frame._asdict(), "video": r.video._asdict()} for r in self.rows]
         return {**self._asdict(), "rows": rows, "policy": self.policy()}
 
     def markdown(self) -> str:
@@ -58,6 +63,10 @@ class Evaluation(NamedTuple):
         lines = [header, ["---"] * len(header), *body]
         text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         return f"{text}\n\n{self.policy()}.{' **' + self.notice + '**' if self.notice else ''}\n"
+
+
+def _text(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.2f}-{interval[1]:.2f}"
 
 
 def evaluate(
@@ -87,7 +96,10 @@ def evaluate(
     for title, group in (groups or {"all": shards.methods, **{m: (m,) for m in shards.methods}}).items():
         keep = (labels == 0) | np.isin(kinds, group)
         frame = evaluate_scores(labels[keep], scores[keep])
-        table.append(Row(title, frame, evaluate_scores(*by_video(names[keep], labels[keep], scores[keep]))))
+        frames = (labels[keep], scores[keep], names[keep].tolist())
+        y, s = by_video(frames[2], *frames[:2])
+        whole = [str(number) for number in range(len(y))]
+        table.append(Row(title, frame, evaluate_scores(y, s), auc_interval(*frames), auc_interval(y, s, whole)))
     states = [state for video, state in zip(shards.videos, shards.status, strict=True) if video.split == split]
     return Evaluation(
         split=split,

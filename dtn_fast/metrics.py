@@ -67,6 +67,35 @@ def evaluate_scores(labels: ArrayLike, scores: ArrayLike, threshold: float = 0.5
     return Metrics(acc, auc, eer, ap, reals, fakes)
 
 
+def auc_interval(
+    labels: ArrayLike, scores: ArrayLike, videos: Sequence[str], draws: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float] | None:
+    """The interval that holds AUC at ``level``, by the percentile bootstrap over videos; None with a single class.
+
+    All frames of a drawn video come along, since they are not independent; reals and fakes are drawn separately, so
+    that both are in every draw.  labels and scores as :func:`evaluate_scores`, videos as :func:`by_video`.
+    """
+    y, s = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    names, video = np.unique(np.asarray(videos), return_inverse=True)
+    kinds = np.zeros(len(names), np.int64)
+    kinds[video] = y
+    if len(set(kinds.tolist())) < 2:
+        return None
+    _, rank = np.unique(s, return_inverse=True)
+    rng, values = np.random.default_rng(seed), np.empty(draws)
+    for draw in range(draws):
+        times = np.zeros(len(names))
+        for kind in (0, 1):
+            own = np.flatnonzero(kinds == kind)
+            times += np.bincount(rng.choice(own, len(own)), minlength=len(names))
+        weight = times[video]
+        real, fake = (np.bincount(rank, weight * (y == kind)) for kind in (0, 1))
+        below = np.cumsum(real) - real / 2  # reals under each score, ties by half
+        values[draw] = (fake * below).sum() / (real.sum() * fake.sum())
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
 def by_video(videos: Sequence[str], labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray, NDArray]:
     """Labels and mean frame scores per video, in order of first appearance.
 

@@ -19,6 +19,7 @@ import torch
 from small import RECIPE, SMALL, changed
 
 from dtn_fast import DTN
+from dtn_fast.data.loader import Loader
 from dtn_fast.data.shards import Shards
 from dtn_fast.errors import UsageError
 from dtn_fast.train import engine
@@ -199,6 +200,11 @@ def test_soft_labels_are_computed_once_and_survive_a_pause(shards: Shards, tmp_p
             drive(tmp_path / "paused", shards, lambda: next(stops), recipe, teacher=teacher)
         drive(tmp_path / "paused", shards, recipe=recipe, teacher=teacher)
     assert len(asked) == 2 * once
+    new = [Loader(shards, shards.select("train"), 4, views=v).epoch(e) for v in (0, 2) for e in (0, 1, 2)]
+    seen = [{(row, seed) for b in epoch for row, seed in zip(b.rows, b.seeds, strict=True)} for epoch in new]
+    assert not seen[0] & seen[1], "without a cache every view is new"
+    assert len(seen[3] | seen[4] | seen[5]) <= 2 * len(shards.select("train"))
+    assert len(seen[3] | seen[4] | seen[5]) > len(shards.select("train"))
     one, two = (load_state(tmp_path / run / engine.STATE) for run in ("whole", "paused"))
     torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
     with pytest.raises(UsageError, match="blends are new in every epoch"):

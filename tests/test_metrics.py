@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from dtn_fast.metrics import UNDEFINED, by_video, evaluate_scores
+from dtn_fast.metrics import UNDEFINED, auc_interval, by_video, evaluate_scores
 
 ROWS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 8)), min_size=1, max_size=60)
 
@@ -55,3 +55,27 @@ def test_videos_are_grouped_by_full_path() -> None:
     assert scores.tolist() == pytest.approx([0.4, 1.0, 0.3])
     with pytest.raises(ValueError, match="x has frames of both labels"):
         by_video(["x", "x"], [0, 1], [0.1, 0.2])
+
+
+def test_interval_of_auc() -> None:
+    """Against a plain resampling of whole videos; wider than by frames; ties count half."""
+    rng = np.random.default_rng(3)
+    videos = np.repeat(np.arange(24), 10)
+    labels = (videos % 2).astype(int)
+    scores = np.round(labels * 0.5 + rng.normal(size=24)[videos] + 0.1 * rng.normal(size=240), 1)
+    names = [f"v{n}" for n in videos]
+    low, high = auc_interval(labels, scores, names, draws=2000)
+    plain = []
+    for _ in range(2000):
+        drawn = np.concatenate([rng.choice(np.arange(kind, 24, 2), 12) for kind in (0, 1)])
+        rows = np.concatenate([np.flatnonzero(videos == v) for v in drawn])
+        plain.append(evaluate_scores(labels[rows], scores[rows]).auc)
+    assert np.allclose((low, high), np.quantile(plain, [0.025, 0.975]), atol=0.03)
+    auc = evaluate_scores(labels, scores).auc
+    assert low < auc < high
+    frames = auc_interval(labels, scores, [str(n) for n in range(240)])
+    assert frames[1] - frames[0] < 0.6 * (high - low)
+    assert auc_interval(labels, scores, names) == auc_interval(labels, scores, names)
+    assert auc_interval(np.ones(3, int), np.zeros(3), list("abc")) is None
+    assert auc_interval([0, 1, 0, 1], [0.5] * 4, list("abcd")) == (0.5, 0.5)
+    assert auc_interval([0, 1], [0.1, 0.9], list("ab")) == (1.0, 1.0)

@@ -201,7 +201,7 @@ class _Loop:
         batch = batch_of_rank(recipe, self.ranks.world)
         self.loader = Loader(
             shards, train_rows, batch, (recipe.seed, generation), recipe.real_repeat, *self.ranks, device=device,
-            resident=execution.resident, transform=on_cpu, views=recipe.cache_teacher,
+            resident=execution.resident, transform=on_cpu, views=recipe.cache_teacher if teacher is not None else 0,
         )  # fmt: skip
         if self.loader.total < recipe.batch_size and recipe.batch_size > batch // recipe.accumulate:
             raise UsageError(

@@ -78,6 +78,7 @@ class Loader:
         self._labels = shards.labels
         self._view_seed = int(np.random.SeedSequence((*seed, 1 << 32)).generate_state(1, np.uint64)[0])
         self.total = len(epoch_order(self._labels, rows, real_repeat, 0))
+        """Places in an epoch, over all ranks."""
         self._resident = self._upload() if resident else None
 
     def __len__(self) -> int:
