@@ -41,7 +41,7 @@ RunPreset = Literal["paper", "tiny", "ffpp-c23", "cross-manipulation", "demo"]
 
 def console() -> Console:
     """The terminal; a width that keeps tables whole where there is none."""
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 
 def progress() -> Progress:

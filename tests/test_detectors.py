@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -13,7 +14,14 @@ from dtn_fast import DTN
 from dtn_fast.detectors import TimmConfig, TimmDetector, build_detector, load_detector, parse_config
 from dtn_fast.errors import UsageError
 from dtn_fast.explain import grad_cam
+from dtn_fast.mas import HeadScale, with_mas
 from dtn_fast.runtime import TorchScorer, load_scorer
+
+
+@pytest.fixture
+def timm():
+    importlib.import_module("dtn_fast.timm_models")  # first: it lets torchvision be imported beside a CPU torch
+    return importlib.import_module("timm")
 
 
 @pytest.mark.parametrize(
@@ -74,3 +82,51 @@ def test_configurations_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"timm": "resnet18", "image_size": 64}))
     with pytest.raises(UsageError, match="belongs to another preset"):
         load_detector(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "deit_tiny_patch16_224",
+        "swin_tiny_patch4_window7_224",
+        "eva02_tiny_patch14_224",
+        "xcit_nano_12_p16_224",
+        "cait_xxs24_224",
+    ],
+)
+def test_mas_in_any_vit(name: str, timm) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=2).eval()
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        before, parameters = model(images), sum(p.numel() for p in model.parameters())
+        model = with_mas(model)
+        assert torch.equal(model(images), before)
+        scales = [m.head_scale for m in model.modules() if isinstance(m, HeadScale)]
+        assert len(scales) >= 12
+        assert sum(p.numel() for p in model.parameters()) == parameters + sum(s.numel() for s in scales)
+        scales[-1][0] = -100.0  # one head of the last block closed: its channels reach the projection as zeros
+        inputs: list[torch.Tensor] = []
+        last = [m for m in model.modules() if isinstance(m, HeadScale)][-1]
+        handle = last.register_forward_hook(lambda module, arguments, output: inputs.append(output))
+        closed = model(images)
+        handle.remove()
+        size = inputs[0].shape[-1] // len(scales[-1])
+        assert not inputs[0][..., :size].any()
+        assert inputs[0][..., size:].any()
+        assert not torch.equal(closed, before)
+    model(images).sum().backward()
+    assert all(s.grad is not None and s.grad.isfinite().all() for s in scales)
+    with pytest.raises(ValueError, match="has head scales already"):
+        with_mas(model)
+
+
+def test_mas_elsewhere(timm) -> None:
+    torch.manual_seed(0)
+    model, images = timm.create_model("vit_tiny_patch16_224", num_classes=2).eval(), torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        before = model(images)
+        torch.testing.assert_close(with_mas(model, mas_init=1.5)(images), before, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="no attention"):
+        with_mas(timm.create_model("resnet10t"))

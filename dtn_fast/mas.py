@@ -1,0 +1,41 @@
+"""MAS for other transformers: a learnable scale on every attention head of any timm ViT, by one call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class HeadScale(nn.Module):
+    """Multiplies each head's channels by sigmoid(head_scale) (MAS, Eq. 20): [..., H D] -> the same."""
+
+    def __init__(self, heads: int, mas_init: float) -> None:
+        super().__init__()
+        self.head_scale = nn.Parameter(torch.full((heads,), mas_init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = self.head_scale.sigmoid().to(x.dtype)
+        return (x.unflatten(-1, (len(gates), -1)) * gates[:, None]).flatten(-2)
+
+
+def with_mas(model: nn.Module, mas_init: float = 0.0) -> nn.Module:
+    """Puts a learnable scale on every attention head of a timm transformer, in place, and returns it.
+
+    The scales start at sigmoid(``mas_init``) and the projection after them at its inverse, so that answers stay what
+    they were to rounding, exactly at the default.  Raises ValueError when no module has heads and a linear projection
+    of them (timm's ``num_heads`` and ``proj``), or has scales already.
+    """
+    if any(isinstance(module, HeadScale) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__}: has head scales already")
+    found = 0
+    for module in list(model.modules()):
+        heads, proj = getattr(module, "num_heads", None), getattr(module, "proj", None)
+        if isinstance(heads, int) and isinstance(proj, nn.Linear) and proj.in_features % heads == 0:
+            scale = HeadScale(heads, mas_init).to(proj.weight)
+            with torch.no_grad():
+                proj.weight /= scale.head_scale.sigmoid()[0]
+            module.proj = nn.Sequential(scale, proj)
+            found += 1
+    if not found:
+        raise ValueError(f"{type(model).__name__}: no attention with heads and a linear projection of them")
+    return model
