@@ -218,11 +218,19 @@ def test_run_folders_are_checked(trained: Path, shards: Shards, tmp_path: Path) 
     chain.start_run(tmp_path / "new", RECIPE, SMALL)
     with pytest.raises(UsageError, match="generation 0 is not trained"):
         list(chain.distill(tmp_path / "new", shards))
+    chain.start_run(tmp_path / "new", changed(RECIPE, lr=2.0), SMALL)  # nothing has begun there
+    assert chain.load_run(tmp_path / "new")[0].lr == 2.0
+    (tmp_path / "new" / "generation-0").mkdir()
+    (tmp_path / "new" / "generation-0" / "last.pt").touch()
     with pytest.raises(UsageError, match="another recipe"):
         chain.start_run(tmp_path / "new", changed(RECIPE, lr=1.0), SMALL)
-    for name in ("lr", "epochs"):
+    for name, value in (("lr", 0), ("lr", float("nan")), ("temperature", float("inf")), ("epochs", 0), ("ema", 1.0),
+                        ("weights", (1.0, -1.0, 1.0)), ("weights", (1.0, float("nan"), 1.0)), ("patience", -1)):  # fmt: skip
         with pytest.raises(UsageError, match=name):
-            changed(RECIPE, **{name: 0})
+            changed(RECIPE, **{name: value})
+    for restart in (0, -1, 7):
+        with pytest.raises(UsageError, match=f"--restart {restart}"):
+            chain.forget(trained, restart)
     model = load_model(trained)
     assert model.notice.startswith("synthetic")
     rows = shards.select("val")

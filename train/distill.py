@@ -38,11 +38,12 @@ def best_auc(run: Path, generation: int) -> float:
 
 
 def start_run(run: Path, recipe: Recipe, config: DTNConfig | TimmConfig) -> None:
-    """Records how a run was asked for.  Raises UsageError when ``run`` holds one that was asked for otherwise."""
+    """Records how a run was asked for.  Raises UsageError when one that was asked for otherwise has begun there."""
     asked = {"recipe": dataclasses.asdict(recipe), "model": dataclasses.asdict(config)}
     text = json.dumps(asked, indent=2)
     path = run / RECIPE
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
+    begun = any(generation_folder(run, 0).glob("*"))
+    if begun and path.is_file() and path.read_text(encoding="utf-8") != text:
         raise UsageError(f"{run}: holds a run of another recipe or model; choose another --out or delete it")
     distributed.barrier()
     if distributed.ranks().main:
@@ -92,7 +93,11 @@ def distill(run: Path, shards: Shards, restart: int | None = None, **how: Any) -
 
 def forget(run: Path, generation: int) -> None:
     """Deletes a generation and the later ones.  Raises UsageError unless its teacher is there."""
-    if generation < 1 or not (generation_folder(run, generation - 1) / WEIGHTS).is_file():
+    if generation < 1:
+        raise UsageError(
+            f"--restart {generation}: students are numbered from 1; delete {run} to train the teacher anew"
+        )
+    if not (generation_folder(run, generation - 1) / WEIGHTS).is_file():
         raise UsageError(f"--restart {generation}: {run} has no generation {generation - 1} to teach it")
     distributed.barrier()
     if distributed.ranks().main:

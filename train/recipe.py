@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -65,12 +66,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "lr_step", "temperature", "delta", "lr"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:  # a NaN is not
                 raise UsageError(f"Recipe.{name} is {getattr(self, name)}; it must be positive")
         for name in ("weight_decay", "real_repeat", "generations", "min_generations", "patience", "cache_teacher",
                      "max_nonfinite"):  # fmt: skip
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"Recipe.{name} is {getattr(self, name)}; it must not be negative")
+        if not all(0 <= weight < math.inf for weight in self.weights):
+            raise UsageError(f"Recipe.weights is {self.weights}; each must be a number from 0 up")
         if not 0 <= self.ema < 1:
             raise UsageError(f"Recipe.ema is {self.ema}; it must be from 0 to below 1")
         if self.cache_teacher and self.self_blend:
