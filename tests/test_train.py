@@ -224,8 +224,9 @@ def test_run_folders_are_checked(trained: Path, shards: Shards, tmp_path: Path) 
     (tmp_path / "new" / "generation-0" / "last.pt").touch()
     with pytest.raises(UsageError, match="another recipe"):
         chain.start_run(tmp_path / "new", changed(RECIPE, lr=1.0), SMALL)
-    for name, value in (("lr", 0), ("lr", float("nan")), ("temperature", float("inf")), ("epochs", 0), ("ema", 1.0),
-                        ("weights", (1.0, -1.0, 1.0)), ("weights", (1.0, float("nan"), 1.0)), ("patience", -1)):  # fmt: skip
+    nan, inf = float("nan"), float("inf")
+    wrong = [("lr", 0), ("lr", nan), ("temperature", inf), ("epochs", 0), ("ema", 1.0), ("patience", -1)]
+    for name, value in [*wrong, ("weights", (1.0, -1.0, 1.0)), ("weights", (1.0, nan, 1.0))]:
         with pytest.raises(UsageError, match=name):
             changed(RECIPE, **{name: value})
     for restart in (0, -1, 7):
