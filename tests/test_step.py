@@ -59,9 +59,10 @@ def by_hand(recipe: Recipe, teacher: Detector | None, steps: int = 4) -> tuple[T
         parts = []
         for x, y in zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True):
             if teacher is None:
-                terms = initial_loss(model(x), y, centers)
+                terms = initial_loss(model(x), y, centers, recipe.delta)
             else:
-                terms = dsd_loss(model(x), y, teacher.eval()(x), centers, recipe.weights, recipe.temperature)
+                how = (recipe.weights, recipe.temperature, recipe.delta)
+                terms = dsd_loss(model(x), y, teacher.eval()(x), centers, *how)
             (terms["loss"] / recipe.accumulate).backward()
             parts.append(terms["loss"].detach())
         optimizer.step()
@@ -72,7 +73,8 @@ def by_hand(recipe: Recipe, teacher: Detector | None, steps: int = 4) -> tuple[T
 @pytest.mark.parametrize("dsd", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_step_is_what_its_formula_says(dsd: bool, accumulate: int) -> None:
-    recipe, teacher = changed(RECIPE, accumulate=accumulate), detector(9) if dsd else None
+    own = {"weights": (1.0, 2.0, 0.5), "temperature": 3.0, "delta": 0.5, "weight_decay": 0.1}
+    recipe, teacher = changed(RECIPE, accumulate=accumulate, **own), detector(9) if dsd else None
     step = make(recipe, teacher)
     got = losses(step)
     expected, model = by_hand(recipe, copy.deepcopy(teacher) if teacher else None)
@@ -199,6 +201,41 @@ def test_half_precision_lowers_its_scale_and_goes_on() -> None:
     assert step(*batch()).values.isfinite().all()
     assert step.scaler.get_scale() == before / 2
     assert torch.equal(step.model.head.weight, kept)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_learning_rate_reaches_the_update(fused: bool) -> None:
+    step = make(fused_adam=fused)
+    assert step.set_epoch(0) == RECIPE.lr
+    before = step.model.head.weight.detach().clone()
+    step(*batch())
+    assert (step.model.head.weight - before).abs().max() > 0.5 * RECIPE.lr
+    before = step.model.head.weight.detach().clone()
+    assert step.set_epoch(RECIPE.lr_step * 30) == pytest.approx(RECIPE.lr * 1e-30)
+    step(*batch())
+    assert torch.equal(step.model.head.weight, before)
+
+
+def test_a_state_goes_on_however_it_is_computed() -> None:
+    for first, second in ((True, False), (False, True)):
+        step = make(fused_adam=first)
+        losses(step, 2)
+        other = make(fused_adam=second)
+        other.load(copy.deepcopy(step.state()))
+        group = other.optimizer.param_groups[0]
+        assert (group["fused"], group["foreach"]) == ((True, None) if second else (None, True))
+        torch.testing.assert_close(losses(other, 2), losses(step, 2), rtol=1e-3, atol=1e-4)
+
+
+def test_the_loss_scale_is_part_of_the_state() -> None:
+    step = make(changed(RECIPE, precision="fp16"))
+    handle = step.model.head.weight.register_hook(lambda grad: grad * torch.inf)
+    step(*batch())
+    handle.remove()
+    other = make(changed(RECIPE, precision="fp16"))
+    assert other.scaler.get_scale() != step.scaler.get_scale()
+    other.load(step.state())
+    assert other.scaler.get_scale() == step.scaler.get_scale()
 
 
 def test_known_soft_labels_replace_the_teacher() -> None:

@@ -21,9 +21,9 @@ from dtn_fast.runtime import TorchScorer, best_checkpoint, load_model
 from dtn_fast.train import distill as chain
 from dtn_fast.train import engine
 from dtn_fast.train import step as step_module
-from dtn_fast.train.checkpoint import load_state, read_lines, save_state
-from dtn_fast.train.engine import Epoch, Step, fit
-from dtn_fast.train.recipe import Recipe, choose_precision
+from dtn_fast.train.checkpoint import append_line, cut_lines, load_state, read_lines, save_state
+from dtn_fast.train.engine import Epoch, Step, Stopped, fit
+from dtn_fast.train.recipe import Execution, Recipe, choose_precision
 
 
 def train(out: Path, shards: Shards, recipe: Recipe = RECIPE, stop_after: int | None = None, **kwargs) -> list[Epoch]:
@@ -73,7 +73,7 @@ def test_learning_rate_drops_by_ten(shards: Shards, tmp_path: Path) -> None:
 
 
 def test_best_epoch_is_kept_and_patience_stops(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    aucs = iter([0.6, 0.9, 0.7, 0.8, 0.95])
+    aucs = iter([0.6, 0.9, 0.9, 0.8, 0.95])  # of equals the first is kept
     real = engine.evaluate_scores
     monkeypatch.setattr(engine, "evaluate_scores", lambda y, s: real(y, s)._replace(auc=next(aucs)))
     saved: list[int] = []
@@ -95,6 +95,7 @@ def test_reals_are_repeated_to_balance(shards: Shards) -> None:
 
 def test_non_finite_loss_stops_with_advice(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls, bad = step_module.initial_loss, itertools.count(), {2, 5}
+    save = engine._Loop._save
 
     def poison(*inputs):
         losses = real(*inputs)
@@ -108,6 +109,15 @@ def test_non_finite_loss_stops_with_advice(shards: Shards, tmp_path: Path, monke
     assert [(line["epoch"], line["step"]) for line in lines] == [(0, 2), (0, 5)]
     assert all(len(line["rows"]) == len(line["videos"]) == RECIPE.batch_size for line in lines)
     assert lines[0]["values"]["loss"] == "nan"
+    calls, stops = itertools.count(), iter([0] * 7 + [15])
+    monkeypatch.setattr(engine._Loop, "_save", lambda self: None)
+    how = {"stop": lambda: next(stops), "execution": Execution(save_every=0)}
+    with pytest.raises(Stopped):  # without a state: the bad steps are done and recorded again, once
+        train(tmp_path / "paused", shards, changed(RECIPE, max_nonfinite=2), **how)
+    monkeypatch.setattr(engine._Loop, "_save", save)
+    calls = itertools.count()
+    train(tmp_path / "paused", shards, changed(RECIPE, max_nonfinite=2))
+    assert read_lines(tmp_path / "paused" / engine.NONFINITE) == lines
     bad.update(range(10**6))
     with pytest.raises(DtnError, match=r"3 steps were not finite.*lower --lr"):
         train(tmp_path / "many", shards, changed(RECIPE, max_nonfinite=2))
@@ -173,6 +183,7 @@ def test_algorithm_1(trained: Path, shards: Shards, tmp_path: Path, monkeypatch:
         assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
         moved = model.state_dict()
         assert not torch.equal(moved["head.weight"], before["head.weight"])
+        assert not torch.equal(moved["backbone.1.running_mean"], before["backbone.1.running_mean"]), "BN trains too"
 
     monkeypatch.setattr(chain, "fit", spy)
     aucs = {0: 0.8, 1: 0.9, 2: 0.9}
@@ -253,3 +264,43 @@ def test_state_files_never_execute(tmp_path: Path) -> None:
     save_state(tmp_path / "last.pt", {"epoch": 3})
     assert load_state(tmp_path / "last.pt") == {"epoch": 3}
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_lines_of_what_is_done_again_are_cut(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    rows = [{"epoch": 0, "step": 3}, {"epoch": 0}, {"epoch": 1, "step": 3}, {"epoch": 1, "step": 9}, {"epoch": 1}]
+    for row in rows:
+        append_line(path, row)
+    with path.open("ab") as file:
+        file.write(b'{"epoch": 2\xff, "st')  # cut off by a crash
+    assert read_lines(path) == rows
+    cut_lines(path, 1, 9)
+    assert read_lines(path) == rows[:3], "an epoch's own line is of its end"
+    cut_lines(path, 1, 0)
+    assert read_lines(path) == rows[:2]
+    path.write_text('{"epoch": 0}\n{"epo\n{"epoch": 1}\n')
+    assert read_lines(path) == [{"epoch": 0}], "nothing after damage is trusted"
+    cut_lines(tmp_path / "none.jsonl", 0)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_restarting_forgets_that_generation_and_the_later_ones(trained: Path, shards: Shards, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    for generation in (1, 2, 3, 10):
+        shutil.copytree(run / "generation-0", run / f"generation-{generation}")
+    (run / "generation-notes").mkdir()
+    chain.forget(run, 2)
+    assert sorted(p.name for p in run.glob("generation-*")) == ["generation-0", "generation-1", "generation-notes"]
+    done = [e.generation for e in chain.distill(run, shards, restart=1) if isinstance(e, Epoch)]
+    assert done[0] == 1
+
+
+def test_published_weights_are_asked_for(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(chain, "build_detector", lambda config, pretrained: asked.append(pretrained) or DTN(config))
+    for pretrained in (True, False):
+        run = tmp_path / str(pretrained)
+        chain.start_run(run, changed(RECIPE, epochs=1, pretrained=pretrained), SMALL)
+        list(chain.train_initial(run, shards))
+    assert asked == [True, False]
