@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dtn_fast import DTN
 from dtn_fast.detectors import TimmConfig, TimmDetector, build_detector, load_detector, parse_config
@@ -46,6 +47,7 @@ def test_a_timm_model_is_a_detector(name: str, mapped: bool, tmp_path: Path) -> 
     if mapped:
         assert grad_cam(model.train(), crops).shape == (2, 64, 64)
         assert model.training
+        assert not model.cam_layer()._forward_hooks, "looked for without a trace"
     else:
         with pytest.raises(ValueError, match="no map to weigh"):
             grad_cam(model, crops)
@@ -72,6 +74,7 @@ def test_configurations_are_told_apart(tmp_path: Path) -> None:
         '{"nonsense": 1}',
         "3",
         '{"timm": "a", "image_size": 1}',
+        '{"timm": "a", "image_size": "64"}',
     ):
         with pytest.raises(UsageError):
             parse_config(text, "config.json")
@@ -79,6 +82,11 @@ def test_configurations_are_told_apart(tmp_path: Path) -> None:
         build_detector(TimmConfig("no_such_model"))
     model = build_detector(TimmConfig("resnet10t", image_size=64))
     model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({**state, "extra": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match="extra is"):
+        load_detector(tmp_path)
+    save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"timm": "resnet18", "image_size": 64}))
     with pytest.raises(UsageError, match="belongs to another preset"):
         load_detector(tmp_path)

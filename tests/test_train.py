@@ -236,7 +236,15 @@ def test_run_folders_are_checked(trained: Path, shards: Shards, tmp_path: Path) 
     with pytest.raises(UsageError, match="another recipe"):
         chain.start_run(tmp_path / "new", changed(RECIPE, lr=1.0), SMALL)
     nan, inf = float("nan"), float("inf")
-    wrong = [("lr", 0), ("lr", nan), ("temperature", inf), ("epochs", 0), ("ema", 1.0), ("patience", -1)]
+    wrong = [
+        ("lr", 0),
+        ("lr", nan),
+        ("temperature", inf),
+        ("epochs", 0),
+        ("ema", 1.0),
+        ("patience", -1),
+        ("max_nonfinite", -1),
+    ]
     for name, value in [*wrong, ("weights", (1.0, -1.0, 1.0)), ("weights", (1.0, nan, 1.0))]:
         with pytest.raises(UsageError, match=name):
             changed(RECIPE, **{name: value})
