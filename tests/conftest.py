@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,13 +23,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
+BACKENDS = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+
+
 @pytest.fixture(autouse=True)
-def own_backends() -> Iterator[None]:
-    """A training step sets arithmetic of the whole process; what a test leaves behind must not reach the next."""
+def own_backends() -> None:
+    """A training step sets arithmetic of the whole process; no test may meet what another left behind."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    yield
-    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = BACKENDS
 
 
 @pytest.fixture(scope="session")
