@@ -87,6 +87,9 @@ def test_configurations_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="extra is"):
         load_detector(tmp_path)
     save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").rename(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match=r"no config\.json there"):
+        load_detector(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"timm": "resnet18", "image_size": 64}))
     with pytest.raises(UsageError, match="belongs to another preset"):
         load_detector(tmp_path)

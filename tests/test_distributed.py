@@ -227,7 +227,11 @@ def test_soft_labels_are_computed_once_and_survive_a_pause(shards: Shards, tmp_p
     seen = [{(row, seed) for b in epoch for row, seed in zip(b.rows, b.seeds, strict=True)} for epoch in new]
     assert not seen[0] & seen[1], "without a cache every view is new"
     assert len(seen[3] | seen[4] | seen[5]) <= 2 * len(shards.select("train"))
-    assert len(seen[3] | seen[4] | seen[5]) > len(shards.select("train"))
+    known = seen[3] | seen[4] | seen[5]
+    assert len(known) > len(shards.select("train"))
+    assert len({seed for _, seed in known}) == len(known), "every view of every crop has a seed of its own"
+    other = Loader(shards, shards.select("train"), 4, seed=(1,), views=2).epoch(0)
+    assert not known & {(row, seed) for b in other for row, seed in zip(b.rows, b.seeds, strict=True)}
     one, two = (load_state(tmp_path / run / engine.STATE) for run in ("whole", "paused"))
     torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
     with pytest.raises(UsageError, match="blends are new in every epoch"):
