@@ -120,22 +120,22 @@ def bn_stats(X, PARTIAL, total, C: tl.constexpr, STEPS: tl.constexpr, BLOCK_T: t
 @triton.jit
 def bn_merge(
     PARTIAL, MEAN, VAR, total, splits, each,
-    C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, STEPS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Mean and biased variance [C] of all rows from those of each split's ``each`` rows."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     good = cols < C
     sums = tl.zeros([BLOCK_C], tl.float32)
-    for start in tl.range(0, splits, BLOCK_S):
-        part = start + tl.arange(0, BLOCK_S)
+    for step in tl.range(0, STEPS):
+        part = step * BLOCK_S + tl.arange(0, BLOCK_S)
         mask = (part[:, None] < splits) & good[None, :]
         count = tl.minimum(total - part * each, each).to(tl.float32)
         mean = tl.load(PARTIAL + part[:, None] * 2 * C + cols[None, :], mask=mask, other=0.0)
         sums += tl.sum(tl.where(mask, mean * count[:, None], 0.0), 0)
     centre = sums / total
     squares = tl.zeros([BLOCK_C], tl.float32)
-    for start in tl.range(0, splits, BLOCK_S):
-        part = start + tl.arange(0, BLOCK_S)
+    for step in tl.range(0, STEPS):
+        part = step * BLOCK_S + tl.arange(0, BLOCK_S)
         mask = (part[:, None] < splits) & good[None, :]
         count = tl.minimum(total - part * each, each).to(tl.float32)
         mean = tl.load(PARTIAL + part[:, None] * 2 * C + cols[None, :], mask=mask, other=0.0)
@@ -278,6 +278,7 @@ def merge(partial: Tensor, each: int, total: int, mean: Tensor, var: Tensor) -> 
     """The launch that fills mean and var [C] from those of splits of ``each`` rows, partial [splits, 2, C]."""
     splits, _, channels = partial.shape
     options, constants = tiles("bn_merge", partial)
+    constants["STEPS"] = triton.next_power_of_2(triton.cdiv(splits, constants["BLOCK_S"]))  # a constexpr of few values
     grid = (triton.cdiv(channels, constants["BLOCK_C"]),)
     return Launch(bn_merge, grid, (partial, mean, var, total, splits, each), {"C": channels, **constants}, options)
 
