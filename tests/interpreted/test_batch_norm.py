@@ -76,8 +76,9 @@ def test_statistics_at_any_split(programs: int, monkeypatch: pytest.MonkeyPatch)
 def test_the_first_of_equal_maxima_gets_the_gradient() -> None:
     x = torch.tensor([[1.0, 1.0, -3.0, -3.0], [1.0, 0.0, -3.0, -3.0]]).repeat(2, 8, 1, 1)
     x = x.contiguous(memory_format=torch.channels_last)
-    for weight in (torch.ones(8), -torch.ones(8), torch.zeros(8)):
-        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_(), torch.full((8,), 0.25).requires_grad_()]
+    for weight, bias in ((1.0, 0.25), (-1.0, 0.25), (0.0, 0.25), (0.0, 0.0)):  # the last: ReLU at zero passes nothing
+        columns = [torch.full((8,), weight).requires_grad_(), torch.full((8,), bias).requires_grad_()]
+        leaves = [x.clone().requires_grad_(), *columns]
         other = [t.detach().double().requires_grad_() for t in leaves]
         ops.bn_relu(*leaves, EPS, True, path="triton")[0].sum().backward()
         exact(*other, True).sum().backward()
