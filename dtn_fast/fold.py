@@ -20,6 +20,8 @@ from dtn_fast.kernels.ops import mas_attention_packed
 from dtn_fast.levt import LEVTBlock
 
 AttentionPath = Literal["native", "kernel"]
+OPEN = 40.0
+"""A head scale whose sigmoid is 1 exactly in every dtype, and that engines take, unlike infinity."""
 
 
 class FoldedDTN(DTN):
@@ -58,7 +60,7 @@ class FoldedBlock(nn.Module):
         self.qkv = _linear(weight, bias, like=source.qkv.weight)
         gates = source.head_scale.double().sigmoid().repeat_interleave(size)
         self.out = _linear(source.out.weight.double() * gates, source.out.bias.double(), like=source.out.weight)
-        self.register_buffer("open_heads", torch.full_like(source.head_scale, torch.inf), persistent=False)
+        self.register_buffer("open_heads", torch.full_like(source.head_scale, OPEN), persistent=False)
         self.local: nn.Module = nn.Identity()
         if isinstance(block.local, nn.Sequential):
             self.local = fold_conv(*block.local)

@@ -1,13 +1,19 @@
-"""A checkpoint or an ONNX file to one callable: face crops in, P(fake) out."""
+"""Any model file to one callable, ``score``: uint8 face crops in, P(fake) out, from any thread.
+
+A checkpoint runs in torch here; .onnx, .mnn, .engine (TensorRT) and .rtx (TensorRT-RTX) in the file named after them.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
 import json
+import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtn_fast.data.shards import Shards
-from dtn_fast.detectors import load_detector, parse_config
+from dtn_fast.detectors import load_detector
 from dtn_fast.dtn import DTN
 from dtn_fast.errors import UsageError
 from dtn_fast.fold import fold
@@ -23,20 +29,70 @@ from dtn_fast.pretrained import CONFIG, WEIGHTS, Detector, device_of
 
 SUMMARY = "summary.json"
 """In a training run: its generations, and which is best."""
+Device = Literal["auto", "cpu", "cuda"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Scorer(Protocol):
-    """Scores face crops; what every runtime offers."""
+@dataclass(frozen=True)
+class Runtime:
+    """How a model file runs.  An engine's device and precision are fixed when it is built."""
 
-    config: Any
-    """The detector's: image_size, mean, std, num_classes."""
-    notice: str
-    """What a report of this model must say; empty for nothing."""
-    name: str
+    device: Device = "auto"
+    """Of a checkpoint or an ONNX file; auto: the GPU where there is one."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of a checkpoint's weights and arithmetic.  bf16 moves a score by some 1e-3 and needs a processor that has it."""
+    mode: Literal["auto", "eager", "compile", "graph"] = "auto"
+    """Of a checkpoint: eager torch, torch.compile, or one CUDA graph per batch size; auto: graph on a GPU, else eager."""
+    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
+    """onnxruntime's execution provider; auto: by device."""
+
+
+class Scorer(ABC):
+    """Scores face crops; what every runtime offers.  Any number of threads may call one."""
+
+    def __init__(self, config: Any, notice: str, name: str, batch_size: int = 64) -> None:
+        self.config = config
+        """The detector's: image_size, mean, std, num_classes."""
+        self.notice = notice
+        """What a report of this model must say; empty for nothing."""
+        self.name = name
+        self.batch_size = batch_size
+        """Crops that are run at once."""
+
+    @abstractmethod
+    def _logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """Logits [B, classes] of 1 to ``batch_size`` crops."""
+
+    def logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """Logits of RGB crops [B, S, S, 3] uint8, S = config.image_size: [B, classes].  Raises UsageError on others."""
+        side = self.config.image_size
+        if crops.dtype != np.uint8 or crops.shape[1:] != (side, side, 3):
+            raise UsageError(
+                f"{self.name}: got {crops.dtype} {list(crops.shape)}; it takes uint8 [B, {side}, {side}, 3]"
+            )
+        return self._gather(crops[part] for part in _parts(len(crops), self.batch_size))
 
     def score(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """P(fake) of RGB crops [B, S, S, 3], S = config.image_size: [B]."""
-        ...
+        """P(fake) of the crops: [B]."""
+        return _fake(self.logits(crops))
+
+    def score_rows(self, shards: Shards, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """P(fake) of the crops ``rows`` without reading them all into memory."""
+        return _fake(self._gather(shards.get(rows[part]) for part in _parts(len(rows), self.batch_size)))
+
+    def _gather(self, batches: Iterable[NDArray[np.uint8]]) -> NDArray[np.float64]:
+        parts = [self._logits(batch) for batch in batches]
+        return np.concatenate(parts) if parts else np.zeros((0, self.config.num_classes))
+
+
+def _fake(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """softmax(logits)[:, 1]"""
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return powers[:, 1] / powers.sum(1)
+
+
+def _parts(total: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, total, size)]
 
 
 def normalise(crops: NDArray[np.uint8] | Tensor, config: Any, device: str | torch.device = "cpu") -> Tensor:
@@ -56,72 +112,89 @@ def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.de
         return shift, scale
 
 
-def _batches(total: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, total, size)]
+class TorchScorer(Scorer):
+    """A detector, folded, on the device where its weights are; a copy: training changes nothing here."""
 
+    def __init__(self, model: Detector, batch_size: int = 64, runtime: Runtime = Runtime()) -> None:
+        super().__init__(model.config, model.notice, "torch", batch_size)
+        self.model, self._dtype = model, DTYPES[runtime.precision]
+        self.folded = frozen(model).to(self._dtype)
+        self.device = device_of(self.folded)
+        mode = runtime.mode
+        if mode == "auto":
+            mode = "graph" if self.device.type == "cuda" else "eager"
+        if mode == "graph" and self.device.type != "cuda":
+            raise UsageError("--mode graph: CUDA graphs need a GPU; use --mode eager or compile")
+        self._net = torch.compile(self.folded) if mode == "compile" else self.folded
+        self._graphs = BatchGraphs(self._run, batch_size) if mode == "graph" else None
 
-class TorchScorer:
-    """A detector, folded, in float32, on the device where its weights are; a copy: training changes nothing here."""
+    def _run(self, crops: Tensor) -> Tensor:
+        return self._net(normalise(crops, self.config, self.device).to(self._dtype)).double()
 
-    def __init__(self, model: Detector, batch_size: int = 64) -> None:
-        self.model, self.config, self.notice, self.name = model, model.config, model.notice, "torch"
-        self.folded = frozen(model)
-        self.batch_size = batch_size
-
-    def score(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
-        return self._run([crops[part] for part in _batches(len(crops), self.batch_size)])
-
-    def score_rows(self, shards: Shards, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """P(fake) of the crops ``rows`` without reading them all into memory."""
-        return self._run(shards.get(rows[part]) for part in _batches(len(rows), self.batch_size))
-
-    def _run(self, batches: Iterable[NDArray[np.uint8]]) -> NDArray[np.float64]:
-        device = device_of(self.folded)
+    def _logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+        batch = torch.from_numpy(np.require(crops, np.uint8, ["C", "W"]))
         with torch.inference_mode():
-            parts = [
-                self.folded(normalise(crops, self.config, device)).double().softmax(1)[:, 1].cpu() for crops in batches
-            ]
-        return torch.cat(parts).numpy() if parts else np.zeros(0)
+            return (self._graphs or self._run)(batch).cpu().numpy()
 
 
-class OnnxScorer:
-    """An ONNX file written by ``dtn-fast export``, through onnxruntime on the CPU."""
+class BatchGraphs:
+    """``function`` on a GPU as one CUDA graph per batch size, captured at its first use; one call at a time.
 
-    def __init__(self, path: Path, batch_size: int = 64) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise UsageError("onnxruntime is not installed; run: pip install onnxruntime") from error
-        try:
-            self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises its own classes, one per status
-            raise UsageError(f"{path}: onnxruntime cannot read it ({str(error).splitlines()[0]})") from error
-        meta = self.session.get_modelmeta().custom_metadata_map
-        if "dtn_config" not in meta:
-            raise UsageError(f"{path}: an ONNX file, but not one written by dtn-fast export")
-        self.config = parse_config(meta["dtn_config"], str(path))
-        self.notice, self.name, self.batch_size = meta.get("notice", ""), "onnxruntime", batch_size
-
-    def score(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
-        parts = []
-        for part in _batches(len(crops), self.batch_size):
-            logits = torch.from_numpy(
-                self.session.run(None, {"images": normalise(crops[part], self.config).numpy()})[0]
-            )
-            parts.append(logits.double().softmax(1)[:, 1].numpy())
-        return np.concatenate(parts) if parts else np.zeros(0)
-
-
-def load_scorer(path: Path, device: str = "cpu") -> Scorer:
-    """A scorer for ``path``: an .onnx file, a checkpoint folder, or a training run (its best generation).
-
-    Raises UsageError when there is nothing usable.
+    Sizes are powers of two up to ``largest``: a batch is padded with what lay there before, and its rows cut off.
     """
-    if path.suffix == ".onnx":
+
+    def __init__(self, function: Any, largest: int, smallest: int = 1) -> None:
+        self._function, self._largest, self._smallest = function, largest, smallest
+        self._lock = threading.Lock()
+        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """``function`` of a host batch [B, ...]; the result is the caller's own."""
+        size = min(max(1 << (len(batch) - 1).bit_length(), self._smallest), self._largest)
+        with self._lock:
+            if size not in self._captured:
+                self._captured[size] = self._capture(batch, size)
+            graph, given, result = self._captured[size]
+            given[: len(batch)].copy_(batch, non_blocking=True)
+            graph.replay()
+            return result[: len(batch)].clone()
+
+    def _capture(self, batch: Tensor, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        given = torch.zeros(size, *batch.shape[1:], dtype=batch.dtype, device="cuda")
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # libraries choose and allocate
+                self._function(given)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = self._function(given)
+        return graph, given, result
+
+
+def load_scorer(path: Path, runtime: Runtime = Runtime()) -> Scorer:
+    """A scorer for ``path``: .onnx, .mnn, .engine, .rtx, a checkpoint folder, or a training run (its best generation).
+
+    Raises UsageError when there is nothing usable, or this machine cannot run it.
+    """
+    kinds = {".onnx": "onnx_runtime", ".mnn": "mnn_runtime", ".engine": "tensorrt_runtime", ".rtx": "tensorrt_runtime"}
+    if path.suffix in kinds:
         if not path.is_file():
             raise UsageError(f"{path}: no such file")
-        return OnnxScorer(path)
-    return TorchScorer(place(load_model(path), device))
+        from importlib import import_module
+
+        scorer: Scorer = import_module(f"dtn_fast.{kinds[path.suffix]}").load(path, runtime)
+        return scorer
+    return TorchScorer(place(load_model(path), choose_device(runtime.device)), runtime=runtime)
+
+
+def choose_device(device: Device) -> str:
+    """cpu or cuda.  Raises UsageError when a GPU is asked for and there is none."""
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UsageError("--device cuda: torch sees no GPU; use --device cpu")
+    return "cuda" if device == "cuda" or (device == "auto" and available) else "cpu"
 
 
 Model = TypeVar("Model", bound=Detector)
@@ -143,7 +216,7 @@ def load_model(path: Path) -> Detector:
     if path.is_file() and path.name in (WEIGHTS, CONFIG):
         path = path.parent
     if not path.is_dir():
-        raise UsageError(f"{path}: no such checkpoint; give a folder written by dtn-fast train, or an .onnx file")
+        raise UsageError(f"{path}: no such checkpoint; give a folder written by dtn-fast train, or a file of export")
     return load_detector(best_checkpoint(path))
 
 

@@ -1,22 +1,58 @@
-"""A checkpoint to ONNX, checked against torch through onnxruntime."""
+"""A checkpoint to ONNX, folded, with this package's operators as nodes that carry their meaning; checked against torch.
+
+The file stands alone: configuration, notice, kind of input, precision and a hash of the weights travel as metadata.
+"""
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import io
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
+from dtn_fast.dtn import DTN
 from dtn_fast.errors import DtnError, UsageError
-from dtn_fast.kernels.ops import plain_torch
+from dtn_fast.files import write_whole
+from dtn_fast.fold import fold
+from dtn_fast.kernels import onnx_nodes
+from dtn_fast.kernels.ops import tracing
+from dtn_fast.onnx_runtime import session_of
 from dtn_fast.pretrained import Detector
+from dtn_fast.version import __version__
 
-OPSET = 20
-TOLERANCE = 1e-4
+OPSET = {"fp32": 20, "fp16": 20, "bf16": 22}  # the first whose convolutions know the dtype, from 20
+Precision = Literal["fp32", "fp16", "bf16"]
+Input = Literal["crops", "images"]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TOLERANCE = {
+    "fp32": 1e-4,  # sums in another order
+    "fp16": 2e-2,  # weights and maps rounded to 2^-11, some 40 layers deep
+    "bf16": 1e-1,  # to 2^-8
+}
 """Largest difference of a logit that export accepts, relative to the largest logit (at least 1)."""
+
+
+@dataclass(frozen=True)
+class OnnxConfig:
+    """What the file is to be."""
+
+    precision: Precision = "fp32"
+    """Of weights and arithmetic; logits and scores are float32 always."""
+    input: Input = "crops"
+    """crops: uint8 RGB [B, S, S, 3] as cut from a picture, normalised inside; images: normalised float32 [B, 3, S, S]."""
+    nodes: bool = True
+    """MAS attention and the gate as dtn:: nodes with a body of standard operators; off: those operators in line."""
 
 
 class Parity(NamedTuple):
@@ -27,61 +63,164 @@ class Parity(NamedTuple):
     """Largest absolute logit, at least 1."""
 
 
-def export_onnx(model: Detector, path: Path, batches: tuple[int, ...] = (1, 2, 7)) -> list[Parity]:
-    """Writes ``model`` (float32, eval) to ``path`` and compares it with torch at each batch size.
+class Traced(nn.Module):
+    """What is traced: input as in OnnxConfig -> logits [B, classes] and P(fake) [B], both float32."""
 
-    Input ``images`` [batch, 3, S, S] normalised float32, output ``logits`` [batch, 2], batch dynamic, opset 20.  The
-    configuration travels as metadata, so the file alone is enough to run.  The file appears only when every
-    comparison passed.  Raises UsageError without the onnx packages, DtnError when the answers differ.
+    def __init__(self, model: Detector, config: OnnxConfig) -> None:
+        super().__init__()
+        self.dtype, self.raw = DTYPES[config.precision], config.input == "crops"
+        if isinstance(model, DTN):  # head scales stay beside the node only as constants of value one
+            self.net: nn.Module = fold(model, "kernel" if config.nodes else "native")
+        else:
+            self.net = copy.deepcopy(model).eval().requires_grad_(False)
+        self.net.to(self.dtype)
+        mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (model.config.mean, model.config.std))
+        self.register_buffer("scale", (1 / (255 * std)).float())
+        self.register_buffer("shift", (-mean / std).float())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.raw:
+            x = x.float().permute(0, 3, 1, 2) * self.scale + self.shift  # TensorRT wants the cast first
+        logits = self.net(x.to(self.dtype)).float()
+        return logits, logits.softmax(1)[:, 1]
+
+
+def export_onnx(
+    model: Detector, path: Path, config: OnnxConfig = OnnxConfig(), batches: tuple[int, ...] = (1, 2, 7)
+) -> list[Parity]:
+    """Writes ``model`` to ``path`` and compares it with torch (float32, not folded) at each batch size.
+
+    Input ``crops`` uint8 [batch, S, S, 3] or ``images`` float32 [batch, 3, S, S]; outputs ``logits`` [batch, 2] and
+    ``score`` [batch], P(fake); batch dynamic, opset 20.  The file appears only when every comparison passed.  No CPU
+    computes bfloat16 in onnxruntime: such a file is compared with its values widened to float32.
+    Raises UsageError without the onnx packages, DtnError when the answers differ.
     """
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"{error.name} is not installed; run: pip install onnx onnxscript onnxruntime") from error
+    proto = to_proto(model, config)
+    report = compare(model, proto, config, batches)
+    worst = max(report, key=lambda p: p.error / p.scale)
+    limit = TOLERANCE[config.precision]
+    if not worst.error <= limit * worst.scale:
+        raise DtnError(f"{path}: onnxruntime differs from torch by {worst.error:.2e} at batch {worst.batch}, over "
+                       f"the limit of {limit:.0e}; the file was not kept")  # fmt: skip
+    write_whole(path, proto.SerializeToString())
+    return report
+
+
+def to_proto(model: Detector, config: OnnxConfig) -> Any:
+    """The checked onnx.ModelProto, with metadata and the operators' bodies."""
+    onnx = require_onnx()
     model = model.cpu().eval()
-    images = _noise(model.config, 2, seed=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    for name in ("torch.onnx", "onnxscript", "onnx_ir"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), plain_torch():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
+    example = example_inputs(model.config, config.input, 2, seed=0)
+    with _quiet(), tracing(config.nodes):
         program = torch.onnx.export(
-            model,
-            (images,),
+            Traced(model, config),
+            (example,),
             dynamo=True,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=["logits"],
+            opset_version=OPSET[config.precision],
+            input_names=[config.input],
+            output_names=["logits", "score"],
             dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
             verbose=False,
         )
     assert program is not None
     proto = program.model_proto
-    onnx.helper.set_model_props(proto, {"dtn_config": model.config.to_json(), "notice": model.notice})
+    opset = OPSET[config.precision]
+    used = {node.op_type for node in proto.graph.node if node.domain == onnx_nodes.DOMAIN}
+    proto.functions.extend(onnx.parser.parse_function(onnx_nodes.body(name, opset)) for name in sorted(used))
+    if used and onnx_nodes.DOMAIN not in {entry.domain for entry in proto.opset_import}:
+        proto.opset_import.append(onnx.helper.make_opsetid(onnx_nodes.DOMAIN, 1))
+    onnx.helper.set_model_props(
+        proto,
+        {
+            "dtn_config": model.config.to_json(),
+            "notice": model.notice,
+            "input": config.input,
+            "precision": config.precision,
+            "weights": weights_hash(model),
+            "dtn_fast": __version__,
+        },
+    )
     onnx.checker.check_model(proto, full_check=True)
-    try:
-        onnx.save(proto, partial)
-        session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
-        report = []
-        for batch in batches:
-            images = _noise(model.config, batch, seed=batch)
-            with torch.inference_mode():
-                expected = model(images).numpy()
-            gap = float(np.abs(session.run(None, {"images": images.numpy()})[0] - expected).max())
-            report.append(Parity(batch, gap, max(1.0, float(np.abs(expected).max()))))
-        worst = max(report, key=lambda p: p.error / p.scale)
-        if not worst.error <= TOLERANCE * worst.scale:
-            raise DtnError(f"{path}: onnxruntime differs from torch by {worst.error:.2e} at batch {worst.batch}, over "
-                           f"the limit of {TOLERANCE:.0e}; the file was not kept")  # fmt: skip
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return proto
+
+
+def compare(model: Detector, proto: Any, config: OnnxConfig, batches: tuple[int, ...]) -> list[Parity]:
+    """onnxruntime's logits against those of ``model`` at each batch size."""
+    session = session_of((widened(proto) if config.precision == "bf16" else proto).SerializeToString(), "the model")
+    report = []
+    for batch in batches:
+        x = example_inputs(model.config, config.input, batch, seed=batch)
+        with torch.inference_mode():
+            expected = model(_images(x, model.config)).numpy()
+        got = session.run(["logits"], {config.input: x.numpy()})[0]
+        report.append(Parity(batch, float(np.abs(got - expected).max()), max(1.0, float(np.abs(expected).max()))))
     return report
 
 
-def _noise(config: Any, batch: int, seed: int) -> torch.Tensor:
+def widened(proto: Any) -> Any:
+    """A copy of a bfloat16 model whose values are the same numbers in float32."""
+    import onnx
+
+    proto = copy.deepcopy(proto)
+    half, full = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+
+    def widen(tensor: Any) -> None:
+        if tensor.data_type == half:
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+
+    for tensor in proto.graph.initializer:
+        widen(tensor)
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                widen(attribute.t)
+            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i == half:
+                attribute.i = full
+    del proto.graph.value_info[:]
+    return proto
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 of names, shapes and values of the weights: the same for a checkpoint wherever it lies."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def example_inputs(config: Any, kind: Input, batch: int, seed: int) -> Tensor:
+    """Noise of the right shape and dtype."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, 3, config.image_size, config.image_size, generator=generator)
+    side = config.image_size
+    if kind == "crops":
+        return torch.randint(256, (batch, side, side, 3), generator=generator, dtype=torch.uint8)
+    return torch.randn(batch, 3, side, side, generator=generator)
+
+
+def _images(x: Tensor, config: Any) -> Tensor:
+    from dtn_fast.runtime import normalise
+
+    return normalise(x, config) if x.dtype == torch.uint8 else x
+
+
+def require_onnx() -> Any:
+    """The onnx package.  Raises UsageError naming what is missing."""
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"{error.name} is not installed; run: pip install onnx onnxscript onnxruntime") from error
+    return onnx
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's own deprecations and progress."""
+    for name in ("torch.onnx", "onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import reference
+from . import onnx_nodes, reference
 
 PATHS = ("auto", "triton", "reference")
 VARIABLE = "DTN_FAST_KERNELS"
@@ -29,18 +29,20 @@ SMALL = 128  # up to this N the attention's backward needs nothing of its forwar
 
 # ------------------------------------------------------------------------------------------------ the choice of path
 
-_plain = False
+_plain = _nodes = False
 
 
 @contextlib.contextmanager
-def plain_torch() -> Iterator[None]:
-    """Within it the operators are traced as the reference's own torch calls, for exporters that know no others."""
-    global _plain
-    before, _plain = _plain, True
+def tracing(nodes: bool) -> Iterator[None]:
+    """Within it the operators are traced for an exporter: as the reference's own torch calls, or, with ``nodes``, as
+    the ONNX nodes of ``onnx_nodes`` (3x3 experts have none)."""
+    global _plain, _nodes
+    before = _plain, _nodes
+    _plain, _nodes = True, nodes
     try:
         yield
     finally:
-        _plain = before
+        _plain, _nodes = before
 
 
 def _requested(path: str | None) -> str:
@@ -312,6 +314,8 @@ def mas_attention_packed(qkv: Tensor, head_scale: Tensor, *, path: str | None = 
         raise ValueError(f"qkv: shape is {tuple(qkv.shape)}; it must be [B, N, 3, H, D]")
     (qkv,) = _autocast(qkv)
     _check_qkv(qkv.select(2, 0), head_scale, "qkv")
+    if _nodes:
+        return onnx_nodes.mas_attention(qkv, head_scale)
     if _plain:
         return reference.mas_attention(*qkv.unbind(2), head_scale)
     if path == "auto" and _strict_float32(qkv):
@@ -477,6 +481,8 @@ def moe_gate(
         seed = torch.randint(2**62, (), device=x.device)
     elif isinstance(seed, int):
         seed = torch.tensor(seed, device=x.device)
+    if _nodes and w1.dim() == 3 and not noise_std:
+        return onnx_nodes.moe_gate(x, w1, b1, w2, b2, expert_scale)
     if _plain:
         return reference.moe_gate(x, w1, b1, w2, b2, expert_scale, float(noise_std), seed)
     return _MoE.apply(x, w1, b1, w2, b2, expert_scale, seed, float(noise_std), path)

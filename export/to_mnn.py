@@ -1,0 +1,74 @@
+"""A checkpoint to MNN, checked against torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dtn_fast.built import Manifest, file_hash
+from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.export.to_onnx import OnnxConfig, Parity, example_inputs, to_proto, weights_hash
+from dtn_fast.files import write_whole
+from dtn_fast.mnn_runtime import MnnScorer
+from dtn_fast.pretrained import Detector
+from dtn_fast.runtime import normalise
+
+TOLERANCE = 2e-3
+"""Largest difference of a logit, relative to the largest (at least 1): Winograd's transforms and MNN's erf."""
+CONVERT = "import sys, _tools; _tools.mnnconvert(sys.argv)"
+"""MNN's compiled converter.  Its Python wrapper would install a package and report each conversion over the network."""
+
+
+def export_mnn(model: Detector, path: Path, batches: tuple[int, ...] = (1, 2, 7)) -> list[Parity]:
+    """Writes ``model`` (float32) to ``path`` and its manifest beside it; both appear only when the answers agree.
+
+    Raises UsageError without MNN, DtnError when it cannot convert the model or answers differently.
+    """
+    if importlib.util.find_spec("MNN") is None:
+        raise UsageError("MNN is not installed; run: pip install MNN")
+    proto = to_proto(model, OnnxConfig(input="images", nodes=False))  # it knows neither functions nor other domains
+    with tempfile.TemporaryDirectory() as folder:
+        source, made = Path(folder, "model.onnx"), Path(folder, "model.mnn")
+        source.write_bytes(proto.SerializeToString())
+        command = [sys.executable, "-c", CONVERT, "-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(made)]
+        done = subprocess.run([*command, "--bizCode", "dtn_fast"], capture_output=True, text=True)
+        if done.returncode or not made.is_file():
+            tail = " ".join((done.stdout + done.stderr).split())[-300:]
+            raise DtnError(f"{path}: MNN cannot convert this model ({tail})")
+        manifest = Manifest(
+            "mnn",
+            importlib.metadata.version("MNN"),
+            file_hash(made),
+            weights_hash(model),
+            "fp32",
+            "images",
+            json.loads(model.config.to_json()),
+            model.notice,
+        )
+        report = _compare(model, MnnScorer(made, manifest), batches)
+        worst = max(report, key=lambda p: p.error / p.scale)
+        if not worst.error <= TOLERANCE * worst.scale:
+            raise DtnError(f"{path}: MNN differs from torch by {worst.error:.2e} at batch {worst.batch}, over "
+                           f"the limit of {TOLERANCE:.0e}; the file was not kept")  # fmt: skip
+        write_whole(path, made.read_bytes())
+        manifest.write(path)
+    return report
+
+
+def _compare(model: Detector, scorer: MnnScorer, batches: tuple[int, ...]) -> list[Parity]:
+    report = []
+    for batch in batches:
+        crops = example_inputs(model.config, "crops", batch, seed=batch)
+        with torch.inference_mode():
+            expected = model(normalise(crops, model.config)).double().numpy()
+        gap = float(np.abs(scorer.logits(crops.numpy()) - expected).max())
+        report.append(Parity(batch, gap, max(1.0, float(np.abs(expected).max()))))
+    return report
