@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from dtn_fast.detectors import parse_config
 from dtn_fast.errors import UsageError
 from dtn_fast.runtime import Runtime, Scorer, choose_device, normalise
 
+Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS = {
     "cpu": ["CPUExecutionProvider"],
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
@@ -21,7 +22,7 @@ NEEDED = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu", "tensorrt": "onnxrunt
 
 
 def session_of(
-    model: str | bytes, name: str, provider: str = "cpu", optimise: bool = True, outputs: bool = False
+    model: str | bytes, name: str, provider: Provider = "cpu", optimise: bool = True
 ) -> Any:
     """An onnxruntime session of a file or of serialized bytes.  ``optimise``: rewrite the graph, which also changes how
     quantised values round.  Raises UsageError naming ``name``."""
@@ -50,29 +51,49 @@ def session_of(
 
 
 class OnnxScorer(Scorer):
-    """An ONNX file; sessions may be run from any thread."""
+    """An ONNX file, or its bytes; sessions may be run from any thread.
 
-    def __init__(self, path: Path, provider: str = "cpu", batch_size: int = 64, optimise: bool = True) -> None:
-        self.session = session_of(str(path), str(path), provider, optimise)
+    ``optimise``: let onnxruntime rewrite the graph.  On a quantised model it does so only where that was seen to keep
+    the answers: INT8 beside float32 (its rewritten INT8 beside fp16, and FP8, move logits by tenths).
+    """
+
+    def __init__(
+        self, source: Path | bytes, provider: Provider = "cpu", batch_size: int = 64, optimise: bool = True
+    ) -> None:
+        name = str(source) if isinstance(source, Path) else "the model"
+        model = source if isinstance(source, bytes) else name
+        self.session = session_of(model, name, provider, optimise)
         meta = self.session.get_modelmeta().custom_metadata_map
         if "dtn_config" not in meta:
-            raise UsageError(f"{path}: an ONNX file, but not one written by dtn-fast export")
-        name = "onnxruntime" + ("" if provider == "cpu" else f" {provider}")
-        super().__init__(parse_config(meta["dtn_config"], str(path)), meta.get("notice", ""), name, batch_size)
+            raise UsageError(f"{name}: an ONNX file, but not one written by dtn-fast export")
+        quantized = meta.get("quantized", "")
+        if optimise and quantized and (meta["precision"] != "fp32" or "fp8" in quantized):
+            self.session = session_of(model, name, provider, False)
+        title = "onnxruntime" + ("" if provider == "cpu" else f" {provider}")
+        super().__init__(parse_config(meta["dtn_config"], name), meta.get("notice", ""), title, batch_size)
         self.input = self.session.get_inputs()[0].name
+        self.precision = meta.get("quantized", meta.get("precision", "fp32"))
         self.weights = meta.get("weights", "")
 
-    def _logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+    def feed(self, crops: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """Crops [B, S, S, 3] as the session's input."""
         x = crops if self.input == "crops" else normalise(crops, self.config).numpy()
-        return self.session.run(["logits"], {self.input: np.ascontiguousarray(x)})[0].astype(np.float64)
+        return {self.input: np.ascontiguousarray(x)}
+
+    def _logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+        return self.session.run(["logits"], self.feed(crops))[0].astype(np.float64)
 
 
 def load(path: Path, runtime: Runtime) -> OnnxScorer:
-    provider = runtime.provider
-    if provider == "auto":
-        import onnxruntime
+    """Raises UsageError where the file or the provider is not usable here."""
+    if runtime.provider != "auto":
+        return OnnxScorer(path, runtime.provider)
+    return OnnxScorer(path, "cuda" if choose_device(runtime.device) == "cuda" and _has_cuda() else "cpu")
 
-        gpu = choose_device(runtime.device) == "cuda"
-        has = PROVIDERS["cuda"][0] in onnxruntime.get_available_providers()
-        provider = "cuda" if gpu and (has or runtime.device == "cuda") else "cpu"
-    return OnnxScorer(path, provider)
+
+def _has_cuda() -> bool:
+    try:
+        import onnxruntime
+    except ImportError:
+        return False
+    return PROVIDERS["cuda"][0] in onnxruntime.get_available_providers()

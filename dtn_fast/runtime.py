@@ -74,19 +74,23 @@ class Scorer(ABC):
 
     def score(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
         """P(fake) of the crops: [B]."""
-        return _fake(self.logits(crops))
+        return probability(self.logits(crops))
 
     def score_rows(self, shards: Shards, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """P(fake) of the crops ``rows`` without reading them all into memory."""
-        return _fake(self._gather(shards.get(rows[part]) for part in _parts(len(rows), self.batch_size)))
+        return probability(self.logits_rows(shards, rows))
+
+    def logits_rows(self, shards: Shards, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Logits [n, classes] of the crops ``rows``."""
+        return self._gather(shards.get(rows[part]) for part in _parts(len(rows), self.batch_size))
 
     def _gather(self, batches: Iterable[NDArray[np.uint8]]) -> NDArray[np.float64]:
         parts = [self._logits(batch) for batch in batches]
         return np.concatenate(parts) if parts else np.zeros((0, self.config.num_classes))
 
 
-def _fake(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """softmax(logits)[:, 1]"""
+def probability(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """P(fake) [B] of logits [B, 2]: softmax(logits)[:, 1]."""
     powers = np.exp(logits - logits.max(1, keepdims=True))
     return powers[:, 1] / powers.sum(1)
 

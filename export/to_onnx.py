@@ -5,6 +5,7 @@ The file stands alone: configuration, notice, kind of input, precision and a has
 
 from __future__ import annotations
 
+import ast
 import copy
 import hashlib
 import io
@@ -146,7 +147,7 @@ def to_proto(model: Detector, config: OnnxConfig) -> Any:
 
 def compare(model: Detector, proto: Any, config: OnnxConfig, batches: tuple[int, ...]) -> list[Parity]:
     """onnxruntime's logits against those of ``model`` at each batch size."""
-    session = session_of((widened(proto) if config.precision == "bf16" else proto).SerializeToString(), "the model")
+    session = session_of(runnable(proto).SerializeToString(), "the model")
     report = []
     for batch in batches:
         x = example_inputs(model.config, config.input, batch, seed=batch)
@@ -157,12 +158,14 @@ def compare(model: Detector, proto: Any, config: OnnxConfig, batches: tuple[int,
     return report
 
 
-def widened(proto: Any) -> Any:
-    """A copy of a bfloat16 model whose values are the same numbers in float32."""
+def runnable(proto: Any) -> Any:
+    """What onnxruntime runs on a CPU: the model itself, or a copy of a bfloat16 one with its numbers in float32."""
     import onnx
 
-    proto = copy.deepcopy(proto)
     half, full = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    if not any(tensor.data_type == half for tensor in proto.graph.initializer):
+        return proto
+    proto = copy.deepcopy(proto)
 
     def widen(tensor: Any) -> None:
         if tensor.data_type == half:
@@ -179,6 +182,14 @@ def widened(proto: Any) -> Any:
                 attribute.i = full
     del proto.graph.value_info[:]
     return proto
+
+
+def module_of(node: Any) -> str:
+    """The torch module that a node was traced from, such as blocks.0.qkv: the exporter keeps its path; empty: none."""
+    for entry in node.metadata_props:
+        if entry.key == "pkg.torch.onnx.name_scopes":
+            return ast.literal_eval(entry.value)[-2:][0].removeprefix("net.")
+    return ""
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -1,0 +1,311 @@
+"""INT8 and FP8: explicit Q/DQ nodes in an ONNX model of to_onnx, calibrated on real crops, judged against fp32.
+
+Weights per output channel, activations per tensor, all symmetric (TensorRT takes no other).  The first convolution,
+depthwise convolutions and the head stay in the model's own precision.  A scale is the one that loses least of a sample
+of the values (mean squared error), not their maximum.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtn_fast.data.shards import Shards
+from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.export.to_onnx import module_of, require_onnx, runnable
+from dtn_fast.metrics import evaluate_scores
+from dtn_fast.onnx_runtime import OnnxScorer
+from dtn_fast.runtime import Scorer, probability
+
+Width = Literal["none", "int8", "fp8"]
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+SAMPLE = 1 << 16
+"""Values of each tensor that its scale is chosen by."""
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """How values are rounded, and how far answers may move."""
+
+    convs: Width = "none"
+    """Of the 3x3 convolutions."""
+    linears: Width = "none"
+    """Of the transformer's products."""
+    calibrate: Path | None = None
+    """Crops written by dtn-fast prepare, or a folder of face pictures: scales come from its train split, the accuracy
+    gate from its val split."""
+    images: int = 128
+    """Crops to calibrate with."""
+    keep: tuple[str, ...] = ()
+    """Layers, as the sensitivity table names them, that stay as they are."""
+    sensitivity: bool = False
+    """Also quantise each layer alone and print how far it moves the logits."""
+    max_auc_drop: float = 0.005
+    """Largest loss of frame AUC on the validation split; more is an error."""
+    max_logit_change: float = 1.0
+    """Largest change of a logit there; more is an error."""
+
+    @property
+    def on(self) -> bool:
+        return "none" != self.convs or "none" != self.linears
+
+
+class Layer(NamedTuple):
+    """A product that can be quantised."""
+
+    name: str
+    node: str
+    """Name of the ONNX node."""
+    x: str
+    """Its activation and its weight."""
+    weight: str
+    axis: int
+    """Of the weight's output channels."""
+    linear: bool
+
+
+class Sensitivity(NamedTuple):
+    layer: str
+    width: Width
+    worst: float
+    """Largest change of a logit when this layer alone is quantised."""
+    mean: float
+
+
+class Gate(NamedTuple):
+    """What quantisation costs on the validation split."""
+
+    images: int
+    auc: float | None
+    """Frame AUC of fp32 and of the quantised model; None when the split holds one class."""
+    auc_quantized: float | None
+    worst: float
+    """Largest difference of a logit."""
+    mean: float
+
+    @property
+    def drop(self) -> float:
+        return 0.0 if self.auc is None or self.auc_quantized is None else self.auc - self.auc_quantized
+
+
+def layers(proto: Any) -> list[Layer]:
+    """What can be quantised, in order, by the name of its module, such as backbone.3 or blocks.0.qkv."""
+    constants = {tensor.name for tensor in proto.graph.initializer}
+    found: list[Layer] = []
+    convs = 0
+    for node in proto.graph.node:
+        if node.op_type == "Conv":
+            convs += 1
+            groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+            if convs > 1 and groups == 1:
+                found.append(Layer(module_of(node), node.name, node.input[0], node.input[1], 0, False))
+        elif node.op_type == "MatMul" and node.input[1] in constants:
+            found.append(Layer(module_of(node), node.name, node.input[0], node.input[1], 1, True))
+    return found
+
+
+def widths(proto: Any, config: QuantizeConfig) -> dict[str, tuple[Layer, Width]]:
+    """Layers to quantise by name.  Raises UsageError when --keep names none of them."""
+    found = {layer.name: layer for layer in layers(proto)}
+    for name in config.keep:
+        if name not in found:
+            raise UsageError(f"--keep {name}: no such layer; there are {', '.join(found)}")
+    chosen: dict[str, tuple[Layer, Width]] = {}
+    for name, layer in found.items():
+        width = config.linears if layer.linear else config.convs
+        if width != "none" and name not in config.keep:
+            chosen[name] = (layer, width)
+    return chosen
+
+
+def calibrate(proto: Any, crops: NDArray[np.uint8], tensors: set[str], batch: int = 8) -> dict[str, NDArray[np.float32]]:
+    """A sample of each tensor's values over ``crops`` [N, S, S, 3], [SAMPLE] at most, its extremes included."""
+    onnx = require_onnx()
+    probe = copy.deepcopy(runnable(proto))
+    types = {v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(probe).graph.value_info}
+    for name in sorted(tensors):
+        probe.graph.output.append(onnx.helper.make_tensor_value_info(name, types.get(name, 1), None))
+    scorer = OnnxScorer(probe.SerializeToString(), optimise=False)
+    names = sorted(tensors)
+    kept: dict[str, list[NDArray[np.float32]]] = {name: [] for name in names}
+    random = np.random.default_rng(0)
+    share = max(256, SAMPLE * batch // max(len(crops), 1))
+    for start in range(0, len(crops), batch):
+        values = scorer.session.run(names, scorer.feed(crops[start : start + batch]))
+        for name, value in zip(names, values, strict=True):
+            flat = value.astype(np.float32).ravel()
+            some = flat[random.integers(0, flat.size, min(share, flat.size))]
+            kept[name].append(np.append(some, [flat.max(), flat.min()]))
+    return {name: np.concatenate(parts) for name, parts in kept.items()}
+
+
+def scale_of(values: NDArray[np.float32], width: Width) -> float:
+    """The symmetric scale that rounds ``values`` with the least squared error."""
+    largest = float(np.abs(values).max())
+    if not np.isfinite(largest):
+        raise DtnError("calibration met values that are not finite; train the model again, or check the crops")
+    if largest == 0:
+        return 1.0
+    tops = largest * np.linspace(0.3, 1.0, 29)
+    return float(min(tops, key=lambda top: _loss(values, top / LARGEST[width], width)) / LARGEST[width])
+
+
+def _loss(values: NDArray[np.float32], scale: float, width: Width) -> float:
+    return float(np.square(rounded(values, scale, width) - values).mean())
+
+
+def rounded(values: NDArray[np.float32], scale: Any, width: Width) -> NDArray[np.float32]:
+    """Quantised and dequantised."""
+    if width == "int8":
+        return (np.clip(np.rint(values / scale), -127, 127) * scale).astype(np.float32)
+    import ml_dtypes
+
+    clipped = np.clip(values / scale, -LARGEST["fp8"], LARGEST["fp8"])
+    return (clipped.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale).astype(np.float32)
+
+
+def insert(proto: Any, chosen: dict[str, tuple[Layer, Width]], scales: dict[tuple[str, Width], float]) -> Any:
+    """A copy of the model with Q/DQ on the activations and quantised weights of the chosen layers."""
+    onnx = require_onnx()
+    proto = copy.deepcopy(proto)
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    nodes = {node.name: node for node in proto.graph.node}
+    users: dict[str, int] = {}
+    for node in proto.graph.node:
+        for name in node.input:
+            users[name] = users.get(name, 0) + 1
+    made: dict[tuple[str, Width], str] = {}
+    place = {id(node): index for index, node in enumerate(proto.graph.node)}
+    before: dict[int, list[Any]] = {}
+    for layer, width in chosen.values():
+        node = nodes[layer.node]
+        at = before.setdefault(place[id(node)], [])
+        floats = constants[layer.weight].data_type
+        if (layer.x, width) not in made:
+            scale, zero = f"{layer.x}.{width}.scale", f"{width}.zero"
+            proto.graph.initializer.append(_tensor(onnx, scale, np.float32(scales[layer.x, width]), floats))
+            if zero not in constants:
+                constants[zero] = _quantized(onnx, zero, np.zeros((), np.float32), width)
+                proto.graph.initializer.append(constants[zero])
+            q, dq = f"{layer.x}.{width}", f"{layer.x}.{width}.again"
+            at.append(onnx.helper.make_node("QuantizeLinear", [layer.x, scale, zero], [q], name=f"{q}.Q"))
+            at.append(onnx.helper.make_node("DequantizeLinear", [q, scale, zero], [dq], name=f"{q}.DQ"))
+            made[layer.x, width] = dq
+        node.input[0] = made[layer.x, width]
+        node.input[1] = _weight(onnx, proto, layer, width, constants, at)
+    kept = [node for node in proto.graph.node]
+    del proto.graph.node[:]
+    for index, node in enumerate(kept):
+        proto.graph.node.extend([*before.get(index, ()), node])
+    used = {name for node in proto.graph.node for name in node.input}
+    left = [tensor for tensor in proto.graph.initializer if tensor.name in used]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(left)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def _weight(onnx: Any, proto: Any, layer: Layer, width: Width, constants: Any, at: list[Any]) -> str:
+    """Adds a layer's weight as integers or FP8 with their DequantizeLinear; the name of what it gives."""
+    given = constants[layer.weight]
+    weight = _values(onnx, given)
+    rest = tuple(i for i in range(weight.ndim) if i != layer.axis)
+    top = np.abs(weight).max(rest)
+    names = [f"{layer.weight}.{width}{end}" for end in ("", ".scale", ".zero", ".again")]
+    stored = _tensor(onnx, names[1], np.where(top > 0, top, 1) / LARGEST[width], given.data_type)
+    scale = _values(onnx, stored)  # rounded to the model's dtype, as it will be read
+    shape = [1] * weight.ndim
+    shape[layer.axis] = -1
+    proto.graph.initializer.extend([
+        _quantized(onnx, names[0], weight / scale.reshape(shape), width),
+        stored,
+        _quantized(onnx, names[2], np.zeros(scale.shape, np.float32), width),
+    ])  # fmt: skip
+    at.append(onnx.helper.make_node("DequantizeLinear", names[:3], [names[3]], axis=layer.axis, name=f"{names[0]}.DQ"))
+    return names[3]
+
+
+def _values(onnx: Any, tensor: Any) -> NDArray[np.float32]:
+    return onnx.numpy_helper.to_array(tensor).astype(np.float32)
+
+
+def _tensor(onnx: Any, name: str, values: Any, kind: int) -> Any:
+    return onnx.numpy_helper.from_array(np.asarray(values).astype(onnx.helper.tensor_dtype_to_np_dtype(kind)), name)
+
+
+def _quantized(onnx: Any, name: str, scaled: NDArray[np.float32], width: Width) -> Any:
+    if width == "int8":
+        return onnx.numpy_helper.from_array(np.clip(np.rint(scaled), -127, 127).astype(np.int8), name)
+    import ml_dtypes
+
+    return onnx.numpy_helper.from_array(
+        np.clip(scaled, -LARGEST["fp8"], LARGEST["fp8"]).astype(ml_dtypes.float8_e4m3fn), name
+    )
+
+
+def quantize(proto: Any, crops: NDArray[np.uint8], config: QuantizeConfig) -> Any:
+    """The quantised model; ``crops`` [N, S, S, 3] uint8 are real faces to calibrate with.
+
+    Raises UsageError on an empty set of crops, of layers, or of widths.
+    """
+    onnx = require_onnx()
+    chosen = widths(proto, config)
+    if not chosen:
+        raise UsageError("nothing to quantise: give --convs int8 and --linears int8 or fp8, and keep fewer layers")
+    if not len(crops):
+        raise UsageError(f"--calibrate {config.calibrate}: no crop in its train split")
+    made = insert(proto, chosen, scales_of(proto, crops, chosen))
+    kinds = sorted({f"{'linears' if layer.linear else 'convs'} {width}" for layer, width in chosen.values()})
+    props = {entry.key: entry.value for entry in made.metadata_props}
+    props["quantized"] = ", ".join(kinds) + (f", without {' '.join(config.keep)}" if config.keep else "")
+    onnx.helper.set_model_props(made, props)
+    return made
+
+
+def scales_of(
+    proto: Any, crops: NDArray[np.uint8], chosen: dict[str, tuple[Layer, Width]]
+) -> dict[tuple[str, Width], float]:
+    """The scale of each activation of the chosen layers."""
+    samples = calibrate(proto, crops, {layer.x for layer, _ in chosen.values()})
+    return {(layer.x, width): scale_of(samples[layer.x], width) for layer, width in chosen.values()}
+
+
+def sensitivity(proto: Any, crops: NDArray[np.uint8], config: QuantizeConfig) -> Iterator[Sensitivity]:
+    """Each layer quantised alone, against none, on ``crops``, in the network's order."""
+    chosen = widths(proto, config)
+    scales = scales_of(proto, crops, chosen)
+    exact = _logits(proto, crops)
+    for name, (layer, width) in chosen.items():
+        change = np.abs(_logits(insert(proto, {name: (layer, width)}, scales), crops) - exact)
+        yield Sensitivity(name, width, float(change.max()), float(change.mean()))
+
+
+def _logits(proto: Any, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+    return OnnxScorer(runnable(proto).SerializeToString(), batch_size=16, optimise=False).logits(crops)
+
+
+def gate(reference: Scorer, proto: Any, shards: Shards, config: QuantizeConfig, split: str = "val") -> Gate:
+    """Both models on a split: AUC and logits.  Raises DtnError past the configuration's limits."""
+    rows = shards.select(split)
+    if not len(rows):
+        raise UsageError(f"--calibrate {config.calibrate}: no crop in its {split} split to judge by")
+    scorer = OnnxScorer(runnable(proto).SerializeToString(), batch_size=16, optimise=False)
+    exact, got = reference.logits_rows(shards, rows), scorer.logits_rows(shards, rows)
+    labels = shards.labels[rows]
+    areas = [evaluate_scores(labels, probability(logits)).auc for logits in (exact, got)]
+    change = np.abs(exact - got)
+    result = Gate(len(rows), areas[0], areas[1], float(change.max()), float(change.mean()))
+    if not result.worst <= config.max_logit_change:
+        raise DtnError(f"the quantised model moves a logit by {result.worst:.3f}, over the limit of "
+                       f"{config.max_logit_change}; see --sensitivity and --keep its worst layers")  # fmt: skip
+    if not result.drop <= config.max_auc_drop:
+        raise DtnError(f"the quantised model loses {result.drop:.4f} AUC, over the limit of {config.max_auc_drop}; "
+                       "see --sensitivity and --keep its worst layers")  # fmt: skip
+    return result
+

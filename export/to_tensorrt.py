@@ -1,0 +1,298 @@
+"""A checkpoint or an ONNX file of ours to an engine of TensorRT (.engine) or TensorRT-RTX (.rtx), with its manifest.
+
+One backend over a module object: ``tensorrt`` and ``tensorrt_rtx`` have the same interface.  RTX builds for any GPU
+ahead of time, without one; TensorRT builds for the GPU at hand.  Networks are strongly typed: precision is what the
+ONNX file says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from dtn_fast.built import Manifest
+from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.export.to_onnx import require_onnx
+from dtn_fast.files import write_whole
+from dtn_fast.kernels.onnx_nodes import DOMAIN
+from dtn_fast.tensorrt_runtime import KINDS, load_backend, open_engine
+
+RTX_ARCHS = (75, 80, 86, 89, 120)
+TURING = 75
+"""Builds fp16 alone: RTX has no float32 products for it, and Turing no bfloat16."""
+CACHE = Path.home() / ".cache" / "dtn_fast"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an engine is built."""
+
+    batches: tuple[int, int, int] = (1, 8, 64)
+    """Least, best and greatest batch size."""
+    attention: Literal["native", "plugin", "fastest"] = "native"
+    """Of a .engine: TensorRT's own layers, this package's Triton kernels, or whichever runs faster at the best batch."""
+    archs: tuple[int, ...] = ()
+    """Of a .rtx file: compute capabilities x 10 that it is compiled for; none: all that compute in its precision."""
+    hardware: Literal["this", "same", "ampere+"] = "this"
+    """Of a .engine: runs on this GPU model, on any of its compute capability, or on all from Ampere on (slower)."""
+    version_compatible: bool = False
+    """Of a .engine: later versions of TensorRT may load it."""
+    refit: bool = False
+    """Of a .engine: its weights may be replaced (--refit-from) without building again."""
+    refit_from: Path | None = None
+    """An engine built with --refit: put this model's weights into a copy of it instead of building."""
+    effort: int = 3
+    """Builder optimisation level, 0 (fast build) to 5 (fast engine)."""
+    timing_cache: Path | None = None
+    """File of measured tactics; default: one per GPU and version in ~/.cache/dtn_fast."""
+
+    def __post_init__(self) -> None:
+        low, best, high = self.batches
+        if not 1 <= low <= best <= high <= 4096:
+            raise UsageError(f"--batches {low} {best} {high}: give least <= best <= greatest, from 1 to 4096")
+        if not 0 <= self.effort <= 5:
+            raise UsageError(f"--effort {self.effort}: 0 to 5")
+
+
+class Built(NamedTuple):
+    size: int
+    """Bytes."""
+    layers: int
+    """Of the network before the builder fuses it."""
+    attention: str
+    archs: tuple[int, ...]
+
+
+def export_engine(model: bytes | Path, path: Path, config: EngineConfig = EngineConfig()) -> Built:
+    """Builds ``path`` (.engine or .rtx) from an ONNX model of to_onnx or quantize; writes its manifest beside it.
+
+    Raises UsageError without the library or a GPU where one is needed, DtnError with the library's own words when the
+    build fails.  Nothing is left at ``path`` then.
+    """
+    data = model.read_bytes() if isinstance(model, Path) else model
+    kind = KINDS[path.suffix]
+    trt = load_backend(kind)
+    rtx = kind == "tensorrt_rtx"
+    meta = _metadata(data, str(model) if isinstance(model, Path) else "the model")
+    if rtx:
+        config = replace(config, archs=_archs(config.archs, meta["precision"]))
+        if config.attention != "native":
+            raise UsageError(f"--attention {config.attention}: TensorRT-RTX takes no plugins; build a .engine")
+        for flag, value in (("refit", config.refit), ("refit-from", config.refit_from)):
+            if value:
+                raise UsageError(f"--{flag}: TensorRT-RTX does this on a GPU at run time only; build a .engine")
+    elif not torch.cuda.is_available():
+        raise UsageError(f"{path}: TensorRT builds on the GPU that will run the engine, and there is none here; "
+                         "a .rtx file builds anywhere")  # fmt: skip
+    if config.refit_from is not None:
+        engine, layers, attention = _refit(trt, data, config.refit_from), 0, _attention_of(config.refit_from)
+    elif config.attention == "fastest":
+        engine, layers, attention = _fastest(trt, data, meta, path, config)
+    else:
+        engine, layers = build(trt, data, meta["input"], config, rtx)
+        attention = config.attention
+    archs = config.archs if rtx else _engine_archs(config)
+    manifest = _manifest(trt, kind, engine, meta, config, attention, archs)
+    write_whole(path, engine)
+    manifest.write(path)
+    return Built(len(engine), layers, attention, archs)
+
+
+def build(trt: Any, data: bytes, kind_of_input: str, config: EngineConfig, rtx: bool) -> tuple[bytes, int]:
+    """The serialized engine and its network's layer count; ``trt`` is tensorrt or tensorrt_rtx."""
+    logger = Log(trt)
+    plugin = config.attention == "plugin"
+    if plugin:
+        from dtn_fast.kernels import trt_plugin
+
+        trt_plugin.register(trt)
+        data = without_bodies(data)
+    builder = trt.Builder(logger.logger)
+    flags = 0
+    strong = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    if strong is not None:  # TensorRT 11 knows nothing else and may drop the flag
+        flags |= 1 << int(strong)
+    if plugin and (aot := getattr(trt.NetworkDefinitionCreationFlag, "PREFER_AOT_PYTHON_PLUGINS", None)) is not None:
+        flags |= 1 << int(aot)
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, logger.logger)
+    if not parser.parse(data):
+        errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+        raise DtnError(f"{trt.__name__} {trt.__version__} cannot read this model: {errors[:500]}")
+    options = builder.create_builder_config()
+    options.builder_optimization_level = config.effort
+    options.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    _profile(builder, options, network, kind_of_input, config)
+    with _gpu_options(trt, options, config, rtx):
+        engine = builder.build_serialized_network(network, options)
+    if engine is None:
+        raise DtnError(f"{trt.__name__} {trt.__version__} built no engine: {logger.text()}")
+    return bytes(engine), network.num_layers
+
+
+def _profile(builder: Any, options: Any, network: Any, kind_of_input: str, config: EngineConfig) -> None:
+    given = network.get_input(0)
+    rest = tuple(given.shape)[1:]
+    assert given.name == kind_of_input
+    profile = builder.create_optimization_profile()
+    profile.set_shape(given.name, *((batch, *rest) for batch in config.batches))
+    if options.add_optimization_profile(profile) < 0:
+        raise DtnError(f"--batches {config.batches}: the builder refuses this range for input {given.name} {rest}")
+
+
+@contextlib.contextmanager
+def _gpu_options(trt: Any, options: Any, config: EngineConfig, rtx: bool) -> Iterator[None]:
+    """Target GPUs of RTX; flags and the timing cache of TensorRT, which is stored when the build is over."""
+    if rtx:
+        options.num_compute_capabilities = len(config.archs)
+        for place, arch in enumerate(config.archs):
+            options.set_compute_capability(getattr(trt.ComputeCapability, f"SM{arch}"), place)
+        yield
+        return
+    levels = trt.HardwareCompatibilityLevel
+    wanted = {"this": levels.NONE, "ampere+": levels.AMPERE_PLUS}
+    if config.hardware == "same":
+        wanted["same"] = levels.SAME_COMPUTE_CAPABILITY
+    options.hardware_compatibility_level = wanted[config.hardware]
+    for name, on in (("VERSION_COMPATIBLE", config.version_compatible), ("REFIT", config.refit)):
+        if on:
+            options.set_flag(getattr(trt.BuilderFlag, name))
+    file = config.timing_cache or CACHE / f"{_gpu_slug()}-tensorrt-{trt.__version__}.timing"
+    known = file.read_bytes() if file.is_file() else b""
+    cache = options.create_timing_cache(known)
+    options.set_timing_cache(cache, ignore_mismatch=False)
+    yield
+    write_whole(file, bytes(options.get_timing_cache().serialize()), shared=True)
+
+
+def _gpu_slug() -> str:
+    from dtn_fast.kernels.tuned import slug
+
+    return slug(torch.cuda.get_device_name())
+
+
+def _fastest(trt: Any, data: bytes, meta: dict[str, str], path: Path, config: EngineConfig) -> tuple[bytes, int, str]:
+    """Both kinds, timed in turns at the best batch; the faster one."""
+    from dtn_fast.tensorrt_runtime import race
+
+    made = {
+        name: build(trt, data, meta["input"], replace(config, attention=name), False) for name in ("native", "plugin")
+    }
+    times = race(trt, {name: engine for name, (engine, _) in made.items()}, config.batches[1], meta["input"])
+    print(f"{path.name}: " + ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in times.items()))
+    best = min(times, key=lambda name: times[name])
+    return *made[best], best
+
+
+def _refit(trt: Any, data: bytes, source: Path) -> bytes:
+    """The engine ``source`` with the weights of the ONNX model ``data``."""
+    logger, engine = Log(trt), open_engine(trt, source)
+    if not engine.refittable:
+        raise UsageError(f"--refit-from {source}: not built with --refit; build it again with that option")
+    refitter = trt.Refitter(engine, logger.logger)
+    parser = trt.OnnxParserRefitter(refitter, logger.logger)
+    plugin = _attention_of(source) == "plugin"
+    if not parser.refit_from_bytes(without_bodies(data) if plugin else data) or not refitter.refit_cuda_engine():
+        raise DtnError(f"--refit-from {source}: the weights do not fit this engine ({logger.text()})")
+    return bytes(engine.serialize())
+
+
+def _attention_of(engine: Path) -> str:
+    from dtn_fast.built import read_manifest
+
+    return read_manifest(engine, "tensorrt").attention
+
+
+def without_bodies(data: bytes) -> bytes:
+    """An ONNX model without the bodies of dtn:: nodes: newer parsers take a body before a plugin, and none takes a
+    plugin for a body that it does not find, so this leaves exactly one way."""
+    onnx = require_onnx()
+    proto = onnx.load_model_from_string(data)
+    if not any(node.domain == DOMAIN for node in proto.graph.node):
+        raise UsageError("--attention plugin: this ONNX file has no dtn:: nodes; export it with --nodes")
+    del proto.functions[:]
+    return proto.SerializeToString()
+
+
+def _metadata(data: bytes, name: str) -> dict[str, str]:
+    """What to_onnx wrote into the file.  Raises UsageError on others."""
+    onnx = require_onnx()
+    try:
+        proto = onnx.load_model_from_string(data)
+    except Exception as error:  # protobuf's own class moves between versions
+        raise UsageError(f"{name}: not an ONNX file ({error})") from error
+    meta = {entry.key: entry.value for entry in proto.metadata_props}
+    if not {"dtn_config", "input", "precision", "weights"} <= meta.keys():
+        raise UsageError(f"{name}: an ONNX file, but not one written by this version of dtn-fast export")
+    return meta
+
+
+def _archs(asked: tuple[int, ...], precision: str) -> tuple[int, ...]:
+    """``asked``, or every GPU that computes in ``precision``.  Raises UsageError on those that do not."""
+    if not asked:
+        return tuple(arch for arch in RTX_ARCHS if precision == "fp16" or arch != TURING)
+    for arch in asked:
+        if arch not in (*RTX_ARCHS, 121):
+            raise UsageError(f"--archs {arch}: TensorRT-RTX compiles for {', '.join(map(str, RTX_ARCHS))} and 121")
+    if TURING in asked and precision != "fp16":
+        raise UsageError(f"--archs {TURING}: TensorRT-RTX builds {precision} for no Turing GPU; use --precision fp16")
+    return asked
+
+
+def _engine_archs(config: EngineConfig) -> tuple[int, ...]:
+    major, minor = torch.cuda.get_device_capability()
+    return () if config.hardware == "ampere+" else (10 * major + minor,)
+
+
+def _manifest(
+    trt: Any, kind: str, engine: bytes, meta: dict[str, str], config: EngineConfig, attention: str, archs: tuple[int, ...]
+) -> Manifest:
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    if kind == "tensorrt":
+        options["gpu"] = torch.cuda.get_device_name()
+    return Manifest(
+        kind, trt.__version__, hashlib.sha256(engine).hexdigest(), meta["weights"], meta["precision"], meta["input"],
+        json.loads(meta["dtn_config"]), meta.get("notice", ""), config.batches, archs, attention, options,
+    )  # fmt: skip
+
+
+class Log:
+    """The library's messages: warnings and worse are kept for errors, nothing is printed."""
+
+    def __init__(self, trt: Any) -> None:
+        messages = self.messages = []
+
+        class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity <= trt.ILogger.ERROR:
+                    messages.append(message)
+
+        self.logger = Logger()
+        self.messages: list[str]
+
+    def text(self) -> str:
+        return " ".join("; ".join(self.messages[:3]).split())[:500] or "it gave no reason"
+
+
+def commands(onnx: Path, config: EngineConfig, name: str, side: int) -> list[str]:
+    """The same build by NVIDIA's own tools, to copy."""
+    shape = lambda b: f"{name}:{b}x{side}x{side}x3" if name == "crops" else f"{name}:{b}x3x{side}x{side}"
+    low, best, high = map(shape, config.batches)
+    return [
+        f"trtexec --onnx={onnx} --stronglyTyped --minShapes={low} --optShapes={best} --maxShapes={high} "
+        f"--builderOptimizationLevel={config.effort} --useCudaGraph --saveEngine={onnx.with_suffix('.engine')}",
+        f"polygraphy run {onnx} --trt --onnxrt --strongly-typed --input-shapes {name}:"
+        + str([config.batches[1], side, side, 3] if name == "crops" else [config.batches[1], 3, side, side]).replace(" ", ""),
+    ]
+
+

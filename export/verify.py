@@ -1,0 +1,136 @@
+"""Two model files on the same crops: how far their answers lie apart, and from which layer on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from dtn_fast.errors import UsageError
+from dtn_fast.export.to_onnx import module_of, require_onnx, runnable
+from dtn_fast.metrics import evaluate_scores
+from dtn_fast.onnx_runtime import OnnxScorer
+from dtn_fast.runtime import Scorer, TorchScorer, normalise, probability
+
+Taps = Callable[[NDArray[np.uint8]], dict[str, NDArray[np.float32]]]
+
+
+class Agreement(NamedTuple):
+    crops: int
+    worst_logit: float
+    """Largest difference of a logit."""
+    mean_logit: float
+    worst_score: float
+    """Largest difference of P(fake)."""
+    verdicts: int
+    """Crops on whose verdict, at 0.5, the two agree."""
+    auc: tuple[float | None, float | None]
+    """Frame AUC of either; None without labels of both classes."""
+
+
+class LayerError(NamedTuple):
+    layer: str
+    relative: float
+    """Root mean square difference over the reference's root mean square."""
+    worst: float
+    """Largest difference."""
+
+
+def compare(first: Scorer, second: Scorer, crops: NDArray[np.uint8], labels: NDArray[np.int64] | None = None) -> Agreement:
+    """``second`` against ``first`` on crops [N, S, S, 3] uint8; labels [N], 0 real, 1 fake, give both AUCs.
+
+    Raises UsageError when the two take crops of different sizes, or there is none.
+    """
+    if first.config.image_size != second.config.image_size:
+        raise UsageError(f"{first.name} takes {first.config.image_size} pixels, {second.name} "
+                         f"{second.config.image_size}: they cannot be compared on the same crops")  # fmt: skip
+    if not len(crops):
+        raise UsageError("no crop to compare the models on")
+    logits = first.logits(crops), second.logits(crops)
+    scores = probability(logits[0]), probability(logits[1])
+    change = np.abs(logits[0] - logits[1])
+    areas = (None, None) if labels is None else tuple(evaluate_scores(labels, s).auc for s in scores)
+    return Agreement(
+        len(crops), float(change.max()), float(change.mean()), float(np.abs(scores[0] - scores[1]).max()),
+        int(((scores[0] >= 0.5) == (scores[1] >= 0.5)).sum()), areas,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def compare_layers(first: Taps, second: Taps, crops: NDArray[np.uint8]) -> list[LayerError]:
+    """Every layer that both show, in the network's order."""
+    expected, got = first(crops), second(crops)
+    common = [name for name in expected if name in got and expected[name].shape == got[name].shape]
+    if not common:
+        raise UsageError("the two models share no layer; compare a checkpoint and its ONNX files")
+    rows = []
+    for name in common:
+        gap = got[name] - expected[name]
+        size = float(np.sqrt(np.square(expected[name]).mean())) or 1.0
+        rows.append(LayerError(name, float(np.sqrt(np.square(gap).mean())) / size, float(np.abs(gap).max())))
+    return rows
+
+
+def taps(scorer: Scorer, path: Path) -> Taps:
+    """What shows the layers of ``scorer``, loaded from ``path``: output by module name, such as blocks.0.qkv.
+
+    Raises UsageError for engines and MNN files, which show none.
+    """
+    if isinstance(scorer, TorchScorer):
+        return lambda crops: _torch_layers(scorer, crops)
+    if isinstance(scorer, OnnxScorer):
+        probe = _probe(path)
+        names = {output.name: module_of(node) for node, output in zip(*probe[1:], strict=True)}
+        session = OnnxScorer(probe[0].SerializeToString(), optimise=False)
+        return lambda crops: {
+            module: value.astype(np.float32)
+            for module, value in zip(
+                names.values(), session.session.run(list(names), session.feed(crops)), strict=True
+            )
+        }
+    raise UsageError(f"{path}: {scorer.name} shows no layers; --layers takes checkpoints and ONNX files")
+
+
+def _torch_layers(scorer: TorchScorer, crops: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+    found: dict[str, NDArray[np.float32]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, _given: Any, output: Any) -> None:
+            found[name] = output.detach().float().cpu().numpy()
+
+        return hook
+
+    kinds = (nn.Conv2d, nn.Linear)
+    handles = [m.register_forward_hook(keep(n)) for n, m in scorer.folded.named_modules() if isinstance(m, kinds)]
+    try:
+        with torch.inference_mode():
+            weight = next(scorer.folded.parameters())
+            scorer.folded(normalise(crops, scorer.config, weight.device).to(weight.dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _probe(path: Path) -> tuple[Any, list[Any], list[Any]]:
+    """The ONNX model with the last value of every convolution's and product's module as an output more."""
+    onnx = require_onnx()
+    proto = runnable(onnx.load(path))
+    last: dict[str, Any] = {}
+    inside = {module_of(n) for n in proto.graph.node if n.op_type in ("Conv", "MatMul", "Gemm")}
+    for node in proto.graph.node:
+        if module_of(node) in inside and node.op_type in ("Conv", "MatMul", "Gemm", "Add"):
+            last[module_of(node)] = node
+    types = {v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(proto).graph.value_info}
+    nodes, outputs = [], []
+    for module, node in last.items():
+        if module and node.output[0] in types:
+            nodes.append(node)
+            outputs.append(onnx.helper.make_tensor_value_info(node.output[0], types[node.output[0]], None))
+    proto.graph.output.extend(outputs)
+    return proto, nodes, outputs
+
