@@ -170,7 +170,8 @@ def mas_flash_forward(
     N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of one (batch, head) per program, keys streamed in blocks of BLOCK_N.  LSE [B, H, N]."""
+    """BLOCK_M queries of one (batch, head) per program, keys streamed in blocks of BLOCK_N.
+    LSE [B, H, N] or None."""
     pid = tl.program_id(1)
     b, h = (pid // H).to(tl.int64), pid % H
     rows, cols = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D)
@@ -195,7 +196,8 @@ def mas_flash_forward(
         top = higher
     o = acc * (_gate(HEAD_SCALE, h) / total)[:, None]
     _store(O + b * o_b + h * o_h, rows, cols, o_n, N, o, EXACT_M)
-    tl.store(LSE + pid.to(tl.int64) * N + rows, top + tl.log2(total), mask=rows < N)
+    if LSE is not None:
+        tl.store(LSE + pid.to(tl.int64) * N + rows, top + tl.log2(total), mask=rows < N)
 
 
 @triton.jit

@@ -137,7 +137,7 @@ def moe_forward(
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr,
     NOISE: tl.constexpr, FAST: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T rows per program."""
+    """BLOCK_T rows per program; A and WINNER may both be None."""
     rows = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     seed = 0
     if NOISE:
@@ -154,8 +154,9 @@ def moe_forward(
         winner = tl.where(m > best, expert, winner)  # strictly: the first of equals wins
         best = tl.maximum(best, m)
     a = _sigmoid(best)
-    tl.store(A + rows, a, mask=rows < rows_total)
-    tl.store(WINNER + rows, winner.to(tl.int8), mask=rows < rows_total)
+    if A is not None:
+        tl.store(A + rows, a, mask=rows < rows_total)
+        tl.store(WINNER + rows, winner.to(tl.int8), mask=rows < rows_total)
     cols = tl.arange(0, BLOCK_OUT)
     valid = rows[:, None] < rows_total
     for start in tl.range(0, C, BLOCK_OUT):
