@@ -49,7 +49,7 @@ class MicroBatcher(Scorer):
             job = held or self._jobs.get()
             if job is None:
                 return
-            batch, held, ended = self._gather(job)
+            batch, held, ended = self._together(job)
             try:
                 logits = self.scorer.logits(np.concatenate([crops for crops, _ in batch]))
             except BaseException as error:  # the callers' to handle
@@ -64,7 +64,7 @@ class MicroBatcher(Scorer):
             if ended:
                 return
 
-    def _gather(self, first: _Job) -> tuple[list[_Job], _Job | None, bool]:
+    def _together(self, first: _Job) -> tuple[list[_Job], _Job | None, bool]:
         """Jobs of one batch; a job that did not fit; whether the end was met."""
         batch, size, until = [first], len(first[0]), time.monotonic() + self.wait
         while size < self.batch_size:

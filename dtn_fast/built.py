@@ -27,7 +27,7 @@ class Manifest:
     weights: str
     """Hash of the checkpoint's weights, as in the ONNX file's metadata."""
     precision: str
-    """fp32, fp16, bf16, or what the quantised file says of itself."""
+    """fp32, fp16 or bf16."""
     input: str
     """crops (uint8 [B, S, S, 3]) or images (float32 [B, 3, S, S], normalised)."""
     config: dict[str, Any]
@@ -39,6 +39,8 @@ class Manifest:
     """Compute capabilities x 10 that may load it; empty: any."""
     attention: str = "native"
     """native, or plugin: dtn::MASAttention and dtn::MoEGate are this package's kernels."""
+    quantized: str = ""
+    """What is INT8 or FP8; empty: nothing."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """How it was built."""
 
@@ -75,3 +77,21 @@ def read_manifest(path: Path, kind: str) -> Manifest:
 def file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe(path: Path) -> dict[str, str]:
+    """What a model file says of itself, for a table.  Raises UsageError when it is no file of dtn-fast export."""
+    if path.suffix == ".onnx":
+        from dtn_fast.onnx_runtime import metadata
+
+        found = metadata(path)
+        config = json.loads(found.pop("dtn_config"))
+        return {**found, **{f"config.{k}": str(v) for k, v in config.items()}}
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    kinds = {".mnn": "mnn", ".engine": "tensorrt", ".rtx": "tensorrt_rtx"}
+    if path.suffix not in kinds:
+        raise UsageError(f"{path}: not an .onnx, .mnn, .engine or .rtx file")
+    fields = dataclasses.asdict(read_manifest(path, kinds[path.suffix]))
+    nested = {f"{k}.{name}": v for k in ("config", "options") for name, v in fields.pop(k).items()}
+    return {k: str(v) for k, v in {**fields, **nested}.items()}

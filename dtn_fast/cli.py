@@ -14,66 +14,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
 
+from dtn_fast import deploy
 from dtn_fast.data.prepare import PrepareConfig
 from dtn_fast.data.readers import Source
 from dtn_fast.data.synthetic import STAMP, SyntheticConfig, make_synthetic
 from dtn_fast.errors import DtnError, UsageError
-from dtn_fast.runtime import best_checkpoint
+from dtn_fast.runtime import Device, Runtime, best_checkpoint, choose_device
+from dtn_fast.terminal import print_table, progress
 from dtn_fast.train.distributed import connect, ranks
-from dtn_fast.train.recipe import PRESETS, Execution, Recipe, choose_precision
+from dtn_fast.train.recipe import PRESETS, Execution, Recipe
 
-Device = Literal["auto", "cpu", "cuda"]
 PresetName = Literal["paper", "tiny"]
 RunPreset = Literal["paper", "tiny", "ffpp-c23", "cross-manipulation", "demo"]
-
-
-def console() -> Console:
-    """The terminal; a width that keeps tables whole where there is none."""
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-
-
-def progress() -> Progress:
-    """A bar on stderr with count, rate of progress and time left; silent where stderr is no terminal."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    terminal = Console(stderr=True)
-    return Progress(*columns, console=terminal, disable=not terminal.is_terminal)
-
-
-def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    table = Table(*header, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*row)
-    console().print(table)
-
-
-def choose_device(device: Device) -> str:
-    import torch
-
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise UsageError("--device cuda: torch sees no GPU; use --device cpu")
-    return "cuda" if device == "cuda" or (device == "auto" and available) else "cpu"
 
 
 # ------------------------------------------------------------------------------------------------- verbs
@@ -328,7 +281,7 @@ def evaluate(
     split: Literal["train", "val", "test"] = "test",
     out: Path | None = None,
     self_blend: bool = False,
-    device: Device = "auto",
+    runtime: Annotated[Runtime, tyro.conf.OmitArgPrefixes] = Runtime(),
 ) -> None:
     """Measure a checkpoint or ONNX file on prepared crops, per forgery, at frame and video level.
 
@@ -336,11 +289,11 @@ def evaluate(
 
     Args:
         data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
-        model: A run, a checkpoint folder or an .onnx file.
+        model: A run, a checkpoint folder, or an .onnx, .mnn, .engine or .rtx file.
         split: Which videos.
         out: Also write OUT.json and OUT.md.
         self_blend: Measure against self-blended copies of the reals instead of the data's fakes.
-        device: Where a checkpoint runs.
+        runtime: How the model runs.
     """
     from dtn_fast.data.blend import self_blended
     from dtn_fast.data.shards import open_data
@@ -348,7 +301,7 @@ def evaluate(
     from dtn_fast.files import write_whole
     from dtn_fast.runtime import load_scorer
 
-    scorer = load_scorer(model, choose_device(device))
+    scorer = load_scorer(model, runtime)
     shards = open_data(data, scorer.config.image_size)
     result = run(scorer, self_blended(shards) if self_blend else shards, split)
     header, rows = result.table()
@@ -368,7 +321,7 @@ def robustness(
     split: Literal["train", "val", "test"] = "test",
     seed: int = 0,
     workers: int = 2,
-    device: Device = "auto",
+    runtime: Annotated[Runtime, tyro.conf.OmitArgPrefixes] = Runtime(),
 ) -> None:
     """Measure models under every corruption and level, one plot for all; the same command goes on.
 
@@ -376,14 +329,14 @@ def robustness(
 
     Args:
         data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
-        models: Runs, checkpoint folders or .onnx files.
+        models: Runs, checkpoint folders, .onnx, .mnn, .engine or .rtx files.
         out: Folder for robustness.json, .md and .svg.
         kinds: Corruptions; none: the paper's seven (uniform in place of Gaussian noise).
         levels: 1 to 5, and 0 for the crops as they are.
         split: Which videos.
         seed: Of noise and blocks.
         workers: Threads that corrupt.
-        device: Where checkpoints run.
+        runtime: How the models run.
     """
     from dtn_fast.data.shards import open_data
     from dtn_fast.robustness import KINDS
@@ -392,128 +345,13 @@ def robustness(
 
     if not models or workers < 1:
         raise UsageError("--models and --workers: at least one")
-    scorers = {str(path): load_scorer(path, choose_device(device)) for path in models}
+    scorers = {str(path): load_scorer(path, runtime) for path in models}
     shards = open_data(data, next(iter(scorers.values())).config.image_size)
     with progress() as bar:
         task = bar.add_task("corrupting and scoring", total=None, note="")
         for state in run(scorers, shards, out, kinds or KINDS, levels, split, seed, workers):
             bar.update(task, completed=state.done, total=state.total, note=state.name)
     print((out / "robustness.md").read_text(encoding="utf-8") + f"plot: {out / 'robustness.svg'}")
-
-
-def export(model: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
-    """Write a checkpoint as ONNX and check it against torch through onnxruntime at three batch sizes.
-
-    Example: dtn-fast export runs/first --out dtn.onnx
-
-    Args:
-        model: A run or a checkpoint folder.
-        out: The .onnx file.
-    """
-    from dtn_fast.export.to_onnx import export_onnx
-    from dtn_fast.runtime import load_model
-
-    if out.suffix != ".onnx":
-        raise UsageError(f"--out {out}: the file's name must end in .onnx")
-    rows = export_onnx(load_model(model), out)
-    print_table(f"{out}: onnxruntime against torch", ["batch", "largest logit error", "largest logit"],
-                [[str(r.batch), f"{r.error:.2e}", f"{r.scale:.2f}"] for r in rows])  # fmt: skip
-    print(f"largest error {max(r.error for r in rows):.2e}, file {out.stat().st_size / 1e6:.1f} MB")
-
-
-def detect(
-    inputs: Annotated[list[str], tyro.conf.Positional],
-    model: Path,
-    out: Path = Path("detect"),
-    frames: int = 32,
-    threshold: float = 0.5,
-    device: Device = "auto",
-) -> int:
-    """Say of images and videos whether their faces are forged, and where.
-
-    Example: dtn-fast detect clip.mp4 photos/ "more/**/*.jpg" --model runs/first --out detect
-
-    Prints a table and writes OUT/results.json and OUT/report.html.  Exit code 0: every input has a verdict; 1: some
-    could not be read or show no face; 2: usage.
-
-    Args:
-        inputs: Images, videos, folders (searched recursively) and globs.
-        model: A run, a checkpoint folder or an .onnx file.
-        out: Folder for the results.
-        frames: Frames per video, spread evenly.
-        threshold: P(fake) from which the verdict is fake.
-        device: Where a checkpoint runs.
-    """
-    from dtn_fast.data.faces import FaceDetector
-    from dtn_fast.detect import RULE, Result, find_inputs
-    from dtn_fast.detect import detect as run
-    from dtn_fast.report import write_report, write_results
-    from dtn_fast.runtime import load_scorer
-
-    if frames < 1:
-        raise UsageError(f"--frames {frames}: at least 1")
-    if not inputs:
-        raise UsageError("no inputs; example: dtn-fast detect clip.mp4 --model runs/first")
-    scorer, detector = load_scorer(model, choose_device(device)), FaceDetector()
-    paths, results = list(find_inputs(inputs)), []
-    with progress() as bar:
-        task = bar.add_task("detecting", total=len(paths), note="")
-        for path, error in paths:
-            bar.update(task, note=path.name)
-            results.append(Result(path, error=error) if error else run(path, scorer, detector, frames, threshold))
-            if results[-1].error:
-                print(f"dtn-fast: {results[-1].error}", file=sys.stderr)
-            bar.advance(task)
-    rows = [
-        [str(r.path), r.verdict, f"{r.score:.3f}" if r.score is not None else "", f"{len(r.frames)} of {r.frames_read}"]
-        for r in results
-    ]
-    print_table("Verdicts", ["input", "verdict", "P(fake)", "frames with a face"], rows)
-    print(f"{RULE}; fake from {threshold} up" + (f"\n{scorer.notice}" if scorer.notice else ""))
-    write_results(out / "results.json", results, scorer.notice, threshold)
-    write_report(out / "report.html", "Face forgery report", [trained_on(scorer.notice)], None, results, threshold)
-    print(f"report: {out / 'report.html'}")
-    return int(not all(r.ok for r in results))
-
-
-def trained_on(notice: str) -> str:
-    return f"This model was trained on {notice}." if notice else ""
-
-
-def doctor() -> None:
-    """Show what this machine offers and what is missing.
-
-    Example: dtn-fast doctor
-    """
-    import importlib.metadata
-    import platform
-
-    import torch
-
-    rows = [["python", platform.python_version(), ""]]
-    needs = {
-        "torch": "",
-        "triton": "GPU kernels",
-        "dlib-bin": "face detection",
-        "av": "video",
-        "albumentations": "augmentation in training",
-        "timm": "dtn_paper in timm's registry",
-        "onnx": "export",
-        "onnxruntime": "export, ONNX inference",
-        "tensorrt": "engines for NVIDIA GPUs (not needed elsewhere)",
-    }
-    for package, use in needs.items():
-        try:
-            rows.append([package, importlib.metadata.version(package), use])
-        except importlib.metadata.PackageNotFoundError:
-            rows.append([package, "not installed", use])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads, no GPU"
-    rows.append(["device", device.type, name])
-    rows.append(
-        ["training precision", str(choose_precision("auto", device)).removeprefix("torch."), "--precision auto"]
-    )
-    print_table("dtn-fast doctor", ["what", "version", "for"], rows)
 
 
 def demo(out: Path = Path("runs/demo"), workers: int = 2) -> None:
@@ -540,9 +378,10 @@ def bench() -> None:
 # ------------------------------------------------------------------------------------------------- entry
 
 
-_ALL = (demo, synthesize, prepare, train, distill, evaluate, robustness, export, detect, corrupt, bench, doctor)
+_ALL = (demo, synthesize, prepare, train, distill, evaluate, robustness, corrupt, bench, deploy.export, deploy.verify,
+        deploy.inspect, deploy.detect, deploy.serve, deploy.repository, deploy.doctor)  # fmt: skip
 VERBS = {verb.__name__: verb for verb in _ALL}
-DESCRIPTION = """DTN face-forgery detection: train, distil, evaluate, export, detect.
+DESCRIPTION = """DTN face-forgery detection: train, distil, evaluate, export, detect, serve.
 
 Example: dtn-fast detect clip.mp4 --model runs/first
 

@@ -17,12 +17,14 @@ from dtn_fast.data.prepare import finished
 from dtn_fast.data.shards import open_shards
 from dtn_fast.data.synthetic import HELD_OUT, METHODS, STAMP, SyntheticConfig, film
 from dtn_fast.data.video import read_image, write_video
+from dtn_fast.deploy import trained_on
 from dtn_fast.detect import detect
 from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.evaluate import evaluate
 from dtn_fast.export.to_onnx import export_onnx
 from dtn_fast.report import Table, write_report, write_results
 from dtn_fast.runtime import TorchScorer, load_model, load_scorer
+from dtn_fast.terminal import print_table
 from dtn_fast.train.distill import generation_folder, summarise
 from dtn_fast.train.recipe import PRESETS, Recipe
 
@@ -66,7 +68,7 @@ def run(out: Path, workers: int = 2, size: SyntheticConfig = SyntheticConfig(), 
             ])  # fmt: skip
         header = ["model", "frame AUC", f"{HELD_OUT}, frame", "video AUC", f"{HELD_OUT}, video", ""]
         quality = Table(f"Test identities ({STAMP})", header, rows, measured.policy())
-        cli.print_table(*quality[:3])
+        print_table(*quality[:3])
     model = load_model(training)
     with _stage(6, "Exporting to ONNX and comparing with torch"):
         parity = export_onnx(model, out / "dtn.onnx")
@@ -81,14 +83,14 @@ def run(out: Path, workers: int = 2, size: SyntheticConfig = SyntheticConfig(), 
             if a.verdict != b.verdict or abs((a.score or 0) - (b.score or 0)) > 1e-3:
                 raise DtnError(f"{a.path}: torch says {a.score}, the exported model {b.score}; please report this")
         verdicts = [[str(r.path), r.verdict, f"{r.score:.3f}" if r.ok else r.error or ""] for r in results]
-        cli.print_table("Verdicts (the ONNX file gives the same)", ["input", "verdict", "P(fake)"], verdicts)
+        print_table("Verdicts (the ONNX file gives the same)", ["input", "verdict", "P(fake)"], verdicts)
     generations = Table("Generations", ["generation", "epochs", "validation frame AUC"], [
         [str(r["generation"]), str(r["epochs"]), f"{r['val_auc']:.4f}"] for r in summary["generations"]
     ])  # fmt: skip
     export_table = Table("ONNX against torch", ["batch", "largest logit error"], [
         [str(p.batch), f"{p.error:.2e}"] for p in parity
     ])  # fmt: skip
-    notice = cli.trained_on(model.notice)
+    notice = trained_on(model.notice)
     report = out / "report.html"
     photos = "The photographs are real people; what this model says of them means nothing."
     write_report(report, "dtn_fast demo", [notice, photos], [generations, quality, export_table], results, THRESHOLD)

@@ -1,32 +1,51 @@
-"""An image or video to a verdict: faces found, scored, aggregated by a named rule."""
+"""An image or video to a verdict: faces found and followed, scored, aggregated by a named rule.
+
+A video streams: one thread decodes, the caller's thread finds faces, another scores, so that memory does not grow
+with its length and the three overlap.
+"""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.faces import Box, FaceDetector, crop_face
-from dtn_fast.data.video import IMAGES, VIDEOS, Frame, read_frames, read_image
+from dtn_fast.data.faces import Box, FaceDetector, FaceTracker, Tracked, crop_face
+from dtn_fast.data.video import IMAGES, VIDEOS, Frame, duration, frame_rate, read_frames, read_image, write_frames
 from dtn_fast.errors import MediaError
 from dtn_fast.explain import grad_cam
+from dtn_fast.pretrained import Detector
 from dtn_fast.runtime import Scorer, TorchScorer
 
-RULE = "frame score = highest P(fake) among its faces; input score = mean over frames with a face"
+RULE = (
+    "person score = mean P(fake) over the frames with that face; input score = highest person seen in at least a tenth "
+    "of the frames with a face (in no film of cuts is there one: then the mean over frames of their highest face)"
+)
 BATCH = 16
+"""Faces scored at once."""
+AHEAD = 4
+"""Frames decoded, and batches scored, ahead of who needs them."""
 TOP = 4
-"""Frames of an input whose faces are kept for the report, the highest-scoring ones."""
+"""Faces of an input kept for the report, the highest-scoring ones."""
+RED, GREEN = (220, 40, 40), (30, 160, 70)
 
 
 class Face(NamedTuple):
     box: Box
     score: float
+    person: int = 0
+    """Number of the face's track in this input, from 0; who is lost from sight for long gets a new one."""
 
 
 class FrameResult(NamedTuple):
@@ -37,6 +56,24 @@ class FrameResult(NamedTuple):
     @property
     def score(self) -> float:
         return max(face.score for face in self.faces)
+
+
+class Span(NamedTuple):
+    """A stretch of a video in which a person's score is at or over the threshold."""
+
+    start: float
+    """Seconds."""
+    end: float
+    score: float
+    """Mean over its frames."""
+
+
+class Person(NamedTuple):
+    number: int
+    score: float
+    frames: int
+    """In which the face was found."""
+    spans: list[Span]
 
 
 class Picture(NamedTuple):
@@ -51,6 +88,26 @@ class Picture(NamedTuple):
 
 
 @dataclass
+class Timing:
+    """Seconds that each stage worked, and that all took together; the stages overlap."""
+
+    decode: float = 0.0
+    detect: float = 0.0
+    score: float = 0.0
+    wall: float = 0.0
+
+    def shares(self) -> str:
+        """Where the work went, in percent of the sum."""
+        total = self.decode + self.detect + self.score or 1.0
+        parts = (("decoding", self.decode), ("finding faces", self.detect), ("scoring", self.score))
+        return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts)
+
+    def add(self, other: Timing) -> None:
+        for name in vars(self):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+@dataclass
 class Result:
     """What one input came to."""
 
@@ -61,12 +118,20 @@ class Result:
     frames_read: int = 0
     frames: list[FrameResult] = field(default_factory=list)
     """The frames with at least one face."""
+    people: list[Person] = field(default_factory=list)
+    """Highest score first."""
     pictures: list[Picture] = field(default_factory=list)
     error: str | None = None
+    timing: Timing = field(default_factory=Timing)
 
     @property
     def ok(self) -> bool:
         return self.score is not None
+
+    @property
+    def spans(self) -> list[Span]:
+        """Forged stretches of anybody, by start."""
+        return sorted(span for person in self.people for span in person.spans)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -76,12 +141,14 @@ class Result:
             "frames_read": self.frames_read,
             "frames_with_face": len(self.frames),
             "error": self.error,
+            "people": [{**p._asdict(), "spans": [span._asdict() for span in p.spans]} for p in self.people],
+            "timing": {name: round(seconds, 3) for name, seconds in vars(self.timing).items()},
             "frames": [
                 {
                     "number": f.number,
                     "seconds": round(f.seconds, 3),
                     "score": f.score,
-                    "faces": [{"box": list(face.box), "score": face.score} for face in f.faces],
+                    "faces": [{"box": list(face.box), "score": face.score, "person": face.person} for face in f.faces],
                 }
                 for f in self.frames
             ],
@@ -123,63 +190,253 @@ def _walk(path: Path) -> Iterator[tuple[Path, str | None]]:
         yield path, f"{path}: no image or video in this folder"
 
 
-def frames_of(path: Path, count: int) -> Iterator[Frame]:
-    """The frames of an image (one) or a video (``count``, spread evenly).  Raises MediaError."""
+def frames_of(path: Path, count: int = 32, rate: float = 0.0) -> Iterator[Frame]:
+    """The frame of an image, or those of a video: ``count`` spread evenly (0: all), or ``rate`` a second of it.
+
+    Raises MediaError.
+    """
     if not path.is_file():
         raise MediaError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
     suffix = path.suffix.lower()
     if suffix in IMAGES:
         yield Frame(0, 0.0, read_image(path))
     elif suffix in VIDEOS:
-        yield from read_frames(path, count)
+        if rate:
+            count = max(1, round(duration(path) * rate))
+        yield from read_frames(path, count or None)
     else:
         raise MediaError(
             f"{path}: neither an image ({' '.join(sorted(IMAGES))}) nor a video ({' '.join(sorted(VIDEOS))})"
         )
 
 
-def detect(path: Path, scorer: Scorer, detector: FaceDetector, frames: int = 32, threshold: float = 0.5) -> Result:
-    """The verdict on one input; errors of the input end up in the result, they do not raise."""
+def detect(
+    path: Path,
+    scorer: Scorer,
+    detector: FaceDetector,
+    frames: int = 32,
+    threshold: float = 0.5,
+    rate: float = 0.0,
+    watch: Callable[[int], object] = lambda _: None,
+    model: Detector | None = None,
+) -> Result:
+    """The verdict on one input; errors of the input end up in the result, they do not raise.
+
+    ``watch`` is told how many frames were read so far; what it raises ends the work.  ``model``: draws heat maps;
+    default: the scorer's own, if it is a torch model.
+    """
     result = Result(path)
-    pending: list[tuple[Frame, list[Box]]] = []
+    begin = time.perf_counter()
     kept: list[Picture] = []
-
-    def flush() -> None:
-        crops = [crop_face(f.image, box, scorer.config.image_size) for f, boxes in pending for box in boxes]
-        scores = scorer.score(np.stack(crops)) if crops else np.zeros(0)
-        place = 0
-        for frame, boxes in pending:
-            faces = []
-            for box in boxes:
-                score = float(scores[place])
-                faces.append(Face(box, score))
-                kept.append(Picture(frame.number, frame.seconds, score, crops[place], None))
-                place += 1
-            result.frames.append(FrameResult(frame.number, frame.seconds, faces))
-        kept.sort(key=lambda p: -p.score)
-        del kept[TOP:]
-        pending.clear()
-
     try:
-        for frame in frames_of(path, frames):
-            result.frames_read += 1
-            boxes = detector(frame.image)
-            if boxes:
-                pending.append((frame, boxes))
-            if len(pending) == BATCH:
-                flush()
-        flush()
+        with _Scoring(scorer, result, kept) as scoring:
+            tracker = FaceTracker(detector)
+            for frame in _ahead(frames_of(path, frames, rate), result.timing):
+                result.frames_read += 1
+                watch(result.frames_read)
+                start = time.perf_counter()
+                found = tracker(frame.image)
+                crops = [crop_face(frame.image, face.box, scorer.config.image_size) for face in found]
+                result.timing.detect += time.perf_counter() - start
+                if found:
+                    scoring.add(frame, found, crops)
     except (MediaError, OSError) as error:
         result.error = str(error)
         return result
+    finally:
+        result.timing.wall = time.perf_counter() - begin
     if not result.frames:
         result.verdict = "no face"
         result.error = f"{path}: no face in {result.frames_read} frame{'s' * (result.frames_read != 1)}"
         return result
-    result.score = float(np.mean([frame.score for frame in result.frames]))
+    result.people = people_of(result.frames, threshold)
+    result.score = aggregate(result.people, result.frames)
     result.verdict = "fake" if result.score >= threshold else "real"
-    if isinstance(scorer, TorchScorer) and scorer.model.cam_layer() is not None:
-        heats = grad_cam(scorer.model, np.stack([p.crop for p in kept]))
+    model = scorer.model if model is None and isinstance(scorer, TorchScorer) else model
+    if model is not None and model.cam_layer() is not None:
+        heats = grad_cam(model, np.stack([p.crop for p in kept]))
         kept = [p._replace(heat=heat) for p, heat in zip(kept, heats, strict=True)]
     result.pictures = kept
     return result
+
+
+def _ahead(frames: Iterator[Frame], timing: Timing) -> Iterator[Frame]:
+    """``frames`` taken on another thread, at most AHEAD of them early; its errors are raised here."""
+    waiting: queue.Queue[Frame | BaseException | None] = queue.Queue(AHEAD)
+    stopped = threading.Event()
+
+    def put(item: Frame | BaseException | None) -> None:
+        while not stopped.is_set():
+            try:
+                return waiting.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def decode() -> None:
+        try:
+            while not stopped.is_set():
+                start = time.perf_counter()
+                frame = next(frames, None)
+                timing.decode += time.perf_counter() - start
+                put(frame)
+                if frame is None:
+                    return
+        except BaseException as error:  # raised again where the frames are used
+            put(error)
+
+    thread = threading.Thread(target=decode, name="decoding", daemon=True)
+    thread.start()
+    try:
+        while (item := waiting.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
+
+
+class _Scoring:
+    """Faces in the order of their frames to batches, scored on another thread, written into ``result``."""
+
+    def __init__(self, scorer: Scorer, result: Result, kept: list[Picture]) -> None:
+        self._scorer, self._result, self._kept = scorer, result, kept
+        self._pending: list[tuple[Frame, list[Tracked], list[NDArray[np.uint8]]]] = []
+        self._running: list[tuple[Future[NDArray[np.float64]], list[Any]]] = []
+        self._pool = ThreadPoolExecutor(1, "scoring")
+
+    def add(self, frame: Frame, found: list[Tracked], crops: list[NDArray[np.uint8]]) -> None:
+        self._pending.append((frame._replace(image=frame.image[:0]), found, crops))  # the picture itself may go
+        if sum(len(item[1]) for item in self._pending) >= BATCH:
+            self._submit()
+
+    def _submit(self) -> None:
+        batch, self._pending = self._pending, []
+        crops = np.stack([crop for _, _, part in batch for crop in part])
+        self._running.append((self._pool.submit(self._score, crops), batch))
+        while len(self._running) > AHEAD:
+            self._collect()
+
+    def _score(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+        start = time.perf_counter()
+        scores = self._scorer.score(crops)
+        self._result.timing.score += time.perf_counter() - start
+        return scores
+
+    def _collect(self) -> None:
+        future, batch = self._running.pop(0)
+        scores = iter(future.result())
+        for frame, found, crops in batch:
+            faces = [Face(face.box, float(next(scores)), face.person) for face in found]
+            self._result.frames.append(FrameResult(frame.number, frame.seconds, faces))
+            self._kept += [
+                Picture(frame.number, frame.seconds, f.score, c, None) for f, c in zip(faces, crops, strict=True)
+            ]
+        self._kept.sort(key=lambda p: -p.score)
+        del self._kept[TOP:]
+
+    def __enter__(self) -> _Scoring:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None and self._pending:
+                self._submit()
+            while kind is None and self._running:
+                self._collect()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+
+# ------------------------------------------------------------------------------------------------ the rule
+
+
+def people_of(frames: list[FrameResult], threshold: float) -> list[Person]:
+    """Everybody in ``frames``, highest score first."""
+    seen: dict[int, list[tuple[int, float, float]]] = {}
+    for place, frame in enumerate(frames):
+        for face in frame.faces:
+            seen.setdefault(face.person, []).append((place, frame.seconds, face.score))
+    people = [
+        Person(number, float(np.mean([score for *_, score in own])), len({place for place, *_ in own}),
+               _spans(own, threshold))
+        for number, own in seen.items()
+    ]  # fmt: skip
+    return sorted(people, key=lambda person: -person.score)
+
+
+def _spans(own: list[tuple[int, float, float]], threshold: float) -> list[Span]:
+    """Runs of frames next to each other with a score at or over the threshold, from the first to the last of a run."""
+    spans: list[Span] = []
+    run: list[tuple[int, float, float]] = []
+    for item in [*own, None]:
+        goes_on = item is not None and item[2] >= threshold and (not run or item[0] - run[-1][0] <= 2)
+        if run and not goes_on:
+            spans.append(Span(run[0][1], run[-1][1], float(np.mean([score for *_, score in run]))))
+            run = []
+        if item is not None and item[2] >= threshold:
+            run.append(item)
+    return spans
+
+
+def aggregate(people: list[Person], frames: list[FrameResult]) -> float:
+    """The input's score by RULE."""
+    regular = [person.score for person in people if person.frames * 10 >= len(frames)]
+    return max(regular) if regular else float(np.mean([frame.score for frame in frames]))
+
+
+# ------------------------------------------------------------------------------------------------ annotation
+
+
+def annotate(result: Result, out: Path, threshold: float = 0.5) -> Iterator[int]:
+    """Writes the video of ``result`` with every face framed, its score, and the forged spans below, to ``out`` (.mp4).
+
+    Boxes move evenly between the frames that were looked at.  Yields the number of frames written.
+    """
+    tracks: dict[int, list[tuple[int, Face]]] = {}
+    for frame in result.frames:
+        for face in frame.faces:
+            tracks.setdefault(face.person, []).append((frame.number, face))
+    end = max(duration(result.path), 1e-3)
+    drawn = (_drawn(frame, tracks, result.spans, end, threshold) for frame in read_frames(result.path))
+    yield from write_frames(out, drawn, frame_rate(result.path))
+
+
+def _drawn(
+    frame: Frame, tracks: dict[int, list[tuple[int, Face]]], spans: list[Span], end: float, threshold: float
+) -> NDArray[np.uint8]:
+    image = frame.image.copy()
+    height, width = image.shape[:2]
+    thick = max(1, round(min(height, width) / 240))
+    size = max(0.4, min(height, width) / 700)
+    for person, track in tracks.items():
+        found = _at(track, frame.number)
+        if found is None:
+            continue
+        box, score = found
+        color = RED if score >= threshold else GREEN
+        cv2.rectangle(image, (box.left, box.top), (box.right, box.bottom), color, 2 * thick)
+        text = f"{'fake' if score >= threshold else 'real'} {score:.2f}" + (f" #{person}" if len(tracks) > 1 else "")
+        below = box.top < 30 * size
+        place = (max(box.left, 0), round(box.bottom + 25 * size) if below else box.top - 3 * thick)
+        cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, color, 2 * thick, cv2.LINE_AA)
+    bar = max(4, height // 60)
+    image[height - bar :] = (40, 40, 40)
+    for span in spans:
+        left = int(width * span.start / end)
+        image[height - bar :, left : max(left + 2, int(width * span.end / end))] = RED
+    now = min(int(width * frame.seconds / end), width - 1)
+    image[height - 2 * bar :, max(now - thick, 0) : now + thick] = 255
+    return image
+
+
+def _at(track: list[tuple[int, Face]], number: int) -> tuple[Box, float] | None:
+    """Where and how a person is at a frame between two that were looked at; None outside."""
+    before = [item for item in track if item[0] <= number]
+    after = [item for item in track if item[0] >= number]
+    if not before or not after:
+        return None
+    (n0, a), (n1, b) = before[-1], after[0]
+    share = (number - n0) / (n1 - n0) if n1 > n0 else 0.0
+    box = Box(*(round(p + (q - p) * share) for p, q in zip(a.box, b.box, strict=True)))
+    return box, a.score + (b.score - a.score) * share

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,7 @@ class MnnScorer(Scorer):
         self._net, self._lock = open_module(path), threading.Lock()
 
     def _logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
-        from MNN import expr
-
+        expr = _mnn().expr
         x = normalise(crops, self.config).contiguous().numpy()
         with self._lock:
             out = self._net.forward([expr.const(x, list(x.shape), expr.NCHW, expr.float)])
@@ -35,10 +36,7 @@ class MnnScorer(Scorer):
 
 def open_module(path: Path) -> Any:
     """images [B, 3, S, S] -> logits.  Raises UsageError when MNN is missing or refuses the file."""
-    try:
-        from MNN import nn
-    except ImportError as error:
-        raise UsageError("MNN is not installed; run: pip install MNN") from error
+    nn = _mnn().nn
     threads = min(torch.get_num_threads(), os.cpu_count() or 1)
     manager = nn.create_runtime_manager(({"backend": "CPU", "precision": "normal", "numThread": threads},))
     try:
@@ -48,6 +46,25 @@ def open_module(path: Path) -> Any:
     except Exception as error:  # MNN raises bare exceptions
         raise UsageError(f"{path}: MNN cannot read it ({error}); export it again") from error
     return net
+
+
+@functools.cache
+def _mnn() -> Any:
+    """The package, imported without the line that its library prints."""
+    sys.stdout.flush()
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    try:
+        import MNN.expr
+        import MNN.nn
+
+        return MNN
+    except ImportError as error:
+        raise UsageError("MNN is not installed; run: pip install MNN") from error
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
 
 
 def load(path: Path, runtime: Runtime) -> MnnScorer:

@@ -21,9 +21,7 @@ PROVIDERS = {
 NEEDED = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu", "tensorrt": "onnxruntime-gpu"}
 
 
-def session_of(
-    model: str | bytes, name: str, provider: Provider = "cpu", optimise: bool = True
-) -> Any:
+def session_of(model: str | bytes, name: str, provider: Provider = "cpu", optimise: bool = True) -> Any:
     """An onnxruntime session of a file or of serialized bytes.  ``optimise``: rewrite the graph, which also changes how
     quantised values round.  Raises UsageError naming ``name``."""
     try:
@@ -82,6 +80,13 @@ class OnnxScorer(Scorer):
 
     def _logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
         return self.session.run(["logits"], self.feed(crops))[0].astype(np.float64)
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What ``dtn-fast export`` wrote into the file about itself.  Raises UsageError on other files."""
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    return OnnxScorer(path, optimise=False).session.get_modelmeta().custom_metadata_map
 
 
 def load(path: Path, runtime: Runtime) -> OnnxScorer:

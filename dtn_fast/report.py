@@ -40,7 +40,7 @@ def write_report(
 
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"jpeg": _jpeg, "heat": _heat}
+    environment.filters |= {"jpeg": data_uri, "heat": heat_uri}
     page = environment.from_string(template).render(
         title=title,
         notices=[notice for notice in notices if notice],
@@ -60,11 +60,13 @@ def write_results(path: Path, results: list[Result], notice: str, threshold: flo
     write_whole(path, json.dumps({**data, "results": [r.to_json() for r in results]}, indent=1))
 
 
-def _jpeg(image: NDArray[np.uint8]) -> str:
+def data_uri(image: NDArray[np.uint8]) -> str:
+    """An RGB image [H, W, 3] as a JPEG inside a URI."""
     data = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
     return "data:image/jpeg;base64," + base64.b64encode(data).decode()
 
 
-def _heat(picture: Picture) -> str:
+def heat_uri(picture: Picture) -> str:
+    """A kept face with its heat map laid over it."""
     assert picture.heat is not None
-    return _jpeg(overlay(picture.crop, picture.heat))
+    return data_uri(overlay(picture.crop, picture.heat))

@@ -42,7 +42,7 @@ class Runtime:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of a checkpoint's weights and arithmetic.  bf16 moves a score by some 1e-3 and needs a processor that has it."""
     mode: Literal["auto", "eager", "compile", "graph"] = "auto"
-    """Of a checkpoint: eager torch, torch.compile, or one CUDA graph per batch size; auto: graph on a GPU, else eager."""
+    """Of a checkpoint: eager, torch.compile, or one CUDA graph per batch size; auto: graph on a GPU, else eager."""
     provider: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
     """onnxruntime's execution provider; auto: by device."""
 

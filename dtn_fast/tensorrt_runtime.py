@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import statistics
 from collections.abc import Callable, Mapping
@@ -33,13 +34,13 @@ def load_backend(kind: str) -> Any:
 def check_fits(manifest: Manifest, version: str, name: str) -> None:
     """Raises UsageError when the GPU at hand or the library's version is not what the engine was built for."""
     if not torch.cuda.is_available():
-        raise UsageError(f"{name}: an engine needs an NVIDIA GPU and torch sees none; use the checkpoint, .onnx or .mnn")
+        raise UsageError(f"{name}: an engine needs an NVIDIA GPU and torch sees none; use a checkpoint or .onnx")
     major, minor = torch.cuda.get_device_capability()
     here = 10 * major + minor
     if manifest.archs and here not in manifest.archs:
         raise UsageError(
-            f"{name}: built for compute capability {', '.join(f'{a // 10}.{a % 10}' for a in manifest.archs)}; this GPU "
-            f"({torch.cuda.get_device_name()}) has {major}.{minor}; export it again for this one"
+            f"{name}: built for compute capability {', '.join(f'{a // 10}.{a % 10}' for a in manifest.archs)}; this "
+            f"GPU ({torch.cuda.get_device_name()}) has {major}.{minor}; export it again for this one"
         )
     options = manifest.options
     gpu = options.get("gpu")
@@ -48,7 +49,7 @@ def check_fits(manifest: Manifest, version: str, name: str) -> None:
                          "with --hardware same")  # fmt: skip
     if version != manifest.version and not options.get("version_compatible"):
         raise UsageError(f"{name}: built by {manifest.kind} {manifest.version}, installed is {version}; "
-                         f"export it again, or: pip install {manifest.kind.replace('_', '-')}=={manifest.version}")  # fmt: skip
+                         f"export it again, or: pip install {manifest.kind}=={manifest.version}")  # fmt: skip
 
 
 def open_engine(trt: Any, source: Path | bytes) -> Any:
@@ -117,7 +118,7 @@ def race(trt: Any, engines: Mapping[str, bytes], batch: int, kind_of_input: str,
         dtype = torch.uint8 if kind_of_input == "crops" else torch.float32
         graphs = BatchGraphs(Contexts(engine, kind_of_input), batch, batch)
         given = torch.zeros(batch, *rest, dtype=dtype)
-        calls[name] = lambda graphs=graphs, given=given: graphs(given)
+        calls[name] = functools.partial(graphs, given)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 3):
         for name, call in calls.items():
@@ -146,7 +147,7 @@ def layers(path: Path, batch: int | None = None, rounds: int = 20) -> list[tuple
         return [(name, None) for name in names]
     times: dict[str, list[float]] = {}
 
-    class Profiler(trt.IProfiler):  # type: ignore[misc, name-defined]
+    class Profiler(trt.IProfiler):  # type: ignore[name-defined]
         def __init__(self) -> None:
             trt.IProfiler.__init__(self)
 

@@ -53,7 +53,7 @@ class QuantizeConfig:
 
     @property
     def on(self) -> bool:
-        return "none" != self.convs or "none" != self.linears
+        return self.convs != "none" or self.linears != "none"
 
 
 class Layer(NamedTuple):
@@ -124,7 +124,9 @@ def widths(proto: Any, config: QuantizeConfig) -> dict[str, tuple[Layer, Width]]
     return chosen
 
 
-def calibrate(proto: Any, crops: NDArray[np.uint8], tensors: set[str], batch: int = 8) -> dict[str, NDArray[np.float32]]:
+def calibrate(
+    proto: Any, crops: NDArray[np.uint8], tensors: set[str], batch: int = 8
+) -> dict[str, NDArray[np.float32]]:
     """A sample of each tensor's values over ``crops`` [N, S, S, 3], [SAMPLE] at most, its extremes included."""
     onnx = require_onnx()
     probe = copy.deepcopy(runnable(proto))
@@ -199,7 +201,7 @@ def insert(proto: Any, chosen: dict[str, tuple[Layer, Width]], scales: dict[tupl
             made[layer.x, width] = dq
         node.input[0] = made[layer.x, width]
         node.input[1] = _weight(onnx, proto, layer, width, constants, at)
-    kept = [node for node in proto.graph.node]
+    kept = list(proto.graph.node)
     del proto.graph.node[:]
     for index, node in enumerate(kept):
         proto.graph.node.extend([*before.get(index, ()), node])
@@ -308,4 +310,3 @@ def gate(reference: Scorer, proto: Any, shards: Shards, config: QuantizeConfig, 
         raise DtnError(f"the quantised model loses {result.drop:.4f} AUC, over the limit of {config.max_auc_drop}; "
                        "see --sensitivity and --keep its worst layers")  # fmt: skip
     return result
-

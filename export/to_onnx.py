@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
-import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dtn_fast.dtn import DTN
@@ -48,12 +46,17 @@ TOLERANCE = {
 class OnnxConfig:
     """What the file is to be."""
 
-    precision: Precision = "fp32"
-    """Of weights and arithmetic; logits and scores are float32 always."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Of weights and arithmetic; logits and scores are float32 always.  auto: fp16 in an engine, else fp32."""
     input: Input = "crops"
-    """crops: uint8 RGB [B, S, S, 3] as cut from a picture, normalised inside; images: normalised float32 [B, 3, S, S]."""
+    """crops: uint8 RGB [B, S, S, 3] as cut from a picture, normalised inside; images: float32 [B, 3, S, S], normalised
+    outside."""
     nodes: bool = True
     """MAS attention and the gate as dtn:: nodes with a body of standard operators; off: those operators in line."""
+
+    @property
+    def dtype(self) -> Precision:
+        return "fp32" if self.precision == "auto" else self.precision
 
 
 class Parity(NamedTuple):
@@ -67,15 +70,20 @@ class Parity(NamedTuple):
 class Traced(nn.Module):
     """What is traced: input as in OnnxConfig -> logits [B, classes] and P(fake) [B], both float32."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, model: Detector, config: OnnxConfig) -> None:
         super().__init__()
-        self.dtype, self.raw = DTYPES[config.precision], config.input == "crops"
+        self.dtype, self.raw = DTYPES[config.dtype], config.input == "crops"
         if isinstance(model, DTN):  # head scales stay beside the node only as constants of value one
             self.net: nn.Module = fold(model, "kernel" if config.nodes else "native")
         else:
             self.net = copy.deepcopy(model).eval().requires_grad_(False)
         self.net.to(self.dtype)
-        mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (model.config.mean, model.config.std))
+        mean, std = (
+            torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (model.config.mean, model.config.std)
+        )
         self.register_buffer("scale", (1 / (255 * std)).float())
         self.register_buffer("shift", (-mean / std).float())
 
@@ -86,10 +94,8 @@ class Traced(nn.Module):
         return logits, logits.softmax(1)[:, 1]
 
 
-def export_onnx(
-    model: Detector, path: Path, config: OnnxConfig = OnnxConfig(), batches: tuple[int, ...] = (1, 2, 7)
-) -> list[Parity]:
-    """Writes ``model`` to ``path`` and compares it with torch (float32, not folded) at each batch size.
+def export_onnx(model: Detector, path: Path, config: OnnxConfig = OnnxConfig()) -> list[Parity]:
+    """Writes ``model`` to ``path`` and compares it with torch (float32, not folded) at three batch sizes.
 
     Input ``crops`` uint8 [batch, S, S, 3] or ``images`` float32 [batch, 3, S, S]; outputs ``logits`` [batch, 2] and
     ``score`` [batch], P(fake); batch dynamic, opset 20.  The file appears only when every comparison passed.  No CPU
@@ -97,13 +103,21 @@ def export_onnx(
     Raises UsageError without the onnx packages, DtnError when the answers differ.
     """
     proto = to_proto(model, config)
+    report = check(model, proto, config, str(path))
+    write_whole(path, proto.SerializeToString())
+    return report
+
+
+def check(
+    model: Detector, proto: Any, config: OnnxConfig, name: str, batches: tuple[int, ...] = (1, 2, 7)
+) -> list[Parity]:
+    """:func:`compare`, and DtnError past TOLERANCE naming ``name``."""
     report = compare(model, proto, config, batches)
     worst = max(report, key=lambda p: p.error / p.scale)
-    limit = TOLERANCE[config.precision]
+    limit = TOLERANCE[config.dtype]
     if not worst.error <= limit * worst.scale:
-        raise DtnError(f"{path}: onnxruntime differs from torch by {worst.error:.2e} at batch {worst.batch}, over "
+        raise DtnError(f"{name}: onnxruntime differs from torch by {worst.error:.2e} at batch {worst.batch}, over "
                        f"the limit of {limit:.0e}; the file was not kept")  # fmt: skip
-    write_whole(path, proto.SerializeToString())
     return report
 
 
@@ -117,7 +131,7 @@ def to_proto(model: Detector, config: OnnxConfig) -> Any:
             Traced(model, config),
             (example,),
             dynamo=True,
-            opset_version=OPSET[config.precision],
+            opset_version=OPSET[config.dtype],
             input_names=[config.input],
             output_names=["logits", "score"],
             dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
@@ -125,7 +139,7 @@ def to_proto(model: Detector, config: OnnxConfig) -> Any:
         )
     assert program is not None
     proto = program.model_proto
-    opset = OPSET[config.precision]
+    opset = OPSET[config.dtype]
     used = {node.op_type for node in proto.graph.node if node.domain == onnx_nodes.DOMAIN}
     proto.functions.extend(onnx.parser.parse_function(onnx_nodes.body(name, opset)) for name in sorted(used))
     if used and onnx_nodes.DOMAIN not in {entry.domain for entry in proto.opset_import}:
@@ -136,7 +150,7 @@ def to_proto(model: Detector, config: OnnxConfig) -> Any:
             "dtn_config": model.config.to_json(),
             "notice": model.notice,
             "input": config.input,
-            "precision": config.precision,
+            "precision": config.dtype,
             "weights": weights_hash(model),
             "dtn_fast": __version__,
         },

@@ -27,6 +27,8 @@ from dtn_fast.tensorrt_runtime import KINDS, load_backend, open_engine
 RTX_ARCHS = (75, 80, 86, 89, 120)
 TURING = 75
 """Builds fp16 alone: RTX has no float32 products for it, and Turing no bfloat16."""
+FP8 = 89
+"""First compute capability x 10 with FP8."""
 CACHE = Path.home() / ".cache" / "dtn_fast"
 
 
@@ -37,7 +39,7 @@ class EngineConfig:
     batches: tuple[int, int, int] = (1, 8, 64)
     """Least, best and greatest batch size."""
     attention: Literal["native", "plugin", "fastest"] = "native"
-    """Of a .engine: TensorRT's own layers, this package's Triton kernels, or whichever runs faster at the best batch."""
+    """Of a .engine: TensorRT's own layers, this package's Triton kernels, or what is faster at the best batch size."""
     archs: tuple[int, ...] = ()
     """Of a .rtx file: compute capabilities x 10 that it is compiled for; none: all that compute in its precision."""
     hardware: Literal["this", "same", "ampere+"] = "this"
@@ -82,7 +84,7 @@ def export_engine(model: bytes | Path, path: Path, config: EngineConfig = Engine
     rtx = kind == "tensorrt_rtx"
     meta = _metadata(data, str(model) if isinstance(model, Path) else "the model")
     if rtx:
-        config = replace(config, archs=_archs(config.archs, meta["precision"]))
+        config = replace(config, archs=_archs(config.archs, meta["precision"], "fp8" in meta.get("quantized", "")))
         if config.attention != "native":
             raise UsageError(f"--attention {config.attention}: TensorRT-RTX takes no plugins; build a .engine")
         for flag, value in (("refit", config.refit), ("refit-from", config.refit_from)):
@@ -234,15 +236,17 @@ def _metadata(data: bytes, name: str) -> dict[str, str]:
     return meta
 
 
-def _archs(asked: tuple[int, ...], precision: str) -> tuple[int, ...]:
-    """``asked``, or every GPU that computes in ``precision``.  Raises UsageError on those that do not."""
+def _archs(asked: tuple[int, ...], precision: str, fp8: bool) -> tuple[int, ...]:
+    """``asked``, or every GPU that computes in the model's precisions.  Raises UsageError on those that do not."""
+    fits = [arch for arch in (*RTX_ARCHS, 121) if (arch != TURING or precision == "fp16") and (arch >= FP8 or not fp8)]
     if not asked:
-        return tuple(arch for arch in RTX_ARCHS if precision == "fp16" or arch != TURING)
+        return tuple(arch for arch in fits if arch in RTX_ARCHS)
     for arch in asked:
         if arch not in (*RTX_ARCHS, 121):
             raise UsageError(f"--archs {arch}: TensorRT-RTX compiles for {', '.join(map(str, RTX_ARCHS))} and 121")
-    if TURING in asked and precision != "fp16":
-        raise UsageError(f"--archs {TURING}: TensorRT-RTX builds {precision} for no Turing GPU; use --precision fp16")
+        if arch not in fits:
+            remedy = "build it without FP8" if fp8 and arch < FP8 else "use --precision fp16"
+            raise UsageError(f"--archs {arch}: not for a model of {precision}{' and FP8' * fp8}; {remedy}")
     return asked
 
 
@@ -252,14 +256,21 @@ def _engine_archs(config: EngineConfig) -> tuple[int, ...]:
 
 
 def _manifest(
-    trt: Any, kind: str, engine: bytes, meta: dict[str, str], config: EngineConfig, attention: str, archs: tuple[int, ...]
+    trt: Any,
+    kind: str,
+    engine: bytes,
+    meta: dict[str, str],
+    config: EngineConfig,
+    attention: str,
+    archs: tuple[int, ...],
 ) -> Manifest:
     options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
     if kind == "tensorrt":
         options["gpu"] = torch.cuda.get_device_name()
     return Manifest(
         kind, trt.__version__, hashlib.sha256(engine).hexdigest(), meta["weights"], meta["precision"], meta["input"],
-        json.loads(meta["dtn_config"]), meta.get("notice", ""), config.batches, archs, attention, options,
+        json.loads(meta["dtn_config"]), meta.get("notice", ""), config.batches, archs, attention,
+        meta.get("quantized", ""), options,
     )  # fmt: skip
 
 
@@ -267,9 +278,9 @@ class Log:
     """The library's messages: warnings and worse are kept for errors, nothing is printed."""
 
     def __init__(self, trt: Any) -> None:
-        messages = self.messages = []
+        messages: list[str] = []
 
-        class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        class Logger(trt.ILogger):
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
 
@@ -277,22 +288,21 @@ class Log:
                 if severity <= trt.ILogger.ERROR:
                     messages.append(message)
 
-        self.logger = Logger()
-        self.messages: list[str]
+        self.logger, self.messages = Logger(), messages
 
     def text(self) -> str:
         return " ".join("; ".join(self.messages[:3]).split())[:500] or "it gave no reason"
 
 
-def commands(onnx: Path, config: EngineConfig, name: str, side: int) -> list[str]:
+def commands(onnx: Path, config: EngineConfig) -> list[str]:
     """The same build by NVIDIA's own tools, to copy."""
-    shape = lambda b: f"{name}:{b}x{side}x{side}x3" if name == "crops" else f"{name}:{b}x3x{side}x{side}"
-    low, best, high = map(shape, config.batches)
+    meta = _metadata(onnx.read_bytes(), str(onnx))
+    name, side = meta["input"], json.loads(meta["dtn_config"])["image_size"]
+    rest = [side, side, 3] if name == "crops" else [3, side, side]
+    low, best, high = (f"{name}:{'x'.join(map(str, [batch, *rest]))}" for batch in config.batches)
     return [
         f"trtexec --onnx={onnx} --stronglyTyped --minShapes={low} --optShapes={best} --maxShapes={high} "
         f"--builderOptimizationLevel={config.effort} --useCudaGraph --saveEngine={onnx.with_suffix('.engine')}",
-        f"polygraphy run {onnx} --trt --onnxrt --strongly-typed --input-shapes {name}:"
-        + str([config.batches[1], side, side, 3] if name == "crops" else [config.batches[1], 3, side, side]).replace(" ", ""),
+        f"polygraphy run {onnx} --trt --onnxrt --strongly-typed --input-shapes "
+        f"{name}:[{','.join(map(str, [config.batches[1], *rest]))}]",
     ]
-
-

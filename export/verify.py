@@ -41,7 +41,9 @@ class LayerError(NamedTuple):
     """Largest difference."""
 
 
-def compare(first: Scorer, second: Scorer, crops: NDArray[np.uint8], labels: NDArray[np.int64] | None = None) -> Agreement:
+def compare(
+    first: Scorer, second: Scorer, crops: NDArray[np.uint8], labels: NDArray[np.int64] | None = None
+) -> Agreement:
     """``second`` against ``first`` on crops [N, S, S, 3] uint8; labels [N], 0 real, 1 fake, give both AUCs.
 
     Raises UsageError when the two take crops of different sizes, or there is none.
@@ -88,9 +90,7 @@ def taps(scorer: Scorer, path: Path) -> Taps:
         session = OnnxScorer(probe[0].SerializeToString(), optimise=False)
         return lambda crops: {
             module: value.astype(np.float32)
-            for module, value in zip(
-                names.values(), session.session.run(list(names), session.feed(crops)), strict=True
-            )
+            for module, value in zip(names.values(), session.session.run(list(names), session.feed(crops)), strict=True)
         }
     raise UsageError(f"{path}: {scorer.name} shows no layers; --layers takes checkpoints and ONNX files")
 
@@ -133,4 +133,3 @@ def _probe(path: Path) -> tuple[Any, list[Any], list[Any]]:
             outputs.append(onnx.helper.make_tensor_value_info(node.output[0], types[node.output[0]], None))
     proto.graph.output.extend(outputs)
     return proto, nodes, outputs
-

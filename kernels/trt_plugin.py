@@ -19,7 +19,7 @@ import os
 import re
 import subprocess
 import sys
-from typing import Any, List, NamedTuple, Tuple, Union  # noqa: UP035  (tensorrt.plugin reads these very forms)
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -140,8 +140,14 @@ def launches(operator: str, shape: tuple[int, ...], scale: float, dtype: torch.d
         return made
     experts, hidden, channels = shape
     small = [empty(experts, hidden), empty(experts, hidden), empty(experts), empty(experts)]
-    args = (empty(4096, channels), empty(experts, hidden, channels), *small, 4096, empty(4096, channels))
-    options, tiles = tuned.settings("moe_forward", args[0])
+    rows: tuple[Any, ...] = (
+        empty(4096, channels),
+        empty(experts, hidden, channels),
+        *small,
+        4096,
+        empty(4096, channels),
+    )
+    options, tiles = tuned.settings("moe_forward", rows[0])
     more = [
         {"BLOCK_T": t, "BLOCK_C": 32, "BLOCK_OUT": 64, "num_warps": w, "num_stages": s}
         for t, w, s in ((64, 8, 2), (64, 4, 1), (32, 4, 2), (16, 4, 2))
@@ -151,7 +157,7 @@ def launches(operator: str, shape: tuple[int, ...], scale: float, dtype: torch.d
         constants = {"E": experts, "C": channels, "M": hidden, **precision, "BLOCK_T": values["BLOCK_T"],
                      "BLOCK_C": divides(values["BLOCK_C"]), "BLOCK_OUT": divides(values["BLOCK_OUT"]),
                      "BLOCK_M": max(16, triton.next_power_of_2(hidden))}  # fmt: skip
-        made.append((Launch(moe_gate, (1,), args, constants, _options(values)), values["BLOCK_T"]))
+        made.append((Launch(moe_gate, (1,), rows, constants, _options(values)), values["BLOCK_T"]))
     return made
 
 
@@ -183,9 +189,8 @@ def compile_images(
             if why:
                 refused.append(why)
                 continue
-            pointers = sum(not isinstance(arg, int) for arg in launch.args)
             values = {**launch.options, **{k: v for k, v in launch.constants.items() if k.startswith("BLOCK")}}
-            ptx = strip_scratch(compiled.asm["ptx"], pointers + len(launch.args) - pointers)
+            ptx = strip_scratch(compiled.asm["ptx"], len(launch.args))
             threads = 32 * compiled.metadata.num_warps
             images.append(Image(compiled.metadata.name, ptx, threads, compiled.metadata.shared, rows, values))
             if len(images) == TACTICS:
@@ -257,7 +262,7 @@ def register(trt: Any) -> None:
         return
     trtp = importlib.import_module(f"{trt.__name__}.plugin")
     Desc, Params, Exprs = trtp.TensorDesc, trtp.KernelLaunchParams, trtp.SymExprs
-    Kernel = Tuple[Union[str, bytes], Union[str, bytes], Params, Exprs]  # noqa: UP006, UP007
+    Kernel = tuple[str | bytes, str | bytes, Params, Exprs]
     dtypes = {getattr(trt.DataType, {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}[d]): d for d in DTYPES}
 
     def tactics(images: tuple[Image, ...], dtype: str, count: int) -> list[Any]:
@@ -280,33 +285,37 @@ def register(trt: Any) -> None:
         return images_of("MoEGate", target_arch(), dtypes[x.dtype], tuple(w1.shape))
 
     @trtp.register("dtn::MASAttention")
-    def mas_desc(qkv: Desc, head_scale: Desc, scale: float) -> Desc:  # type: ignore[valid-type]
-        s = qkv.shape_expr  # type: ignore[attr-defined]
-        return trtp.from_shape_expr((s[0], s[1], s[3], s[4]), qkv.dtype)  # type: ignore[attr-defined]
+    def mas_desc(qkv: Desc, head_scale: Desc, scale: float) -> Desc:
+        s = qkv.shape_expr
+        return trtp.from_shape_expr((s[0], s[1], s[3], s[4]), qkv.dtype)
 
     @trtp.autotune("dtn::MASAttention")
-    def mas_autotune(qkv: Desc, head_scale: Desc, scale: float, outputs: Tuple[Desc]) -> List[trtp.AutoTuneCombination]:  # type: ignore[valid-type,name-defined]  # noqa: UP006
-        return tactics(attention(qkv, scale), dtypes[qkv.dtype], 3)  # type: ignore[attr-defined]
+    def mas_autotune(qkv: Desc, head_scale: Desc, scale: float, outputs: tuple[Desc]) -> list[trtp.AutoTuneCombination]:
+        return tactics(attention(qkv, scale), dtypes[qkv.dtype], 3)
 
     @trtp.aot_impl("dtn::MASAttention")
-    def mas_kernel(qkv: Desc, head_scale: Desc, scale: float, outputs: Tuple[Desc], tactic: int) -> Kernel:  # type: ignore[valid-type]  # noqa: UP006
+    def mas_kernel(qkv: Desc, head_scale: Desc, scale: float, outputs: tuple[Desc], tactic: int) -> Kernel:
         image = attention(qkv, scale)[max(tactic - 1, 0)]
-        pairs = qkv.shape_expr[0] * qkv.shape[3]  # type: ignore[attr-defined]
-        grid = (-(-qkv.shape[1] // image.rows), pairs) if image.rows else (pairs,)  # type: ignore[attr-defined]
+        pairs = qkv.shape_expr[0] * qkv.shape[3]
+        grid = (-(-qkv.shape[1] // image.rows), pairs) if image.rows else (pairs,)
         return kernel(image, grid, ())
 
     @trtp.register("dtn::MoEGate")
-    def moe_desc(x: Desc, w1: Desc, b1: Desc, w2: Desc, b2: Desc, expert_scale: Desc) -> Desc:  # type: ignore[valid-type]
-        return x.like()  # type: ignore[attr-defined]
+    def moe_desc(x: Desc, w1: Desc, b1: Desc, w2: Desc, b2: Desc, expert_scale: Desc) -> Desc:
+        return x.like()
 
     @trtp.autotune("dtn::MoEGate")
-    def moe_autotune(x: Desc, w1: Desc, b1: Desc, w2: Desc, b2: Desc, expert_scale: Desc, outputs: Tuple[Desc]) -> List[trtp.AutoTuneCombination]:  # type: ignore[valid-type,name-defined]  # noqa: UP006, E501
-        return tactics(gate(x, w1), dtypes[x.dtype], 7)  # type: ignore[attr-defined]
+    def moe_autotune(
+        x: Desc, w1: Desc, b1: Desc, w2: Desc, b2: Desc, expert_scale: Desc, outputs: tuple[Desc]
+    ) -> list[trtp.AutoTuneCombination]:
+        return tactics(gate(x, w1), dtypes[x.dtype], 7)
 
     @trtp.aot_impl("dtn::MoEGate")
-    def moe_kernel(x: Desc, w1: Desc, b1: Desc, w2: Desc, b2: Desc, expert_scale: Desc, outputs: Tuple[Desc], tactic: int) -> Kernel:  # type: ignore[valid-type]  # noqa: UP006, E501
+    def moe_kernel(
+        x: Desc, w1: Desc, b1: Desc, w2: Desc, b2: Desc, expert_scale: Desc, outputs: tuple[Desc], tactic: int
+    ) -> Kernel:
         image = gate(x, w1)[max(tactic - 1, 0)]
-        rows = x.shape_expr[0] * x.shape_expr[1]  # type: ignore[attr-defined]
+        rows = x.shape_expr[0] * x.shape_expr[1]
         return kernel(image, (trtp.cdiv(rows, image.rows),), (rows,))
 
     _registered.add(trt.__name__)
@@ -338,8 +347,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     for number, image in enumerate(images, 1):
         serves = f"{image.rows} rows" if image.rows else "a (batch, head)"
-        print(f"tactic {number}: {image.kernel}, {image.threads} threads, {image.shared / 1024:.1f} KiB, a block serves "
-              f"{serves}, {image.values}, {len(image.ptx):,} bytes of PTX")  # fmt: skip
+        print(f"tactic {number}: {image.kernel}, {image.threads} threads, {image.shared / 1024:.1f} KiB, a block "
+              f"serves {serves}, {image.values}, {len(image.ptx):,} bytes of PTX")  # fmt: skip
     return 0
 
 

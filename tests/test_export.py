@@ -16,7 +16,8 @@ from dtn_fast.data.shards import Shards
 from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.evaluate import evaluate
 from dtn_fast.export.to_onnx import export_onnx
-from dtn_fast.runtime import OnnxScorer, TorchScorer, load_model, load_scorer
+from dtn_fast.onnx_runtime import OnnxScorer
+from dtn_fast.runtime import TorchScorer, load_model, load_scorer
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_unusable_models_are_named(tmp_path: Path, trained: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
         load_scorer(tmp_path / "none.onnx")
     (tmp_path / "bad.onnx").write_bytes(b"nonsense")
-    with pytest.raises(UsageError, match=r"bad\.onnx: onnxruntime cannot read it"):
+    with pytest.raises(UsageError, match=r"bad\.onnx: onnxruntime cannot run it here"):
         load_scorer(tmp_path / "bad.onnx")
     with pytest.raises(UsageError, match="no such checkpoint"):
         load_scorer(tmp_path / "none")

@@ -422,8 +422,10 @@ def test_the_whole_frame_is_searched_now_and_then_and_when_a_face_is_lost() -> N
     assert track(steady, 8) == (same, [0, 8, 16])
     assert track(steady, 1) == (same, [*range(20)])
     gone = [[] if 3 <= i < 6 else [at(10 * i)] for i in range(12)]
-    found = [*same[:3], {}, {}, {}, *({1: at(10 * i)} for i in range(6, 12))]  # the track has ended; a new one
+    found = [*same[:3], {}, {}, {}, *same[6:12]]  # back soon and near: the same person
     assert track(gone, 8) == (found, [0, 3, 4, 5, 6])
+    long = [[] if 3 <= i < 13 else [at(0)] for i in range(16)]  # the track has ended; a new one
+    assert track(long, 8)[0] == [*[{0: at(0)}] * 3, *[{}] * 10, *[{1: at(0)}] * 3]
     assert track([[at(0)]] * 2 + [[at(500)]] * 2, 8) == ([{0: at(0)}] * 2 + [{1: at(500)}] * 2, [0, 2])
 
 

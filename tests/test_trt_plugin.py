@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 
-from dtn_fast.errors import UsageError
 from dtn_fast.kernels import aot, trt_plugin, tuned
 
 ARCHS = sorted(aot.SHARED_LIMIT)
@@ -59,13 +58,13 @@ def trt() -> Iterator[Any]:
     rtx = importlib.import_module("tensorrt_rtx")
     stand_in = types.ModuleType("tensorrt")
     stand_in.__dict__.update({k: v for k, v in vars(rtx).items() if not k.startswith("__")})
-    stand_in.__path__ = []  # type: ignore[attr-defined]
+    stand_in.__path__ = []
     plain = lambda name: type(name, (), {"__init__": lambda self: None})
     request = IntEnum("QuickPluginCreationRequest", "UNKNOWN PREFER_JIT PREFER_AOT STRICT_JIT STRICT_AOT", start=0)
     for name in ("ISymExpr", "IPluginV3QuickAOTBuild"):
         setattr(stand_in, name, plain(name))
-    stand_in.QuickPluginCreationRequest = request  # type: ignore[attr-defined]
-    stand_in.IDimensionExpr, stand_in.DimsExprs = Expression, Shape  # type: ignore[attr-defined]
+    stand_in.QuickPluginCreationRequest = request
+    stand_in.IDimensionExpr, stand_in.DimsExprs = Expression, Shape
     found = importlib.util.find_spec("tensorrt_bindings")
     assert found is not None
     assert found.submodule_search_locations
@@ -91,7 +90,9 @@ def trt() -> Iterator[Any]:
         trt_plugin._registered.clear()
 
 
-def build(trt: Any, operator: str, shapes: list[tuple], dtype: Any, attributes: dict[str, Any], batch: int) -> list[dict]:
+def build(
+    trt: Any, operator: str, shapes: list[tuple], dtype: Any, attributes: dict[str, Any], batch: int
+) -> list[dict]:
     """Every tactic as TensorRT's builder asks for it; a None in a shape is the batch."""
     lib = importlib.import_module("tensorrt.plugin._lib")
     template = importlib.import_module("tensorrt.plugin._plugin_class")
@@ -137,7 +138,8 @@ def build(trt: Any, operator: str, shapes: list[tuple], dtype: Any, attributes: 
         count = extra.pop("nbSymExprs")
         built.append({
             "output": output, "kernel": name, "ptx": ptx.decode(),
-            **{k: v.expr.of(batch) for k, v in launch.items()}, "extra": [extra[i].expr.of(batch) for i in range(count)],
+            **{k: v.expr.of(batch) for k, v in launch.items()},
+            "extra": [extra[i].expr.of(batch) for i in range(count)],
         })  # fmt: skip
     return built
 
@@ -263,7 +265,10 @@ def test_the_engines_own_ptx_computes_the_operators(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     name, limit = str(dtype).removeprefix("torch."), torch.bfloat16 if dtype == torch.float32 else dtype  # TF32
     for n, heads, dim in ((64, 8, 64), (197, 4, 32)):
-        qkv, scale = torch.randn(3, n, 3, heads, dim, device="cuda").to(dtype), torch.randn(heads, device="cuda").to(dtype)
+        qkv, scale = (
+            torch.randn(3, n, 3, heads, dim, device="cuda").to(dtype),
+            torch.randn(heads, device="cuda").to(dtype),
+        )
         expected = reference.mas_attention(*qkv.double().unbind(2), scale.double())
         for image in trt_plugin.images_of("MASAttention", trt_plugin.target_arch(), name, (n, heads, dim), dim**-0.5):
             out = torch.full((3, n, heads, dim), torch.nan, device="cuda", dtype=dtype)
@@ -278,10 +283,3 @@ def test_the_engines_own_ptx_computes_the_operators(dtype: torch.dtype) -> None:
         y = torch.full((100, 512), torch.nan, device="cuda", dtype=dtype)
         launch_ptx(image, (-(-100 // image.rows),), [x, *weights, 100, y])
         assert_close(str(image.values), y, expected, limit)
-
-
-def test_tensorrt_absent_says_how_to_install_it() -> None:
-    from dtn_fast.tensorrt_runtime import load_backend
-
-    with pytest.raises(UsageError, match=r"tensorrt cannot be imported \(.*\); run: pip install 'tensorrt"):
-        load_backend("tensorrt")

@@ -86,17 +86,21 @@ class FaceTracker:
     """The faces of a video's frames, given in order: each is searched near where it was, the whole frame now and then.
 
     A search near a face costs about a tenth of one of the whole frame, which is made for the first frame, for every
-    ``every``-th after it (new faces), and whenever a face is no longer where it was.
+    ``every``-th after it (new faces), and whenever a face is no longer where it was.  Somebody lost keeps the number
+    for ``memory`` frames more: who is then seen in the same place is the same person.
     """
 
-    def __init__(self, detector: FaceDetector, every: int = 8) -> None:
-        self._detector, self._every = detector, every
+    def __init__(self, detector: FaceDetector, every: int = 8, memory: int = 8) -> None:
+        self._detector, self._every, self._memory = detector, every, memory
         self._last: list[Tracked] = []
-        self._count = self._people = 0
+        self._lost: list[tuple[int, Tracked]] = []
+        """With the frame after which they are forgotten."""
+        self._count = self._people = self._frame = 0
 
     def __call__(self, image: NDArray[np.uint8]) -> list[Tracked]:
         """Faces in the next RGB frame [H, W, 3], largest first."""
         near = None
+        self._frame += 1
         if self._last and self._count % self._every:
             near = self._follow(image)
         self._count = 1 if near is None else self._count + 1
@@ -110,8 +114,10 @@ class FaceTracker:
         return sorted(found, key=lambda t: -t.box.area) if apart and len(found) == len(self._last) else None
 
     def _link(self, boxes: list[Box]) -> list[Tracked]:
-        """Gives each box the number of the face that it overlaps most in the last frame, or a new one."""
-        free, linked = list(self._last), []
+        """Gives each box the number of the face that it overlaps most in the last frame, then among the lost, or a
+        new one."""
+        recent = [(until, face) for until, face in self._lost if until >= self._frame]
+        free, linked = [*self._last, *(face for _, face in recent)], []
         for box in boxes:
             best = max(((box.overlap(t.box), t) for t in free), default=(0.0, None))[1]
             if best is not None and box.overlap(best.box) > 0.2:
@@ -120,6 +126,8 @@ class FaceTracker:
             else:
                 linked.append(Tracked(self._people, box))
                 self._people += 1
+        until = {face.person: last for last, face in recent}
+        self._lost = [(until.get(face.person, self._frame + self._memory), face) for face in free]
         return linked
 
 

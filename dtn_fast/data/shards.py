@@ -116,6 +116,11 @@ class Shards:
         good = np.array([v.split == split and (not v.label or not methods or v.method in methods) for v in self.videos])
         return np.flatnonzero(good[self.video]) if len(self.videos) else np.empty(0, np.int64)
 
+    def spread(self, split: str, count: int) -> NDArray[np.int64]:
+        """``count`` crop numbers of a split (or all, when it has fewer), evenly from the first to the last."""
+        rows = self.select(split)
+        return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
+
     @property
     def methods(self) -> tuple[str, ...]:
         return tuple(sorted({v.method for v in self.videos if v.label}))

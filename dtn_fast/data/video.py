@@ -223,6 +223,22 @@ def frame_rate(path: Path) -> Fraction:
         raise MediaError(f"{path}: cannot read this video ({_reason(error)})") from error
 
 
+def duration(path: Path) -> float:
+    """Seconds of a video, by its header or, without one, by counting its frames.  Raises MediaError when unreadable."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            stream = _stream(container, path)
+            if stream.duration is not None and stream.time_base is not None:
+                return float(stream.duration * stream.time_base)
+            if container.duration is not None:
+                return container.duration / av.time_base
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise MediaError(f"{path}: cannot read this video ({_reason(error)})") from error
+    return float(_index(path).total / frame_rate(path))
+
+
 def write_video(
     path: Path, frames: list[NDArray[np.uint8]], fps: int | Fraction = 25, crf: int = 23, rotation: int = 0
 ) -> None:
