@@ -176,7 +176,7 @@ def verify(
         crops, labels = shards.get(rows), shards.labels[rows]
     found = compare(a, b, crops, labels)
     if layers:
-        errors = compare_layers(taps(a, first), taps(b, second), crops[:8])
+        errors = compare_layers(taps(a, first, second), taps(b, second, first), crops[:8])
         print_table("Layer by layer", ["layer", "relative error", "largest difference"],
                     [[row.layer, f"{row.relative:.2e}", f"{row.worst:.2e}"] for row in errors])  # fmt: skip
     weights = {getattr(s, "weights", "") for s in (a, b)} - {""}
@@ -289,7 +289,9 @@ def detect(
         )
     write_results(out / "results.json", results, scorer.notice, threshold)
     write_report(out / "report.html", "Face forgery report", [trained_on(scorer.notice)], None, results, threshold)
-    print("\n".join([f"report: {out / 'report.html'}", *(f"annotated: {path}" for path in written)]))
+    print("\n".join([f"report: {out / 'report.html'}", *(f"annotated: {path}" for path in written[:8])]))
+    if len(written) > 8:
+        print(f"and {len(written) - 8} more annotated videos in {out}")
     return int(not all(r.ok for r in results))
 
 

@@ -29,8 +29,9 @@ from dtn_fast.pretrained import Detector
 from dtn_fast.runtime import Scorer, TorchScorer
 
 RULE = (
-    "person score = mean P(fake) over the frames with that face; input score = highest person seen in at least a tenth "
-    "of the frames with a face (in no film of cuts is there one: then the mean over frames of their highest face)"
+    "person score = mean P(fake) over the frames with that face; input score = the highest person's, of those in at "
+    "least a tenth of the frames with a face (where cuts leave nobody so often: the mean over frames of their highest "
+    "face)"
 )
 BATCH = 16
 """Faces scored at once."""

@@ -52,7 +52,11 @@ def examine() -> Iterator[Section]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads, no GPU"
     precision = str(choose_precision("auto", device)).removeprefix("torch.")
-    yield Section("Device", ["what", "value"], [["device", f"{device.type}: {name}"], ["--precision auto", precision]])
+    yield Section(
+        "Device",
+        ["what", "value"],
+        [["device", f"{device.type}: {name}"], ["training precision (--precision auto)", precision]],
+    )
 
 
 def _gpu() -> str:

@@ -304,7 +304,7 @@ def gate(reference: Scorer, proto: Any, shards: Shards, config: QuantizeConfig, 
     change = np.abs(exact - got)
     result = Gate(len(rows), areas[0], areas[1], float(change.max()), float(change.mean()))
     if not result.worst <= config.max_logit_change:
-        raise DtnError(f"the quantised model moves a logit by {result.worst:.3f}, over the limit of "
+        raise DtnError(f"the quantised model moves a logit by {result.worst:.3g}, over the limit of "
                        f"{config.max_logit_change}; see --sensitivity and --keep its worst layers")  # fmt: skip
     if not result.drop <= config.max_auc_drop:
         raise DtnError(f"the quantised model loses {result.drop:.4f} AUC, over the limit of {config.max_auc_drop}; "

@@ -126,7 +126,8 @@ def build(trt: Any, data: bytes, kind_of_input: str, config: EngineConfig, rtx: 
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger.logger)
     if not parser.parse(data):
-        errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+        found = [parser.get_error(i) for i in range(parser.num_errors)]
+        errors = "; ".join(dict.fromkeys(f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in found))
         raise DtnError(f"{trt.__name__} {trt.__version__} cannot read this model: {errors[:500]}")
     options = builder.create_builder_config()
     options.builder_optimization_level = config.effort

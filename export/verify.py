@@ -11,8 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from dtn_fast.dtn import DTN
 from dtn_fast.errors import UsageError
 from dtn_fast.export.to_onnx import module_of, require_onnx, runnable
+from dtn_fast.fold import fold
+from dtn_fast.kernels.onnx_nodes import DOMAIN
 from dtn_fast.metrics import evaluate_scores
 from dtn_fast.onnx_runtime import OnnxScorer
 from dtn_fast.runtime import Scorer, TorchScorer, normalise, probability
@@ -77,13 +80,14 @@ def compare_layers(first: Taps, second: Taps, crops: NDArray[np.uint8]) -> list[
     return rows
 
 
-def taps(scorer: Scorer, path: Path) -> Taps:
+def taps(scorer: Scorer, path: Path, other: Path) -> Taps:
     """What shows the layers of ``scorer``, loaded from ``path``: output by module name, such as blocks.0.qkv.
 
+    A checkpoint folds as ``other``, what it is compared with: 1/sqrt(d) is in W_q or in the attention node.
     Raises UsageError for engines and MNN files, which show none.
     """
     if isinstance(scorer, TorchScorer):
-        return lambda crops: _torch_layers(scorer, crops)
+        return lambda crops: _torch_layers(scorer, _has_nodes(other), crops)
     if isinstance(scorer, OnnxScorer):
         probe = _probe(path)
         names = {output.name: module_of(node) for node, output in zip(*probe[1:], strict=True)}
@@ -95,21 +99,27 @@ def taps(scorer: Scorer, path: Path) -> Taps:
     raise UsageError(f"{path}: {scorer.name} shows no layers; --layers takes checkpoints and ONNX files")
 
 
-def _torch_layers(scorer: TorchScorer, crops: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+def _has_nodes(path: Path) -> bool:
+    onnx = require_onnx()
+    return path.suffix == ".onnx" and any(node.domain == DOMAIN for node in onnx.load(path).graph.node)
+
+
+def _torch_layers(scorer: TorchScorer, nodes: bool, crops: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+    net = fold(scorer.model, "kernel" if nodes else "native") if isinstance(scorer.model, DTN) else scorer.folded
     found: dict[str, NDArray[np.float32]] = {}
 
     def keep(name: str) -> Any:
         def hook(_module: nn.Module, _given: Any, output: Any) -> None:
-            found[name] = output.detach().float().cpu().numpy()
+            found[name] = output.detach().float().cpu().clone().numpy()  # a ReLU behind it may work in place
 
         return hook
 
     kinds = (nn.Conv2d, nn.Linear)
-    handles = [m.register_forward_hook(keep(n)) for n, m in scorer.folded.named_modules() if isinstance(m, kinds)]
+    handles = [m.register_forward_hook(keep(n)) for n, m in net.named_modules() if isinstance(m, kinds)]
     try:
         with torch.inference_mode():
-            weight = next(scorer.folded.parameters())
-            scorer.folded(normalise(crops, scorer.config, weight.device).to(weight.dtype))
+            weight = next(net.parameters())
+            net(normalise(crops, scorer.config, weight.device).to(weight.dtype))
     finally:
         for handle in handles:
             handle.remove()

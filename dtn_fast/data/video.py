@@ -17,6 +17,8 @@ from dtn_fast.errors import MediaError
 
 IMAGES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"])
 VIDEOS = frozenset([".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"])
+CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts"
+"""Formats that are opened.  Playlists and scripts, which make a decoder read other files, are none of them."""
 MAX_PIXELS = 64_000_000
 """A picture larger than this is refused before it is decoded (a decompression bomb, or a mistake)."""
 
@@ -94,10 +96,16 @@ def _frame(number: int, raw: Any) -> Frame:
     return Frame(number, float(raw.time or 0.0), _upright(raw))
 
 
+def _open(path: Path) -> Any:
+    import av
+
+    return av.open(str(path), options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
+
+
 def _decoded(path: Path, threads: int) -> Iterator[Any]:
     import av
 
-    with av.open(str(path)) as container:
+    with _open(path) as container:
         yield from container.decode(_stream(container, path, threads))
 
 
@@ -106,7 +114,7 @@ def _jump(path: Path, index: _Index, numbers: list[int], threads: int) -> Iterat
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with _open(path) as container:
             stream = _stream(container, path, threads)
             for start, wanted in index.segments(numbers):
                 if start is not None:
@@ -185,7 +193,7 @@ def _index(path: Path) -> _Index:
     stamps: list[int | None] = []
     keys: list[int] = []
     try:
-        with av.open(str(path)) as container:
+        with _open(path) as container:
             exact = container.format.name.partition(",")[0] in ("mov", "matroska")  # others' stamps and seeks are not
             for packet in container.demux(_stream(container, path)):
                 if packet.size and not packet.is_discard:
@@ -217,7 +225,7 @@ def frame_rate(path: Path) -> Fraction:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with _open(path) as container:
             return _stream(container, path).average_rate or Fraction(25)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError(f"{path}: cannot read this video ({_reason(error)})") from error
@@ -228,7 +236,7 @@ def duration(path: Path) -> float:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with _open(path) as container:
             stream = _stream(container, path)
             if stream.duration is not None and stream.time_base is not None:
                 return float(stream.duration * stream.time_base)
