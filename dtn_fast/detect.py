@@ -302,18 +302,18 @@ class _Scoring:
 
     def __init__(self, scorer: Scorer, result: Result, kept: list[Picture]) -> None:
         self._scorer, self._result, self._kept = scorer, result, kept
-        self._pending: list[tuple[Frame, list[Tracked], list[NDArray[np.uint8]]]] = []
+        self._pending: list[tuple[int, float, list[Tracked], list[NDArray[np.uint8]]]] = []
         self._running: list[tuple[Future[NDArray[np.float64]], list[Any]]] = []
         self._pool = ThreadPoolExecutor(1, "scoring")
 
     def add(self, frame: Frame, found: list[Tracked], crops: list[NDArray[np.uint8]]) -> None:
-        self._pending.append((frame._replace(image=frame.image[:0]), found, crops))  # the picture itself may go
-        if sum(len(item[1]) for item in self._pending) >= BATCH:
+        self._pending.append((frame.number, frame.seconds, found, crops))  # the picture itself may go
+        if sum(len(item[2]) for item in self._pending) >= BATCH:
             self._submit()
 
     def _submit(self) -> None:
         batch, self._pending = self._pending, []
-        crops = np.stack([crop for _, _, part in batch for crop in part])
+        crops = np.stack([crop for *_, part in batch for crop in part])
         self._running.append((self._pool.submit(self._score, crops), batch))
         while len(self._running) > AHEAD:
             self._collect()
@@ -327,12 +327,10 @@ class _Scoring:
     def _collect(self) -> None:
         future, batch = self._running.pop(0)
         scores = iter(future.result())
-        for frame, found, crops in batch:
+        for number, seconds, found, crops in batch:
             faces = [Face(face.box, float(next(scores)), face.person) for face in found]
-            self._result.frames.append(FrameResult(frame.number, frame.seconds, faces))
-            self._kept += [
-                Picture(frame.number, frame.seconds, f.score, c, None) for f, c in zip(faces, crops, strict=True)
-            ]
+            self._result.frames.append(FrameResult(number, seconds, faces))
+            self._kept += [Picture(number, seconds, f.score, c, None) for f, c in zip(faces, crops, strict=True)]
         self._kept.sort(key=lambda p: -p.score)
         del self._kept[TOP:]
 

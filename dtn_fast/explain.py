@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import cv2
 import numpy as np
 import torch
@@ -11,6 +13,9 @@ from torch import Tensor
 
 from dtn_fast.pretrained import Detector, device_of
 from dtn_fast.runtime import normalise
+
+_HOOKED = threading.Lock()
+"""Hooks belong to a model: two threads must not meet on one."""
 
 
 def grad_cam(model: Detector, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -26,19 +31,20 @@ def grad_cam(model: Detector, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
         kept.append(output)
         return output
 
-    was_training = model.training
     layer = model.cam_layer()
     if layer is None:
         raise ValueError(f"{type(model).__name__}: no map to weigh, its cam_layer() is None")
-    handle = layer.register_forward_hook(keep)
-    model.eval()
-    try:
-        with torch.enable_grad():
-            logits = model(normalise(crops, model.config, device_of(model)))
-            (gradient,) = torch.autograd.grad((logits[:, 1] - logits[:, 0]).sum(), kept[0])
-    finally:
-        handle.remove()
-        model.train(was_training)
+    with _HOOKED:
+        was_training = model.training
+        handle = layer.register_forward_hook(keep)
+        model.eval()
+        try:
+            with torch.enable_grad():
+                logits = model(normalise(crops, model.config, device_of(model)))
+                (gradient,) = torch.autograd.grad((logits[:, 1] - logits[:, 0]).sum(), kept[0])
+        finally:
+            handle.remove()
+            model.train(was_training)
     weights = gradient.mean((2, 3), keepdim=True)  # [B, C, 1, 1]
     cam = (weights * kept[0].detach()).sum(1, keepdim=True).relu()  # [B, 1, h, w]
     cam = F.interpolate(cam, crops.shape[1:3], mode="bilinear", align_corners=False)[:, 0]

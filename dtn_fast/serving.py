@@ -10,6 +10,7 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import os
 import re
 import socket
 import tempfile
@@ -280,7 +281,9 @@ def run(scorer: Scorer, config: ServeConfig) -> None:
     try:
         listening = socket.create_server((config.host, config.port))
     except OSError as error:
-        raise UsageError(f"--host {config.host} --port {config.port}: {error.strerror}; choose another") from error
+        raise UsageError(
+            f"--host {config.host} --port {config.port}: {os.strerror(error.errno or 0)}; choose another"
+        ) from error
     host, port = listening.getsockname()[:2]
     print(f"{scorer.name} on http://{host}:{port} (page at /, programs at /v1/detect; ctrl-C ends)"
           + (f"\n{scorer.notice}" if scorer.notice else ""), flush=True)  # fmt: skip

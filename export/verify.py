@@ -89,13 +89,14 @@ def taps(scorer: Scorer, path: Path, other: Path) -> Taps:
     if isinstance(scorer, TorchScorer):
         return lambda crops: _torch_layers(scorer, _has_nodes(other), crops)
     if isinstance(scorer, OnnxScorer):
-        probe = _probe(path)
-        names = {output.name: module_of(node) for node, output in zip(*probe[1:], strict=True)}
-        session = OnnxScorer(probe[0].SerializeToString(), optimise=False)
-        return lambda crops: {
-            module: value.astype(np.float32)
-            for module, value in zip(names.values(), session.session.run(list(names), session.feed(crops)), strict=True)
-        }
+        proto, names = _probe(path)
+        session = OnnxScorer(proto.SerializeToString(), optimise=False)
+
+        def layers(crops: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+            values = session.session.run(list(names.values()), session.feed(crops))
+            return {module: value.astype(np.float32) for module, value in zip(names, values, strict=True)}
+
+        return layers
     raise UsageError(f"{path}: {scorer.name} shows no layers; --layers takes checkpoints and ONNX files")
 
 
@@ -126,8 +127,9 @@ def _torch_layers(scorer: TorchScorer, nodes: bool, crops: NDArray[np.uint8]) ->
     return found
 
 
-def _probe(path: Path) -> tuple[Any, list[Any], list[Any]]:
-    """The ONNX model with the last value of every convolution's and product's module as an output more."""
+def _probe(path: Path) -> tuple[Any, dict[str, str]]:
+    """The ONNX model with the last value of every convolution's and product's module as an output more, and the names
+    of these by module."""
     onnx = require_onnx()
     proto = runnable(onnx.load(path))
     last: dict[str, Any] = {}
@@ -136,10 +138,8 @@ def _probe(path: Path) -> tuple[Any, list[Any], list[Any]]:
         if module_of(node) in inside and node.op_type in ("Conv", "MatMul", "Gemm", "Add"):
             last[module_of(node)] = node
     types = {v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(proto).graph.value_info}
-    nodes, outputs = [], []
-    for module, node in last.items():
-        if module and node.output[0] in types:
-            nodes.append(node)
-            outputs.append(onnx.helper.make_tensor_value_info(node.output[0], types[node.output[0]], None))
-    proto.graph.output.extend(outputs)
-    return proto, nodes, outputs
+    shown = {output.name for output in proto.graph.output}
+    names = {module: node.output[0] for module, node in last.items() if module and node.output[0] in {*types, *shown}}
+    for name in set(names.values()) - shown:
+        proto.graph.output.append(onnx.helper.make_tensor_value_info(name, types[name], None))
+    return proto, names

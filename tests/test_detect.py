@@ -6,10 +6,15 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import tempfile
+import threading
+import weakref
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -19,10 +24,10 @@ from skimage import data
 from small import SMALL
 
 from dtn_fast import DTN
-from dtn_fast.data.faces import FaceDetector
+from dtn_fast.data.faces import Box, FaceDetector
 from dtn_fast.data.shards import Shards
-from dtn_fast.data.video import write_video
-from dtn_fast.detect import Result, detect, find_inputs
+from dtn_fast.data.video import Frame, read_frames, write_video
+from dtn_fast.detect import AHEAD, Face, FrameResult, Result, aggregate, annotate, detect, find_inputs, people_of
 from dtn_fast.explain import grad_cam, overlay
 from dtn_fast.report import write_report, write_results
 from dtn_fast.runtime import TorchScorer, normalise
@@ -64,6 +69,114 @@ def test_video_score_is_the_mean_over_frames_with_a_face(small: DTN, detector: F
     assert [f.seconds for f in result.frames] == pytest.approx([0, 0.5, 1.5])
     loose = detect(tmp_path / "v.mp4", Fixed(small, [0.1, 0.3, 0.8]), detector, threshold=0.4)
     assert loose.verdict == "fake"
+
+
+def seen(*frames: dict[int, float]) -> list[FrameResult]:
+    """A frame a second; each a score by person."""
+    return [FrameResult(n, float(n), [Face(Box(0, 0, 9, 9), s, p) for p, s in f.items()]) for n, f in enumerate(frames)]
+
+
+def test_people_have_scores_and_spans_and_the_highest_regular_one_decides() -> None:
+    frames = seen(*[{0: 0.2, 1: 0.9}] * 6, *[{0: 0.2}] * 3, {0: 0.2, 2: 1.0}, {0: 0.2, 1: 0.8}, {0: 0.6})
+    people = people_of(frames, threshold=0.5)
+    assert [(p.number, p.frames) for p in people] == [(2, 1), (1, 7), (0, 12)]
+    assert people[1].score == pytest.approx((6 * 0.9 + 0.8) / 7)
+    assert [(s.start, s.end) for s in people[1].spans] == [(0, 5), (10, 10)]
+    assert people[1].spans[0].score == pytest.approx(0.9)
+    assert [(s.start, s.end) for s in people[2].spans] == [(11, 11)]
+    assert aggregate(people, frames) == pytest.approx(people[1].score)  # person 2 was there once in twelve
+    cuts = seen(*({n: 0.1 * (n % 4)} for n in range(20)))  # somebody else in every frame
+    assert aggregate(people_of(cuts, 0.5), cuts) == pytest.approx(0.15)
+
+
+def test_two_people_are_told_apart_in_a_video(small: DTN, detector: FaceDetector, tmp_path: Path) -> None:
+    face = data.astronaut()[:256, 96:352]
+    write_video(tmp_path / "two.mp4", [np.hstack([face, face // 2])] * 5, fps=1, crf=10)
+
+    class ByLight(TorchScorer):
+        def score(self, crops: np.ndarray) -> np.ndarray:
+            return np.where(crops.mean((1, 2, 3)) > 90, 0.9, 0.2)
+
+    result = detect(tmp_path / "two.mp4", ByLight(small), detector)
+    assert [(p.frames, pytest.approx(p.score)) for p in result.people] == [(5, 0.9), (5, 0.2)]
+    assert (result.verdict, result.score) == ("fake", pytest.approx(0.9))
+    assert [(s.start, s.end) for s in result.spans] == [(0, 4)]
+    stored = result.to_json()
+    assert stored["people"][0]["spans"] == [{"start": 0.0, "end": 4.0, "score": pytest.approx(0.9)}]
+    assert {f["person"] for frame in stored["frames"] for f in frame["faces"]} == {0, 1}
+
+
+def test_frames_by_count_rate_or_all(small: DTN, detector: FaceDetector, tmp_path: Path) -> None:
+    face = data.astronaut()[:256, 96:352]
+    write_video(tmp_path / "v.mp4", [face] * 40, fps=10)
+    scorer = TorchScorer(small)
+    read = lambda **how: detect(tmp_path / "v.mp4", scorer, detector, **how).frames_read
+    assert (read(frames=7), read(frames=0), read(rate=2.0), read(frames=3, rate=0.1)) == (7, 40, 8, 1)
+    told: list[int] = []
+    timing = detect(tmp_path / "v.mp4", scorer, detector, 5, watch=told.append).timing
+    assert told == [1, 2, 3, 4, 5]
+    assert min(timing.decode, timing.detect, timing.score) > 0
+    assert timing.wall <= timing.decode + timing.detect + timing.score + 1
+    assert sum(float(part) for part in re.findall(r"(\d+)%", timing.shares())) == pytest.approx(100, abs=2)
+
+
+def test_a_long_video_streams(small: DTN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it is, a few frames and batches are held, and decoding stops when the work does."""
+    alive: set[int] = set()
+    most = made = 0
+
+    def endless(*_: object) -> Iterator[Frame]:
+        nonlocal most, made
+        for number in range(2000):
+            image = np.zeros((80, 80, 3), np.uint8)
+            alive.add(number)
+            weakref.finalize(image, alive.discard, number)
+            made, most = made + 1, max(most, len(alive))
+            yield Frame(number, number / 25, image)
+
+    class Always:
+        def __call__(self, image: np.ndarray) -> list[Box]:
+            return [Box(0, 0, 64, 64)]
+
+        def near(self, image: np.ndarray, box: Box) -> Box:
+            return box
+
+    class Quick(TorchScorer):
+        def score(self, crops: np.ndarray) -> np.ndarray:
+            return np.full(len(crops), 0.25)
+
+    monkeypatch.setattr("dtn_fast.detect.frames_of", endless)
+    result = detect(tmp_path / "x.mp4", Quick(small), Always(), model=small)  # type: ignore[arg-type]
+    assert (result.frames_read, len(result.frames), result.score) == (2000, 2000, 0.25)
+    assert most <= AHEAD + 4
+
+    def stop(read: int) -> None:
+        if read == 10:
+            raise KeyboardInterrupt
+
+    made = 0
+    with pytest.raises(KeyboardInterrupt):
+        detect(tmp_path / "x.mp4", Quick(small), Always(), watch=stop)  # type: ignore[arg-type]
+    assert made <= 10 + AHEAD + 2
+    assert not [t for t in threading.enumerate() if t.name.startswith(("decoding", "scoring"))]
+
+
+def test_the_annotated_video_frames_faces_and_marks_spans(small: DTN, detector: FaceDetector, tmp_path: Path) -> None:
+    face = cv2.resize(data.astronaut()[:256, 96:352], (480, 480))
+    write_video(tmp_path / "v.mp4", [face] * 12, fps=4)
+    result = detect(tmp_path / "v.mp4", Fixed(small, [0.9] * 2 + [0.1] * 4), detector, frames=6)
+    assert list(annotate(result, tmp_path / "out.mp4")) == [*range(1, 13)]
+    frames = list(read_frames(tmp_path / "out.mp4"))
+    assert (len(frames), frames[0].image.shape) == (12, (480, 480, 3))
+    box = result.frames[0].faces[0].box
+    edge = lambda frame: frame.image[box.top + 60 : box.bottom - 60, box.left - 4 : box.left + 5].mean(0).astype(int)
+    red = [(edge(frame)[:, 0] - edge(frame)[:, 1]).max() for frame in (frames[0], frames[11])]
+    green = [(edge(frame)[:, 1] - edge(frame)[:, 0]).max() for frame in (frames[0], frames[11])]
+    assert red[0] > 60 > 30 > red[1]  # forged, then not
+    assert green[1] > 60 > 30 > green[0]
+    bar = frames[11].image[-3]
+    assert bar[20][0] > bar[20][1] + 80  # the forged span, at the start
+    assert bar[300].max() < 100
 
 
 def test_bad_inputs_are_verdicts_not_crashes(small: DTN, detector: FaceDetector, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_the_manifest_says_what_it_is_and_guards_the_file(engine: Path, tmp_path
     beside = copy.with_name("copy.rtx.json")
     beside.write_bytes(engine.with_name("tiny.rtx.json").read_bytes())
     copy.write_bytes(engine.read_bytes()[:-1])
-    with pytest.raises(UsageError, match="not the file that copy.rtx.json describes"):
+    with pytest.raises(UsageError, match=r"not the file that copy\.rtx\.json describes"):
         load_scorer(copy)
     for text in ("{", "[]", '{"kind": 1}', json.dumps({**json.loads(beside.read_text()), "config": {"model": "x"}})):
         beside.write_text(text)
@@ -89,8 +89,8 @@ def test_an_engine_that_does_not_fit_this_machine_is_named(
     engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = read_manifest(engine, "tensorrt_rtx")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="needs an NVIDIA GPU and torch sees none"):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         load_scorer(engine)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
@@ -139,7 +139,7 @@ def test_plugins_leave_the_parser_one_way(tiny: bytes, tmp_path: Path) -> None:
     bare = onnx.load_model_from_string(without_bodies(tiny))
     assert {node.op_type for node in bare.graph.node if node.domain == "dtn"} == {"MASAttention", "MoEGate"}
     assert not bare.functions
-    with pytest.raises(DtnError, match="cannot read this model: .*MoEGate.*Plugin not found"):
+    with pytest.raises(DtnError, match=r"cannot read this model: .*MoEGate.*Plugin not found"):
         export_engine(bare.SerializeToString(), tmp_path / "t.rtx")
     plain = to_proto(DTN(SMALL).eval(), OnnxConfig("fp16", nodes=False)).SerializeToString()
     with pytest.raises(UsageError, match="has no dtn:: nodes"):
@@ -158,7 +158,7 @@ def test_tensorrts_own_lines_run(hardware: Any, tiny: bytes, tmp_path: Path, mon
     assert cache.name.startswith("some-gpu-tensorrt-")
     assert cache.suffix == ".timing"
     again, _ = build(load_backend("tensorrt_rtx"), tiny, "crops", EngineConfig(hardware=hardware), rtx=False)
-    assert len(again) == len(data)  # from the cache that the first build left
+    assert len(again) == len(data)  # with the cache that the first build left
 
 
 def test_nvidias_own_commands_are_given(tiny: bytes, tmp_path: Path) -> None:

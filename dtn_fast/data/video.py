@@ -103,7 +103,6 @@ def _open(path: Path) -> Any:
 
 
 def _decoded(path: Path, threads: int) -> Iterator[Any]:
-    import av
 
     with _open(path) as container:
         yield from container.decode(_stream(container, path, threads))
