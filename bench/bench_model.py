@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,17 +17,22 @@ from torch import Tensor, nn
 from dtn_fast import DTN, DTNConfig
 from dtn_fast.bench.measure import Case, captured
 from dtn_fast.bench.roofline import Machine, floor, inference
+from dtn_fast.errors import DtnError
 from dtn_fast.fold import fold
-from dtn_fast.train.recipe import choose_precision
+from dtn_fast.precision import choose_precision
 
 SUITE = "model"
 YARDSTICKS = ("vgg16_bn", "resnet50", "vit_base_patch16_224")
 
 
+BATCHES = {1: 21, 8: 9, 32: 5, 256: 3}
+"""Batch sizes, and how often each contender is called on a CPU (ten times that on a GPU)."""
+
+
 def cases(machine: Machine | None = None, quick: bool = False) -> Iterator[Case]:
-    """DTN at several batch sizes, and timm's models at one."""
+    """DTN at every batch size through every runtime that is here, and timm's models at one."""
     gpu = torch.cuda.is_available()
-    for batch in ([1, 32, 256] if gpu else [1, 8])[: 1 if quick else None]:
+    for batch in list(BATCHES)[: 1 if quick else None]:
         yield dtn_case("paper", batch, machine)
     if not gpu:
         yield dtn_case("tiny", 8, machine)
@@ -71,11 +78,11 @@ def dtn_case(preset: str, batch: int, machine: Machine | None) -> Case:
             runs["+ torch.compile"] = lambda: compiled(xn)
             ours = "+ torch.compile"
     notes: list[str] = []
-    if device.type == "cpu":
+    for title, make in (ON_GPU if device.type == "cuda" else ON_CPU).items():
         try:
-            runs["onnxruntime float32"] = _onnxruntime(model, images)
-        except ImportError as error:
-            notes.append(f"onnxruntime: not run ({error})")
+            runs[title] = make(model, images)
+        except (ImportError, DtnError) as error:
+            notes.append(f"{title}: not run ({error})")
     with torch.inference_mode():
         errors = {name: float((run()[:4].double().cpu() - exact).abs().max()) for name, run in runs.items()}
         if device.type == "cuda":
@@ -85,8 +92,68 @@ def dtn_case(preset: str, batch: int, machine: Machine | None) -> Case:
     work = sum(p.flops for p in parts), sum(p.bytes for p in parts)
     least = floor(parts, machine) if machine else 0.0
     calls = {name: _without_gradients(run) for name, run in runs.items()}
+    rounds = BATCHES.get(batch, 9) * (10 if device.type == "cuda" else 1)
     return Case(SUITE, f"DTN {preset} {side}x{side}, batch {batch}", calls, ours, "eager float32 NCHW", batch, *work,
-                least, errors, tuple(notes), rounds=7)  # fmt: skip
+                least, errors, tuple(notes), rounds=rounds, tail=True)  # fmt: skip
+
+
+def _onnx(model: DTN, quantized: bool, precision: Literal["fp32", "fp16"], target: Literal["cpu", "gpu"]) -> bytes:
+    """The model as ONNX; INT8 is calibrated on noise, which costs the same as any crops."""
+    from dtn_fast.export.quantize import QuantizeConfig, quantize
+    from dtn_fast.export.to_onnx import OnnxConfig, example_inputs, to_proto
+
+    proto = to_proto(copy.deepcopy(model), OnnxConfig(precision, "images"))
+    if quantized:
+        proto = quantize(
+            proto, example_inputs(model.config, "crops", 8, 0).numpy(), QuantizeConfig("int8", "int8", target)
+        )
+    return proto.SerializeToString()
+
+
+def _onnxruntime(quantized: bool, model: DTN, images: Tensor) -> Callable[[], Tensor]:
+    from dtn_fast.onnx_runtime import session_of
+
+    session = session_of(_onnx(model, quantized, "fp32", "cpu"), "the model")
+    array = images.numpy()
+    return lambda: torch.from_numpy(session.run(["logits"], {"images": array})[0])
+
+
+def _mnn(model: DTN, images: Tensor) -> Callable[[], Tensor]:
+    from dtn_fast.export.to_mnn import convert
+    from dtn_fast.mnn_runtime import forward, open_module
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.mnn")
+        path.write_bytes(convert(copy.deepcopy(model)))
+        net = open_module(path)
+    array = images.numpy()
+    return lambda: torch.from_numpy(forward(net, array))
+
+
+def _engine(kind: str, quantized: bool, model: DTN, images: Tensor) -> Callable[[], Tensor]:
+    """An engine of this batch size alone, replayed as a CUDA graph."""
+    from dtn_fast.export.to_tensorrt import EngineConfig, build
+    from dtn_fast.runtime import BatchGraphs
+    from dtn_fast.tensorrt_runtime import Contexts, load_backend, open_engine
+
+    trt, batch = load_backend(kind), len(images)
+    major, minor = torch.cuda.get_device_capability()
+    config = EngineConfig((batch, batch, batch), archs=(10 * major + minor,))
+    data, _ = build(trt, _onnx(model, quantized, "fp16", "gpu"), "images", config, rtx=kind == "tensorrt_rtx")
+    graphs = BatchGraphs(Contexts(open_engine(trt, data), "images"), batch, batch)
+    return lambda: graphs(images)
+
+
+ON_CPU: dict[str, Callable[[DTN, Tensor], Callable[[], Tensor]]] = {
+    "onnxruntime float32": functools.partial(_onnxruntime, False),
+    "onnxruntime INT8": functools.partial(_onnxruntime, True),
+    "MNN float32": _mnn,
+}
+ON_GPU: dict[str, Callable[[DTN, Tensor], Callable[[], Tensor]]] = {
+    "TensorRT float16": functools.partial(_engine, "tensorrt", False),
+    "TensorRT INT8 and float16": functools.partial(_engine, "tensorrt", True),
+    "TensorRT-RTX float16": functools.partial(_engine, "tensorrt_rtx", False),
+}
 
 
 def _without_gradients(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -95,19 +162,6 @@ def _without_gradients(run: Callable[[], Any]) -> Callable[[], Any]:
             return run()
 
     return call
-
-
-def _onnxruntime(model: DTN, images: Tensor) -> Callable[[], Tensor]:
-    import onnxruntime
-
-    from dtn_fast.export.to_onnx import export_onnx
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.onnx")
-        export_onnx(model, path)
-        session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-    array = images.numpy()
-    return lambda: torch.from_numpy(session.run(None, {"images": array})[0])
 
 
 def yardsticks(batch: int) -> Iterator[Case]:

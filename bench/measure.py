@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +37,8 @@ class Case:
     """Per contender, the largest error of its answer, checked before anything is timed."""
     notes: tuple[str, ...] = ()
     rounds: int = 9
+    tail: bool = False
+    """Also give the 99th percentile: latency that somebody waits for."""
     cold: bool = False
     """Flush the L2 between calls (GPU only)."""
 
@@ -63,6 +66,8 @@ class Row:
     """Floor over the time."""
     error: float | None = None
     ours: bool = False
+    p99: float | None = None
+    """99th percentile of the calls, seconds; of few calls the slowest."""
     peak_mib: float | None = None
     """Largest memory that the call took on the GPU, MiB."""
 
@@ -93,6 +98,7 @@ def _row(case: Case, name: str, times: list[float], base: float, peak: float | N
         gbytes=case.bytes / median / 1e9 if case.bytes else None,
         share=case.floor / median if case.floor else None,
         error=case.errors.get(name), ours=name == case.ours, peak_mib=peak,
+        p99=sorted(times)[math.ceil(0.99 * len(times)) - 1] if case.tail else None,
     )  # fmt: skip
 
 
@@ -132,6 +138,7 @@ def lines(rows: list[Row]) -> Iterator[str]:
     """The figures of one case as aligned text."""
     for row in rows:
         parts = [f"{row.contender:44s} {seconds(row.median):>9s} ({seconds(row.low)} - {seconds(row.high)})"]
+        parts += [f"p99 {seconds(row.p99)}"] if row.p99 else []
         parts.append(f"{row.ratio:5.2f}x")
         parts += [f"{row.images_per_second:,.0f} images/s"] if row.images_per_second else []
         parts += [f"{row.tflops:.2f} TFLOP/s"] if row.tflops else []

@@ -121,6 +121,7 @@ def markdown(rows: Iterable[Row]) -> str:
     """The figures of one case as a table; this project's own row is in bold."""
     rows = list(rows)
     columns = {
+        "p99": [seconds(r.p99) if r.p99 else "" for r in rows],
         "images/s": [f"{r.images_per_second:,.0f}" if r.images_per_second else "" for r in rows],
         "TFLOP/s": [f"{r.tflops:.2f}" if r.tflops else "" for r in rows],
         "GB/s": [f"{r.gbytes:,.0f}" if r.gbytes else "" for r in rows],

@@ -15,7 +15,7 @@ import torch
 from dtn_fast.bench import results, roofline
 from dtn_fast.bench.measure import Row, lines, measure, seconds
 from dtn_fast.errors import DtnError, UsageError
-from dtn_fast.train.recipe import choose_precision
+from dtn_fast.precision import choose_precision
 
 WORDS = (*results.SUITES, "roofline", "structure", "tables", "compare")
 

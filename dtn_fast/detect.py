@@ -6,6 +6,7 @@ with its length and the three overlap.
 
 from __future__ import annotations
 
+import bisect
 import glob
 import os
 import queue
@@ -407,7 +408,7 @@ def _drawn(
     image = frame.image.copy()
     height, width = image.shape[:2]
     thick = max(1, round(min(height, width) / 240))
-    size = max(0.4, min(height, width) / 700)
+    size = max(0.4, min(height, width) / 800)
     for person, track in tracks.items():
         found = _at(track, frame.number)
         if found is None:
@@ -416,9 +417,10 @@ def _drawn(
         color = RED if score >= threshold else GREEN
         cv2.rectangle(image, (box.left, box.top), (box.right, box.bottom), color, 2 * thick)
         text = f"{'fake' if score >= threshold else 'real'} {score:.2f}" + (f" #{person}" if len(tracks) > 1 else "")
-        below = box.top < 30 * size
-        place = (max(box.left, 0), round(box.bottom + 25 * size) if below else box.top - 3 * thick)
-        cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, color, 2 * thick, cv2.LINE_AA)
+        (wide, high), low = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, thick)
+        left, base = max(box.left, 0), max(box.top - low, high + low)
+        cv2.rectangle(image, (left - thick, base - high - low), (left + wide + thick, base + low), color, cv2.FILLED)
+        cv2.putText(image, text, (left, base), cv2.FONT_HERSHEY_SIMPLEX, size, (255, 255, 255), thick, cv2.LINE_AA)
     bar = max(4, height // 60)
     image[height - bar :] = (40, 40, 40)
     for span in spans:
@@ -431,11 +433,12 @@ def _drawn(
 
 def _at(track: list[tuple[int, Face]], number: int) -> tuple[Box, float] | None:
     """Where and how a person is at a frame between two that were looked at; None outside."""
-    before = [item for item in track if item[0] <= number]
-    after = [item for item in track if item[0] >= number]
-    if not before or not after:
+    place = bisect.bisect_left(track, number, key=lambda item: item[0])
+    if place == len(track) or (track[place][0] > number and not place):
         return None
-    (n0, a), (n1, b) = before[-1], after[0]
+    after = track[place]
+    before = after if after[0] == number else track[place - 1]
+    (n0, a), (n1, b) = before, after
     share = (number - n0) / (n1 - n0) if n1 > n0 else 0.0
     box = Box(*(round(p + (q - p) * share) for p, q in zip(a.box, b.box, strict=True)))
     return box, a.score + (b.score - a.score) * share

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from dtn_fast.precision import choose_precision
+
 NEEDS = {
     "torch": "",
     "triton": "GPU kernels",
@@ -47,8 +49,6 @@ def examine() -> Iterator[Section]:
     yield Section("Runtimes", ["model file", "through", "here"], [
         [file, through, probe() or "yes"] for file, through, probe in RUNTIMES
     ])  # fmt: skip
-    from dtn_fast.train.recipe import choose_precision
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads, no GPU"
     precision = str(choose_precision("auto", device)).removeprefix("torch.")

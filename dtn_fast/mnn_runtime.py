@@ -27,11 +27,16 @@ class MnnScorer(Scorer):
         self._net, self._lock = open_module(path), threading.Lock()
 
     def _logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
-        expr = _mnn().expr
         x = normalise(crops, self.config).contiguous().numpy()
         with self._lock:
-            out = self._net.forward([expr.const(x, list(x.shape), expr.NCHW, expr.float)])
-            return np.array(out[0].read(), np.float64)  # a copy: MNN reuses the memory
+            return forward(self._net, x).astype(np.float64)
+
+
+def forward(net: Any, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The logits [B, 2] of images [B, 3, S, S]; one call at a time."""
+    expr = _mnn().expr
+    out = net.forward([expr.const(images, list(images.shape), expr.NCHW, expr.float)])
+    return np.array(out[0].read())  # a copy: MNN uses the memory again
 
 
 def open_module(path: Path) -> Any:

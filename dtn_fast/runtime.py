@@ -25,12 +25,12 @@ from dtn_fast.detectors import load_detector
 from dtn_fast.dtn import DTN
 from dtn_fast.errors import UsageError
 from dtn_fast.fold import fold
+from dtn_fast.precision import PRECISIONS, computes_in
 from dtn_fast.pretrained import CONFIG, WEIGHTS, Detector, device_of
 
 SUMMARY = "summary.json"
 """In a training run: its generations, and which is best."""
 Device = Literal["auto", "cpu", "cuda"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,12 @@ class TorchScorer(Scorer):
 
     def __init__(self, model: Detector, batch_size: int = 64, runtime: Runtime = Runtime()) -> None:
         super().__init__(model.config, model.notice, "torch", batch_size)
-        self.model, self._dtype = model, DTYPES[runtime.precision]
+        self.model, self._dtype = model, PRECISIONS[runtime.precision]
         self.folded = frozen(model).to(self._dtype)
         self.device = device_of(self.folded)
+        if self.device.type == "cpu" and not computes_in(runtime.precision):
+            raise UsageError(f"--precision {runtime.precision}: this processor has no instructions for it and would take "
+                             "ten times as long as with fp32; leave it out")  # fmt: skip
         mode = runtime.mode
         if mode == "auto":
             mode = "graph" if self.device.type == "cuda" else "eager"

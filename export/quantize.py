@@ -1,8 +1,9 @@
 """INT8 and FP8: explicit Q/DQ nodes in an ONNX model of to_onnx, calibrated on real crops, judged against fp32.
 
-Weights per output channel, activations per tensor, all symmetric (TensorRT takes no other).  The first convolution,
-depthwise convolutions and the head stay in the model's own precision.  A scale is the one that loses least of a sample
-of the values (mean squared error), not their maximum.
+Weights per output channel and symmetric; activations per tensor: symmetric for GPUs (TensorRT takes no other),
+unsigned with a zero point for CPUs (onnxruntime's fast kernels take no other).  The first convolution, depthwise
+convolutions and the head stay in the model's own precision.  A scale is the one that loses least of a sample of the
+values (mean squared error), not their maximum.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from dtn_fast.onnx_runtime import OnnxScorer
 from dtn_fast.runtime import Scorer, probability
 
 Width = Literal["none", "int8", "fp8"]
-LARGEST = {"int8": 127.0, "fp8": 448.0}
+RANGE = {"int8": (-127.0, 127.0), "uint8": (0.0, 255.0), "fp8": (-448.0, 448.0)}
+"""Smallest and largest stored value."""
 SAMPLE = 1 << 16
 """Values of each tensor that its scale is chosen by."""
 
@@ -37,6 +39,8 @@ class QuantizeConfig:
     """Of the 3x3 convolutions."""
     linears: Width = "none"
     """Of the transformer's products."""
+    target: Literal["gpu", "cpu"] = "gpu"
+    """What runs INT8: TensorRT, or onnxruntime on a CPU (VNNI or AMX; without them its sums may overflow)."""
     calibrate: Path | None = None
     """Crops written by dtn-fast prepare, or a folder of face pictures: scales come from its train split, the accuracy
     gate from its val split."""
@@ -68,6 +72,14 @@ class Layer(NamedTuple):
     axis: int
     """Of the weight's output channels."""
     linear: bool
+
+
+class Grid(NamedTuple):
+    """How an activation is stored: value = (stored - zero) * scale."""
+
+    kind: Literal["int8", "uint8", "fp8"]
+    scale: float
+    zero: int = 0
 
 
 class Sensitivity(NamedTuple):
@@ -147,58 +159,55 @@ def calibrate(
     return {name: np.concatenate(parts) for name, parts in kept.items()}
 
 
-def scale_of(values: NDArray[np.float32], width: Width) -> float:
-    """The symmetric scale that rounds ``values`` with the least squared error."""
-    largest = float(np.abs(values).max())
-    if not np.isfinite(largest):
+def grid_of(values: NDArray[np.float32], kind: Literal["int8", "uint8", "fp8"]) -> Grid:
+    """The grid that rounds ``values`` with the least squared error.  Raises DtnError when one is not finite."""
+    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+    if not np.isfinite([low, high]).all():
         raise DtnError("calibration met values that are not finite; train the model again, or check the crops")
-    if largest == 0:
-        return 1.0
-    tops = largest * np.linspace(0.3, 1.0, 29)
-    return float(min(tops, key=lambda top: _loss(values, top / LARGEST[width], width)) / LARGEST[width])
+    if low == high:
+        return Grid(kind, 1.0)
+    least, most = RANGE[kind]
+    if kind == "uint8":
+        full = (high - low) / (most - least)
+    else:
+        full = max(-low, high) / most
+    grids = [Grid(kind, full * part, round(-low / full) if kind == "uint8" else 0) for part in np.linspace(0.3, 1, 29)]
+    return min(grids, key=lambda grid: float(np.square(rounded(values, grid) - values).mean()))
 
 
-def _loss(values: NDArray[np.float32], scale: float, width: Width) -> float:
-    return float(np.square(rounded(values, scale, width) - values).mean())
+def rounded(values: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
+    """Stored and read again."""
+    stored = np.clip(values / grid.scale + grid.zero, *RANGE[grid.kind])
+    if grid.kind == "fp8":
+        import ml_dtypes
+
+        stored = stored.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    else:
+        stored = np.rint(stored)
+    return ((stored - grid.zero) * grid.scale).astype(np.float32)
 
 
-def rounded(values: NDArray[np.float32], scale: Any, width: Width) -> NDArray[np.float32]:
-    """Quantised and dequantised."""
-    if width == "int8":
-        return (np.clip(np.rint(values / scale), -127, 127) * scale).astype(np.float32)
-    import ml_dtypes
-
-    clipped = np.clip(values / scale, -LARGEST["fp8"], LARGEST["fp8"])
-    return (clipped.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale).astype(np.float32)
-
-
-def insert(proto: Any, chosen: dict[str, tuple[Layer, Width]], scales: dict[tuple[str, Width], float]) -> Any:
+def insert(proto: Any, chosen: dict[str, tuple[Layer, Width]], grids: dict[tuple[str, Width], Grid]) -> Any:
     """A copy of the model with Q/DQ on the activations and quantised weights of the chosen layers."""
     onnx = require_onnx()
     proto = copy.deepcopy(proto)
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
-    nodes = {node.name: node for node in proto.graph.node}
-    users: dict[str, int] = {}
-    for node in proto.graph.node:
-        for name in node.input:
-            users[name] = users.get(name, 0) + 1
+    place = {node.name: index for index, node in enumerate(proto.graph.node)}
     made: dict[tuple[str, Width], str] = {}
-    place = {id(node): index for index, node in enumerate(proto.graph.node)}
     before: dict[int, list[Any]] = {}
     for layer, width in chosen.values():
-        node = nodes[layer.node]
-        at = before.setdefault(place[id(node)], [])
-        floats = constants[layer.weight].data_type
+        node = proto.graph.node[place[layer.node]]
+        at = before.setdefault(place[layer.node], [])
         if (layer.x, width) not in made:
-            scale, zero = f"{layer.x}.{width}.scale", f"{width}.zero"
-            proto.graph.initializer.append(_tensor(onnx, scale, np.float32(scales[layer.x, width]), floats))
-            if zero not in constants:
-                constants[zero] = _quantized(onnx, zero, np.zeros((), np.float32), width)
-                proto.graph.initializer.append(constants[zero])
-            q, dq = f"{layer.x}.{width}", f"{layer.x}.{width}.again"
-            at.append(onnx.helper.make_node("QuantizeLinear", [layer.x, scale, zero], [q], name=f"{q}.Q"))
-            at.append(onnx.helper.make_node("DequantizeLinear", [q, scale, zero], [dq], name=f"{q}.DQ"))
-            made[layer.x, width] = dq
+            grid = grids[layer.x, width]
+            names = [f"{layer.x}.{width}{end}" for end in ("", ".scale", ".zero", ".again")]
+            proto.graph.initializer.extend([
+                _tensor(onnx, names[1], np.float32(grid.scale), constants[layer.weight].data_type),
+                _stored(onnx, names[2], np.full((), grid.zero, np.float32), grid.kind),
+            ])  # fmt: skip
+            at.append(onnx.helper.make_node("QuantizeLinear", [layer.x, *names[1:3]], names[:1], name=f"{names[0]}.Q"))
+            at.append(onnx.helper.make_node("DequantizeLinear", names[:3], names[3:], name=f"{names[0]}.DQ"))
+            made[layer.x, width] = names[3]
         node.input[0] = made[layer.x, width]
         node.input[1] = _weight(onnx, proto, layer, width, constants, at)
     kept = list(proto.graph.node)
@@ -220,14 +229,14 @@ def _weight(onnx: Any, proto: Any, layer: Layer, width: Width, constants: Any, a
     rest = tuple(i for i in range(weight.ndim) if i != layer.axis)
     top = np.abs(weight).max(rest)
     names = [f"{layer.weight}.{width}{end}" for end in ("", ".scale", ".zero", ".again")]
-    stored = _tensor(onnx, names[1], np.where(top > 0, top, 1) / LARGEST[width], given.data_type)
+    stored = _tensor(onnx, names[1], np.where(top > 0, top, 1) / RANGE[width][1], given.data_type)
     scale = _values(onnx, stored)  # rounded to the model's dtype, as it will be read
     shape = [1] * weight.ndim
     shape[layer.axis] = -1
     proto.graph.initializer.extend([
-        _quantized(onnx, names[0], weight / scale.reshape(shape), width),
+        _stored(onnx, names[0], weight / scale.reshape(shape), width),
         stored,
-        _quantized(onnx, names[2], np.zeros(scale.shape, np.float32), width),
+        _stored(onnx, names[2], np.zeros(scale.shape, np.float32), width),
     ])  # fmt: skip
     at.append(onnx.helper.make_node("DequantizeLinear", names[:3], [names[3]], axis=layer.axis, name=f"{names[0]}.DQ"))
     return names[3]
@@ -241,14 +250,13 @@ def _tensor(onnx: Any, name: str, values: Any, kind: int) -> Any:
     return onnx.numpy_helper.from_array(np.asarray(values).astype(onnx.helper.tensor_dtype_to_np_dtype(kind)), name)
 
 
-def _quantized(onnx: Any, name: str, scaled: NDArray[np.float32], width: Width) -> Any:
-    if width == "int8":
-        return onnx.numpy_helper.from_array(np.clip(np.rint(scaled), -127, 127).astype(np.int8), name)
-    import ml_dtypes
+def _stored(onnx: Any, name: str, values: NDArray[np.float32], kind: str) -> Any:
+    values = np.clip(values, *RANGE[kind])
+    if kind == "fp8":
+        import ml_dtypes
 
-    return onnx.numpy_helper.from_array(
-        np.clip(scaled, -LARGEST["fp8"], LARGEST["fp8"]).astype(ml_dtypes.float8_e4m3fn), name
-    )
+        return onnx.numpy_helper.from_array(values.astype(ml_dtypes.float8_e4m3fn), name)
+    return onnx.numpy_helper.from_array(np.rint(values).astype(kind), name)
 
 
 def quantize(proto: Any, crops: NDArray[np.uint8], config: QuantizeConfig) -> Any:
@@ -262,29 +270,31 @@ def quantize(proto: Any, crops: NDArray[np.uint8], config: QuantizeConfig) -> An
         raise UsageError("nothing to quantise: give --convs int8 and --linears int8 or fp8, and keep fewer layers")
     if not len(crops):
         raise UsageError(f"--calibrate {config.calibrate}: no crop in its train split")
-    made = insert(proto, chosen, scales_of(proto, crops, chosen))
+    made = insert(proto, chosen, grids_of(proto, crops, chosen, config))
     kinds = sorted({f"{'linears' if layer.linear else 'convs'} {width}" for layer, width in chosen.values()})
+    kinds += ["for CPUs"] if config.target == "cpu" else []
     props = {entry.key: entry.value for entry in made.metadata_props}
     props["quantized"] = ", ".join(kinds) + (f", without {' '.join(config.keep)}" if config.keep else "")
     onnx.helper.set_model_props(made, props)
     return made
 
 
-def scales_of(
-    proto: Any, crops: NDArray[np.uint8], chosen: dict[str, tuple[Layer, Width]]
-) -> dict[tuple[str, Width], float]:
-    """The scale of each activation of the chosen layers."""
+def grids_of(
+    proto: Any, crops: NDArray[np.uint8], chosen: dict[str, tuple[Layer, Width]], config: QuantizeConfig
+) -> dict[tuple[str, Width], Grid]:
+    """The grid of each activation of the chosen layers."""
     samples = calibrate(proto, crops, {layer.x for layer, _ in chosen.values()})
-    return {(layer.x, width): scale_of(samples[layer.x], width) for layer, width in chosen.values()}
+    kinds: dict[Width, Any] = {"fp8": "fp8", "int8": "uint8" if config.target == "cpu" else "int8"}
+    return {(layer.x, width): grid_of(samples[layer.x], kinds[width]) for layer, width in chosen.values()}
 
 
 def sensitivity(proto: Any, crops: NDArray[np.uint8], config: QuantizeConfig) -> Iterator[Sensitivity]:
     """Each layer quantised alone, against none, on ``crops``, in the network's order."""
     chosen = widths(proto, config)
-    scales = scales_of(proto, crops, chosen)
+    grids = grids_of(proto, crops, chosen, config)
     exact = _logits(proto, crops)
     for name, (layer, width) in chosen.items():
-        change = np.abs(_logits(insert(proto, {name: (layer, width)}, scales), crops) - exact)
+        change = np.abs(_logits(insert(proto, {name: (layer, width)}, grids), crops) - exact)
         yield Sensitivity(name, width, float(change.max()), float(change.mean()))
 
 

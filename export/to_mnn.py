@@ -32,17 +32,9 @@ def export_mnn(model: Detector, path: Path, batches: tuple[int, ...] = (1, 2, 7)
 
     Raises UsageError without MNN, DtnError when it cannot convert the model or answers differently.
     """
-    if importlib.util.find_spec("MNN") is None:
-        raise UsageError("MNN is not installed; run: pip install MNN")
-    proto = to_proto(model, OnnxConfig(input="images", nodes=False))  # it knows neither functions nor other domains
     with tempfile.TemporaryDirectory() as folder:
-        source, made = Path(folder, "model.onnx"), Path(folder, "model.mnn")
-        source.write_bytes(proto.SerializeToString())
-        command = [sys.executable, "-c", CONVERT, "-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(made)]
-        done = subprocess.run([*command, "--bizCode", "dtn_fast"], capture_output=True, text=True)
-        if done.returncode or not made.is_file():
-            tail = " ".join((done.stdout + done.stderr).split())[-300:]
-            raise DtnError(f"{path}: MNN cannot convert this model ({tail})")
+        made = Path(folder, "model.mnn")
+        made.write_bytes(convert(model, str(path)))
         manifest = Manifest(
             "mnn",
             importlib.metadata.version("MNN"),
@@ -61,6 +53,22 @@ def export_mnn(model: Detector, path: Path, batches: tuple[int, ...] = (1, 2, 7)
         write_whole(path, made.read_bytes())
         manifest.write(path)
     return report
+
+
+def convert(model: Detector, name: str = "the model") -> bytes:
+    """The MNN file of ``model``, input ``images`` float32 [B, 3, S, S], output ``logits``; not compared yet."""
+    if importlib.util.find_spec("MNN") is None:
+        raise UsageError("MNN is not installed; run: pip install MNN")
+    proto = to_proto(model, OnnxConfig("fp32", "images", nodes=False))  # it knows neither functions nor other domains
+    with tempfile.TemporaryDirectory() as folder:
+        source, made = Path(folder, "model.onnx"), Path(folder, "model.mnn")
+        source.write_bytes(proto.SerializeToString())
+        command = [sys.executable, "-c", CONVERT, "-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(made)]
+        done = subprocess.run([*command, "--bizCode", "dtn_fast"], capture_output=True, text=True)
+        if done.returncode or not made.is_file():
+            tail = " ".join((done.stdout + done.stderr).split())[-300:]
+            raise DtnError(f"{name}: MNN cannot convert this model ({tail})")
+        return made.read_bytes()
 
 
 def _compare(model: Detector, scorer: MnnScorer, batches: tuple[int, ...]) -> list[Parity]:

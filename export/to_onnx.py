@@ -27,13 +27,13 @@ from dtn_fast.fold import fold
 from dtn_fast.kernels import onnx_nodes
 from dtn_fast.kernels.ops import tracing
 from dtn_fast.onnx_runtime import session_of
+from dtn_fast.precision import PRECISIONS
 from dtn_fast.pretrained import Detector
 from dtn_fast.version import __version__
 
 OPSET = {"fp32": 20, "fp16": 20, "bf16": 22}  # the first whose convolutions know the dtype, from 20
 Precision = Literal["fp32", "fp16", "bf16"]
 Input = Literal["crops", "images"]
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = {
     "fp32": 1e-4,  # sums in another order
     "fp16": 2e-2,  # weights and maps rounded to 2^-11, some 40 layers deep
@@ -75,7 +75,7 @@ class Traced(nn.Module):
 
     def __init__(self, model: Detector, config: OnnxConfig) -> None:
         super().__init__()
-        self.dtype, self.raw = DTYPES[config.dtype], config.input == "crops"
+        self.dtype, self.raw = PRECISIONS[config.dtype], config.input == "crops"
         if isinstance(model, DTN):  # head scales stay beside the node only as constants of value one
             self.net: nn.Module = fold(model, "kernel" if config.nodes else "native")
         else:

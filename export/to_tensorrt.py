@@ -83,6 +83,8 @@ def export_engine(model: bytes | Path, path: Path, config: EngineConfig = Engine
     trt = load_backend(kind)
     rtx = kind == "tensorrt_rtx"
     meta = _metadata(data, str(model) if isinstance(model, Path) else "the model")
+    if "for CPUs" in meta.get("quantized", ""):
+        raise UsageError("this model is quantised for CPUs; quantise it with --target gpu")
     if rtx:
         config = replace(config, archs=_archs(config.archs, meta["precision"], "fp8" in meta.get("quantized", "")))
         if config.attention != "native":

@@ -146,7 +146,7 @@ def test_a_long_video_streams(small: DTN, tmp_path: Path, monkeypatch: pytest.Mo
             return np.full(len(crops), 0.25)
 
     monkeypatch.setattr("dtn_fast.detect.frames_of", endless)
-    result = detect(tmp_path / "x.mp4", Quick(small), Always(), model=small)  # type: ignore[arg-type]
+    result = detect(tmp_path / "x.mp4", Quick(small), Always(), model=small)
     assert (result.frames_read, len(result.frames), result.score) == (2000, 2000, 0.25)
     assert most <= AHEAD + 4
 
@@ -156,7 +156,7 @@ def test_a_long_video_streams(small: DTN, tmp_path: Path, monkeypatch: pytest.Mo
 
     made = 0
     with pytest.raises(KeyboardInterrupt):
-        detect(tmp_path / "x.mp4", Quick(small), Always(), watch=stop)  # type: ignore[arg-type]
+        detect(tmp_path / "x.mp4", Quick(small), Always(), watch=stop)
     assert made <= 10 + AHEAD + 2
     assert not [t for t in threading.enumerate() if t.name.startswith(("decoding", "scoring"))]
 

@@ -81,7 +81,7 @@ def test_mnn_answers_as_torch_and_is_checked(trained: Path, shards: Shards, tmp_
         load_scorer(tmp_path / "m.mnn")
     drifting = DTN(SMALL).eval()
     real = drifting.forward
-    drifting.forward = lambda x: real(x) + (0.0 if torch.compiler.is_exporting() else 0.1)  # type: ignore[method-assign]
+    drifting.forward = lambda x: real(x) + (0.0 if torch.compiler.is_exporting() else 0.1)  # type: ignore[method-assign, assignment]
     with pytest.raises(DtnError, match="MNN differs from torch"):
         export_mnn(drifting, tmp_path / "bad.mnn")
     assert not (tmp_path / "bad.mnn").exists()

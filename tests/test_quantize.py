@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
@@ -16,7 +17,7 @@ from small import SMALL
 from dtn_fast import DTN
 from dtn_fast.data.shards import Shards
 from dtn_fast.errors import DtnError, UsageError
-from dtn_fast.export.quantize import QuantizeConfig, gate, layers, quantize, rounded, scale_of, sensitivity
+from dtn_fast.export.quantize import Grid, QuantizeConfig, gate, grid_of, layers, quantize, rounded, sensitivity
 from dtn_fast.export.to_onnx import OnnxConfig, runnable, to_proto
 from dtn_fast.export.to_tensorrt import export_engine
 from dtn_fast.onnx_runtime import OnnxScorer
@@ -94,18 +95,42 @@ def test_what_is_quantised_and_what_is_kept(lively: DTN, faces: np.ndarray) -> N
         quantize(proto, faces[:0], BOTH)
 
 
-def test_the_scale_loses_least() -> None:
+def test_the_grid_loses_least() -> None:
     values = np.random.default_rng(0).laplace(size=100_000).astype(np.float32)
     largest = float(np.abs(values).max())
-    loss = lambda scale: np.square(rounded(values, scale, "int8") - values).mean()
-    chosen = scale_of(values, "int8")
-    assert loss(chosen) < 0.9 * loss(largest / 127)  # the rare large values may be cut
-    assert loss(chosen) < 1.05 * min(loss(top / 127) for top in np.linspace(0.2, 1, 81) * largest)
-    assert scale_of(np.zeros(4, np.float32), "int8") == 1
+    loss = lambda grid: np.square(rounded(values, grid) - values).mean()
+    chosen = grid_of(values, "int8")
+    assert loss(chosen) < 0.9 * loss(Grid("int8", largest / 127))  # the rare large values may be cut
+    assert loss(chosen) < 1.05 * min(loss(Grid("int8", top / 127)) for top in np.linspace(0.2, 1, 81) * largest)
+    positive = np.maximum(values, 0)
+    assert grid_of(positive, "uint8").zero == 0  # after a ReLU the whole range is used
+    assert grid_of(values + 3, "uint8").zero > 0
+    assert loss(grid_of(values, "uint8")) < 1.1 * loss(chosen)
+    assert grid_of(np.zeros(4, np.float32), "int8") == Grid("int8", 1.0)
     with pytest.raises(DtnError, match="not finite"):
-        scale_of(np.array([np.nan], np.float32), "int8")
-    assert rounded(np.array([1.0, 500.0], np.float32), 1.0, "fp8").tolist() == [1, 448]
-    assert rounded(np.array([-300.0, 0.4], np.float32), 1.0, "int8").tolist() == [-127, 0]
+        grid_of(np.array([np.nan], np.float32), "int8")
+    assert rounded(np.array([1.0, 500.0], np.float32), Grid("fp8", 1.0)).tolist() == [1, 448]
+    assert rounded(np.array([-300.0, 0.4], np.float32), Grid("int8", 1.0)).tolist() == [-127, 0]
+    assert rounded(np.array([-3.0, 300.0], np.float32), Grid("uint8", 1.0, 2)).tolist() == [-2, 253]
+
+
+def test_int8_for_a_cpu_runs_in_integers_and_stays_near(lively: DTN, faces: np.ndarray, tmp_path: Path) -> None:
+    proto = to_proto(lively, OnnxConfig("fp32"))
+    made = quantize(proto, faces, replace(BOTH, target="cpu"))
+    exact, size = scorer(proto).logits(faces), float(np.abs(scorer(proto).logits(faces)).max())
+    for optimise in (False, True):
+        assert scorer(made, optimise).logits(faces) == pytest.approx(exact, abs=0.05 * size)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "o.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "o.onnx").graph.node]
+    assert kinds.count("QLinearConv") == 3  # of four between the first and the last
+    assert "MatMulIntegerToFloat" in kinds
+    props = {p.key: p.value for p in made.metadata_props}
+    assert props["quantized"] == "convs int8, linears int8, for CPUs"
+    with pytest.raises(UsageError, match="quantised for CPUs; quantise it with --target gpu"):
+        export_engine(made.SerializeToString(), tmp_path / "q.rtx")
 
 
 def test_sensitivity_is_of_each_layer_alone(lively: DTN, faces: np.ndarray) -> None:

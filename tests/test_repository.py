@@ -87,7 +87,7 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path) -> None:
         write_repository(tmp_path / "none.onnx", tmp_path / "out")
     for fields in ({"name": "../x"}, {"max_batch": 0}, {"delay_us": -1}):
         with pytest.raises(UsageError, match="--"):
-            RepositoryConfig(**fields)  # type: ignore[arg-type]
+            RepositoryConfig(**fields)
     assert not (tmp_path / "out").exists()
 
 
@@ -102,10 +102,10 @@ class Tensor:
 def test_the_decoder_decodes(onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_repository(onnx, tmp_path)
     stand_in = types.ModuleType("triton_python_backend_utils")
-    stand_in.Tensor = Tensor  # type: ignore[attr-defined]
-    stand_in.TritonError = str  # type: ignore[attr-defined]
-    stand_in.InferenceResponse = lambda output_tensors, error=None: (output_tensors, error)  # type: ignore[attr-defined]
-    stand_in.get_input_tensor_by_name = lambda request, name: request[name]  # type: ignore[attr-defined]
+    stand_in.Tensor = Tensor
+    stand_in.TritonError = str
+    stand_in.InferenceResponse = lambda output_tensors, error=None: (output_tensors, error)
+    stand_in.get_input_tensor_by_name = lambda request, name: request[name]
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stand_in)
     spec = importlib.util.spec_from_file_location("decoder", tmp_path / "dtn_decode" / "1" / "model.py")
     assert spec is not None

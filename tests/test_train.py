@@ -17,13 +17,14 @@ from dtn_fast import DTN, DTNConfig
 from dtn_fast.data.loader import epoch_order
 from dtn_fast.data.shards import Shards
 from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.precision import choose_precision
 from dtn_fast.runtime import TorchScorer, best_checkpoint, load_model
 from dtn_fast.train import distill as chain
 from dtn_fast.train import engine
 from dtn_fast.train import step as step_module
 from dtn_fast.train.checkpoint import append_line, cut_lines, load_state, read_lines, save_state
 from dtn_fast.train.engine import Epoch, Step, Stopped, fit
-from dtn_fast.train.recipe import Execution, Recipe, choose_precision
+from dtn_fast.train.recipe import Execution, Recipe
 
 
 def train(out: Path, shards: Shards, recipe: Recipe = RECIPE, stop_after: int | None = None, **kwargs) -> list[Epoch]:

@@ -163,19 +163,3 @@ PRESETS = {
 """paper, tiny: the model alone, the paper's recipe on every forgery in the data.  ffpp-c23: the paper's training on
 FaceForensics++.  cross-manipulation: one forgery alone (choose it by --methods), for testing on each.  demo: what
 ``dtn-fast demo`` trains."""
-
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def choose_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of autocast on ``device``; float32 means none.
-
-    A CPU without bf16 instructions gets float32 from ``auto``: autocast to bf16 is about ten times slower there.
-    """
-    if precision != "auto":
-        return PRECISIONS[precision]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    known: dict[str, object] = dict(getattr(torch.cpu, "get_capabilities", dict)())
-    return torch.bfloat16 if known.get("avx512_bf16") or known.get("amx_bf16") else torch.float32

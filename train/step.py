@@ -19,10 +19,11 @@ from dtn_fast.dtn import DTN
 from dtn_fast.errors import UsageError
 from dtn_fast.levt import LEVTBlock
 from dtn_fast.losses import dsd_loss, initial_centers, initial_loss
+from dtn_fast.precision import choose_precision
 from dtn_fast.pretrained import Detector
 from dtn_fast.runtime import frozen, normalise
 from dtn_fast.train.distributed import mean, ranks, synchronise_bn
-from dtn_fast.train.recipe import Execution, Recipe, choose_precision
+from dtn_fast.train.recipe import Execution, Recipe
 
 WARM_UP = 3
 """Steps done as they come before one is captured: compilation, cuDNN's search and lazy initialisation need them."""
