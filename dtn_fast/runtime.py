@@ -125,8 +125,8 @@ class TorchScorer(Scorer):
         self.folded = frozen(model).to(self._dtype)
         self.device = device_of(self.folded)
         if self.device.type == "cpu" and not computes_in(runtime.precision):
-            raise UsageError(f"--precision {runtime.precision}: this processor has no instructions for it and would take "
-                             "ten times as long as with fp32; leave it out")  # fmt: skip
+            raise UsageError(f"--precision {runtime.precision}: this processor has no instructions for it and takes "
+                             "ten times as long as fp32; leave it out")  # fmt: skip
         mode = runtime.mode
         if mode == "auto":
             mode = "graph" if self.device.type == "cuda" else "eager"

@@ -56,7 +56,7 @@ def test_usage_errors_exit_2(run, tmp_path: Path) -> None:
         (["detect", "x.png"], "--model"),
         (["detect", "--model", tmp_path / "none"], "no inputs"),
         (["detect", "x.png", "--model", tmp_path / "none"], "no such checkpoint"),
-        (["export", tmp_path, "--out", "x.pt"], "must end in .onnx"),
+        (["export", tmp_path, "--out", "x.pt"], "must end in .onnx, .mnn"),
         (["train", tmp_path, "--out", tmp_path / "r"], "dtn-fast prepare"),
         (["prepare", tmp_path, "--out", tmp_path / "c"], "is it the FF++ root"),
         (["train", tmp_path, "--out", tmp_path / "r", "--epochs", "0"], "Recipe.epochs"),
@@ -114,6 +114,64 @@ def test_the_whole_path(run, dataset: Path, tmp_path: Path) -> None:
         scores.append([r["score"] for r in results["results"]])
         assert "synthetic" in (tmp_path / "out" / "report.html").read_text()
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+def test_deployment_from_the_command_line(run, trained: Path, crops: Path, dataset: Path, tmp_path: Path) -> None:
+    """export in every form, inspect, verify, repository, detect with each file that this machine runs."""
+    file = lambda name: tmp_path / name
+    quantized = ["--linears", "int8", "--calibrate", crops, "--images", "8", "--max-auc-drop", "1"]
+    for name, words, said in (
+        ("m.onnx", [], "largest error"),
+        ("m.mnn", [], "MNN against torch"),
+        ("m.rtx", ["--batches", "1", "2", "4"], "compute capability 7.5, 8.0, 8.6, 8.9, 12.0, attention native"),
+        ("q.onnx", [*quantized, "--convs", "int8", "--target", "cpu", "--sensitivity"], "most sensitive first"),
+        ("q.rtx", [*quantized, "--archs", "89"], "validation split, 30 crops: frame AUC"),
+    ):
+        code, out, err = run("export", trained, "--out", file(name), *words)
+        assert code == 0, err
+        assert said in out
+    code, out, _ = run("export", file("m.onnx"), "--out", file("again.rtx"), "--archs", "86", "120")
+    assert (code, "8.6, 12.0" in out) == (0, True)
+    code, out, _ = run("inspect", file("q.rtx"))
+    assert code == 0
+    assert "linears int8" in out
+    assert "fp16" in out
+    code, out, _ = run("verify", trained, file("m.onnx"), "--data", crops, "--layers")
+    assert code == 0
+    assert "the same verdict on 30 of 30" in out
+    assert "blocks.0.qkv" in out
+    code, out, err = run("verify", file("m.mnn"), file("q.onnx"), "--tolerance", "1e-9", "--images", "4")
+    assert code == 1
+    assert "over --tolerance 1e-09" in err
+    code, out, _ = run("repository", file("m.onnx"), "--out", file("models"))
+    assert (code, out.count("config.pbtxt")) == (0, 3)
+    scores = {}
+    video = next((dataset / "original_sequences").rglob("*.mp4"))
+    for model in (trained, file("m.mnn"), file("q.onnx")):
+        code, out, err = run("detect", video, "--model", model, "--out", file("out"), "--annotate", "--rate", "100")
+        assert code == 0, err
+        assert "frames/s; work: decoding" in out
+        assert file("out/001-" + video.name).is_file()
+        scores[model.name] = json.loads(file("out/results.json").read_text())["results"][0]["score"]
+    assert scores["m.mnn"] == pytest.approx(scores[trained.name], abs=1e-4)
+    assert scores["q.onnx"] == pytest.approx(scores[trained.name], abs=1e-2)
+    for words, said in (
+        (["export", file("m.onnx"), "--out", file("x.onnx")], "an .onnx file becomes an engine only"),
+        (["export", file("no.onnx"), "--out", file("x.rtx")], "no such file"),
+        (["export", file("m.onnx"), "--out", file("x.rtx"), *quantized], "quantise when the .onnx file is written"),
+        (["export", trained, "--out", file("x.mnn"), *quantized], "MNN files are float32"),
+        (["export", trained, "--out", file("x.onnx"), "--convs", "fp8"], "name real crops to calibrate with"),
+        (["export", file("q.onnx"), "--out", file("x.rtx")], "quantised for CPUs"),
+        (["detect", video, "--model", file("m.rtx")], "an engine needs an NVIDIA GPU"),
+        (["verify", trained, file("m.mnn"), "--layers"], "MNN shows no layers"),
+        (["repository", file("m.mnn"), "--out", file("x")], "the server takes .onnx and .engine"),
+        (["detect", video, "--model", trained, "--rate", "-1"], "not below 0"),
+        (["serve", trained, "--port", "99999"], "--port 99999"),
+    ):
+        code, _, err = run(*words)
+        assert code == 2, words
+        assert said in err, words
+    assert not list(tmp_path.glob("x*"))
 
 
 def test_batch_jobs_go_on_and_exit_1(run, trained: Path, tmp_path: Path) -> None:
