@@ -35,7 +35,7 @@ SHARES = {
 }
 """Stages in their order, and the share of the time left that each may take.  Tuning comes before what it speeds up."""
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_gpu.py",
-          "tests/test_step.py"]  # fmt: skip
+          "tests/test_step.py", "tests/test_trt_plugin.py"]  # fmt: skip
 """The files by name: collecting the others needs packages that a GPU machine may lack."""
 
 

