@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor, nn
 
-from dtn_fast.config import DTNConfig
+from dtn_fast.config import STRIDE, DTNConfig
+from dtn_fast.errors import UsageError
 from dtn_fast.kernels.ops import bn_relu, fuses_bn
 
 
@@ -49,8 +52,13 @@ def update_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: in
         norm.running_var.lerp_(var * (count / max(count - 1, 1)), norm.momentum)
 
 
-def build_backbone(config: DTNConfig) -> Backbone:
-    """The layers of a configuration.  The convolutions carry a bias, as CViT's do."""
+def build_backbone(config: DTNConfig) -> nn.Sequential:
+    """The layers of a configuration.  The convolutions carry a bias, as CViT's do.
+
+    Raises UsageError when timm is missing, does not know the model, or the model's last map is not 1/32 of the input.
+    """
+    if config.backbone != "vgg":
+        return _timm_backbone(config)
     layers: list[nn.Module] = []
     width_in = 3
     for width, convs in zip(config.channels, config.convs, strict=True):
@@ -59,3 +67,36 @@ def build_backbone(config: DTNConfig) -> Backbone:
             width_in = width
         layers.append(nn.MaxPool2d(2))
     return Backbone(*layers)
+
+
+def _timm_backbone(config: DTNConfig) -> nn.Sequential:
+    """A timm model's last map, brought to C channels: [B, 3, H, W] -> [B, C, H / 32, W / 32]."""
+    try:
+        importlib.import_module("dtn_fast.timm_models")  # lets timm import beside a CPU torch, so it comes first
+        timm = importlib.import_module("timm")
+    except ImportError as error:
+        raise UsageError(f"timm is not installed ({error}); run: pip install timm") from error
+    try:
+        body = timm.create_model(config.backbone, pretrained=False, features_only=True, out_indices=(-1,))
+    except Exception as error:  # timm raises RuntimeError, ValueError, AttributeError ...
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"DTNConfig.backbone {config.backbone}: timm cannot make its feature maps ({reason})"
+        ) from error
+    stride = body.feature_info.reduction()[-1]
+    if stride != STRIDE:
+        raise UsageError(
+            f"DTNConfig.backbone {config.backbone}: its last map is 1/{stride} of the input; a DTN needs 1/{STRIDE}"
+        )
+    return nn.Sequential(_Last(body), nn.Conv2d(body.feature_info.channels()[-1], config.channels[-1], 1))
+
+
+class _Last(nn.Module):
+    """The last of a model's list of maps."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)[-1]

@@ -262,6 +262,119 @@ def _run_training(
         print(f"best weights in {best_checkpoint(run)}; report: {write_run_report(run)}")
 
 
+def ablate(
+    name: Annotated[str, tyro.conf.Positional],
+    data: Path,
+    tests: tuple[Path, ...] = (),
+    test_names: tuple[str, ...] = (),
+    out: Path = Path("runs/ablations"),
+    only: tuple[str, ...] = (),
+    recipe: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = Recipe(),
+    execution: Annotated[Execution, tyro.conf.OmitArgPrefixes] = Execution(),
+    preset: RunPreset = "paper",
+    device: Device = "auto",
+) -> None:
+    """Train one of the paper's ablations and tabulate it beside the paper's figures; the same command resumes it.
+
+    Example: dtn-fast ablate losses --data ffpp --tests ffpp celebdf dfdc df1 --test-names FF++ Celeb-DF DFDC DF-1.0
+    --preset ffpp-c23
+
+    In minutes, on the demo's crops: dtn-fast ablate depth --data runs/demo/crops --preset demo --epochs 1
+
+    Args:
+        name: components, soft-labels, losses, local-connection, moe, mas, depth, generations, noise, center-dimension,
+            backbones or experts.
+        data: Crops to train on, written by dtn-fast prepare.
+        tests: Crops whose test split is measured; none: that of the data.
+        test_names: Their names in the table; the paper's are FF++, Celeb-DF, DFDC, DF-1.0, DFD.
+        out: Folder of the variants' runs, NAME.json and NAME.md.
+        only: Variants by name; none: all.
+        recipe: What the variants' own changes are made to.
+        execution: How it is computed.
+        preset: A model and the recipe that the options below change.
+        device: Where to train.
+    """
+    from dtn_fast.config import DTNConfig
+    from dtn_fast.data.shards import open_data
+    from dtn_fast.protocols import names_of
+    from dtn_fast.train.ablations import ablate as run
+    from dtn_fast.train.ablations import table
+    from dtn_fast.train.monitor import signals
+
+    model = DTNConfig.preset(PRESETS[preset].model)
+    shards = open_data(data, model.image_size)
+    folders = tests or (data,)
+    names = names_of(folders, test_names, "test-names")
+    sets = {n: shards if f == data else open_data(f, model.image_size) for n, f in zip(names, folders, strict=True)}
+    with signals() as stop, progress() as bar:
+        task = bar.add_task(name, total=None, note="")
+        steps = run(name, shards, sets, out, model, recipe, only, device=choose_device(device), execution=execution,
+                    stop=stop)  # fmt: skip
+        said = ""
+        while True:
+            try:
+                state = next(steps)
+            except StopIteration as done:
+                rows = done.value
+                break
+            event = state.event
+            where = f", generation {event.generation}, epoch {event.epoch + 1}" if event is not None else ", measuring"
+            bar.update(task, completed=state.number, total=state.total, note=state.variant + where)
+            if bar.disable and said != state.variant + where:
+                said = state.variant + where
+                print(f"{state.number + 1} of {state.total}: {said}", flush=True)
+    print_table(f"{name}, frame level, percent; in brackets the paper", *table(rows))
+    print(f"{out / (name + '.md')}")
+
+
+def explain(
+    data: Annotated[Path, tyro.conf.Positional],
+    models: list[Path],
+    out: Path = Path("pictures"),
+    kinds: tuple[str, ...] = (),
+    split: Literal["train", "val", "test"] = "test",
+    count: int = 400,
+    model_names: tuple[str, ...] = (),
+    device: Device = "auto",
+) -> None:
+    """Draw what checkpoints see: Grad-CAM, attention maps, head scales, attention collapse, features, soft labels.
+
+    Example: dtn-fast explain data/crops --models runs/baseline runs/levt runs/moe runs/dtn --out pictures
+
+    Args:
+        data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
+        models: Runs or checkpoint folders.
+        out: Folder for the pictures and figures.json.
+        kinds: grad-cam, attention, scales, collapse, feature-maps, t-sne, soft-labels; none: all.
+        split: Which videos.
+        count: Crops in the t-SNE.
+        model_names: Of the models in the pictures.
+        device: Where the models run.
+    """
+    from dtn_fast.data.shards import open_data
+    from dtn_fast.pictures import KINDS, choose, draw
+    from dtn_fast.protocols import names_of
+    from dtn_fast.runtime import load_model, place
+
+    if not models or count < 1:
+        raise UsageError("--models and --count: at least one")
+    where = choose_device(device)
+    loaded = {name: place(load_model(path), where)
+              for name, path in zip(names_of(models, model_names, "model-names"), models, strict=True)}  # fmt: skip
+    sizes = {model.config.image_size for model in loaded.values()}
+    if len(sizes) > 1:
+        raise UsageError(
+            f"--models: they take crops of {' and '.join(map(str, sorted(sizes)))} pixels; draw them apart"
+        )
+    faces = choose(open_data(data, sizes.pop()), split, count)
+    with progress() as bar:
+        task = bar.add_task("drawing", total=len(kinds or KINDS), note="")
+        for kind in draw(loaded, faces, out, kinds or KINDS):
+            bar.update(task, note=kind)
+            bar.advance(task)
+    print("\n".join(str(path) for path in sorted(out.iterdir())))
+
+
 def print_generations(summary: dict[str, Any]) -> None:
     rows = [
         [
@@ -437,9 +550,17 @@ def bench() -> None:
 # ------------------------------------------------------------------------------------------------- entry
 
 
-_ALL = (demo, synthesize, prepare, train, distill, evaluate, robustness, corrupt, bench, deploy.export, deploy.verify,
-        deploy.inspect, deploy.detect, deploy.serve, deploy.repository, deploy.doctor)  # fmt: skip
-VERBS = {verb.__name__: verb for verb in _ALL}
+_TRAINER = (demo, synthesize, prepare, train, distill, evaluate, robustness, ablate, explain, corrupt, bench)
+_DEPLOYER = (
+    deploy.export,
+    deploy.verify,
+    deploy.inspect,
+    deploy.detect,
+    deploy.serve,
+    deploy.repository,
+    deploy.doctor,
+)
+VERBS = {verb.__name__: verb for verb in (*_TRAINER, *_DEPLOYER)}
 DESCRIPTION = """DTN face-forgery detection: train, distil, evaluate, export, detect, serve.
 
 Example: dtn-fast detect clip.mp4 --model runs/first
@@ -469,7 +590,7 @@ def main() -> None:
             from dtn_fast.bench.run import main as run
 
             raise SystemExit(run(sys.argv[2:]))
-        verbs = {**VERBS, "train": with_preset(train, sys.argv[1:])}
+        verbs = {**VERBS, **{verb.__name__: with_preset(verb, sys.argv[1:]) for verb in (train, ablate)}}
         code = tyro.extras.subcommand_cli_from_dict(verbs, prog="dtn-fast", description=DESCRIPTION)
     except DtnError as error:
         raise SystemExit(_fail(str(error), error.exit_code)) from None

@@ -9,6 +9,7 @@ from typing import Any
 
 from dtn_fast.errors import UsageError
 
+NOISES = ("gaussian", "blur", "contrast", "compression", "none")
 STRIDE = 32  # the backbone halves the resolution five times
 
 
@@ -18,6 +19,9 @@ class DTNConfig:
 
     image_size: int = 256
     """Side of the training crops in pixels, a multiple of 32.  Other multiples work by interpolating positions."""
+    backbone: str = "vgg"
+    """vgg, the paper's convolutions; or a model of timm whose last map is 1/32 of the input, such as resnet34 or
+    efficientnet_b0, brought to C channels by a 1x1 convolution (Figure 6c)."""
     channels: tuple[int, ...] = (32, 64, 128, 256, 512)
     """Width of the five convolution groups; the last is the transformer's width C."""
     convs: tuple[int, ...] = (3, 3, 3, 4, 4)
@@ -28,8 +32,16 @@ class DTNConfig:
     """Hidden width M of an expert: conv C->M, ReLU, conv M->1, sigmoid."""
     expert_kernel: int = 1
     """Kernel size of the experts' convolutions, 1 or 3 (*choice*: 1 reproduces the parameter table)."""
+    expert_scales: bool = True
+    """Scale each expert by a learnable sigmoid (Eq. 11); False: experts as they are."""
+    gate: str = "max"
+    """max, the paper's: the strongest expert at each position (Eq. 11); vanilla: experts weighted by a gating network
+    on the pooled map, softmax (Jacobs et al., 1991; Table 7)."""
+    noise: str = "gaussian"
+    """What disturbs the map before each expert, training only: gaussian (Eq. 10), blur, contrast, compression or none
+    (Figure 6a; the paper does not say how the others are done: *choice*)."""
     noise_std: float = 0.1
-    """Standard deviation of the Gaussian noise before each expert, training only (*choice*)."""
+    """Standard deviation of the Gaussian noise, strength of the others (*choice*)."""
     depth: int = 6
     """Transformer blocks L."""
     num_heads: int = 8
@@ -72,6 +84,11 @@ class DTNConfig:
             ),
             (self.expert_kernel in (1, 3), "expert_kernel", "1 or 3"),
             (self.noise_std >= 0, "noise_std", ">= 0"),
+            (self.gate in ("max", "vanilla"), "gate", "max or vanilla"),
+            (self.noise in NOISES, "noise", " or ".join(NOISES)),
+            (isinstance(self.backbone, str) and bool(self.backbone), "backbone", "vgg or a model of timm"),
+            (self.gate == "max" or self.expert_kernel == 1, "expert_kernel", "1 with the vanilla gate"),
+            (self.noise in ("gaussian", "none") or self.expert_kernel == 1, "expert_kernel", "1 with this noise"),
             (self.depth >= 0, "depth", ">= 0"),
             (self.mlp_ratio > 0, "mlp_ratio", ">= 1"),
             (self.num_classes >= 2, "num_classes", ">= 2"),

@@ -57,7 +57,8 @@ class DTN(Detector):
         return self.forward_head(self.forward_features(images))
 
     def cam_layer(self) -> nn.Module:
-        """The backbone's last ReLU, 1/16 of the input: the finest map that still carries the deepest features."""
+        """The backbone's last ReLU, 1/16 of the input: the finest map that still carries the deepest features; of a
+        backbone of timm its last map."""
         return self.backbone[-2]
 
     def get_classifier(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Where a DTN looks: Grad-CAM heat maps."""
+"""Where a detector looks and what it has learned: Grad-CAM, attention and its collapse, features, soft labels."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+from dtn_fast.dtn import DTN
+from dtn_fast.kernels import reference
+from dtn_fast.levt import ScaledAttention
 from dtn_fast.pretrained import Detector, device_of
 from dtn_fast.runtime import normalise
 
@@ -57,3 +60,97 @@ def overlay(crop: NDArray[np.uint8], heat: NDArray[np.float32], strength: float 
     colors = cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_JET)[:, :, ::-1]
     weight = strength * heat[..., None]
     return (crop * (1 - weight) + colors * weight).round().astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+def attention_maps(model: DTN, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The gated attention maps sigmoid(s_h) softmax(Q K^T / sqrt(D)) of every block and head: [L, B, H, N, N].
+
+    crops: [B, S, S, 3] uint8.  From the reference operator, beside an ordinary pass: the fast path computes none.
+    """
+    kept: list[Tensor] = []
+
+    def look(module: nn.Module, given: tuple[Tensor, ...], _output: Tensor) -> None:
+        assert isinstance(module, ScaledAttention)
+        q, k, v = module.project(given[0]).unbind(2)
+        kept.append(reference.mas_attention(q, k, v, module.head_scale, return_maps=True)[1])
+
+    blocks = [module for module in model.modules() if isinstance(module, ScaledAttention)]
+    with _HOOKED, torch.inference_mode():
+        was_training = model.training
+        handles = [block.register_forward_hook(look) for block in blocks]
+        try:
+            model.eval()(normalise(crops, model.config, device_of(model)))
+        finally:
+            for handle in handles:
+                handle.remove()
+            model.train(was_training)
+    if not kept:
+        return np.zeros((0, len(crops), 0, 0, 0), np.float32)
+    return torch.stack(kept).float().cpu().numpy()
+
+
+def head_scales(model: DTN) -> NDArray[np.float32]:
+    """sigmoid(s_h) of every block and head, [L, H]; ones without MAS."""
+    scales = [m.head_scale.detach().sigmoid().cpu() for m in model.modules() if isinstance(m, ScaledAttention)]
+    return torch.stack(scales).float().numpy() if scales else np.zeros((0, 0), np.float32)
+
+
+def collapse(maps: NDArray[np.float32]) -> NDArray[np.float64]:
+    """How alike a block's heads are: mean cosine over pairs of heads and images, [L] in [0, 1]; 1: all the same.
+
+    maps: [L, B, H, N, N].  The paper's "attention collapse" as a number; a head's scale changes nothing in it.
+    """
+    blocks, batch, heads = maps.shape[:3]
+    if heads < 2:
+        return np.full(blocks, np.nan)
+    flat = maps.reshape(blocks, batch, heads, -1).astype(np.float64)
+    flat /= np.linalg.norm(flat, axis=3, keepdims=True).clip(1e-30)
+    cosines = flat @ flat.swapaxes(2, 3)  # [L, B, H, H]
+    pairs = np.triu_indices(heads, 1)
+    return cosines[:, :, pairs[0], pairs[1]].mean((1, 2))
+
+
+# ------------------------------------------------------------------------------------------------ features
+
+
+def features(model: Detector, crops: NDArray[np.uint8], batch_size: int = 64) -> NDArray[np.float32]:
+    """What the classifier sees, [B, C]: the input of the model's last linear layer."""
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not last:
+        raise ValueError(f"{type(model).__name__}: no linear layer to read features before")
+    kept: list[Tensor] = []
+    with _HOOKED, torch.inference_mode():
+        was_training = model.training
+        handle = last[-1].register_forward_pre_hook(lambda _module, given: kept.append(given[0].float().cpu()))
+        try:
+            model.eval()
+            for start in range(0, len(crops), batch_size):
+                model(normalise(crops[start : start + batch_size], model.config, device_of(model)))
+        finally:
+            handle.remove()
+            model.train(was_training)
+    return torch.cat(kept).flatten(1).numpy() if kept else np.zeros((0, last[-1].in_features), np.float32)
+
+
+def feature_map(model: DTN, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Mean magnitude over channels of the last block's map, resized to the crops: [B, S, S] in [0, 1]."""
+    with torch.inference_mode():
+        was_training = model.training
+        maps = model.eval().forward_features(normalise(crops, model.config, device_of(model)))
+        model.train(was_training)
+    strength = F.interpolate(maps.abs().mean(1, keepdim=True), crops.shape[1:3], mode="bilinear", align_corners=False)
+    low, high = strength.amin((2, 3), keepdim=True), strength.amax((2, 3), keepdim=True)
+    spread = (strength - low) / (high - low).clamp_min(torch.finfo(strength.dtype).tiny)
+    return spread[:, 0].float().cpu().numpy()
+
+
+def soft_labels(model: Detector, crops: NDArray[np.uint8], temperature: float = 2.0) -> NDArray[np.float32]:
+    """What a teacher tells its student of each crop: softmax(logits / temperature), [B, 2]: real, fake."""
+    with torch.inference_mode():
+        was_training = model.training
+        logits = model.eval()(normalise(crops, model.config, device_of(model)))
+        model.train(was_training)
+    return (logits.float() / temperature).softmax(1).cpu().numpy()

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dtn_fast.backbone import Backbone
 from dtn_fast.dtn import DTN
 from dtn_fast.kernels.ops import mas_attention_packed
 from dtn_fast.levt import LEVTBlock
+from dtn_fast.moe import OPEN
 
 AttentionPath = Literal["native", "kernel"]
-OPEN = 40.0
-"""A head scale whose sigmoid is 1 exactly in every dtype, and that engines take, unlike infinity."""
 
 
 class FoldedDTN(DTN):
@@ -31,7 +31,8 @@ class FoldedDTN(DTN):
         nn.Module.__init__(self)  # its parts come from ``model``
         self.config, self.notice = model.config, model.notice
         self.num_classes, self.num_features = model.num_classes, model.num_features
-        self.backbone: nn.Sequential = _fold_backbone(model.backbone)
+        vgg = isinstance(model.backbone, Backbone)
+        self.backbone: nn.Sequential = _fold_backbone(model.backbone) if vgg else copy.deepcopy(model.backbone)
         self.gate = copy.deepcopy(model.gate)
         self.pos_embed = copy.deepcopy(model.pos_embed)
         self.blocks = nn.Sequential(*(FoldedBlock(block, attention) for block in model.blocks))  # type: ignore[arg-type]

@@ -12,7 +12,8 @@ cross_entropy = F.cross_entropy  # Eq. 2
 def contrastive_center(logits: Tensor, labels: Tensor, centers: Tensor, delta: float = 1.0) -> Tensor:
     """Low-dimensional contrastive-center loss on the logits (Eq. 3; Qi and Su, 2017), a scalar.
 
-    1/2 * mean_i ||z_i - c_yi||^2 / (sum_{j != yi} ||z_i - c_j||^2 + delta).  centers: [classes, classes], learnable.
+    1/2 * mean_i ||z_i - c_yi||^2 / (sum_{j != yi} ||z_i - c_j||^2 + delta).  centers: [classes, D], learnable, of
+    logits (D = classes) or other points [B, D].
     The mean over the batch in place of the sum keeps the balance to the other losses at any batch size (*choice*).
     """
     distance = (logits[:, None] - centers[None]).square().sum(2)  # [B, classes]
@@ -27,10 +28,21 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> 
     return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-def initial_loss(logits: Tensor, labels: Tensor, centers: Tensor, delta: float = 1.0) -> dict[str, Tensor]:
-    """Initial training: CE + Ct-c (section 3.1).  Returns each term and their sum under ``loss``."""
-    ce, center = cross_entropy(logits, labels), contrastive_center(logits, labels, centers, delta)
-    return {"loss": ce + center, "ce": ce, "center": center}
+def initial_loss(
+    logits: Tensor,
+    labels: Tensor,
+    centers: Tensor,
+    delta: float = 1.0,
+    weights: tuple[float, float] = (1.0, 1.0),
+    points: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Initial training: w0 * CE + w1 * Ct-c (section 3.1).  Returns each term and their sum under ``loss``.
+
+    points [B, D]: what Ct-c is taken of instead of the logits, with centers [classes, D].
+    """
+    ce = cross_entropy(logits, labels)
+    center = contrastive_center(logits if points is None else points, labels, centers, delta)
+    return {"loss": weights[0] * ce + weights[1] * center, "ce": ce, "center": center}
 
 
 def dsd_loss(
@@ -41,14 +53,16 @@ def dsd_loss(
     weights: tuple[float, float, float] = (4.0, 0.4, 0.6),
     temperature: float = 2.0,
     delta: float = 1.0,
+    points: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Deepfake self-distillation (Eq. 7): w0 * CE + w1 * KD + w2 * Ct-c.  Returns each term and the ``loss``.
 
     The paper gives the weights 4, 0.4, 0.6; that they belong to CE, KD, Ct-c in this order is a *choice*.
+    points as in :func:`initial_loss`.
     """
     ce = cross_entropy(logits, labels)
     kd = distillation(logits, teacher_logits.detach(), temperature)
-    center = contrastive_center(logits, labels, centers, delta)
+    center = contrastive_center(logits if points is None else points, labels, centers, delta)
     return {
         "loss": weights[0] * ce + weights[1] * kd + weights[2] * center,
         "ce": ce,
@@ -57,6 +71,6 @@ def dsd_loss(
     }
 
 
-def initial_centers(classes: int = 2) -> Tensor:
-    """One-hot starting centres [classes, classes]: each class's own logit at 1 (*choice*)."""
-    return torch.eye(classes)
+def initial_centers(classes: int = 2, width: int | None = None) -> Tensor:
+    """One-hot starting centres [classes, width]: each class's own logit at 1 (*choice*)."""
+    return torch.eye(classes, width or classes)

@@ -32,6 +32,10 @@ class Recipe:
     """Epochs between drops of the learning rate by ten."""
     weights: tuple[float, float, float] = (4.0, 0.4, 0.6)
     """DSD weights of CE, KD and Ct-c (Eq. 7; that they come in this order is a *choice*)."""
+    initial_weights: tuple[float, float] = (1.0, 1.0)
+    """Weights of CE and Ct-c in the initial training (section 3.1)."""
+    center_on: Literal["logits", "features"] = "logits"
+    """What Ct-c draws to its centres: the two logits (low-dimensional, the paper's) or a DTN's pooled features."""
     temperature: float = 2.0
     """Of the softened probabilities in the KD loss (*choice*)."""
     delta: float = 1.0
@@ -72,8 +76,9 @@ class Recipe:
                      "max_nonfinite"):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"Recipe.{name} is {getattr(self, name)}; it must not be negative")
-        if not all(0 <= weight < math.inf for weight in self.weights):
-            raise UsageError(f"Recipe.weights is {self.weights}; each must be a number from 0 up")
+        for name in ("weights", "initial_weights"):
+            if not all(0 <= weight < math.inf for weight in getattr(self, name)):
+                raise UsageError(f"Recipe.{name} is {getattr(self, name)}; each must be a number from 0 up")
         if not 0 <= self.ema < 1:
             raise UsageError(f"Recipe.ema is {self.ema}; it must be from 0 to below 1")
         if self.cache_teacher and self.self_blend:

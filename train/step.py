@@ -63,7 +63,8 @@ class TrainStep:
         self.model = self._place(model)
         if here.world > 1 and recipe.sync_bn:
             self.model = synchronise_bn(self.model, device)  # type: ignore[assignment]
-        self.centers = nn.Parameter(initial_centers(model.config.num_classes).to(device))
+        width = self._center_width(model)
+        self.centers = nn.Parameter(initial_centers(model.config.num_classes, width).to(device))
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False) if recipe.ema else None
         self.teacher = self._freeze(teacher, execution.fold_teacher) if teacher is not None else None
         names = ("loss", "ce", "kd", "center") if teacher is not None else ("loss", "ce", "center")
@@ -83,11 +84,11 @@ class TrainStep:
 
         self._stream = torch.cuda.Stream(device) if cuda and self.teacher and execution.teacher_stream else None
         self._graphs: dict[bool, _Graph] = {}
-        self._run: nn.Module | Callable[..., Tensor] = self.model
+        self._run: nn.Module | Callable[..., Tensor] = self.model if width is None else WithFeatures(self.model)
         self._losses: Callable[..., Tensor] = self._stacked_losses
         self._ask: nn.Module | Callable[..., Tensor] | None = self.teacher
         if here.world > 1:
-            self._run = nn.parallel.DistributedDataParallel(self.model, device_ids=[device] if cuda else None)
+            self._run = nn.parallel.DistributedDataParallel(self._run, device_ids=[device] if cuda else None)
         if execution.compiled(device):
             self._run, self._losses = torch.compile(self._run), torch.compile(self._losses)
             self._ask = torch.compile(self.teacher) if self.teacher is not None else None
@@ -212,12 +213,21 @@ class TrainStep:
         with torch.no_grad(), self._autocast() if cast == torch.float32 else nullcontext():
             return self._ask(images.to(cast)).float()
 
-    def _stacked_losses(self, logits: Tensor, labels: Tensor, soft: Tensor | None) -> Tensor:
-        r = self.recipe
+    def _center_width(self, model: Detector) -> int | None:
+        """Features that Ct-c is taken of; None: of the logits."""
+        if self.recipe.center_on == "logits":
+            return None
+        if not isinstance(model, DTN):
+            raise UsageError(f"--center-on features: only a DTN gives its features, not {type(model).__name__}")
+        return model.num_features
+
+    def _stacked_losses(self, given: Tensor, labels: Tensor, soft: Tensor | None) -> Tensor:
+        r, classes = self.recipe, self.config.num_classes
+        logits, points = given[:, :classes], given[:, classes:] if given.shape[1] > classes else None
         if soft is None:
-            losses = initial_loss(logits, labels, self.centers, r.delta)
+            losses = initial_loss(logits, labels, self.centers, r.delta, r.initial_weights, points)
         else:
-            losses = dsd_loss(logits, labels, soft, self.centers, r.weights, r.temperature, r.delta)
+            losses = dsd_loss(logits, labels, soft, self.centers, r.weights, r.temperature, r.delta, points)
         return torch.stack([losses[name] for name in self._terms])
 
     def _update(self, healthy: Tensor) -> None:
@@ -229,6 +239,18 @@ class TrainStep:
             self.optimizer.step()
         elif bool(healthy):
             self.optimizer.step()
+
+
+class WithFeatures(nn.Module):
+    """A DTN's logits and the pooled features that they are made of: images -> [B, classes + C]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        pooled = self.model.forward_head(self.model.forward_features(images), pre_logits=True)  # type: ignore[operator]
+        return torch.cat((self.model.head(pooled), pooled), 1)  # type: ignore[operator]
 
 
 class _Kept:
