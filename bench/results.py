@@ -19,6 +19,7 @@ from dtn_fast.bench.measure import Row, seconds
 from dtn_fast.bench.roofline import Machine, cpu_name
 from dtn_fast.errors import UsageError
 from dtn_fast.files import write_whole
+from dtn_fast.provenance import commit
 
 FOLDER = Path(__file__).parent / "results"
 REPOSITORY = FOLDER.resolve().parent.parent
@@ -38,7 +39,7 @@ def environment() -> dict[str, Any]:
         "triton": _version("triton"),
         "cuda": torch.version.cuda if gpu else None,
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit((".", ":!bench/results", ":!README.md", ":!BENCHMARKS.md")),
         "date": datetime.date.today().isoformat(),
     }
     if gpu and shutil.which("nvidia-smi"):
@@ -55,19 +56,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _commit() -> str:
-    """The commit of the checkout, with a plus when tracked files differ from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(REPOSITORY), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    if not shutil.which("git") or not (head := git("rev-parse", "--short=12", "HEAD")):
-        return "unknown"
-    code = [".", ":!bench/results", ":!README.md", ":!BENCHMARKS.md"]
-    return head + ("+" if git("status", "--porcelain", "--untracked-files=no", "--", *code) else "")
 
 
 def file_name(env: dict[str, Any]) -> str:

@@ -209,6 +209,7 @@ def train(
         raise UsageError("--pretrained: only models of timm have published weights; name one with --timm")
     with connect(choose_device(device)) as where:
         start_run(out, recipe, model)
+        _record(out)
         events = lambda shards, **how: train_initial(out, shards, **how)
         _run_training(events, data, out, recipe, model.image_size, execution, where, wandb)
 
@@ -240,11 +241,19 @@ def distill(
 
     recipe, model = load_run(run)
     with connect(choose_device(device)) as where:
+        _record(run)
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun repeats the command after a crash
         events = lambda shards, **how: chain(run, shards, None if again else restart, **how)
         _run_training(events, data, run, recipe, model.image_size, execution, where, wandb)
         if ranks().main:
             print_generations(summarise(run))
+
+
+def _record(folder: Path) -> None:
+    from dtn_fast.provenance import record
+
+    if ranks().main:
+        record(folder)
 
 
 def _run_training(
@@ -323,6 +332,7 @@ def ablate(
             if bar.disable and said != state.variant + where:
                 said = state.variant + where
                 print(f"{state.number + 1} of {state.total}: {said}", flush=True)
+    _record(out)
     print_table(f"{name}, frame level, percent; in brackets the paper", *table(rows))
     print(f"{out / (name + '.md')}")
 
@@ -372,7 +382,25 @@ def explain(
         for kind in draw(loaded, faces, out, kinds or KINDS):
             bar.update(task, note=kind)
             bar.advance(task)
+    _record(out)
     print("\n".join(str(path) for path in sorted(out.iterdir())))
+
+
+def report(paths: Annotated[list[Path], tyro.conf.Positional], out: Path = Path("report.html")) -> None:
+    """Gather runs and results on one page: curves, tables beside the paper's, pictures, the command of each.
+
+    Example: dtn-fast report runs/first tables robustness pictures --out report.html
+
+    Args:
+        paths: Runs, and folders that evaluate, robustness, ablate or explain wrote.
+        out: The page, complete in itself.
+    """
+    from dtn_fast.train.gather import write_report
+
+    if not paths:
+        raise UsageError("name at least one run or folder of results")
+    write_report(paths, out)
+    print(out)
 
 
 def print_generations(summary: dict[str, Any]) -> None:
@@ -445,6 +473,7 @@ def evaluate(
         if out is not None:
             write_whole(out.with_name(out.name + ".json"), json.dumps(result.to_json(), indent=1))
             write_whole(out.with_name(out.name + ".md"), result.markdown())
+            _record(out.parent)
         return
     if protocol == "cross-manipulation":
         if len(data) > 1:
@@ -470,6 +499,7 @@ def evaluate(
     print("\n".join([*(f"{c}: {p}" for c, p in measured.policies.items()), *measured.notices]))
     if out is not None:
         print("\n".join(str(path) for path in measured.write(out)))
+        _record(out.parent)
 
 
 def _trained_on_one(run: Path) -> str:
@@ -523,6 +553,7 @@ def robustness(
         task = bar.add_task("corrupting and scoring", total=None, note="")
         for state in run(scorers, shards, out, kinds or KINDS, levels, split, seed, workers):
             bar.update(task, completed=state.done, total=state.total, note=state.name)
+    _record(out)
     print((out / "robustness.md").read_text(encoding="utf-8") + f"plot: {out / 'robustness.svg'}")
 
 
@@ -550,7 +581,8 @@ def bench() -> None:
 # ------------------------------------------------------------------------------------------------- entry
 
 
-_TRAINER = (demo, synthesize, prepare, train, distill, evaluate, robustness, ablate, explain, corrupt, bench)
+_TRAINER = (demo, synthesize, prepare, train, distill, evaluate, robustness, ablate, explain, report, corrupt,
+            bench)  # fmt: skip
 _DEPLOYER = (
     deploy.export,
     deploy.verify,

@@ -94,16 +94,16 @@ def write_run_report(run: Path) -> Path:
     import jinja2
 
     recipe, config = load_run(run)
-    generations = list(_generations(run))
+    generations = list(read_generations(run))
     best = max((g for g in generations if g.epochs), key=lambda g: g.best["val_auc"], default=None)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page = environment.from_string(Path(__file__).with_name(PAGE).read_text(encoding="utf-8")).render(
         run=run.resolve().name,
-        notice=_notice(generation_folder(run, best.number) / WEIGHTS) if best else "",
+        notice=notice_of(generation_folder(run, best.number) / WEIGHTS) if best else "",
         generations=generations,
         best=best,
         planned=recipe.epochs,
-        plots=list(_plots(generations)),
+        plots=list(plots_of(generations)),
         threshold=THRESHOLD,
         settings={"Recipe": list(_settings(recipe)), "Model": list(_settings(config))},
         versions=f"dtn_fast {dtn_fast.__version__}, torch {torch.__version__}",
@@ -112,7 +112,8 @@ def write_run_report(run: Path) -> Path:
     return run / PAGE
 
 
-def _generations(run: Path) -> Iterator[Generation]:
+def read_generations(run: Path) -> Iterator[Generation]:
+    """The generations of a run, finished or not."""
     number = 0
     while (folder := generation_folder(run, number)).is_dir():
         epochs, steps, skipped = (read_lines(folder / name) for name in (METRICS, STEPS, NONFINITE))
@@ -131,7 +132,7 @@ def _validation(path: Path) -> Validation | None:
     return None if auc is None else Validation(labels.astype(np.int64), scores, auc)
 
 
-def _notice(weights: Path) -> str:
+def notice_of(weights: Path) -> str:
     """What every report of these weights must say."""
     from safetensors import SafetensorError, safe_open
 
@@ -152,7 +153,8 @@ def _settings(config: Any) -> Iterator[tuple[str, str, str | None]]:
         yield field.name, text(value), None if same else text(field.default)
 
 
-def _plots(generations: list[Generation]) -> Iterator[Plot]:
+def plots_of(generations: list[Generation]) -> Iterator[Plot]:
+    """What there is to draw of a run.  Raises UsageError without matplotlib."""
     done = [g for g in generations if g.epochs]
     epochs = lambda values: {g.number: [(e["epoch"] + 1, values(e)) for e in g.epochs] for g in done}
     if done:

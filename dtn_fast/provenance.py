@@ -1,0 +1,61 @@
+"""Where results come from: the command, commit and versions that made a folder, kept in it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtn_fast.files import write_whole
+from dtn_fast.version import __version__
+
+COMMANDS = "commands.jsonl"
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def commit(code: tuple[str, ...] = (".",)) -> str:
+    """The commit of the checkout that this package runs from, a plus behind it when tracked files of ``code`` (git's
+    path patterns) differ from it; "unknown" outside one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    if not shutil.which("git") or not (head := git("rev-parse", "--short=12", "HEAD")):
+        return "unknown"
+    return head + ("+" if git("status", "--porcelain", "--untracked-files=no", "--", *code) else "")
+
+
+def record(folder: Path, arguments: list[str] | None = None) -> None:
+    """Adds this process's command to ``folder``/commands.jsonl, unless it is the last one there already."""
+    words = sys.argv[1:] if arguments is None else arguments
+    line = {"command": shlex.join(["dtn-fast", *words]), "commit": commit(), "dtn_fast": __version__,
+            "torch": torch.__version__, "date": datetime.date.today().isoformat()}  # fmt: skip
+    known = commands(folder)
+    if known[-1:] != [line]:
+        text = "".join(json.dumps(row) + "\n" for row in [*known, line])
+        write_whole(folder / COMMANDS, text)
+
+
+def commands(folder: Path) -> list[dict[str, Any]]:
+    """What made ``folder``, oldest first; lines that are damaged are left out."""
+    try:
+        lines = (folder / COMMANDS).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("command"), str):
+            found.append(row)
+    return found

@@ -1,0 +1,103 @@
+"""Attention maps, their collapse, features, soft labels; the pictures drawn of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small import SMALL
+
+from dtn_fast import DTN
+from dtn_fast.data.shards import Shards
+from dtn_fast.detectors import TimmConfig, build_detector
+from dtn_fast.errors import UsageError
+from dtn_fast.explain import attention_maps, collapse, feature_map, features, head_scales, soft_labels
+from dtn_fast.pictures import KINDS, choose, draw
+from dtn_fast.runtime import normalise
+
+
+@pytest.fixture
+def crops(shards: Shards) -> np.ndarray:
+    return shards.get(np.arange(3))
+
+
+def test_attention_maps_are_those_that_the_output_is_made_of(small: DTN, crops: np.ndarray) -> None:
+    """Values mixed by the returned maps give what the attention itself gave."""
+    attention = small.blocks[0].attention
+    with torch.no_grad():
+        attention.head_scale.copy_(torch.tensor([-1.0, 2.0]))
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = attention.register_forward_hook(lambda _m, given, out: seen.append((given[0], out)))
+    maps = attention_maps(small, crops)
+    handle.remove()
+    assert maps.shape == (1, 3, 2, 4, 4)
+    scales = head_scales(small)
+    assert scales[0] == pytest.approx([1 / (1 + np.e), 1 / (1 + np.exp(-2))])
+    assert maps.sum(-1) == pytest.approx(np.broadcast_to(scales[0][None, None, :, None], (1, 3, 2, 4)), abs=1e-5)
+    tokens, out = seen[0]
+    with torch.no_grad():
+        values = attention.project(tokens).unbind(2)[2].transpose(1, 2)  # [B, H, N, D]
+        mixed = (torch.from_numpy(maps[0]) @ values).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(attention.out(mixed), out, rtol=1e-4, atol=1e-5)
+    assert not attention._forward_hooks
+    assert not small.training
+    assert attention_maps(DTN(dataclasses.replace(SMALL, depth=0)), crops).size == 0
+
+
+def test_collapse_is_one_for_equal_heads_and_falls_with_diversity() -> None:
+    random = np.random.default_rng(0)
+    one = random.random((1, 2, 1, 6, 6)).astype(np.float32)
+    same = np.repeat(one, 4, axis=2) * np.array([1, 2, 3, 0.5], np.float32)[:, None, None]  # scales change nothing
+    assert collapse(same) == pytest.approx([1.0])
+    apart = np.zeros((1, 1, 2, 4, 4), np.float32)
+    apart[0, 0, 0, :, 0] = apart[0, 0, 1, :, 1] = 1
+    assert collapse(apart) == pytest.approx([0.0])
+    assert 0 < collapse(random.random((3, 2, 4, 6, 6)).astype(np.float32)).min() < 1
+    assert np.isnan(collapse(one)).all()
+
+
+def test_features_are_what_the_classifier_sees(small: DTN, crops: np.ndarray) -> None:
+    with torch.no_grad():
+        expected = small.forward_head(small.forward_features(normalise(crops, small.config)), pre_logits=True)
+    assert features(small, crops, batch_size=2) == pytest.approx(expected.numpy(), abs=1e-6)
+    other = build_detector(TimmConfig("resnet10t", 64)).eval()
+    assert features(other, crops).shape == (3, 512)
+    said = soft_labels(small, crops, temperature=1.0)
+    with torch.no_grad():
+        assert said == pytest.approx(small(normalise(crops, small.config)).softmax(1).numpy(), abs=1e-6)
+    assert np.abs(soft_labels(small, crops, 10.0) - 0.5).max() <= np.abs(said - 0.5).max()
+    maps = feature_map(small, crops)
+    assert maps.shape == (3, 64, 64)
+    assert (maps.min(), maps.max()) == (0, 1)
+
+
+def test_every_picture_is_drawn(small: DTN, shards: Shards, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    plain = DTN(dataclasses.replace(SMALL, mas=False)).eval()
+    small.notice = "synthetic faces"
+    models = {"with $MAS": small, "plain": plain, "cnn": build_detector(TimmConfig("resnet10t", 64)).eval()}
+    faces = choose(shards, "test", 12)
+    assert faces.titles[0] == "real"
+    assert len(faces.few) == 1 + len(shards.methods)
+    assert list(draw(models, faces, tmp_path)) == list(KINDS)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"grad-cam.png", "attention.png", "scales.svg", "collapse.svg", "feature-maps.png", "t-sne.svg",
+                     "soft-labels.png", "figures.json"}  # fmt: skip
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["notice"] == "trained on synthetic faces"
+    assert set(figures["collapse"]) == {"with $MAS", "plain"}
+    assert list(figures["scales"]) == ["with $MAS"]
+    assert len(figures["t-sne"]["cnn"]["points"]) == len(faces.many)
+    assert len(figures["soft labels"]["plain"]) == len(faces.few)
+    again = tmp_path / "again"
+    list(draw(models, faces, again))
+    for name in names:
+        assert (again / name).read_bytes() == (tmp_path / name).read_bytes(), f"{name} differs from run to run"
+    with pytest.raises(UsageError, match="unknown picture 'portrait'"):
+        list(draw(models, faces, tmp_path, ("portrait",)))
+    with pytest.raises(UsageError, match="holds no crops"):
+        choose(shards, "nowhere", 3)
