@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dtn_fast import DTN, DTNConfig
 from dtn_fast.bench.measure import Case, captured
 from dtn_fast.bench.roofline import Machine, floor, inference
-from dtn_fast.errors import DtnError
+from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.fold import fold
 from dtn_fast.precision import choose_precision
 
@@ -141,12 +141,14 @@ def _mnn(model: DTN, images: Tensor) -> Callable[[], Tensor]:
 
 def _engine(kind: str, quantized: bool, model: DTN, images: Tensor) -> Callable[[], Tensor]:
     """An engine of this batch size alone, replayed as a CUDA graph."""
-    from dtn_fast.export.to_tensorrt import EngineConfig, build
+    from dtn_fast.export.to_tensorrt import RTX_ARCHS, EngineConfig, build
     from dtn_fast.runtime import BatchGraphs
     from dtn_fast.tensorrt_runtime import Contexts, load_backend, open_engine
 
     trt, batch = load_backend(kind), len(images)
     major, minor = torch.cuda.get_device_capability()
+    if kind == "tensorrt_rtx" and 10 * major + minor not in RTX_ARCHS:
+        raise UsageError(f"TensorRT-RTX compiles for no compute capability {major}.{minor}")
     config = EngineConfig((batch, batch, batch), archs=(10 * major + minor,))
     data, _ = build(trt, _onnx(model, quantized, "fp16", "gpu"), "images", config, rtx=kind == "tensorrt_rtx")
     graphs = BatchGraphs(Contexts(open_engine(trt, data), "images"), batch, batch)

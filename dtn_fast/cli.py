@@ -495,7 +495,7 @@ def evaluate(
                 bar.update(task, note=step)
                 bar.advance(task)
     for level in ("frame", "video"):
-        print_table(f"{measured.title}, {level} level, percent", *measured.table(level))  # type: ignore[arg-type]
+        print_table(f"{measured.title}, {level} level, percent", *measured.table(level))
     print("\n".join([*(f"{c}: {p}" for c, p in measured.policies.items()), *measured.notices]))
     if out is not None:
         print("\n".join(str(path) for path in measured.write(out)))

@@ -63,7 +63,7 @@ def count_layers(
         tokens = given[0].shape[1]
         macs += int(module.heads) * tokens * (3 * tokens - 1)  # type: ignore[arg-type]
 
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear | NORMS | MoEGate)]
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, *NORMS, MoEGate))]
     layers = [m for m in layers if id(m) not in hidden]
     handles = [layer.register_forward_hook(add) for layer in layers]
     handles += [module.register_forward_hook(add_softmax) for module in softmax]

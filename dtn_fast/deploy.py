@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,7 +52,12 @@ def export(
         raise UsageError("--convs, --linears: MNN files are float32; quantise an .onnx or an engine")
     if quantize.on and quantize.calibrate is None:
         raise UsageError("--convs, --linears: name real crops to calibrate with by --calibrate")
+    if out.suffix not in (".engine", ".rtx"):
+        _only_default(engine, EngineConfig(), out)
+    if out.suffix == ".mnn" and onnx.precision not in ("auto", "fp32"):
+        raise UsageError(f"--precision {onnx.precision}: MNN files are float32")
     if model.suffix == ".onnx":
+        _only_default(onnx, OnnxConfig(), model)
         if out.suffix not in (".engine", ".rtx"):
             raise UsageError(
                 f"--out {out}: an .onnx file becomes an engine only; give the checkpoint for anything else"
@@ -62,9 +67,12 @@ def export(
         if not model.is_file():
             raise UsageError(f"{model}: no such file")
         return _engine(model, out, engine)
+    from dtn_fast.export.to_tensorrt import check_target
     from dtn_fast.files import write_whole
     from dtn_fast.runtime import load_model
 
+    if out.suffix in (".engine", ".rtx"):
+        check_target(out, engine)
     detector = load_model(model)
     if out.suffix == ".mnn":
         from dtn_fast.export.to_mnn import export_mnn
@@ -85,6 +93,13 @@ def export(
         return _parity(f"{out}: onnxruntime against torch, before quantisation" if quantize.on else
                        f"{out}: onnxruntime against torch", rows, out)  # fmt: skip
     _engine(proto.SerializeToString(), out, engine)
+
+
+def _only_default(config: Any, default: Any, path: Path) -> None:
+    """Raises UsageError naming an option that says something of ``path`` which it does not have."""
+    for field in fields(config):
+        if getattr(config, field.name) != getattr(default, field.name):
+            raise UsageError(f"--{field.name.replace('_', '-')}: not for {path}; leave it out")
 
 
 def _parity(title: str, rows: list[Any], out: Path) -> None:
@@ -126,6 +141,8 @@ def _engine(source: Path | bytes, out: Path, config: EngineConfig) -> None:
 
     print(f"building {out} ...", flush=True)
     built = export_engine(source, out, config)
+    if built.race:
+        print("attention: " + ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in built.race.items()))
     archs = ", ".join(f"{arch // 10}.{arch % 10}" for arch in built.archs) or "from 8.0 up"
     print(f"{out}: {built.size / 2**20:.1f} MiB, batches {'/'.join(map(str, config.batches))}, compute capability "
           f"{archs}, attention {built.attention}; manifest {out.name}.json")  # fmt: skip
@@ -256,7 +273,7 @@ def detect(
     if not inputs:
         raise UsageError("no inputs; example: dtn-fast detect clip.mp4 --model runs/first")
     scorer, detector = load_scorer(model, runtime), FaceDetector()
-    paths, results, timing, written = list(find_inputs(inputs)), [], Timing(), []
+    paths, results, timing, written, unwritten = list(find_inputs(inputs)), [], Timing(), [], 0
     with progress() as bar:
         task = bar.add_task("detecting", total=len(paths), note="")
         for number, (path, error) in enumerate(paths):
@@ -268,9 +285,13 @@ def detect(
                 print(f"dtn-fast: {result.error}", file=sys.stderr)
             elif annotate and path.suffix.lower() in VIDEOS:
                 target = out / f"{number + 1:03d}-{path.stem}.mp4"
-                for drawn in write_annotated(result, target, threshold):
-                    bar.update(task, note=f"{target.name}, {drawn} frames drawn")
-                written.append(target)
+                try:
+                    for drawn in write_annotated(result, target, threshold):
+                        bar.update(task, note=f"{target.name}, {drawn} frames drawn")
+                    written.append(target)
+                except (DtnError, OSError, ValueError) as failed:  # PyAV's errors are OSErrors and ValueErrors
+                    unwritten += 1
+                    print(f"dtn-fast: {target}: the annotated video was not written ({failed})", file=sys.stderr)
             bar.advance(task)
     rows = [
         [str(r.path), r.verdict, f"{r.score:.3f}" if r.score is not None else "", str(len(r.people) or ""),
@@ -292,7 +313,7 @@ def detect(
     print("\n".join([f"report: {out / 'report.html'}", *(f"annotated: {path}" for path in written[:8])]))
     if len(written) > 8:
         print(f"and {len(written) - 8} more annotated videos in {out}")
-    return int(not all(r.ok for r in results))
+    return int(unwritten > 0 or not all(r.ok for r in results))
 
 
 def trained_on(notice: str) -> str:

@@ -7,6 +7,7 @@ with its length and the three overlap.
 from __future__ import annotations
 
 import bisect
+import functools
 import glob
 import os
 import queue
@@ -23,7 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.faces import Box, FaceDetector, FaceTracker, Tracked, crop_face
-from dtn_fast.data.video import IMAGES, VIDEOS, Frame, duration, frame_rate, read_frames, read_image, write_frames
+from dtn_fast.data.video import (
+    IMAGES,
+    VIDEOS,
+    Check,
+    Frame,
+    duration,
+    frame_rate,
+    read_frames,
+    read_image,
+    write_frames,
+)
 from dtn_fast.errors import MediaError
 from dtn_fast.explain import grad_cam
 from dtn_fast.pretrained import Detector
@@ -192,10 +203,10 @@ def _walk(path: Path) -> Iterator[tuple[Path, str | None]]:
         yield path, f"{path}: no image or video in this folder"
 
 
-def frames_of(path: Path, count: int = 32, rate: float = 0.0) -> Iterator[Frame]:
+def frames_of(path: Path, count: int = 32, rate: float = 0.0, check: Check = lambda: None) -> Iterator[Frame]:
     """The frame of an image, or those of a video: ``count`` spread evenly (0: all), or ``rate`` a second of it.
 
-    Raises MediaError.
+    ``check`` is called for every packet read.  Raises MediaError.
     """
     if not path.is_file():
         raise MediaError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
@@ -204,8 +215,8 @@ def frames_of(path: Path, count: int = 32, rate: float = 0.0) -> Iterator[Frame]
         yield Frame(0, 0.0, read_image(path))
     elif suffix in VIDEOS:
         if rate:
-            count = max(1, round(duration(path) * rate))
-        yield from read_frames(path, count or None)
+            count = max(1, round(duration(path, check) * rate))
+        yield from read_frames(path, count or None, check=check)
     else:
         raise MediaError(
             f"{path}: neither an image ({' '.join(sorted(IMAGES))}) nor a video ({' '.join(sorted(VIDEOS))})"
@@ -224,8 +235,8 @@ def detect(
 ) -> Result:
     """The verdict on one input; errors of the input end up in the result, they do not raise.
 
-    ``watch`` is told how many frames were read so far; what it raises ends the work.  ``model``: draws heat maps;
-    default: the scorer's own, if it is a torch model.
+    ``watch`` is told how many frames were read so far, also while none comes; what it raises ends the work.
+    ``model``: draws heat maps; default: the scorer's own, if it is a torch model.
     """
     result = Result(path)
     begin = time.perf_counter()
@@ -233,7 +244,8 @@ def detect(
     try:
         with _Scoring(scorer, result, kept) as scoring:
             tracker = FaceTracker(detector)
-            for frame in _ahead(frames_of(path, frames, rate), result.timing):
+            source = functools.partial(frames_of, path, frames, rate)
+            for frame in _ahead(source, result.timing, lambda: watch(result.frames_read)):
                 result.frames_read += 1
                 watch(result.frames_read)
                 start = time.perf_counter()
@@ -262,8 +274,17 @@ def detect(
     return result
 
 
-def _ahead(frames: Iterator[Frame], timing: Timing) -> Iterator[Frame]:
-    """``frames`` taken on another thread, at most AHEAD of them early; its errors are raised here."""
+class _Stopped(Exception):
+    """Nobody wants the frames any more."""
+
+
+def _ahead(
+    source: Callable[[Check], Iterator[Frame]], timing: Timing, waiting_for: Callable[[], object]
+) -> Iterator[Frame]:
+    """The frames of ``source`` taken on another thread, at most AHEAD of them early; its errors are raised here.
+
+    ``waiting_for`` is called twice a second while none comes.
+    """
     waiting: queue.Queue[Frame | BaseException | None] = queue.Queue(AHEAD)
     stopped = threading.Event()
 
@@ -274,7 +295,12 @@ def _ahead(frames: Iterator[Frame], timing: Timing) -> Iterator[Frame]:
             except queue.Full:
                 continue
 
+    def check() -> None:
+        if stopped.is_set():
+            raise _Stopped
+
     def decode() -> None:
+        frames = source(check)
         try:
             while not stopped.is_set():
                 start = time.perf_counter()
@@ -289,7 +315,14 @@ def _ahead(frames: Iterator[Frame], timing: Timing) -> Iterator[Frame]:
     thread = threading.Thread(target=decode, name="decoding", daemon=True)
     thread.start()
     try:
-        while (item := waiting.get()) is not None:
+        while True:
+            try:
+                item = waiting.get(timeout=0.5)
+            except queue.Empty:
+                waiting_for()
+                continue
+            if item is None:
+                return
             if isinstance(item, BaseException):
                 raise item
             yield item

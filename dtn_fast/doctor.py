@@ -28,6 +28,7 @@ NEEDS = {
     "tensorrt_rtx": ".rtx files; builds them anywhere",
     "starlette": "dtn-fast serve",
     "uvicorn": "dtn-fast serve",
+    "prometheus_client": "dtn-fast serve",
 }
 
 
@@ -90,6 +91,12 @@ def _provider(name: str) -> Callable[[], str]:
     return probe
 
 
+def _rtx_gpu() -> str:
+    major, minor = torch.cuda.get_device_capability()
+    known = 10 * major + minor in (75, 80, 86, 89, 120, 121)
+    return "" if known else f"no: it compiles for no compute capability {major}.{minor}"
+
+
 def _compile() -> str:
     if torch.cuda.is_available():
         return _imports("triton", "triton")()
@@ -107,6 +114,6 @@ RUNTIMES: list[tuple[str, str, Callable[[], str]]] = [
     (".onnx", "onnxruntime, TensorRT (--provider tensorrt)", _provider("TensorrtExecutionProvider")),
     (".mnn", "MNN, CPU", _imports("MNN", "MNN")),
     (".engine", "TensorRT", _imports("tensorrt", "'tensorrt>=10.13.3,<12'", gpu=True)),
-    (".rtx", "TensorRT-RTX, run", _imports("tensorrt_rtx", "tensorrt-rtx", gpu=True)),
+    (".rtx", "TensorRT-RTX, run", lambda: _imports("tensorrt_rtx", "tensorrt-rtx", gpu=True)() or _rtx_gpu()),
     (".rtx", "TensorRT-RTX, build", _imports("tensorrt_rtx", "tensorrt-rtx")),
 ]

@@ -93,7 +93,8 @@ def load(path: Path, runtime: Runtime) -> OnnxScorer:
     """Raises UsageError where the file or the provider is not usable here."""
     if runtime.provider != "auto":
         return OnnxScorer(path, runtime.provider)
-    return OnnxScorer(path, "cuda" if choose_device(runtime.device) == "cuda" and _has_cuda() else "cpu")
+    wanted = choose_device(runtime.device) == "cuda" and (runtime.device == "cuda" or _has_cuda())
+    return OnnxScorer(path, "cuda" if wanted else "cpu")
 
 
 def _has_cuda() -> bool:

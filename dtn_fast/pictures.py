@@ -5,6 +5,7 @@ Each picture is a file beside a JSON of the figures in it.  Synthetic or not, a 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -83,11 +84,11 @@ def draw(models: Mapping[str, Detector], faces: Faces, out: Path, kinds: tuple[s
         if figure is not None:
             figure.text(0.5, 0.001, notice, ha="center", va="bottom", fontsize=7, color="0.4")
             suffix = "png" if kind in ("grad-cam", "attention", "feature-maps", "soft-labels") else "svg"
-            write_whole(out / f"{kind}.{suffix}", lambda file, f=figure, s=suffix: _save(f, file, s))
+            write_whole(out / f"{kind}.{suffix}", functools.partial(_save, figure, suffix))
     write_whole(out / "figures.json", json.dumps(figures, indent=1))
 
 
-def _save(figure: Any, file: Any, suffix: str) -> None:
+def _save(figure: Any, suffix: str, file: Any) -> None:
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": "dtn_fast"}):

@@ -72,8 +72,8 @@ class Protocol:
         for printed in self.paper:
             row = [f"{printed.name} (the paper's figures)"]
             for column in self.columns:
-                acc, area = printed.cells.get(column, (None, None))
-                texts = [f"{v:.2f}" if v is not None else "-" for v in (acc, area)]
+                pair = printed.cells.get(column, (None, None))
+                texts = [f"{v:.2f}" if v is not None else "-" for v in pair]
                 row += texts if self.acc else texts[1:]
             rows.append(row)
         return header, rows

@@ -6,6 +6,7 @@ A checkpoint runs in torch here; .onnx, .mnn, .engine (TensorRT) and .rtx (Tenso
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import threading
@@ -23,7 +24,7 @@ from torch import Tensor
 from dtn_fast.data.shards import Shards
 from dtn_fast.detectors import load_detector
 from dtn_fast.dtn import DTN
-from dtn_fast.errors import UsageError
+from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.fold import fold
 from dtn_fast.precision import PRECISIONS, computes_in
 from dtn_fast.pretrained import CONFIG, WEIGHTS, Detector, device_of
@@ -64,7 +65,10 @@ class Scorer(ABC):
         """Logits [B, classes] of 1 to ``batch_size`` crops."""
 
     def logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Logits of RGB crops [B, S, S, 3] uint8, S = config.image_size: [B, classes].  Raises UsageError on others."""
+        """Logits of RGB crops [B, S, S, 3] uint8, S = config.image_size: [B, classes].
+
+        Raises UsageError on others, DtnError when a logit is not finite (half-precision overflow).
+        """
         side = self.config.image_size
         if crops.dtype != np.uint8 or crops.shape[1:] != (side, side, 3):
             raise UsageError(
@@ -86,7 +90,13 @@ class Scorer(ABC):
 
     def _gather(self, batches: Iterable[NDArray[np.uint8]]) -> NDArray[np.float64]:
         parts = [self._logits(batch) for batch in batches]
-        return np.concatenate(parts) if parts else np.zeros((0, self.config.num_classes))
+        logits = np.concatenate(parts) if parts else np.zeros((0, self.config.num_classes))
+        if not np.isfinite(logits).all():
+            bad = int((~np.isfinite(logits)).any(1).sum())
+            raise DtnError(
+                f"{self.name}: logits of {bad} of {len(logits)} crops are not finite; use a model of higher precision"
+            )
+        return logits
 
 
 def probability(logits: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -132,11 +142,11 @@ class TorchScorer(Scorer):
             mode = "graph" if self.device.type == "cuda" else "eager"
         if mode == "graph" and self.device.type != "cuda":
             raise UsageError("--mode graph: CUDA graphs need a GPU; use --mode eager or compile")
-        self._net = torch.compile(self.folded) if mode == "compile" else self.folded
+        net, config, device, dtype = self.folded, self.config, self.device, self._dtype
+        compiled = torch.compile(net) if mode == "compile" else net
+        # a function of its own: one that held this scorer would keep its graphs' memory until a garbage collection
+        self._run = lambda crops: compiled(normalise(crops, config, device).to(dtype)).double()
         self._graphs = BatchGraphs(self._run, batch_size) if mode == "graph" else None
-
-    def _run(self, crops: Tensor) -> Tensor:
-        return self._net(normalise(crops, self.config, self.device).to(self._dtype)).double()
 
     def _logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
         batch = torch.from_numpy(np.require(crops, np.uint8, ["C", "W"]))
@@ -145,7 +155,8 @@ class TorchScorer(Scorer):
 
 
 class BatchGraphs:
-    """``function`` on a GPU as one CUDA graph per batch size, captured at its first use; one call at a time.
+    """``function`` on a GPU as one CUDA graph per batch size, captured at its first use; one call at a time, all on the
+    same stream.
 
     Sizes are powers of two up to ``largest``: a batch is padded with what lay there before, and its rows cut off.
     """
@@ -186,6 +197,12 @@ def load_scorer(path: Path, runtime: Runtime = Runtime()) -> Scorer:
     Raises UsageError when there is nothing usable, or this machine cannot run it.
     """
     kinds = {".onnx": "onnx_runtime", ".mnn": "mnn_runtime", ".engine": "tensorrt_runtime", ".rtx": "tensorrt_runtime"}
+    takes = {".onnx": ("device", "provider"), ".mnn": (), ".engine": (), ".rtx": ()}
+    for field in dataclasses.fields(runtime):
+        value = getattr(runtime, field.name)
+        if value != field.default and field.name not in takes.get(path.suffix, ("device", "precision", "mode")):
+            what = f"{path.suffix} file, whose way of running is fixed" if path.suffix in kinds else "checkpoint"
+            raise UsageError(f"--{field.name} {value}: not for {path}, a {what}; leave it out")
     if path.suffix in kinds:
         if not path.is_file():
             raise UsageError(f"{path}: no such file")

@@ -10,7 +10,7 @@ import asyncio
 import base64
 import contextlib
 import hashlib
-import os
+import logging
 import re
 import socket
 import tempfile
@@ -88,7 +88,11 @@ def create_app(scorer: Scorer, config: ServeConfig = ServeConfig()) -> Any:
         try:
             with judge.admitted():
                 found = await judge.upload(request)
-        except Refused as refused:
+        except Exception as error:
+            if not isinstance(error, Refused):
+                logging.getLogger(__name__).exception("judging an upload")
+            reason = str(error) if isinstance(error, DtnError) else "the server failed at this upload; see its log"
+            refused = error if isinstance(error, Refused) else Refused(500, reason)
             judge.metrics.requests.labels(str(refused.status)).inc()
             again = {"Retry-After": "5"} if refused.status == 503 else {}
             # the rest of a refused body is not read, so the connection cannot be used again
@@ -201,7 +205,7 @@ class Judge:
         length = request.headers.get("content-length", "0")
         if length.isdecimal() and int(length) > limit:
             raise Refused(413, f"larger than the limit of {self.config.max_mb:g} MB")
-        with tempfile.NamedTemporaryFile(dir=self._folder.name, suffix=suffix) as file:
+        with tempfile.NamedTemporaryFile(dir=self._folder.name, suffix=suffix, buffering=0) as file:
             try:
                 async with asyncio.timeout(self.config.timeout):
                     size = await self._receive(request, file, limit)
@@ -229,7 +233,6 @@ class Judge:
                 file.write(chunk)
         except ClientDisconnect:
             raise Refused(400, "the upload broke off") from None
-        file.flush()
         return size
 
     def _detector(self) -> Any:
@@ -279,12 +282,13 @@ def run(scorer: Scorer, config: ServeConfig) -> None:
     except ImportError as error:
         raise UsageError("uvicorn is not installed; run: pip install 'dtn-fast[serve]'") from error
     try:
-        listening = socket.create_server((config.host, config.port))
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        listening = socket.create_server((config.host, config.port), family=family)
     except OSError as error:
-        raise UsageError(
-            f"--host {config.host} --port {config.port}: {os.strerror(error.errno or 0)}; choose another"
-        ) from error
+        reason = (error.strerror or str(error)).split(" (while")[0]
+        raise UsageError(f"--host {config.host} --port {config.port}: {reason}; choose another") from error
     host, port = listening.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
     print(f"{scorer.name} on http://{host}:{port} (page at /, programs at /v1/detect; ctrl-C ends)"
           + (f"\n{scorer.notice}" if scorer.notice else ""), flush=True)  # fmt: skip
     with listening:

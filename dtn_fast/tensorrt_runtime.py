@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import statistics
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ def check_fits(manifest: Manifest, version: str, name: str) -> None:
             f"GPU ({torch.cuda.get_device_name()}) has {major}.{minor}; export it again for this one"
         )
     options = manifest.options
+    if options.get("hardware") == "ampere+" and here < 80:
+        raise UsageError(f"{name}: built for compute capability 8.0 and up; this GPU has {major}.{minor}")
     gpu = options.get("gpu")
     if gpu and options.get("hardware") == "this" and gpu != torch.cuda.get_device_name():
         raise UsageError(f"{name}: built for {gpu}, this is {torch.cuda.get_device_name()}; export it again here, or "
@@ -52,10 +55,13 @@ def check_fits(manifest: Manifest, version: str, name: str) -> None:
                          f"export it again, or: pip install {manifest.kind}=={manifest.version}")  # fmt: skip
 
 
-def open_engine(trt: Any, source: Path | bytes) -> Any:
-    """The deserialised engine.  Raises DtnError when the library refuses it."""
+def open_engine(trt: Any, source: Path | bytes, host_code: bool = False) -> Any:
+    """The deserialised engine.  ``host_code``: it may carry a lean runtime, which a version-compatible one does.
+
+    Raises DtnError when the library refuses it.
+    """
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-    if hasattr(runtime, "engine_host_code_allowed"):  # version-compatible engines carry a lean runtime
+    if host_code:
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(source if isinstance(source, bytes) else source.read_bytes())
     if engine is None:
@@ -65,40 +71,49 @@ def open_engine(trt: Any, source: Path | bytes) -> Any:
 
 
 class EngineScorer(Scorer):
-    """An engine; one CUDA graph and one execution context per batch size."""
+    """An engine; one execution context per batch size, TensorRT's replayed as a CUDA graph.
+
+    TensorRT-RTX compiles better kernels while it runs, which a graph would never see, so it runs without.
+    """
 
     def __init__(self, trt: Any, path: Path, manifest: Manifest) -> None:
         low, _, high = manifest.batches
         super().__init__(manifest.detector_config(), manifest.notice, trt.__name__, high)
         self.manifest, self.weights = manifest, manifest.weights
-        self.engine = open_engine(trt, path)
-        self._run = Contexts(self.engine, manifest.input)
-        self._graphs = BatchGraphs(self._device, high, low)
-
-    def _device(self, crops: Tensor) -> Tensor:
-        return self._run(crops if self.manifest.input == "crops" else normalise(crops, self.config, crops.device))
+        self.engine = open_engine(trt, path, bool(manifest.options.get("version_compatible")))
+        contexts, raw, config = Contexts(self.engine, manifest.input), manifest.input == "crops", self.config
+        self._run = lambda crops: contexts(crops if raw else normalise(crops, config, crops.device))
+        self._graphs = BatchGraphs(self._run, high, low) if manifest.kind == "tensorrt" else None
+        self._least, self._lock = low, threading.Lock()
 
     def _logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
         batch = torch.from_numpy(np.require(crops, np.uint8, ["C", "W"]))
         with torch.inference_mode():
-            return self._graphs(batch).double().cpu().numpy()
+            if self._graphs is not None:
+                return self._graphs(batch).double().cpu().numpy()
+            padded = torch.cat([batch, batch.new_zeros(max(self._least - len(batch), 0), *batch.shape[1:])])
+            with self._lock:
+                return self._run(padded.cuda())[: len(batch)].double().cpu().numpy()
 
 
 class Contexts:
     """Input on the GPU -> logits [B, 2] float32 on the current stream; a context per batch size (shape changes leak
     the modules of ahead-of-time plugins: NVIDIA/TensorRT issue 4849)."""
 
-    def __init__(self, engine: Any, name: str) -> None:
-        self._engine, self._name = engine, name
+    def __init__(self, engine: Any, name: str, profiler: Any = None) -> None:
+        self._engine, self._name, self._profiler = engine, name, profiler
         self._made: dict[int, Any] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         context = self._made.get(len(x))
         if context is None:
-            context = self._made[len(x)] = self._engine.create_execution_context()
+            context = self._engine.create_execution_context()
+            if self._profiler is not None:
+                context.profiler = self._profiler
             if not context.set_input_shape(self._name, tuple(x.shape)):
                 raise UsageError(f"batch {len(x)}: outside the engine's range; export it with wider --batches")
+            self._made[len(x)] = context
         outputs = {
             name: torch.empty(tuple(context.get_tensor_shape(name)), device=x.device) for name in ("logits", "score")
         }
@@ -139,7 +154,7 @@ def layers(path: Path, batch: int | None = None, rounds: int = 20) -> list[tuple
     manifest = read_manifest(path, KINDS[path.suffix])
     trt = load_backend(manifest.kind)
     check_fits(manifest, trt.__version__, str(path))
-    engine = open_engine(trt, path)
+    engine = open_engine(trt, path, bool(manifest.options.get("version_compatible")))
     inspector = engine.create_engine_inspector()
     found = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))["Layers"]
     names = [entry if isinstance(entry, str) else entry["Name"] for entry in found]
@@ -154,17 +169,12 @@ def layers(path: Path, batch: int | None = None, rounds: int = 20) -> list[tuple
         def report_layer_time(self, name: str, milliseconds: float) -> None:
             times.setdefault(name, []).append(milliseconds)
 
-    context = engine.create_execution_context()
-    profiler = context.profiler = Profiler()
-    run = Contexts(engine, manifest.input)
-    run._made[batch] = context
+    run = Contexts(engine, manifest.input, Profiler())
     rest = tuple(engine.get_tensor_shape(manifest.input))[1:]
-    context.set_input_shape(manifest.input, (batch, *rest))
     x = torch.zeros(batch, *rest, dtype=torch.uint8 if manifest.input == "crops" else torch.float32, device="cuda")
     for _ in range(rounds):
         run(x)
         torch.cuda.synchronize()
-    del profiler
     return [(name, statistics.median(values)) for name, values in times.items()]
 
 

@@ -27,6 +27,8 @@ from dtn_fast.runtime import Scorer, probability
 Width = Literal["none", "int8", "fp8"]
 RANGE = {"int8": (-127.0, 127.0), "uint8": (0.0, 255.0), "fp8": (-448.0, 448.0)}
 """Smallest and largest stored value."""
+SMALLEST = 2.0**-14
+"""Least scale of a weight: fp16's smallest normal number.  A channel that wants less is as good as dead."""
 SAMPLE = 1 << 16
 """Values of each tensor that its scale is chosen by."""
 
@@ -229,7 +231,7 @@ def _weight(onnx: Any, proto: Any, layer: Layer, width: Width, constants: Any, a
     rest = tuple(i for i in range(weight.ndim) if i != layer.axis)
     top = np.abs(weight).max(rest)
     names = [f"{layer.weight}.{width}{end}" for end in ("", ".scale", ".zero", ".again")]
-    stored = _tensor(onnx, names[1], np.where(top > 0, top, 1) / RANGE[width][1], given.data_type)
+    stored = _tensor(onnx, names[1], np.maximum(np.where(top > 0, top, 1) / RANGE[width][1], SMALLEST), given.data_type)
     scale = _values(onnx, stored)  # rounded to the model's dtype, as it will be read
     shape = [1] * weight.ndim
     shape[layer.axis] = -1
@@ -291,6 +293,8 @@ def grids_of(
 def sensitivity(proto: Any, crops: NDArray[np.uint8], config: QuantizeConfig) -> Iterator[Sensitivity]:
     """Each layer quantised alone, against none, on ``crops``, in the network's order."""
     chosen = widths(proto, config)
+    if not len(crops):
+        raise UsageError(f"--calibrate {config.calibrate}: no crop in its train split")
     grids = grids_of(proto, crops, chosen, config)
     exact = _logits(proto, crops)
     for name, (layer, width) in chosen.items():

@@ -84,12 +84,14 @@ ensemble_scheduling {
 CODE = '''"""Encoded face crops (JPEG, PNG, WebP) to RGB uint8 [S, S, 3].  Needs opencv-python-headless there."""
 
 import json
+import os
+
+MAX_BYTES, MAX_PIXELS = 32_000_000, 64_000_000
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))  # read when it is imported
 
 import cv2
 import numpy as np
 import triton_python_backend_utils as pb_utils
-
-MAX_BYTES, MAX_PIXELS = 32_000_000, 64_000_000
 
 
 class TritonPythonModel:

@@ -7,22 +7,21 @@ ONNX file says.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-from dtn_fast.built import Manifest
+from dtn_fast.built import Manifest, read_manifest
 from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.export.to_onnx import require_onnx
 from dtn_fast.files import write_whole
 from dtn_fast.kernels.onnx_nodes import DOMAIN
-from dtn_fast.tensorrt_runtime import KINDS, load_backend, open_engine
+from dtn_fast.tensorrt_runtime import KINDS, check_fits, load_backend, open_engine
 
 RTX_ARCHS = (75, 80, 86, 89, 120)
 TURING = 75
@@ -70,6 +69,29 @@ class Built(NamedTuple):
     """Of the network before the builder fuses it."""
     attention: str
     archs: tuple[int, ...]
+    race: dict[str, float]
+    """Seconds a batch of each kind of attention, when they were compared."""
+
+
+def check_target(path: Path, config: EngineConfig) -> None:
+    """Raises UsageError when ``path`` cannot be built here, or an option is not for its kind.  Costs nothing."""
+    rtx = path.suffix == ".rtx"
+    default = EngineConfig()
+    others = (
+        ("attention", "hardware", "version_compatible", "refit", "refit_from", "timing_cache") if rtx else ("archs",)
+    )
+    for name in others:
+        if getattr(config, name) != getattr(default, name):
+            raise UsageError(f"--{name.replace('_', '-')}: not for a {path.suffix} file; "
+                             + ("TensorRT-RTX has no such thing at build time" if rtx else
+                                "TensorRT builds for the GPU at hand"))  # fmt: skip
+    if config.attention != "native" and config.hardware == "ampere+":
+        raise UsageError(f"--attention {config.attention}: its kernels are compiled for one compute capability; use "
+                         "--hardware this or same")  # fmt: skip
+    load_backend(KINDS[path.suffix])
+    if not rtx and not torch.cuda.is_available():
+        raise UsageError(f"{path}: TensorRT builds on the GPU that will run the engine, and there is none here; "
+                         "a .rtx file builds anywhere")  # fmt: skip
 
 
 def export_engine(model: bytes | Path, path: Path, config: EngineConfig = EngineConfig()) -> Built:
@@ -79,6 +101,7 @@ def export_engine(model: bytes | Path, path: Path, config: EngineConfig = Engine
     build fails.  Nothing is left at ``path`` then.
     """
     data = model.read_bytes() if isinstance(model, Path) else model
+    check_target(path, config)
     kind = KINDS[path.suffix]
     trt = load_backend(kind)
     rtx = kind == "tensorrt_rtx"
@@ -87,18 +110,12 @@ def export_engine(model: bytes | Path, path: Path, config: EngineConfig = Engine
         raise UsageError("this model is quantised for CPUs; quantise it with --target gpu")
     if rtx:
         config = replace(config, archs=_archs(config.archs, meta["precision"], "fp8" in meta.get("quantized", "")))
-        if config.attention != "native":
-            raise UsageError(f"--attention {config.attention}: TensorRT-RTX takes no plugins; build a .engine")
-        for flag, value in (("refit", config.refit), ("refit-from", config.refit_from)):
-            if value:
-                raise UsageError(f"--{flag}: TensorRT-RTX does this on a GPU at run time only; build a .engine")
-    elif not torch.cuda.is_available():
-        raise UsageError(f"{path}: TensorRT builds on the GPU that will run the engine, and there is none here; "
-                         "a .rtx file builds anywhere")  # fmt: skip
+    times: dict[str, float] = {}
     if config.refit_from is not None:
-        engine, layers, attention = _refit(trt, data, config.refit_from), 0, _attention_of(config.refit_from)
-    elif config.attention == "fastest":
-        engine, layers, attention = _fastest(trt, data, meta, path, config)
+        return _refitted(trt, data, meta, config.refit_from, path)
+    if config.attention == "fastest":
+        engine, layers, times = _fastest(trt, data, meta, config)
+        attention = min(times, key=lambda name: times[name])
     else:
         engine, layers = build(trt, data, meta["input"], config, rtx)
         attention = config.attention
@@ -106,7 +123,7 @@ def export_engine(model: bytes | Path, path: Path, config: EngineConfig = Engine
     manifest = _manifest(trt, kind, engine, meta, config, attention, archs)
     write_whole(path, engine)
     manifest.write(path)
-    return Built(len(engine), layers, attention, archs)
+    return Built(len(engine), layers, attention, archs, times)
 
 
 def build(trt: Any, data: bytes, kind_of_input: str, config: EngineConfig, rtx: bool) -> tuple[bytes, int]:
@@ -118,6 +135,8 @@ def build(trt: Any, data: bytes, kind_of_input: str, config: EngineConfig, rtx: 
 
         trt_plugin.register(trt)
         data = without_bodies(data)
+    elif config.refit:
+        data = inlined(data)
     builder = trt.Builder(logger.logger)
     flags = 0
     strong = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -135,10 +154,16 @@ def build(trt: Any, data: bytes, kind_of_input: str, config: EngineConfig, rtx: 
     options.builder_optimization_level = config.effort
     options.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     _profile(builder, options, network, kind_of_input, config)
-    with _gpu_options(trt, options, config, rtx):
-        engine = builder.build_serialized_network(network, options)
+    file = _gpu_options(trt, options, config, rtx)
+    engine = builder.build_serialized_network(network, options)
     if engine is None:
         raise DtnError(f"{trt.__name__} {trt.__version__} built no engine: {logger.text()}")
+    cache = options.get_timing_cache() if file is not None else None
+    if file is not None and cache is not None:
+        try:
+            write_whole(file, bytes(cache.serialize()), shared=True)
+        except OSError as error:  # the engine is what was asked for
+            warnings.warn(f"{file}: the timing cache cannot be kept ({error.strerror})", stacklevel=2)
     return bytes(engine), network.num_layers
 
 
@@ -152,15 +177,13 @@ def _profile(builder: Any, options: Any, network: Any, kind_of_input: str, confi
         raise DtnError(f"--batches {config.batches}: the builder refuses this range for input {given.name} {rest}")
 
 
-@contextlib.contextmanager
-def _gpu_options(trt: Any, options: Any, config: EngineConfig, rtx: bool) -> Iterator[None]:
-    """Target GPUs of RTX; flags and the timing cache of TensorRT, which is stored when the build is over."""
+def _gpu_options(trt: Any, options: Any, config: EngineConfig, rtx: bool) -> Path | None:
+    """Sets RTX's target GPUs, or TensorRT's flags and timing cache, whose file it returns."""
     if rtx:
         options.num_compute_capabilities = len(config.archs)
         for place, arch in enumerate(config.archs):
             options.set_compute_capability(getattr(trt.ComputeCapability, f"SM{arch}"), place)
-        yield
-        return
+        return None
     levels = trt.HardwareCompatibilityLevel
     wanted = {"this": levels.NONE, "ampere+": levels.AMPERE_PLUS}
     if config.hardware == "same":
@@ -172,9 +195,10 @@ def _gpu_options(trt: Any, options: Any, config: EngineConfig, rtx: bool) -> Ite
     file = config.timing_cache or CACHE / f"{_gpu_slug()}-tensorrt-{trt.__version__}.timing"
     known = file.read_bytes() if file.is_file() else b""
     cache = options.create_timing_cache(known)
-    options.set_timing_cache(cache, ignore_mismatch=False)
-    yield
-    write_whole(file, bytes(options.get_timing_cache().serialize()), shared=True)
+    if cache is None or not options.set_timing_cache(cache, ignore_mismatch=False):
+        raise UsageError(f"{file}: not a timing cache of this GPU and version; delete it, or name another file by "
+                         "--timing-cache")  # fmt: skip
+    return file
 
 
 def _gpu_slug() -> str:
@@ -183,36 +207,56 @@ def _gpu_slug() -> str:
     return slug(torch.cuda.get_device_name())
 
 
-def _fastest(trt: Any, data: bytes, meta: dict[str, str], path: Path, config: EngineConfig) -> tuple[bytes, int, str]:
-    """Both kinds, timed in turns at the best batch; the faster one."""
+def _fastest(trt: Any, data: bytes, meta: dict[str, str], config: EngineConfig) -> tuple[bytes, int, dict[str, float]]:
+    """Both kinds timed in turns at the best batch: the faster engine, its layers, seconds of each."""
     from dtn_fast.tensorrt_runtime import race
 
     made = {
         name: build(trt, data, meta["input"], replace(config, attention=name), False) for name in ("native", "plugin")
     }
     times = race(trt, {name: engine for name, (engine, _) in made.items()}, config.batches[1], meta["input"])
-    print(f"{path.name}: " + ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in times.items()))
-    best = min(times, key=lambda name: times[name])
-    return *made[best], best
+    return *made[min(times, key=lambda name: times[name])], times
 
 
-def _refit(trt: Any, data: bytes, source: Path) -> bytes:
-    """The engine ``source`` with the weights of the ONNX model ``data``."""
+def _refitted(trt: Any, data: bytes, meta: dict[str, str], source: Path, path: Path) -> Built:
+    """Writes the engine ``source`` with the weights of the ONNX model ``data``, and its manifest, to ``path``.
+
+    Raises UsageError when the two are not of one shape and precision.
+    """
+    old = read_manifest(source, "tensorrt")
+    check_fits(old, trt.__version__, str(source))
+    mine = (json.loads(meta["dtn_config"]), meta["precision"], meta["input"], meta.get("quantized", ""))
+    if mine != (old.config, old.precision, old.input, old.quantized):
+        raise UsageError(
+            f"--refit-from {source}: of another configuration, precision or input than this model; build anew"
+        )
+    engine = _refit(trt, data, source, old.attention == "plugin")
+    sha = hashlib.sha256(engine).hexdigest()
+    write_whole(path, engine)
+    replace(old, sha256=sha, weights=meta["weights"], notice=meta.get("notice", "")).write(path)
+    return Built(len(engine), 0, old.attention, old.archs, {})
+
+
+def _refit(trt: Any, data: bytes, source: Path, plugin: bool) -> bytes:
     logger, engine = Log(trt), open_engine(trt, source)
     if not engine.refittable:
         raise UsageError(f"--refit-from {source}: not built with --refit; build it again with that option")
     refitter = trt.Refitter(engine, logger.logger)
     parser = trt.OnnxParserRefitter(refitter, logger.logger)
-    plugin = _attention_of(source) == "plugin"
-    if not parser.refit_from_bytes(without_bodies(data) if plugin else data) or not refitter.refit_cuda_engine():
+    if (
+        not parser.refit_from_bytes(without_bodies(data) if plugin else inlined(data))
+        or not refitter.refit_cuda_engine()
+    ):
         raise DtnError(f"--refit-from {source}: the weights do not fit this engine ({logger.text()})")
     return bytes(engine.serialize())
 
 
-def _attention_of(engine: Path) -> str:
-    from dtn_fast.built import read_manifest
+def inlined(data: bytes) -> bytes:
+    """An ONNX model whose dtn:: nodes are replaced by their bodies: a refitter does not look into functions."""
+    onnx = require_onnx()
+    from onnx import inliner
 
-    return read_manifest(engine, "tensorrt").attention
+    return inliner.inline_local_functions(onnx.load_model_from_string(data)).SerializeToString()
 
 
 def without_bodies(data: bytes) -> bytes:
@@ -278,7 +322,7 @@ def _manifest(
 
 
 class Log:
-    """The library's messages: warnings and worse are kept for errors, nothing is printed."""
+    """The library's messages: errors are kept to be told, nothing is printed."""
 
     def __init__(self, trt: Any) -> None:
         messages: list[str] = []
@@ -298,14 +342,14 @@ class Log:
 
 
 def commands(onnx: Path, config: EngineConfig) -> list[str]:
-    """The same build by NVIDIA's own tools, to copy."""
+    """A like build, without flags of compatibility, refit and plugins, by NVIDIA's own tools, to copy."""
     meta = _metadata(onnx.read_bytes(), str(onnx))
     name, side = meta["input"], json.loads(meta["dtn_config"])["image_size"]
     rest = [side, side, 3] if name == "crops" else [3, side, side]
     low, best, high = (f"{name}:{'x'.join(map(str, [batch, *rest]))}" for batch in config.batches)
     return [
         f"trtexec --onnx={onnx} --stronglyTyped --minShapes={low} --optShapes={best} --maxShapes={high} "
-        f"--builderOptimizationLevel={config.effort} --useCudaGraph --saveEngine={onnx.with_suffix('.engine')}",
+        f"--builderOptimizationLevel={config.effort} --useCudaGraph --saveEngine={onnx.with_suffix('.plan')}",
         f"polygraphy run {onnx} --trt --onnxrt --strongly-typed --input-shapes "
         f"{name}:[{','.join(map(str, [config.batches[1], *rest]))}]",
     ]

@@ -125,7 +125,7 @@ def test_a_long_video_streams(small: DTN, tmp_path: Path, monkeypatch: pytest.Mo
     alive: set[int] = set()
     most = made = 0
 
-    def endless(*_: object) -> Iterator[Frame]:
+    def endless(*_: object, **__: object) -> Iterator[Frame]:
         nonlocal most, made
         for number in range(2000):
             image = np.zeros((80, 80, 3), np.uint8)

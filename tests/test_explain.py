@@ -21,18 +21,18 @@ from dtn_fast.runtime import normalise
 
 
 @pytest.fixture
-def crops(shards: Shards) -> np.ndarray:
+def faces(shards: Shards) -> np.ndarray:
     return shards.get(np.arange(3))
 
 
-def test_attention_maps_are_those_that_the_output_is_made_of(small: DTN, crops: np.ndarray) -> None:
+def test_attention_maps_are_those_that_the_output_is_made_of(small: DTN, faces: np.ndarray) -> None:
     """Values mixed by the returned maps give what the attention itself gave."""
     attention = small.blocks[0].attention
     with torch.no_grad():
         attention.head_scale.copy_(torch.tensor([-1.0, 2.0]))
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     handle = attention.register_forward_hook(lambda _m, given, out: seen.append((given[0], out)))
-    maps = attention_maps(small, crops)
+    maps = attention_maps(small, faces)
     handle.remove()
     assert maps.shape == (1, 3, 2, 4, 4)
     scales = head_scales(small)
@@ -45,7 +45,7 @@ def test_attention_maps_are_those_that_the_output_is_made_of(small: DTN, crops: 
         torch.testing.assert_close(attention.out(mixed), out, rtol=1e-4, atol=1e-5)
     assert not attention._forward_hooks
     assert not small.training
-    assert attention_maps(DTN(dataclasses.replace(SMALL, depth=0)), crops).size == 0
+    assert attention_maps(DTN(dataclasses.replace(SMALL, depth=0)), faces).size == 0
 
 
 def test_collapse_is_one_for_equal_heads_and_falls_with_diversity() -> None:
@@ -60,17 +60,17 @@ def test_collapse_is_one_for_equal_heads_and_falls_with_diversity() -> None:
     assert np.isnan(collapse(one)).all()
 
 
-def test_features_are_what_the_classifier_sees(small: DTN, crops: np.ndarray) -> None:
+def test_features_are_what_the_classifier_sees(small: DTN, faces: np.ndarray) -> None:
     with torch.no_grad():
-        expected = small.forward_head(small.forward_features(normalise(crops, small.config)), pre_logits=True)
-    assert features(small, crops, batch_size=2) == pytest.approx(expected.numpy(), abs=1e-6)
+        expected = small.forward_head(small.forward_features(normalise(faces, small.config)), pre_logits=True)
+    assert features(small, faces, batch_size=2) == pytest.approx(expected.numpy(), abs=1e-6)
     other = build_detector(TimmConfig("resnet10t", 64)).eval()
-    assert features(other, crops).shape == (3, 512)
-    said = soft_labels(small, crops, temperature=1.0)
+    assert features(other, faces).shape == (3, 512)
+    said = soft_labels(small, faces, temperature=1.0)
     with torch.no_grad():
-        assert said == pytest.approx(small(normalise(crops, small.config)).softmax(1).numpy(), abs=1e-6)
-    assert np.abs(soft_labels(small, crops, 10.0) - 0.5).max() <= np.abs(said - 0.5).max()
-    maps = feature_map(small, crops)
+        assert said == pytest.approx(small(normalise(faces, small.config)).softmax(1).numpy(), abs=1e-6)
+    assert np.abs(soft_labels(small, faces, 10.0) - 0.5).max() <= np.abs(said - 0.5).max()
+    maps = feature_map(small, faces)
     assert maps.shape == (3, 64, 64)
     assert (maps.min(), maps.max()) == (0, 1)
 

@@ -66,8 +66,7 @@ def test_table_1(scorers, shards: Shards, tmp_path: Path) -> None:
 
 def test_table_2(scorers, shards: Shards) -> None:
     renamed = dict(zip(shards.methods, ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures"), strict=True))
-    videos = [v._replace(method=renamed.get(v.method, "")) if hasattr(v, "_replace") else
-              dataclasses.replace(v, method=renamed.get(v.method, "")) for v in shards.videos]  # fmt: skip
+    videos = [v._replace(method=renamed.get(v.method, "")) for v in shards.videos]
     ff = dataclasses.replace(shards, videos=videos)
     found, _ = result(cross_manipulation({"DF": lambda: scorers["DTN"]}, ff))
     header, rows = found.table("video")

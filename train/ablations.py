@@ -267,7 +267,7 @@ def table(rows: list[dict[str, Any]], level: Literal["frame", "video"] = "frame"
 def markdown(title: str, rows: list[dict[str, Any]]) -> str:
     lines = [f"# {title}", "", "In brackets the paper's own figures, where the test set has the paper's name.", ""]
     for level in ("frame", "video"):
-        header, body = table(rows, level)  # type: ignore[arg-type]
+        header, body = table(rows, level)
         lines += [f"**{level.capitalize()} level, percent**", ""]
         lines += ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *body)]
         lines.append("")

@@ -26,7 +26,7 @@ from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.files import write_whole
 from dtn_fast.metrics import Metrics, evaluate_scores
 from dtn_fast.pretrained import Detector, check_state
-from dtn_fast.runtime import TorchScorer
+from dtn_fast.runtime import Runtime, TorchScorer
 from dtn_fast.train import distributed
 from dtn_fast.train.checkpoint import append_line, cut_lines, load_state, save_state
 from dtn_fast.train.recipe import Execution, Recipe
@@ -334,7 +334,7 @@ class _Loop:
     def _validate(self) -> tuple[Metrics, NDArray[np.float64]]:
         """Frame-level metrics over all processes' shares: exactly those of one process."""
         share = self.val_rows[self.ranks.rank :: self.ranks.world]
-        mine = TorchScorer(self.step.judged()).score_rows(self.shards, share)
+        mine = TorchScorer(self.step.judged(), runtime=Runtime(mode="eager")).score_rows(self.shards, share)
         scores = distributed.interleave(distributed.gather(mine))
         return evaluate_scores(self.shards.labels[self.val_rows], scores), scores
 

@@ -95,4 +95,4 @@ def _html(file: Path) -> str:
     import markdown
 
     text = html.escape(file.read_text(encoding="utf-8", errors="replace"), quote=False)
-    return jinja2.utils.markupsafe.Markup(markdown.markdown(text, extensions=["tables", "sane_lists"]))  # type: ignore[attr-defined]
+    return jinja2.utils.markupsafe.Markup(markdown.markdown(text, extensions=["tables", "sane_lists"]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +17,13 @@ from dtn_fast.errors import MediaError
 
 IMAGES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"])
 VIDEOS = frozenset([".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"])
+FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts"
 """Formats that are opened.  Playlists and scripts, which make a decoder read other files, are none of them."""
+MAX_VIDEO_PIXELS = 36_000_000
+"""The same for each frame of a video, several of which are held at once: 8K."""
+Check = Callable[[], object]
+"""Called for every packet that is read; what it raises ends the reading."""
 MAX_PIXELS = 64_000_000
 """A picture larger than this is refused before it is decoded (a decompression bomb, or a mistake)."""
 
@@ -47,7 +52,7 @@ def _image(file: Path | io.BytesIO, name: str) -> NDArray[np.uint8]:
     if ImageFile.LOAD_TRUNCATED_IMAGES:  # another library may have switched this on for the whole process
         ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:  # not PostScript, which Pillow would run
             if image.width * image.height > MAX_PIXELS:
                 raise MediaError(f"{name}: {image.width}x{image.height} pixels is over the limit of {MAX_PIXELS}")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
@@ -55,7 +60,7 @@ def _image(file: Path | io.BytesIO, name: str) -> NDArray[np.uint8]:
         raise MediaError(f"{name}: cannot read this image ({_reason(error)})") from error
 
 
-def read_frames(path: Path, count: int | None = None, threads: int = 0) -> Iterator[Frame]:
+def read_frames(path: Path, count: int | None = None, threads: int = 0, check: Check = lambda: None) -> Iterator[Frame]:
     """Frames of a video in order, upright; with ``count`` that many (or fewer) spread evenly from first to last.
 
     With ``count`` only what leads to a wanted frame is decoded: whole groups of pictures are jumped over and, with
@@ -67,17 +72,17 @@ def read_frames(path: Path, count: int | None = None, threads: int = 0) -> Itera
 
     last, wanted = -1, None
     if count is not None:
-        index = _index(path)
+        index = _index(path, check)
         wanted = _spread(index.total, count)
-        for frame in _jump(path, index, wanted, threads):
+        for frame in _jump(path, index, wanted, threads, check):
             last = frame.number
             yield frame
         if last == wanted[-1]:
             return
     try:
         if count is not None and last < 0:  # its first frames cannot be decoded: those that can are numbered from 0
-            wanted = _spread(sum(1 for _ in _decoded(path, threads)), count)
-        for number, raw in enumerate(_decoded(path, threads)):
+            wanted = _spread(sum(1 for _ in _decoded(path, threads, check)), count)
+        for number, raw in enumerate(_decoded(path, threads, check)):
             if number > last and (wanted is None or number in wanted):
                 last = number
                 yield _frame(number, raw)
@@ -102,13 +107,15 @@ def _open(path: Path) -> Any:
     return av.open(str(path), options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
 
 
-def _decoded(path: Path, threads: int) -> Iterator[Any]:
+def _decoded(path: Path, threads: int, check: Check) -> Iterator[Any]:
 
     with _open(path) as container:
-        yield from container.decode(_stream(container, path, threads))
+        for packet in container.demux(_stream(container, path, threads)):
+            check()
+            yield from packet.decode()
 
 
-def _jump(path: Path, index: _Index, numbers: list[int], threads: int) -> Iterator[Frame]:
+def _jump(path: Path, index: _Index, numbers: list[int], threads: int, check: Check) -> Iterator[Frame]:
     """The frames of these numbers, with as little decoding as possible; stops at the first that is not found."""
     import av
 
@@ -119,7 +126,7 @@ def _jump(path: Path, index: _Index, numbers: list[int], threads: int) -> Iterat
                 if start is not None:
                     container.seek(start, stream=stream)
                 end = max(wanted)
-                for number, raw in _decode(container, stream, index, wanted, skip=threads == 1):
+                for number, raw in _decode(container, stream, index, wanted, threads == 1, check):
                     if number in wanted:
                         if number > min(wanted):
                             return
@@ -141,8 +148,8 @@ def _stream(container: Any, path: Path, threads: int = 1) -> Any:
         raise MediaError(f"{path}: no decoder knows this video's format")
     stream.thread_type = "NONE" if threads == 1 else "AUTO"
     stream.codec_context.thread_count = threads
-    if stream.width * stream.height > MAX_PIXELS:
-        raise MediaError(f"{path}: {stream.width}x{stream.height} pixels is over the limit of {MAX_PIXELS}")
+    if stream.width * stream.height > MAX_VIDEO_PIXELS:
+        raise MediaError(f"{path}: {stream.width}x{stream.height} pixels is over the limit of {MAX_VIDEO_PIXELS}")
     return stream
 
 
@@ -151,10 +158,13 @@ def _upright(frame: Any) -> NDArray[np.uint8]:
     return np.ascontiguousarray(image, np.uint8)
 
 
-def _decode(container: Any, stream: Any, index: _Index, wanted: set[int], skip: bool) -> Iterator[tuple[int, Any]]:
+def _decode(
+    container: Any, stream: Any, index: _Index, wanted: set[int], skip: bool, check: Check
+) -> Iterator[tuple[int, Any]]:
     """(number, frame) from the container's position on; without usable timestamps, counted from the first frame."""
     position = -1
     for packet in container.demux(stream):
+        check()
         if skip and index.numbers:  # read per packet, so not to be set while other threads decode ahead
             number = index.numbers.get(packet.pts)
             stream.codec_context.skip_frame = "DEFAULT" if number is None or number in wanted else "NONREF"
@@ -186,7 +196,7 @@ class _Index(NamedTuple):
         yield start, run
 
 
-def _index(path: Path) -> _Index:
+def _index(path: Path, check: Check = lambda: None) -> _Index:
     import av
 
     stamps: list[int | None] = []
@@ -195,6 +205,7 @@ def _index(path: Path) -> _Index:
         with _open(path) as container:
             exact = container.format.name.partition(",")[0] in ("mov", "matroska")  # others' stamps and seeks are not
             for packet in container.demux(_stream(container, path)):
+                check()
                 if packet.size and not packet.is_discard:
                     stamps.append(packet.pts)
                     if packet.is_keyframe and packet.pts is not None:
@@ -230,7 +241,7 @@ def frame_rate(path: Path) -> Fraction:
         raise MediaError(f"{path}: cannot read this video ({_reason(error)})") from error
 
 
-def duration(path: Path) -> float:
+def duration(path: Path, check: Check = lambda: None) -> float:
     """Seconds of a video, by its header or, without one, by counting its frames.  Raises MediaError when unreadable."""
     import av
 
@@ -243,7 +254,7 @@ def duration(path: Path) -> float:
                 return container.duration / av.time_base
     except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError(f"{path}: cannot read this video ({_reason(error)})") from error
-    return float(_index(path).total / frame_rate(path))
+    return float(_index(path, check).total / frame_rate(path))
 
 
 def write_video(
