@@ -20,7 +20,8 @@ from dtn_fast.bench.bench_model import half
 from dtn_fast.bench.measure import Case
 from dtn_fast.bench.roofline import PASSES, Machine, inference, training_floor
 from dtn_fast.levt import ScaledAttention
-from dtn_fast.train.recipe import PRECISIONS, Execution, Recipe
+from dtn_fast.precision import PRECISIONS
+from dtn_fast.train.recipe import Execution, Recipe
 from dtn_fast.train.step import WARM_UP, Outcome, TrainStep
 
 SUITE = "train"

@@ -174,6 +174,44 @@ def test_deployment_from_the_command_line(run, trained: Path, crops: Path, datas
     assert not list(tmp_path.glob("x*"))
 
 
+def test_the_papers_experiments_from_the_command_line(run, trained: Path, crops: Path, tmp_path: Path) -> None:
+    """Tables 1 and 2, an ablation, the pictures and the page of all of it, on the miniature set."""
+    (tmp_path / "small.json").write_text(SMALL.to_json())
+    other = tmp_path / "one"
+    words = ["--config", tmp_path / "small.json", "--epochs", "1", "--batch-size", "8", "--methods", "SynthSwap"]
+    assert run("train", crops, "--out", other, *words)[0] == 0
+    table = tmp_path / "tables" / "table1"
+    code, out, err = run("evaluate", crops, crops, "--model", trained, other, "--out", table, "--data-names", "FF++",
+                         "DFD", "--model-names", "first", "second")  # fmt: skip
+    assert code == 0, err
+    assert "99.70" in out  # the paper's DTN, beside ours
+    assert table.with_name("table1.tex").is_file()
+    code, out, err = run("evaluate", crops, "--model", other, "--protocol", "cross-manipulation", "--out",
+                         tmp_path / "tables" / "table2")  # fmt: skip
+    assert code == 0, err
+    assert "SynthSwap" in (tmp_path / "tables" / "table2.md").read_text().split("\n")[6]
+    code, out, err = run("explain", crops, "--models", trained, other, "--out", tmp_path / "pictures", "--count", "20")
+    assert code == 0, err
+    assert "t-sne.svg" in out
+    code, out, err = run("report", trained, other, tmp_path / "tables", tmp_path / "pictures", "--out",
+                         tmp_path / "report.html")  # fmt: skip
+    assert code == 0, err
+    text = (tmp_path / "report.html").read_text()
+    assert "dtn-fast evaluate" in text
+    assert "dtn-fast train" in text
+    for words, said in (
+        (["evaluate", crops, crops, "--model", trained], "each must be named once"),
+        (["evaluate", crops, crops, "--model", trained, "--protocol", "within"], "takes one dataset and one model"),
+        (["ablate", "nothing", "--data", crops, "--preset", "tiny"], "crops are 64 pixels"),
+        (["explain", crops, "--models", trained, "--kinds", "portrait", "--out", tmp_path / "p"], "unknown picture"),
+        (["report", tmp_path / "none"], "no such folder"),
+        (["verify", trained, trained, "--provider", "cuda"], "--provider cuda: not for"),
+    ):
+        code, out, err = run(*words)
+        assert code == 2, words
+        assert said in err, (words, err)
+
+
 def test_batch_jobs_go_on_and_exit_1(run, trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -12,6 +14,8 @@ import pytest
 from dtn_fast.errors import UsageError
 from dtn_fast.provenance import COMMANDS, commands, commit, record
 from dtn_fast.train.gather import write_report
+
+CHROMIUM = shutil.which("chromium")
 
 
 class Tags(HTMLParser):
@@ -43,6 +47,33 @@ def test_runs_tables_and_pictures_on_one_page(trained: Path, tmp_path: Path) -> 
     assert "0 (teacher)" in text
     assert "synthetic faces: no claim about real deepfakes" in text
     assert "the command that made it is not recorded" in text  # the run of the tests was not made by a command
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@pytest.mark.parametrize("width", [1100, 390])
+def test_the_page_in_a_browser(width: int, trained: Path, tmp_path: Path) -> None:
+    """It is readable on a phone: nothing but tables scrolls sideways, every picture loads, nothing is said."""
+    from playwright.sync_api import sync_playwright
+
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    cells = " | ".join(f"column {n}" for n in range(14))
+    (tables / "wide.md").write_text(f"| {cells} |\n|{'---|' * 14}\n| {cells} |\n")
+    record(tables, ["evaluate", "x" * 300])
+    write_report([trained, tables], tmp_path / "report.html")
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        said: list[str] = []
+        page.on("console", lambda message: said.append(message.text))
+        page.goto(f"file://{tmp_path / 'report.html'}")
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+        folder = os.environ.get("DTN_FAST_SCREENSHOTS")
+        if folder:
+            page.screenshot(path=str(Path(folder, f"report-{width}.png")), full_page=True)
+        browser.close()
+    assert said == []
 
 
 def test_what_cannot_be_shown_is_named(tmp_path: Path) -> None:
