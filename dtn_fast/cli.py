@@ -288,7 +288,7 @@ def ablate(
     Example: dtn-fast ablate losses --data ffpp --tests ffpp celebdf dfdc df1 --test-names FF++ Celeb-DF DFDC DF-1.0
     --preset ffpp-c23
 
-    In minutes, on the demo's crops: dtn-fast ablate depth --data runs/demo/crops --preset demo --epochs 1
+    In minutes, on crops of the demo: dtn-fast ablate depth --data runs/demo/crops --preset demo --epochs 1
 
     Args:
         name: components, soft-labels, losses, local-connection, moe, mas, depth, generations, noise, center-dimension,

@@ -27,6 +27,9 @@ from dtn_fast.batching import MicroBatcher
 from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.runtime import Scorer
 
+DRAIN = 32_000_000
+"""Bytes of a refused upload that are still read."""
+
 
 @dataclass(frozen=True)
 class ServeConfig:
@@ -94,8 +97,8 @@ def create_app(scorer: Scorer, config: ServeConfig = ServeConfig()) -> Any:
             reason = str(error) if isinstance(error, DtnError) else "the server failed at this upload; see its log"
             refused = error if isinstance(error, Refused) else Refused(500, reason)
             judge.metrics.requests.labels(str(refused.status)).inc()
+            await _drain(request)
             again = {"Retry-After": "5"} if refused.status == 503 else {}
-            # the rest of a refused body is not read, so the connection cannot be used again
             return JSONResponse({"error": str(refused)}, refused.status, {**headers, **again, "Connection": "close"})
         judge.metrics.requests.labels("200").inc()
         return JSONResponse(found, headers=headers)
@@ -120,6 +123,19 @@ def create_app(scorer: Scorer, config: ServeConfig = ServeConfig()) -> Any:
         Route("/healthz", healthy), Route("/readyz", ready), Route("/metrics", metrics),
     ]  # fmt: skip
     return Starlette(routes=routes, lifespan=lifespan)
+
+
+async def _drain(request: Any) -> None:
+    """Reads on what a refused client is still sending, for a while: who is cut off in the middle sees no answer."""
+    from starlette.requests import ClientDisconnect
+
+    left = DRAIN
+    with contextlib.suppress(TimeoutError, ClientDisconnect, RuntimeError):
+        async with asyncio.timeout(5):
+            async for chunk in request.stream():
+                left -= len(chunk)
+                if left < 0:
+                    return
 
 
 def _headers(page: str) -> dict[str, str]:

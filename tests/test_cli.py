@@ -202,7 +202,7 @@ def test_the_papers_experiments_from_the_command_line(run, trained: Path, crops:
     for words, said in (
         (["evaluate", crops, crops, "--model", trained], "each must be named once"),
         (["evaluate", crops, crops, "--model", trained, "--protocol", "within"], "takes one dataset and one model"),
-        (["ablate", "nothing", "--data", crops, "--preset", "tiny"], "crops are 64 pixels"),
+        (["ablate", "nothing", "--data", crops, "--preset", "tiny"], "unknown ablation 'nothing'"),
         (["explain", crops, "--models", trained, "--kinds", "portrait", "--out", tmp_path / "p"], "unknown picture"),
         (["report", tmp_path / "none"], "no such folder"),
         (["verify", trained, trained, "--provider", "cuda"], "--provider cuda: not for"),

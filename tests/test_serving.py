@@ -161,6 +161,42 @@ def test_limits_of_what_is_sent(port: int, files: dict[str, bytes]) -> None:
     assert ask(port, "GET", "/v1/detect")[0] == 405
 
 
+def test_whatever_fails_is_one_line_of_json(model: DTN, files: dict[str, bytes]) -> None:
+    class Broken(TorchScorer):
+        def _logits(self, crops: np.ndarray) -> np.ndarray:
+            return np.full((len(crops), 2), np.nan)
+
+    class Worse(TorchScorer):
+        def _logits(self, crops: np.ndarray) -> np.ndarray:
+            raise RuntimeError("out of memory at /secret/path")
+
+    for scorer, words in ((Broken(model), "not finite"), (Worse(model), "the server failed at this upload")):
+        with serving(scorer) as port:
+            status, found = judge(port, "face.jpg", files["face.jpg"])
+            assert status == 500
+            assert words in found["error"]
+            assert "/secret" not in found["error"]
+            assert metric(port, 'dtn_requests_total{status="500"}') == 1
+            assert metric(port, "dtn_uploads_inside") == 0
+
+
+def test_a_video_that_never_gives_a_frame_ends_at_the_time_limit(
+    model: DTN, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def endless(path: Path, count: int, rate: float, check: Any) -> Iterator[Any]:
+        while True:
+            check()
+            time.sleep(0.01)
+        yield
+
+    monkeypatch.setattr("dtn_fast.detect.frames_of", endless)
+    with serving(TorchScorer(model), workers=1, timeout=1.0) as port:
+        begin = time.monotonic()
+        assert judge(port, "clip.mp4", files["clip.mp4"])[0] == 504
+        assert time.monotonic() - begin < 10
+        assert not [t for t in threading.enumerate() if t.name == "decoding"]
+
+
 def test_only_the_routes_exist(port: int) -> None:
     for path in (
         "/../pyproject.toml",

@@ -111,8 +111,9 @@ def test_what_cannot_be_asked_is_refused(tiny: bytes, tmp_path: Path, monkeypatc
     out = tmp_path / "t.rtx"
     for config, words in (
         (EngineConfig(archs=(90,)), "--archs 90: TensorRT-RTX compiles for 75, 80"),
-        (EngineConfig(attention="plugin"), "--attention plugin: TensorRT-RTX takes no plugins"),
-        (EngineConfig(refit=True), "--refit: TensorRT-RTX"),
+        (EngineConfig(attention="plugin"), "--attention: not for a .rtx file; TensorRT-RTX has no such thing"),
+        (EngineConfig(refit=True), "--refit: not for a .rtx file"),
+        (EngineConfig(hardware="same"), "--hardware: not for a .rtx file"),
     ):
         with pytest.raises(UsageError, match=words):
             export_engine(tiny, out, config)
