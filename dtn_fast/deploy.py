@@ -260,10 +260,10 @@ def detect(
         annotate: Also write each video with faces framed and forged spans marked.
         runtime: How the model runs.
     """
+    from dtn_fast.annotate import annotate as write_annotated
     from dtn_fast.data.faces import FaceDetector
     from dtn_fast.data.video import VIDEOS
     from dtn_fast.detect import RULE, Result, Timing, find_inputs
-    from dtn_fast.detect import annotate as write_annotated
     from dtn_fast.detect import detect as run
     from dtn_fast.report import write_report, write_results
     from dtn_fast.runtime import load_scorer

@@ -24,10 +24,11 @@ from skimage import data
 from small import SMALL
 
 from dtn_fast import DTN
+from dtn_fast.annotate import annotate
 from dtn_fast.data.faces import Box, FaceDetector
 from dtn_fast.data.shards import Shards
 from dtn_fast.data.video import Frame, read_frames, write_video
-from dtn_fast.detect import AHEAD, Face, FrameResult, Result, aggregate, annotate, detect, find_inputs, people_of
+from dtn_fast.detect import AHEAD, Face, FrameResult, Result, aggregate, detect, find_inputs, people_of
 from dtn_fast.explain import grad_cam, overlay
 from dtn_fast.report import write_report, write_results
 from dtn_fast.runtime import TorchScorer, normalise
