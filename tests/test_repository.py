@@ -46,6 +46,7 @@ def test_every_config_is_of_the_published_schema(onnx: Path, tmp_path: Path) -> 
     (crops,) = model.input
     assert (crops.name, list(crops.dims), crops.data_type) == ("crops", [64, 64, 3], model_config_pb2.TYPE_UINT8)
     assert {o.name: list(o.dims) for o in model.output} == {"logits": [2], "score": [1]}
+    assert model.output[1].HasField("reshape")
     assert list(model.output[1].reshape.shape) == []  # the file's score has no dimension but the batch
     assert model.dynamic_batching.max_queue_delay_microseconds == 500
     assert model.instance_group[0].count == 2
