@@ -267,7 +267,9 @@ def _entry(family: str, variant: Variant) -> Any:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
             kwargs.pop(name, None)
-        if pretrained and "efficient" in family:  # published weights of its EfficientNet alone
+        if pretrained and "efficient" not in family:
+            raise ValueError(f"{registered(family, variant)}: no published weights; leave --pretrained out")
+        if pretrained:  # of its EfficientNet alone
             kwargs["pretrained"] = True
         return kind(variant=variant, **kwargs)
 

@@ -296,7 +296,7 @@ def ablate(
         data: Crops to train on, written by dtn-fast prepare.
         tests: Crops whose test split is measured; none: that of the data.
         test_names: Their names in the table; the paper's are FF++, Celeb-DF, DFDC, DF-1.0, DFD.
-        out: Folder of the variants' runs, NAME.json and NAME.md.
+        out: Folder of NAME/ with the variants' runs, NAME.json and NAME.md.
         only: Variants by name; none: all.
         recipe: What the variants' own changes are made to.
         execution: How it is computed.
@@ -478,8 +478,8 @@ def evaluate(
     if protocol == "cross-manipulation":
         if len(data) > 1:
             raise UsageError("--protocol cross-manipulation: takes one dataset")
-        given = model_names or tuple(filter(None, map(_trained_on_one, model)))
-        names = names_of(model, given if len(given) == len(model) else (), "model-names")
+        said = tuple(filter(None, map(_trained_on_one, model)))
+        names = names_of(model, model_names or (said if len(said) == len(model) else ()), "model-names")
     else:
         names = names_of(model, model_names, "model-names")
     scorers = {name: functools.partial(load_scorer, path, runtime) for name, path in zip(names, model, strict=True)}

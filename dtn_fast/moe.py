@@ -75,14 +75,16 @@ def disturb(x: Tensor, kind: str, strength: float) -> Tensor:
     """
     if kind == "gaussian":
         return x + strength * torch.randn_like(x)
+    if kind == "compression":  # in float32: a quotient may leave half precision's range
+        wide = x.float()
+        share = torch.rand(len(x), 1, 1, 1, device=x.device)
+        step = (strength * share * wide.detach().abs().amax((1, 2, 3), keepdim=True)).clamp_min(1e-6)
+        return (wide + ((wide / step).round() * step - wide).detach()).to(x.dtype)
     share = torch.rand(len(x), 1, 1, 1, device=x.device, dtype=x.dtype)
     if kind == "blur":
         row = torch.tensor([0.25, 0.5, 0.25], device=x.device, dtype=x.dtype)
         window = (row[:, None] * row).expand(x.shape[1], 1, 3, 3)
         soft = F.conv2d(F.pad(x, (1, 1, 1, 1), "replicate"), window, groups=x.shape[1])
         return x + min(10 * strength, 1.0) * share * (soft - x)
-    if kind == "contrast":
-        mean = x.mean((2, 3), keepdim=True)
-        return mean + (x - mean) * (1 + 5 * strength * torch.randn_like(share))
-    step = (strength * share * x.detach().abs().amax((1, 2, 3), keepdim=True)).clamp_min(1e-6)
-    return x + ((x / step).round() * step - x).detach()
+    mean = x.mean((2, 3), keepdim=True)
+    return mean + (x - mean) * (1 + 5 * strength * torch.randn_like(share))

@@ -60,12 +60,14 @@ def choose(shards: Shards, split: str, count: int) -> Faces:
 def draw(models: Mapping[str, Detector], faces: Faces, out: Path, kinds: tuple[str, ...] = KINDS) -> Iterator[str]:
     """Writes ``out``/<kind>.png or .svg and figures.json; yields each picture's name before it is drawn.
 
-    Pictures of attention need a DTN; other models are left out of them and named in the caption.
+    Pictures of attention need a DTN; other models are left out of them.
     Raises UsageError on an unknown kind, or without matplotlib or scikit-learn.
     """
     for kind in kinds:
         if kind not in KINDS:
             raise UsageError(f"unknown picture {kind!r}; there are {', '.join(KINDS)}")
+    if "t-sne" in kinds:
+        _check_tsne(faces)
     dtns = {name: model for name, model in models.items() if isinstance(model, DTN) and model.config.depth}
     notice = "; ".join(sorted({f"trained on {m.notice}" for m in models.values() if m.notice}))
     figures: dict[str, Any] = {"notice": notice}
@@ -139,7 +141,7 @@ def _grad_cam(models: Mapping[str, Detector], faces: Faces) -> Any:
 
 
 def _attention(dtns: Mapping[str, DTN], faces: Faces) -> Any:
-    """Figure 7: for the first fake, what its patches attend to: heads by blocks, a model under the other."""
+    """Figure 7: for the last forgery's face, what its patches attend to: heads by blocks, a model under the other."""
     if not dtns:
         return None
     face = faces.few[-1:]
@@ -203,14 +205,19 @@ def _feature_maps(models: Mapping[str, Detector], faces: Faces) -> Any:
     return _grid(faces.titles, ["face", *dtns], [list(row) for row in zip(*columns, strict=True)])
 
 
-def _tsne(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
-    """Figure 10: what the classifier sees of each forgery, in two dimensions."""
+def _check_tsne(faces: Faces) -> None:
     try:
-        from sklearn.manifold import TSNE
+        import sklearn.manifold  # noqa: F401
     except ImportError as error:
         raise UsageError("scikit-learn is not installed; run: pip install scikit-learn") from error
     if len(faces.many) < 4:
-        raise UsageError(f"{len(faces.many)} crops are too few for t-SNE; give a split of at least four")
+        raise UsageError(f"{len(faces.many)} crops are too few for t-SNE; give a larger split, or other --kinds")
+
+
+def _tsne(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
+    """Figure 10: what the classifier sees of each forgery, in two dimensions."""
+    from sklearn.manifold import TSNE
+
     names = sorted(set(faces.kinds), key=lambda name: (name != "real", name))
     figure, axes = _canvas(1, len(models), 3.4, 3.4)
     figures["t-sne"] = {}

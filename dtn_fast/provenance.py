@@ -28,7 +28,10 @@ def commit(code: tuple[str, ...] = (".",)) -> str:
         command = ["git", "-C", str(REPOSITORY), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    if not shutil.which("git") or not (head := git("rev-parse", "--short=12", "HEAD")):
+    # a package installed inside somebody else's checkout is not of that commit
+    if not shutil.which("git") or not git("ls-files", "--", "dtn_fast/provenance.py"):
+        return "unknown"
+    if not (head := git("rev-parse", "--short=12", "HEAD")):
         return "unknown"
     return head + ("+" if git("status", "--porcelain", "--untracked-files=no", "--", *code) else "")
 

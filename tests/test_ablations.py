@@ -35,6 +35,11 @@ def finish(steps: Generator[Any, None, Any]) -> Any:
             return done.value
 
 
+def test_no_two_ablations_share_a_run() -> None:
+    folders = [folder_of(Path("x", name), v) for name, ablation in ABLATIONS.items() for v in ablation.variants]
+    assert len(set(folders)) == len(folders)
+
+
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_variant_can_be_made(name: str) -> None:
     variants = ABLATIONS[name].variants

@@ -92,7 +92,7 @@ ABLATIONS: dict[str, Ablation] = {
         Variant("DTN w/ LC", distil=True, paper=FULL),
     )),
     "moe": Ablation("Gate alone on the convolutions (Table 7)", (
-        Variant("Vanilla MoE", {"gate": "vanilla", "depth": 0},
+        Variant("Vanilla MoE", {"gate": "vanilla", "depth": 0, "noise": "none", "expert_scales": False},
                 paper=_p(92.24, 97.03, 58.28, 63.71, 62.18, 68.03, 62.09, 68.43, 81.65, 87.27)),
         Variant("Ours", {"depth": 0}, paper=_p(93.21, 98.20, 60.23, 66.22, 64.88, 72.67, 65.45, 74.36, 82.93, 90.58)),
     )),
@@ -206,7 +206,7 @@ def ablate(
         )
     rows: list[dict[str, Any]] = []
     for number, variant in enumerate(variants):
-        run = folder_of(out, variant)
+        run = folder_of(out / name, variant)
         config, changed = configure(variant, model, recipe)
         start_run(run, changed, config)
         for event in train_initial(run, data, **how):
