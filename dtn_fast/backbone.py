@@ -88,7 +88,21 @@ def _timm_backbone(config: DTNConfig) -> nn.Sequential:
         raise UsageError(
             f"DTNConfig.backbone {config.backbone}: its last map is 1/{stride} of the input; a DTN needs 1/{STRIDE}"
         )
-    return nn.Sequential(_Last(body), nn.Conv2d(body.feature_info.channels()[-1], config.channels[-1], 1))
+    width, side = body.feature_info.channels()[-1], config.image_size // STRIDE
+    last = _Last(body)
+    try:
+        with torch.no_grad():  # it says 1/32, but some models want another size, or give channels last
+            device = next(body.parameters()).device
+            shape = tuple(last.eval()(torch.zeros(1, 3, config.image_size, config.image_size, device=device)).shape)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UsageError(
+            f"DTNConfig.backbone {config.backbone}: does not take {config.image_size} pixels ({error})"
+        ) from error
+    if shape != (1, width, side, side):
+        raise UsageError(
+            f"DTNConfig.backbone {config.backbone}: its last map is {shape}; a DTN needs {(1, width, side, side)}"
+        )
+    return nn.Sequential(last.train(), nn.Conv2d(width, config.channels[-1], 1))
 
 
 class _Last(nn.Module):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dtn_fast.backbone import build_backbone
 from dtn_fast.config import DTNConfig
-from dtn_fast.mas import HeadScale
+from dtn_fast.mas import HeadScale, head_mixer, reattend
+from dtn_fast.paper import TABLE8_SIZES
 
 HEAD_WIDTH = 64
 Variant = Literal["standard", "mas", "reattention"]
@@ -26,8 +27,7 @@ VARIANTS: tuple[Variant, ...] = ("standard", "mas", "reattention")
 class Attention(nn.Module):
     """Multi-head self-attention on [B, N, C], projections of Q, K and V without bias.
 
-    mas: each head times a learnable sigmoid.  reattention: attention maps mixed across heads by a 1x1 convolution and
-    normalised (DeepViT, Zhou et al., 2021).
+    mas: each head times a learnable sigmoid.  reattention: attention maps mixed across heads.
     """
 
     def __init__(self, width: int, heads: int, head_width: int, variant: Variant = "standard") -> None:
@@ -36,9 +36,7 @@ class Attention(nn.Module):
         self.heads, self.head_width = heads, head_width
         self.qkv = nn.Linear(width, 3 * inner, bias=False)
         self.scale: nn.Module = HeadScale(heads, 0.0) if variant == "mas" else nn.Identity()
-        self.mix = (
-            nn.Sequential(nn.Conv2d(heads, heads, 1), nn.BatchNorm2d(heads)) if variant == "reattention" else None
-        )
+        self.mix = head_mixer(heads) if variant == "reattention" else None
         self.out = nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,7 +44,7 @@ class Attention(nn.Module):
         if self.mix is None:
             mixed = nn.functional.scaled_dot_product_attention(q, k, v)
         else:
-            mixed = self.mix((q @ k.transpose(2, 3) * self.head_width**-0.5).softmax(3)) @ v
+            mixed = reattend(q, k, v, self.mix, self.head_width**-0.5)
         return self.out(self.scale(mixed.transpose(1, 2).flatten(2)))
 
 
@@ -226,6 +224,10 @@ class CrossEfficientViT(nn.Module):
             x, y = stage(x, y)
         return self.head(x[:, 0]) + self.early_head(y[:, 0])
 
+    def classifiers(self) -> list[nn.Module]:
+        """Both branches' last layers."""
+        return [self.head[-1], self.early_head[-1]]
+
 
 class Early(nn.Sequential):
     """EfficientNet-B0 up to the blocks of 24 channels, a quarter of the resolution."""
@@ -295,18 +297,8 @@ class Table8(NamedTuple):
     paper_gmacs: float
 
 
-PAPER = {
-    "vit_b16": (85.620, 16.879), "vit_b16_reattention": (85.623, 16.968), "vit_b16_mas": (85.620, 16.879),
-    "cvit": (88.988, 6.684), "cvit_reattention": (88.989, 6.684), "cvit_mas": (88.988, 6.684),
-    "efficient_vit": (104.167, 0.169), "efficient_vit_reattention": (104.167, 0.169),
-    "efficient_vit_mas": (104.167, 0.169), "cross_efficient_vit": (90.640, 0.174),
-    "cross_efficient_vit_reattention": (90.644, 0.174), "cross_efficient_vit_mas": (90.640, 0.174),
-}  # fmt: skip
-"""Millions of parameters and GMACs of the paper's Table 8."""
-
-
 def table8(name: str) -> Table8:
-    """Counts a model of PAPER at 224x224 the paper's way.
+    """Counts a model of TABLE8_SIZES at 224x224 the paper's way, without allocating it.
 
     That way sees no convolution of EfficientNet (a class of its own in the published code) nor what is not called, and
     counted EfficientViT and CrossEfficientViT with their published single logit; of all attentions it sees ViT's
@@ -316,9 +308,10 @@ def table8(name: str) -> Table8:
 
     family = next(f for f in sorted(FAMILIES, key=len, reverse=True) if name.startswith(f))
     efficient = "efficient" in family
-    model = timm.create_model(name, num_classes=1 if efficient else 2)
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=1 if efficient else 2)
     bodies = [m for m in (getattr(model, "backbone", None), getattr(model, "early", None)) if m is not None]
     unseen = [m for body in bodies for m in body.modules() if isinstance(m, nn.Conv2d)] if efficient else []
     softmax = [m for m in model.modules() if isinstance(m, Attention)] if family == "vit_b16" else []
     found = count_layers(model, 224, unseen, softmax)
-    return Table8(name, found.layer_parameters / 1e6, found.macs / 1e9, *PAPER[name])
+    return Table8(name, found.layer_parameters / 1e6, found.macs / 1e9, *TABLE8_SIZES[name])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import functools
 import inspect
-import json
 import os
 import sys
 import time
@@ -15,18 +14,17 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dtn_fast import deploy
+from dtn_fast import deploy, experiments
 from dtn_fast.data.prepare import PrepareConfig
 from dtn_fast.data.readers import Source
 from dtn_fast.data.synthetic import STAMP, SyntheticConfig, make_synthetic
 from dtn_fast.errors import DtnError, UsageError
-from dtn_fast.runtime import Device, Runtime, best_checkpoint, choose_device
+from dtn_fast.runtime import Device, best_checkpoint, choose_device
 from dtn_fast.terminal import print_table, progress
 from dtn_fast.train.distributed import connect, ranks
-from dtn_fast.train.recipe import PRESETS, Execution, Recipe
+from dtn_fast.train.recipe import PRESETS, Execution, Recipe, RunPreset
 
 PresetName = Literal["paper", "tiny"]
-RunPreset = Literal["paper", "tiny", "ffpp-c23", "cross-manipulation", "demo"]
 
 
 # ------------------------------------------------------------------------------------------------- verbs
@@ -193,14 +191,11 @@ def train(
         device: Where to train.
     """
     from dtn_fast.config import DTNConfig
-    from dtn_fast.detectors import TimmConfig, parse_config
+    from dtn_fast.detectors import TimmConfig, read_config
     from dtn_fast.train.distill import start_run, train_initial
 
     base = DTNConfig.preset(PRESETS[preset].model)
-    try:
-        model = parse_config(config.read_text("utf-8"), str(config)) if config else base
-    except OSError as error:
-        raise UsageError(f"{config}: {error.strerror}") from error
+    model = read_config(config) if config else base
     if timm:
         if config:
             raise UsageError("--timm and --config both name a model; give one")
@@ -271,138 +266,6 @@ def _run_training(
         print(f"best weights in {best_checkpoint(run)}; report: {write_run_report(run)}")
 
 
-def ablate(
-    name: Annotated[str, tyro.conf.Positional],
-    data: Path,
-    tests: tuple[Path, ...] = (),
-    test_names: tuple[str, ...] = (),
-    out: Path = Path("runs/ablations"),
-    only: tuple[str, ...] = (),
-    recipe: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = Recipe(),
-    execution: Annotated[Execution, tyro.conf.OmitArgPrefixes] = Execution(),
-    preset: RunPreset = "paper",
-    device: Device = "auto",
-) -> None:
-    """Train one of the paper's ablations and tabulate it beside the paper's figures; the same command resumes it.
-
-    Example: dtn-fast ablate losses --data ffpp --tests ffpp celebdf dfdc df1 --test-names FF++ Celeb-DF DFDC DF-1.0
-    --preset ffpp-c23
-
-    In minutes, on crops of the demo: dtn-fast ablate depth --data runs/demo/crops --preset demo --epochs 1
-
-    Args:
-        name: components, soft-labels, losses, local-connection, moe, mas, depth, generations, noise, center-dimension,
-            backbones or experts.
-        data: Crops to train on, written by dtn-fast prepare.
-        tests: Crops whose test split is measured; none: that of the data.
-        test_names: Their names in the table; the paper's are FF++, Celeb-DF, DFDC, DF-1.0, DFD.
-        out: Folder of NAME/ with the variants' runs, NAME.json and NAME.md.
-        only: Variants by name; none: all.
-        recipe: What the variants' own changes are made to.
-        execution: How it is computed.
-        preset: A model and the recipe that the options below change.
-        device: Where to train.
-    """
-    from dtn_fast.config import DTNConfig
-    from dtn_fast.data.shards import open_data
-    from dtn_fast.protocols import names_of
-    from dtn_fast.train.ablations import ablate as run
-    from dtn_fast.train.ablations import table
-    from dtn_fast.train.monitor import signals
-
-    model = DTNConfig.preset(PRESETS[preset].model)
-    shards = open_data(data, model.image_size)
-    folders = tests or (data,)
-    names = names_of(folders, test_names, "test-names")
-    sets = {n: shards if f == data else open_data(f, model.image_size) for n, f in zip(names, folders, strict=True)}
-    with signals() as stop, progress() as bar:
-        task = bar.add_task(name, total=None, note="")
-        steps = run(name, shards, sets, out, model, recipe, only, device=choose_device(device), execution=execution,
-                    stop=stop)  # fmt: skip
-        said = ""
-        while True:
-            try:
-                state = next(steps)
-            except StopIteration as done:
-                rows = done.value
-                break
-            event = state.event
-            where = f", generation {event.generation}, epoch {event.epoch + 1}" if event is not None else ", measuring"
-            bar.update(task, completed=state.number, total=state.total, note=state.variant + where)
-            if bar.disable and said != state.variant + where:
-                said = state.variant + where
-                print(f"{state.number + 1} of {state.total}: {said}", flush=True)
-    _record(out)
-    print_table(f"{name}, frame level, percent; in brackets the paper", *table(rows))
-    print(f"{out / (name + '.md')}")
-
-
-def explain(
-    data: Annotated[Path, tyro.conf.Positional],
-    models: list[Path],
-    out: Path = Path("pictures"),
-    kinds: tuple[str, ...] = (),
-    split: Literal["train", "val", "test"] = "test",
-    count: int = 400,
-    model_names: tuple[str, ...] = (),
-    device: Device = "auto",
-) -> None:
-    """Draw what checkpoints see: Grad-CAM, attention maps, head scales, attention collapse, features, soft labels.
-
-    Example: dtn-fast explain data/crops --models runs/baseline runs/levt runs/moe runs/dtn --out pictures
-
-    Args:
-        data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
-        models: Runs or checkpoint folders.
-        out: Folder for the pictures and figures.json.
-        kinds: grad-cam, attention, scales, collapse, feature-maps, t-sne, soft-labels; none: all.
-        split: Which videos.
-        count: Crops in the t-SNE.
-        model_names: Of the models in the pictures.
-        device: Where the models run.
-    """
-    from dtn_fast.data.shards import open_data
-    from dtn_fast.pictures import KINDS, choose, draw
-    from dtn_fast.protocols import names_of
-    from dtn_fast.runtime import load_model, place
-
-    if not models or count < 1:
-        raise UsageError("--models and --count: at least one")
-    where = choose_device(device)
-    loaded = {name: place(load_model(path), where)
-              for name, path in zip(names_of(models, model_names, "model-names"), models, strict=True)}  # fmt: skip
-    sizes = {model.config.image_size for model in loaded.values()}
-    if len(sizes) > 1:
-        raise UsageError(
-            f"--models: they take crops of {' and '.join(map(str, sorted(sizes)))} pixels; draw them apart"
-        )
-    faces = choose(open_data(data, sizes.pop()), split, count)
-    with progress() as bar:
-        task = bar.add_task("drawing", total=len(kinds or KINDS), note="")
-        for kind in draw(loaded, faces, out, kinds or KINDS):
-            bar.update(task, note=kind)
-            bar.advance(task)
-    _record(out)
-    print("\n".join(str(path) for path in sorted(out.iterdir())))
-
-
-def report(paths: Annotated[list[Path], tyro.conf.Positional], out: Path = Path("report.html")) -> None:
-    """Gather runs and results on one page: curves, tables beside the paper's, pictures, the command of each.
-
-    Example: dtn-fast report runs/first tables robustness pictures --out report.html
-
-    Args:
-        paths: Runs, and folders that evaluate, robustness, ablate or explain wrote.
-        out: The page, complete in itself.
-    """
-    from dtn_fast.train.gather import write_report
-
-    if not paths:
-        raise UsageError("name at least one run or folder of results")
-    write_report(paths, out)
-    print(out)
-
-
 def print_generations(summary: dict[str, Any]) -> None:
     rows = [
         [
@@ -414,147 +277,6 @@ def print_generations(summary: dict[str, Any]) -> None:
         for row in summary["generations"]
     ]
     print_table("Generations", ["generation", "epochs", "validation frame AUC", ""], rows)
-
-
-def evaluate(
-    data: Annotated[list[Path], tyro.conf.Positional],
-    model: list[Path],
-    protocol: Literal["auto", "within", "cross-dataset", "cross-manipulation"] = "auto",
-    split: Literal["train", "val", "test"] = "test",
-    out: Path | None = None,
-    data_names: tuple[str, ...] = (),
-    model_names: tuple[str, ...] = (),
-    self_blend: bool = False,
-    runtime: Annotated[Runtime, tyro.conf.OmitArgPrefixes] = Runtime(),
-) -> None:
-    """Measure models on prepared crops, at frame and video level, by one of the paper's protocols.
-
-    Example: dtn-fast evaluate data/crops --model runs/first --out runs/first/test
-
-    Table 1: dtn-fast evaluate ffpp celebdf dfdc df1 dfd --model runs/dtn runs/cvit --out table1
-    --data-names FF++ Celeb-DF DFDC DF-1.0 DFD
-
-    Table 2: dtn-fast evaluate ffpp --model runs/df runs/f2f runs/fs runs/nt --protocol cross-manipulation --out table2
-
-    Args:
-        data: Crops written by dtn-fast prepare, or folders of face pictures: <split>/<real or a forgery's name>/.
-        model: Runs, checkpoint folders, .onnx, .mnn, .engine or .rtx files.
-        protocol: within: one model, each forgery of one dataset; cross-dataset: models by datasets (Table 1);
-            cross-manipulation: models trained on one forgery each, by forgeries (Table 2); auto: one of the first two.
-        split: Which videos.
-        out: Also write OUT.json and OUT.md and, of several models or datasets, OUT.tex.
-        data_names: Of the datasets in the table; the paper's are FF++, Celeb-DF, DFDC, DF-1.0, DFD.
-        model_names: Of the models; for cross-manipulation the forgery each was trained on, by default as its run says.
-        self_blend: Measure against self-blended copies of the reals instead of the data's fakes.
-        runtime: How the models run.
-    """
-    from dtn_fast.data.blend import self_blended
-    from dtn_fast.data.shards import open_data
-    from dtn_fast.evaluate import evaluate as run
-    from dtn_fast.files import write_whole
-    from dtn_fast.protocols import Protocol, cross_dataset, cross_manipulation, names_of
-    from dtn_fast.runtime import load_scorer
-
-    if not data or not model:
-        raise UsageError("name at least one dataset and one model; see dtn-fast evaluate --help")
-    several = len(data) > 1 or len(model) > 1
-    if protocol == "auto":
-        protocol = "cross-dataset" if several else "within"
-    if several and protocol == "within":
-        raise UsageError("--protocol within: takes one dataset and one model; use cross-dataset")
-    first = load_scorer(model[0], runtime)
-    sets = [open_data(folder, first.config.image_size) for folder in data]
-    sets = [self_blended(shards) for shards in sets] if self_blend else sets
-    if protocol == "within":
-        result = run(first, sets[0], split)
-        header, rows = result.table()
-        print_table(f"{model[0]} on {data[0]}", header, rows)
-        print(result.policy() + (f"\n{result.notice}" if result.notice else ""))
-        if out is not None:
-            write_whole(out.with_name(out.name + ".json"), json.dumps(result.to_json(), indent=1))
-            write_whole(out.with_name(out.name + ".md"), result.markdown())
-            _record(out.parent)
-        return
-    if protocol == "cross-manipulation":
-        if len(data) > 1:
-            raise UsageError("--protocol cross-manipulation: takes one dataset")
-        said = tuple(filter(None, map(_trained_on_one, model)))
-        names = names_of(model, model_names or (said if len(said) == len(model) else ()), "model-names")
-    else:
-        names = names_of(model, model_names, "model-names")
-    scorers = {name: functools.partial(load_scorer, path, runtime) for name, path in zip(names, model, strict=True)}
-    labelled = dict(zip(names_of(data, data_names, "data-names"), sets, strict=True))
-    steps = cross_manipulation(scorers, sets[0], split) if protocol == "cross-manipulation" else cross_dataset(
-        scorers, labelled, split)  # fmt: skip
-    with progress() as bar:
-        task = bar.add_task("scoring", total=len(model) * (len(data) if protocol == "cross-dataset" else 1), note="")
-        for step in steps:
-            if isinstance(step, Protocol):
-                measured = step
-            else:
-                bar.update(task, note=step)
-                bar.advance(task)
-    for level in ("frame", "video"):
-        print_table(f"{measured.title}, {level} level, percent", *measured.table(level))
-    print("\n".join([*(f"{c}: {p}" for c, p in measured.policies.items()), *measured.notices]))
-    if out is not None:
-        print("\n".join(str(path) for path in measured.write(out)))
-        _record(out.parent)
-
-
-def _trained_on_one(run: Path) -> str:
-    """The one forgery that a run was trained on, as the paper shortens it; empty: it says no such thing."""
-    from dtn_fast.paper import FF_NAMES
-    from dtn_fast.train.distill import load_run
-
-    try:
-        methods = load_run(run)[0].methods
-    except UsageError:
-        return ""
-    return FF_NAMES.get(methods[0], methods[0]) if len(methods) == 1 else ""
-
-
-def robustness(
-    data: Annotated[Path, tyro.conf.Positional],
-    models: list[Path],
-    out: Path = Path("robustness"),
-    kinds: tuple[str, ...] = (),
-    levels: tuple[int, ...] = (0, 1, 2, 3, 4, 5),
-    split: Literal["train", "val", "test"] = "test",
-    seed: int = 0,
-    workers: int = 2,
-    runtime: Annotated[Runtime, tyro.conf.OmitArgPrefixes] = Runtime(),
-) -> None:
-    """Measure models under every corruption and level, one plot for all; the same command goes on.
-
-    Example: dtn-fast robustness data/crops --models runs/first runs/second --out robustness
-
-    Args:
-        data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
-        models: Runs, checkpoint folders, .onnx, .mnn, .engine or .rtx files.
-        out: Folder for robustness.json, .md and .svg.
-        kinds: Corruptions; none: the paper's seven (uniform in place of Gaussian noise).
-        levels: 1 to 5, and 0 for the crops as they are.
-        split: Which videos.
-        seed: Of noise and blocks.
-        workers: Threads that corrupt.
-        runtime: How the models run.
-    """
-    from dtn_fast.data.shards import open_data
-    from dtn_fast.robustness import KINDS
-    from dtn_fast.robustness import robustness as run
-    from dtn_fast.runtime import load_scorer
-
-    if not models or workers < 1:
-        raise UsageError("--models and --workers: at least one")
-    scorers = {str(path): load_scorer(path, runtime) for path in models}
-    shards = open_data(data, next(iter(scorers.values())).config.image_size)
-    with progress() as bar:
-        task = bar.add_task("corrupting and scoring", total=None, note="")
-        for state in run(scorers, shards, out, kinds or KINDS, levels, split, seed, workers):
-            bar.update(task, completed=state.done, total=state.total, note=state.name)
-    _record(out)
-    print((out / "robustness.md").read_text(encoding="utf-8") + f"plot: {out / 'robustness.svg'}")
 
 
 def demo(out: Path = Path("runs/demo"), workers: int = 2) -> None:
@@ -581,8 +303,16 @@ def bench() -> None:
 # ------------------------------------------------------------------------------------------------- entry
 
 
-_TRAINER = (demo, synthesize, prepare, train, distill, evaluate, robustness, ablate, explain, report, corrupt,
-            bench)  # fmt: skip
+_TRAINER = (demo, synthesize, prepare, train, distill)
+_EXPERIMENTER = (
+    experiments.evaluate,
+    experiments.robustness,
+    experiments.ablate,
+    experiments.explain,
+    experiments.report,
+    corrupt,
+    bench,
+)
 _DEPLOYER = (
     deploy.export,
     deploy.verify,
@@ -592,7 +322,7 @@ _DEPLOYER = (
     deploy.repository,
     deploy.doctor,
 )
-VERBS = {verb.__name__: verb for verb in (*_TRAINER, *_DEPLOYER)}
+VERBS = {verb.__name__: verb for verb in (*_TRAINER, *_EXPERIMENTER, *_DEPLOYER)}
 DESCRIPTION = """DTN face-forgery detection: train, distil, evaluate, export, detect, serve.
 
 Example: dtn-fast detect clip.mp4 --model runs/first
@@ -622,7 +352,7 @@ def main() -> None:
             from dtn_fast.bench.run import main as run
 
             raise SystemExit(run(sys.argv[2:]))
-        verbs = {**VERBS, **{verb.__name__: with_preset(verb, sys.argv[1:]) for verb in (train, ablate)}}
+        verbs = {**VERBS, **{verb.__name__: with_preset(verb, sys.argv[1:]) for verb in (train, experiments.ablate)}}
         code = tyro.extras.subcommand_cli_from_dict(verbs, prog="dtn-fast", description=DESCRIPTION)
     except DtnError as error:
         raise SystemExit(_fail(str(error), error.exit_code)) from None

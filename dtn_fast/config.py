@@ -36,7 +36,7 @@ class DTNConfig:
     """Scale each expert by a learnable sigmoid (Eq. 11); False: experts as they are."""
     gate: str = "max"
     """max, the paper's: the strongest expert at each position (Eq. 11); vanilla: experts weighted by a gating network
-    on the pooled map, softmax (Jacobs et al., 1991; Table 7)."""
+    on the pooled map, softmax (Jacobs et al., 1991; Table 7; *choice*, the paper does not say what its vanilla is)."""
     noise: str = "gaussian"
     """What disturbs the map before each expert, training only: gaussian (Eq. 10), blur, contrast, compression or none
     (Figure 6a; the paper does not say how the others are done: *choice*)."""
@@ -52,6 +52,8 @@ class DTNConfig:
     """Scale each head by a learnable sigmoid (Eq. 20); False is plain multi-head attention."""
     mas_init: float = 0.0
     """Initial head and expert scales, before the sigmoid (*choice*)."""
+    reattention: bool = False
+    """Mix attention maps across heads by a 1x1 convolution and BN (DeepViT; Table 8) in place of MAS."""
     local_connection: bool = True
     """Depthwise 3x3 + BN after attention (Eq. 23)."""
     num_classes: int = 2
@@ -89,6 +91,7 @@ class DTNConfig:
             (isinstance(self.backbone, str) and bool(self.backbone), "backbone", "vgg or a model of timm"),
             (self.gate == "max" or self.expert_kernel == 1, "expert_kernel", "1 with the vanilla gate"),
             (self.noise in ("gaussian", "none") or self.expert_kernel == 1, "expert_kernel", "1 with this noise"),
+            (not (self.mas and self.reattention), "reattention", "False with MAS, which it stands in for"),
             (self.depth >= 0, "depth", ">= 0"),
             (self.mlp_ratio > 0, "mlp_ratio", ">= 1"),
             (self.num_classes >= 2, "num_classes", ">= 2"),

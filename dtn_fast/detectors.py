@@ -73,6 +73,11 @@ class TimmDetector(Detector):
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, S, S] -> [B, num_classes]
         return self.net(images)
 
+    def classifiers(self) -> list[nn.Module]:
+        """What the model names itself, if it does."""
+        own = getattr(self.net, "classifiers", None)
+        return own() if own is not None else super().classifiers()
+
     def cam_layer(self) -> nn.Module | None:
         """The last layer that timm names as a feature map; None where features are tokens, as in a ViT."""
         info = getattr(self.net, "feature_info", None)
@@ -106,6 +111,14 @@ def parse_config(text: str, where: str) -> DTNConfig | TimmConfig:
     return TimmConfig.from_json(text, where) if timm else DTNConfig.from_json(text, where)
 
 
+def read_config(path: Path) -> DTNConfig | TimmConfig:
+    """The configuration in a JSON file.  Raises UsageError naming it."""
+    try:
+        return parse_config(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a model's configuration ({error})") from error
+
+
 def build_detector(config: DTNConfig | TimmConfig, pretrained: bool = False) -> Detector:
     """A detector with fresh weights, or with timm's published ones."""
     return DTN(config) if isinstance(config, DTNConfig) else TimmDetector(config, pretrained)
@@ -114,6 +127,6 @@ def build_detector(config: DTNConfig | TimmConfig, pretrained: bool = False) -> 
 def load_detector(folder: Path) -> Detector:
     """Reads what ``save_pretrained`` wrote, in eval mode.  Raises UsageError as ``Detector.from_pretrained``."""
     check_folder(folder)
-    config = parse_config((folder / CONFIG).read_text(encoding="utf-8"), str(folder / CONFIG))
+    config = read_config(folder / CONFIG)
     kind = DTN if isinstance(config, DTNConfig) else TimmDetector
     return kind.from_pretrained(folder, config)

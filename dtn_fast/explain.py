@@ -69,13 +69,15 @@ def attention_maps(model: DTN, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
     """The gated attention maps sigmoid(s_h) softmax(Q K^T / sqrt(D)) of every block and head: [L, B, H, N, N].
 
     crops: [B, S, S, 3] uint8.  From the reference operator, beside an ordinary pass: the fast path computes none.
+    Of Re-attention, which has no s_h, the mixed maps.
     """
     kept: list[Tensor] = []
 
     def look(module: nn.Module, given: tuple[Tensor, ...], _output: Tensor) -> None:
         assert isinstance(module, ScaledAttention)
         q, k, v = module.project(given[0]).unbind(2)
-        kept.append(reference.mas_attention(q, k, v, module.head_scale, return_maps=True)[1])
+        maps = reference.mas_attention(q, k, v, module.head_scale, return_maps=True)[1]
+        kept.append(maps if module.mix is None else module.mix(maps))
 
     blocks = [module for module in model.modules() if isinstance(module, ScaledAttention)]
     with _HOOKED, torch.inference_mode():
@@ -117,22 +119,27 @@ def collapse(maps: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def features(model: Detector, crops: NDArray[np.uint8], batch_size: int = 64) -> NDArray[np.float32]:
-    """What the classifier sees, [B, C]: the input of the model's last linear layer."""
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not last:
+    """What the classifier sees, [B, C]: the inputs of the model's ``classifiers``, side by side.
+
+    Raises ValueError when it has none.
+    """
+    layers = model.classifiers()
+    if not layers:
         raise ValueError(f"{type(model).__name__}: no linear layer to read features before")
-    kept: list[Tensor] = []
+    kept: list[list[Tensor]] = [[] for _ in layers]
     with _HOOKED, torch.inference_mode():
         was_training = model.training
-        handle = last[-1].register_forward_pre_hook(lambda _module, given: kept.append(given[0].float().cpu()))
+        keep = lambda into: lambda _module, given: into.append(given[0].float().flatten(1).cpu())
+        handles = [layer.register_forward_pre_hook(keep(into)) for layer, into in zip(layers, kept, strict=True)]
         try:
             model.eval()
             for start in range(0, len(crops), batch_size):
                 model(normalise(crops[start : start + batch_size], model.config, device_of(model)))
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
             model.train(was_training)
-    return torch.cat(kept).flatten(1).numpy() if kept else np.zeros((0, last[-1].in_features), np.float32)
+    return torch.cat([torch.cat(parts) for parts in kept], 1).numpy()
 
 
 def feature_map(model: DTN, crops: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -19,6 +19,7 @@ from dtn_fast.backbone import Backbone
 from dtn_fast.dtn import DTN
 from dtn_fast.kernels.ops import mas_attention_packed
 from dtn_fast.levt import LEVTBlock
+from dtn_fast.mas import reattend
 from dtn_fast.moe import OPEN
 
 AttentionPath = Literal["native", "kernel"]
@@ -50,12 +51,13 @@ class FoldedBlock(nn.Module):
     def __init__(self, block: LEVTBlock, attention: AttentionPath) -> None:
         super().__init__()
         self.num_heads = block.attention.num_heads
-        self.path = attention
         source = block.attention
+        self.mix: nn.Module | None = None if source.mix is None else fold_conv(*source.mix)
+        self.path = attention if self.mix is None else "native"
         width = source.out.out_features
         size = width // self.num_heads
         weight, bias = _after_norm(source.qkv.weight.double(), None, block.norm1)
-        if attention == "native":  # the kernel multiplies the scores by a constant anyway
+        if self.path == "native":  # the kernel multiplies the scores by a constant anyway
             weight[:width] *= size**-0.5
             bias[:width] *= size**-0.5
         self.qkv = _linear(weight, bias, like=source.qkv.weight)
@@ -77,7 +79,12 @@ class FoldedBlock(nn.Module):
             mixed = mas_attention_packed(qkv, self.open_heads).flatten(2)
         else:
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-            mixed = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(2)
+            mixed = (
+                F.scaled_dot_product_attention(q, k, v, scale=1.0)
+                if self.mix is None
+                else reattend(q, k, v, self.mix, 1.0)
+            )
+            mixed = mixed.transpose(1, 2).flatten(2)
         x = x + self.local(self.out(mixed).transpose(1, 2).unflatten(2, (height, width)))
         tokens = self.shrink(F.gelu(self.expand(x.flatten(2).transpose(1, 2))))  # [B, N, C]
         return x + tokens.transpose(1, 2).unflatten(2, (height, width))

@@ -8,16 +8,21 @@ from torch import Tensor, nn
 from dtn_fast.backbone import update_statistics
 from dtn_fast.config import DTNConfig
 from dtn_fast.kernels.ops import fuses_local_connection, local_connection, mas_attention_packed
+from dtn_fast.mas import head_mixer, reattend
 
 
 class ScaledAttention(nn.Module):
-    """Multi-head attention whose heads are scaled by sigmoid(head_scale) (MAS): [B, N, C] -> [B, N, C]."""
+    """Multi-head attention whose heads are scaled by sigmoid(head_scale) (MAS): [B, N, C] -> [B, N, C].
 
-    def __init__(self, width: int, num_heads: int, mas: bool, mas_init: float) -> None:
+    reattention: maps mixed across heads instead, for Table 8, in plain torch.
+    """
+
+    def __init__(self, width: int, num_heads: int, mas: bool, mas_init: float, reattention: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width)
+        self.mix = head_mixer(num_heads) if reattention else None
         if mas:
             self.head_scale = nn.Parameter(torch.full((num_heads,), mas_init))
         else:  # sigmoid(+inf) = 1 exactly: plain attention by the same path
@@ -28,7 +33,11 @@ class ScaledAttention(nn.Module):
         return self.qkv(tokens).unflatten(2, (3, self.num_heads, -1))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.out(mas_attention_packed(self.project(tokens), self.head_scale).flatten(2))
+        packed = self.project(tokens)
+        if self.mix is None:
+            return self.out(mas_attention_packed(packed, self.head_scale).flatten(2))
+        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D] each
+        return self.out(reattend(q, k, v, self.mix, q.shape[3] ** -0.5).transpose(1, 2).flatten(2))
 
 
 class LEVTBlock(nn.Module):
@@ -41,7 +50,7 @@ class LEVTBlock(nn.Module):
         width = config.channels[-1]
         hidden = width * config.mlp_ratio
         self.norm1 = nn.BatchNorm2d(width)
-        self.attention = ScaledAttention(width, config.num_heads, config.mas, config.mas_init)
+        self.attention = ScaledAttention(width, config.num_heads, config.mas, config.mas_init, config.reattention)
         self.local: nn.Module = nn.Identity()
         if config.local_connection:
             self.local = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, groups=width), nn.BatchNorm2d(width))

@@ -1,4 +1,4 @@
-"""MAS for other transformers: a learnable scale on every attention head of any timm ViT, by one call."""
+"""MAS for other transformers, a learnable scale on every head of any timm ViT by one call; Re-attention, its rival."""
 
 from __future__ import annotations
 
@@ -39,3 +39,14 @@ def with_mas(model: nn.Module, mas_init: float = 0.0) -> nn.Module:
     if not found:
         raise ValueError(f"{type(model).__name__}: no attention with heads and a linear projection of them")
     return model
+
+
+def head_mixer(heads: int) -> nn.Sequential:
+    """Re-attention's mixture of attention maps [B, H, N, N] across heads: a 1x1 convolution, then BN (DeepViT, Zhou et
+    al., 2021)."""
+    return nn.Sequential(nn.Conv2d(heads, heads, 1), nn.BatchNorm2d(heads))
+
+
+def reattend(q: Tensor, k: Tensor, v: Tensor, mix: nn.Module, scale: float) -> Tensor:
+    """Attention whose maps ``mix`` has mixed: q, k, v [B, H, N, D] -> [B, H, N, D]."""
+    return mix((q @ k.transpose(2, 3) * scale).softmax(3)) @ v

@@ -50,3 +50,11 @@ TABLE2: dict[str, dict[str, dict[str, float]]] = {
     },
 }
 """AUC by the forgery trained on, then by the one tested on."""
+TABLE8_SIZES = {
+    "vit_b16": (85.620, 16.879), "vit_b16_reattention": (85.623, 16.968), "vit_b16_mas": (85.620, 16.879),
+    "cvit": (88.988, 6.684), "cvit_reattention": (88.989, 6.684), "cvit_mas": (88.988, 6.684),
+    "efficient_vit": (104.167, 0.169), "efficient_vit_reattention": (104.167, 0.169),
+    "efficient_vit_mas": (104.167, 0.169), "cross_efficient_vit": (90.640, 0.174),
+    "cross_efficient_vit_reattention": (90.644, 0.174), "cross_efficient_vit_mas": (90.640, 0.174),
+}  # fmt: skip
+"""Millions of parameters and GMACs of the transformers compared with, by their names in dtn_fast/baselines.py."""

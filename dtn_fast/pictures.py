@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +60,7 @@ def choose(shards: Shards, split: str, count: int) -> Faces:
 def draw(models: Mapping[str, Detector], faces: Faces, out: Path, kinds: tuple[str, ...] = KINDS) -> Iterator[str]:
     """Writes ``out``/<kind>.png or .svg and figures.json; yields each picture's name before it is drawn.
 
-    Pictures of attention need a DTN; other models are left out of them.
+    Pictures of attention need a DTN; other models are left out of them, as figures.json says.
     Raises UsageError on an unknown kind, or without matplotlib or scikit-learn.
     """
     for kind in kinds:
@@ -68,22 +68,28 @@ def draw(models: Mapping[str, Detector], faces: Faces, out: Path, kinds: tuple[s
             raise UsageError(f"unknown picture {kind!r}; there are {', '.join(KINDS)}")
     if "t-sne" in kinds:
         _check_tsne(faces)
-    dtns = {name: model for name, model in models.items() if isinstance(model, DTN) and model.config.depth}
-    notice = "; ".join(sorted({f"trained on {m.notice}" for m in models.values() if m.notice}))
-    figures: dict[str, Any] = {"notice": notice}
-    makers: dict[str, Any] = {
-        "grad-cam": lambda: _grad_cam(models, faces),
-        "attention": lambda: _attention(dtns, faces),
-        "scales": lambda: _scales(dtns, figures),
-        "collapse": lambda: _collapse(dtns, faces, figures),
-        "feature-maps": lambda: _feature_maps(models, faces),
-        "t-sne": lambda: _tsne(models, faces, figures),
-        "soft-labels": lambda: _soft_labels(models, faces, figures),
+    dtns = {name: model for name, model in models.items() if isinstance(model, DTN)}
+    blocks = {name: model for name, model in dtns.items() if model.config.depth}
+    scaled = {name: model for name, model in blocks.items() if model.config.mas}
+    mapped = {name: model for name, model in models.items() if model.cam_layer() is not None}
+    makers: dict[str, tuple[Mapping[str, Any], Callable[[Any, Faces, dict[str, Any]], Any]]] = {
+        "grad-cam": (mapped, _grad_cam),
+        "attention": (blocks, _attention),
+        "scales": (scaled, _scales),
+        "collapse": (blocks, _collapse),
+        "feature-maps": (dtns, _feature_maps),
+        "t-sne": (models, _tsne),
+        "soft-labels": (models, _soft_labels),
     }
+    notice = "; ".join(sorted({f"trained on {m.notice}" for m in models.values() if m.notice}))
+    figures: dict[str, Any] = {"notice": notice, "left out": {}}
     for kind in kinds:
         yield kind
-        figure = makers[kind]()
-        if figure is not None:
+        drawn, make = makers[kind]
+        if len(drawn) < len(models):
+            figures["left out"][kind] = [name for name in models if name not in drawn]
+        if drawn:
+            figure = make(drawn, faces, figures)
             figure.text(0.5, 0.001, notice, ha="center", va="bottom", fontsize=7, color="0.4")
             suffix = "png" if kind in ("grad-cam", "attention", "feature-maps", "soft-labels") else "svg"
             write_whole(out / f"{kind}.{suffix}", functools.partial(_save, figure, suffix))
@@ -116,7 +122,7 @@ def _grid(rows: list[str], columns: list[str], images: list[list[NDArray[Any] | 
             axis.set_yticks([])
             axis.set_frame_on(False)
             if image is None:
-                axis.text(0.5, 0.5, "no map", ha="center", va="center", color="0.5", transform=axis.transAxes)
+                axis.text(0.5, 0.5, "no head", ha="center", va="center", color="0.5", transform=axis.transAxes)
             else:
                 axis.imshow(image, cmap="inferno")
             if not i:
@@ -130,20 +136,21 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _grad_cam(models: Mapping[str, Detector], faces: Faces) -> Any:
+def _grad_cam(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
     """Figure 8 (b): faces by models."""
+    return _overlaid(models, faces, grad_cam)
+
+
+def _overlaid(models: Mapping[str, Any], faces: Faces, heat: Callable[..., NDArray[np.float32]]) -> Any:
+    """Each face, then it with each model's ``heat`` laid over."""
     columns: list[list[NDArray[Any] | None]] = [list(faces.few)]
-    for model in models.values():
-        heats = grad_cam(model, faces.few) if model.cam_layer() is not None else None
-        columns.append([None if heats is None else overlay(c, h) for c, h in zip(faces.few, heats, strict=True)]
-                       if heats is not None else [None] * len(faces.few))  # fmt: skip
+    columns += [[overlay(crop, warm) for crop, warm in zip(faces.few, heat(model, faces.few), strict=True)]
+                for model in models.values()]  # fmt: skip
     return _grid(faces.titles, ["face", *models], [list(row) for row in zip(*columns, strict=True)])
 
 
-def _attention(dtns: Mapping[str, DTN], faces: Faces) -> Any:
+def _attention(dtns: Mapping[str, DTN], faces: Faces, figures: dict[str, Any]) -> Any:
     """Figure 7: for the last forgery's face, what its patches attend to: heads by blocks, a model under the other."""
-    if not dtns:
-        return None
     face = faces.few[-1:]
     rows, images = [], []
     for name, model in dtns.items():
@@ -152,17 +159,16 @@ def _attention(dtns: Mapping[str, DTN], faces: Faces) -> Any:
         scales = head_scales(model)
         for block, of_block in enumerate(maps):
             rows.append(f"{name}\nblock {block + 1}" if not block else f"block {block + 1}")
-            images.append([m.mean(0).reshape(side, side) / max(float(s), 1e-9) for m, s in zip(of_block, scales[block], strict=True)])  # noqa: E501  # fmt: skip
+            means = of_block.mean(1).reshape(-1, side, side)  # [H, h, w], over the patches that look
+            images.append(list(means / scales[block][:, None, None].clip(1e-9)))
     heads = max(len(row) for row in images)
     padded = [[*row, *[None] * (heads - len(row))] for row in images]
     return _grid(rows, [f"head {h + 1}" for h in range(heads)], padded)
 
 
-def _scales(dtns: Mapping[str, DTN], figures: dict[str, Any]) -> Any:
+def _scales(dtns: Mapping[str, DTN], faces: Faces, figures: dict[str, Any]) -> Any:
     """Figure 7's numbers: sigmoid(s_h) by block and head."""
-    learned = {name: head_scales(model) for name, model in dtns.items() if model.config.mas}
-    if not learned:
-        return None
+    learned = {name: head_scales(model) for name, model in dtns.items()}
     figures["scales"] = {name: values.round(5).tolist() for name, values in learned.items()}
     figure, axes = _canvas(1, len(learned), 3.4, 2.8)
     for axis, (name, values) in zip(axes[0], learned.items(), strict=True):
@@ -178,8 +184,6 @@ def _scales(dtns: Mapping[str, DTN], figures: dict[str, Any]) -> Any:
 
 def _collapse(dtns: Mapping[str, DTN], faces: Faces, figures: dict[str, Any]) -> Any:
     """Attention collapse as a curve: mean cosine between heads, block by block."""
-    if not dtns:
-        return None
     curves = {name: collapse(attention_maps(model, faces.many[:16])) for name, model in dtns.items()}
     figures["collapse"] = {name: values.round(5).tolist() for name, values in curves.items()}
     figure, axes = _canvas(1, 1, 5.0, 3.0)
@@ -194,15 +198,9 @@ def _collapse(dtns: Mapping[str, DTN], faces: Faces, figures: dict[str, Any]) ->
     return figure
 
 
-def _feature_maps(models: Mapping[str, Detector], faces: Faces) -> Any:
-    """Figure 9: the last map of each DTN, faces by models."""
-    dtns = {name: model for name, model in models.items() if isinstance(model, DTN)}
-    if not dtns:
-        return None
-    columns: list[list[NDArray[Any] | None]] = [list(faces.few)]
-    columns += [[overlay(c, m) for c, m in zip(faces.few, feature_map(model, faces.few), strict=True)]
-                for model in dtns.values()]  # fmt: skip
-    return _grid(faces.titles, ["face", *dtns], [list(row) for row in zip(*columns, strict=True)])
+def _feature_maps(dtns: Mapping[str, DTN], faces: Faces, figures: dict[str, Any]) -> Any:
+    """Figure 9: the last map, faces by models."""
+    return _overlaid(dtns, faces, feature_map)
 
 
 def _check_tsne(faces: Faces) -> None:

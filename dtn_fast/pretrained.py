@@ -29,6 +29,11 @@ class Detector(nn.Module):
         """The layer whose map [B, C, h, w] Grad-CAM weighs; None: this detector has no such map."""
         return None
 
+    def classifiers(self) -> list[nn.Module]:
+        """The layers that make the logits, whose input a detector's features are: the last linear one."""
+        linear: list[nn.Module] = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        return linear[-1:]
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes model.safetensors and config.json into ``folder``, each whole or not at all."""
         from safetensors.torch import save

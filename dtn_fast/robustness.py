@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -127,13 +126,12 @@ class _Results:
 
 def _identity(shards: Shards, rows: NDArray[np.int64], split: str, seed: int) -> dict[str, Any]:
     """What figures in one folder must share."""
-    videos = "\n".join(str(shards.videos[v].path) for v in shards.video[rows])
     return {
         "split": split,
         "seed": seed,
         "crops": len(rows),
         "size": shards.size,
-        "videos": hashlib.sha256(videos.encode("utf-8", "replace")).hexdigest()[:16],
+        "videos": shards.fingerprint(rows),
     }
 
 

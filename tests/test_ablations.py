@@ -1,50 +1,54 @@
-"""Every ablation by name: its variants can be made and differ as the paper says, one of each kind trains."""
+"""Every ablation by name: its variants can be made, differ as the paper says, train and stand in its table."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Generator
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small import RECIPE, SMALL, changed
 
-from dtn_fast import DTN
+from dtn_fast import DTN, DTNConfig
 from dtn_fast.config import NOISES
 from dtn_fast.counting import count
-from dtn_fast.data.shards import Shards
+from dtn_fast.data.shards import Crops, Shards
 from dtn_fast.detectors import TimmConfig, build_detector
 from dtn_fast.errors import UsageError
 from dtn_fast.losses import contrastive_center, initial_loss
 from dtn_fast.moe import MoEGate, disturb
-from dtn_fast.train.ablations import ABLATIONS, ablate, configure, folder_of, table
+from dtn_fast.tables import Row, Table
+from dtn_fast.train import ablations
+from dtn_fast.train.ablations import ABLATIONS, ablate, configure, folder_of, variants_of
 from dtn_fast.train.recipe import Execution, Recipe
 from dtn_fast.train.step import TrainStep
 
-QUICK = changed(RECIPE, epochs=1, generations=1, min_generations=0)
+QUICK = changed(RECIPE, epochs=1, generations=1, min_generations=0, batch_size=32)
 
 
-def finish(steps: Generator[Any, None, Any]) -> Any:
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            return done.value
+TINY = DTNConfig.preset("tiny", image_size=64)
+
+
+def finish(steps: Iterator[Any]) -> Table:
+    *_, made = steps
+    assert isinstance(made, Table)
+    return made
 
 
 def test_no_two_ablations_share_a_run() -> None:
-    folders = [folder_of(Path("x", name), v) for name, ablation in ABLATIONS.items() for v in ablation.variants]
+    folders = [folder_of(Path("x", name), v) for name in ABLATIONS for v in variants_of(name, ("Deepfakes", "y"))]
     assert len(set(folders)) == len(folders)
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_variant_can_be_made(name: str) -> None:
-    variants = ABLATIONS[name].variants
-    assert len({v.name for v in variants}) == len(variants)
-    assert len({folder_of(Path("x"), v) for v in variants}) == len(variants)
+    variants = variants_of(name, ("Deepfakes", "FaceSwap"))
+    assert len({v.label for v in variants}) == len(variants)
     for variant in variants:
         config, recipe = configure(variant, SMALL, Recipe())
         if isinstance(config, TimmConfig):
@@ -74,56 +78,102 @@ def test_components_are_the_papers() -> None:
     assert millions == [23.590, 26.751, 29.912, 33.073]
 
 
-SOME = {
-    "mas": ("CViT w/ Re-att",),
-    "backbones": ("efficientnet_b0 + ours",),
-    "experts": ("n=1", "n=7 without noise"),
-    "depth": ("L=4",),
-    "components": ("Baseline", "Baseline+LEVT*+MoE"),
-}
-"""Variants that stand for their ablation here, where all would take minutes; the others run whole."""
+@pytest.fixture(scope="session")
+def few(shards: Shards) -> Shards:
+    """The first frame of each video."""
+    keep = np.flatnonzero([frame == min(shards.frame[shards.video == video])
+                           for video, frame in zip(shards.video, shards.frame, strict=True)])  # fmt: skip
+    crops = Crops([shards.get(keep)], shards.size)
+    return dataclasses.replace(
+        shards, crops=crops, video=shards.video[keep], frame=shards.frame[keep], person=shards.person[keep],
+        landmarks=None,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in ABLATIONS if name != "generations"])
-def test_an_ablation_trains_measures_and_resumes(name: str, shards: Shards, tmp_path: Path) -> None:
-    only = SOME.get(name, ())
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_trains_measures_and_resumes(
+    name: str, few: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every variant of every name, on the synthetic set in miniature; of generations one student each."""
+    whole = ABLATIONS[name]
+    short = [dataclasses.replace(v, recipe={"generations": 1, "min_generations": 1}) if v.every_generation else v
+             for v in whole.variants]  # fmt: skip
+    monkeypatch.setitem(ABLATIONS, name, whole._replace(variants=tuple(short)))
     how: dict[str, Any] = {"device": "cpu", "execution": Execution()}
-    steps = lambda: ablate(name, shards, {"FF++": shards}, tmp_path, SMALL, QUICK, only, **how)
-    rows = finish(steps())
-    assert [row["variant"] for row in rows] == [v.name for v in ABLATIONS[name].variants if not only or v.name in only]
-    header, body = table(rows)
-    assert header == ["variant", "validation AUC", "FF++ ACC", "FF++ AUC"]
-    printed = next(v for v in ABLATIONS[name].variants if v.name == rows[0]["variant"]).paper.get("FF++")
-    assert (f"[{printed.auc:.2f}]" in body[0][3]) if printed else "[" not in body[0][3]
-    assert json.loads((tmp_path / f"{name}.json").read_text())["rows"] == json.loads(json.dumps(rows))
+    steps = lambda: ablate(name, few, {"FF++": few}, tmp_path, TINY, QUICK, (), **how)
+    made = finish(steps())
+    variants = variants_of(name, few.methods)
+    if name == "generations":
+        titles = [f"{v.label}-{end}" for v in variants for end in ("Teacher", "Student 1")]
+        assert [(row.name, row.facts["generation"]) for row in made.rows] == list(zip(titles, [0, 1] * 3, strict=True))
+        assert made.rows[1].paper["DFD"] == (85.48, 96.34)
+    else:
+        assert [row.facts["variant"] for row in made.rows] == [v.label for v in variants]
+    for row in made.rows:
+        assert row.cells["frame"].keys() == ({*few.methods} if ABLATIONS[name].by_forgery else {"FF++"})
+        assert all(cell.auc is not None and 0 <= cell.auc <= 1 for cell in row.cells["video"].values())
+    header, body = made.text("frame")
+    printed = variants[0].paper.get("FF++")
+    if printed:
+        assert f"[{printed.auc:.2f}]" in body[0][2]
+    assert ("M params" in header) == (variants[0].size is not None)
     assert "synthetic faces" in (tmp_path / f"{name}.md").read_text()
-    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
-    assert finish(steps()) == rows
-    assert {
-        path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")
-    } == stamps  # not trained again
+    stored = json.loads((tmp_path / f"{name}.json").read_text())
+    assert [Row.from_json(row) for row in stored["rows"]] == made.rows
+    weights = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
+    again = finish(steps())
+    assert again == made
+    assert weights == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}, "trained again"
 
 
-def test_generations_give_a_row_each_and_other_models_run(shards: Shards, tmp_path: Path) -> None:
-    two = dataclasses.replace(QUICK, generations=1)
-    only = ("DTN",)
-    original = ABLATIONS["generations"].variants[0]
-    short = dataclasses.replace(original, recipe={"generations": 1, "min_generations": 1})
-    ABLATIONS["generations"] = ABLATIONS["generations"]._replace(
-        variants=(short, *ABLATIONS["generations"].variants[1:])
-    )
-    try:
-        rows = finish(ablate("generations", shards, {"DFD": shards}, tmp_path, SMALL, two, only, device="cpu"))
-    finally:
-        ABLATIONS["generations"] = ABLATIONS["generations"]._replace(
-            variants=(original, *ABLATIONS["generations"].variants[1:])
-        )
-    assert [row["variant"] for row in rows] == ["DTN-Teacher", "DTN-Student 1"]
-    assert rows[1]["paper"]["DFD"] == {"acc": 85.48, "auc": 96.34}
-    with pytest.raises(UsageError, match="unknown ablation 'x'; there are components"):
-        finish(ablate("x", shards, {}, tmp_path, SMALL, QUICK))
-    with pytest.raises(UsageError, match="--only Nothing: moe has Vanilla MoE, Ours"):
-        finish(ablate("moe", shards, {}, tmp_path, SMALL, QUICK, ("Nothing",)))
+def test_only_some_variants_and_what_the_table_keeps(few: Shards, tmp_path: Path, monkeypatch) -> None:
+    measured: list[str] = []
+    original = ablations.measure
+
+    def counted(scorer: Any, tests: Any, by_forgery: bool = False) -> Any:
+        measured.append(" ".join(tests))
+        return original(scorer, tests, by_forgery)
+
+    monkeypatch.setattr(ablations, "measure", counted)
+
+    def run(only: tuple[str, ...], tests: tuple[str, ...] = ("FF++",), **fields: Any) -> Table:
+        recipe = changed(QUICK, **fields)
+        return finish(ablate("soft-labels", few, dict.fromkeys(tests, few), tmp_path, SMALL, recipe, only))
+
+    names = lambda table: [row.name for row in table.rows]
+    assert names(run(("DTN w/ STG",))) == ["DTN w/ STG"]
+    assert names(run(("DTN w/o STG",))) == ["DTN w/o STG", "DTN w/ STG"]  # in the order of the paper
+    assert measured == ["FF++"] * 2  # the first was not measured again
+    run(())
+    assert len(measured) == 2
+    assert names(run(("DTN w/ STG",), ("FF++", "DFD"))) == ["DTN w/o STG", "DTN w/ STG"]
+    assert measured[2:] == ["FF++ DFD"] * 2  # other tests: both again
+    with pytest.raises(UsageError, match="another recipe or model"):
+        run(("DTN w/ STG",), epochs=2)
+    shutil.rmtree(tmp_path / "soft-labels" / "DTN_w_o_STG")
+    assert names(run(("DTN w/ STG",))) == ["DTN w/ STG"]  # what is gone is not shown
+    (tmp_path / "soft-labels.json").write_text('{"rows": [{}]}')
+    with pytest.raises(UsageError, match=r"soft-labels\.json: damaged .*; delete it"):
+        run(())
+
+
+def test_wrong_names_are_told(few: Shards, tmp_path: Path) -> None:
+    for name, tests, only, said in (
+        ("x", {}, (), "unknown ablation 'x'; there are cross-dataset"),
+        ("moe", {}, ("Nothing",), "--only Nothing: moe has Vanilla MoE, Ours"),
+        ("cross-manipulation", {"a": few, "b": few}, (), "of one dataset; --tests names 2"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            finish(ablate(name, few, tests, tmp_path, SMALL, QUICK, only))
+    assert not list(tmp_path.iterdir())
+
+
+def test_by_forgery_as_table_2() -> None:
+    made = variants_of("cross-manipulation", ("Deepfakes", "Unknown"))
+    assert [v.label for v in made] == ["Xception on DF", "Xception on Unknown", "DTN on DF", "DTN on Unknown"]
+    assert made[2].recipe == {"methods": ("Deepfakes",)}
+    assert made[2].paper["FS"] == (None, 74.26)
+    assert made[3].paper == {}
 
 
 def test_the_vanilla_gate_by_its_formula() -> None:
@@ -145,7 +195,7 @@ def test_disturbances_disturb_and_pass_gradients(kind: str) -> None:
     x = torch.randn(4, 8, 6, 6, requires_grad=True)
     y = disturb(x, kind, 0.1)
     assert y.shape == x.shape
-    assert 0 < float((y - x).abs().mean()) < 0.5
+    assert 0 < float((y - x).detach().abs().mean()) < 0.5
     assert torch.allclose(disturb(x, kind, 0.0), x, atol=1e-5)
     y.sum().backward()
     assert x.grad is not None

@@ -185,16 +185,34 @@ def test_the_papers_experiments_from_the_command_line(run, trained: Path, crops:
                          "DFD", "--model-names", "first", "second")  # fmt: skip
     assert code == 0, err
     assert "99.70" in out  # the paper's DTN, beside ours
-    assert table.with_name("table1.tex").is_file()
-    code, out, err = run("evaluate", crops, "--model", other, "--protocol", "cross-manipulation", "--out",
-                         tmp_path / "tables" / "table2")  # fmt: skip
+    assert {path.suffix for path in table.parent.glob("table1.*")} == {".json", ".md", ".tex", ".svg"}
+    code, out, err = run("evaluate", crops, "--model", other, other, "--protocol", "cross-manipulation", "--out",
+                         tmp_path / "tables" / "table2", "--trained-on", "DF", "SynthSwap")  # fmt: skip
     assert code == 0, err
-    assert "SynthSwap" in (tmp_path / "tables" / "table2.md").read_text().split("\n")[6]
+    text = (tmp_path / "tables" / "table2.md").read_text()
+    assert "| one | DF |" in text.replace(str(other), "one")
+    assert "| DTN (the paper's figures) | DF | - |" in text
+    code, out, err = run("evaluate", crops, "--model", other, "--protocol", "cross-manipulation")
+    assert code == 0, err
+    assert re.search(r"│ one +│ SynthSwap +│", out)  # what its run says
+    code, out, err = run("evaluate", crops, "--model", trained, "--out", tmp_path / "tables" / "one", "--data-names",
+                         "FF++")  # fmt: skip
+    assert code == 0, err
+    assert r"DTN$^{\ast}$ & 97.13 & 99.70" in (tmp_path / "tables" / "one.tex").read_text()
+    ablation = ["ablate", "moe", "--data", crops, "--test-names", "DFD", "--out", tmp_path / "ablations", "--preset",
+                "tiny", "--epochs", "1", "--batch-size", "16", "--config", tmp_path / "small.json"]  # fmt: skip
+    code, out, err = run(*ablation, "--only", "Ours")
+    assert code == 0, err
+    assert "1 of 1: Ours, generation 0, epoch 1" in out
+    code, out, err = run(*ablation)
+    assert code == 0, err
+    assert "[90.58]" in out
+    assert (tmp_path / "ablations" / "moe.svg").is_file()
     code, out, err = run("explain", crops, "--models", trained, other, "--out", tmp_path / "pictures", "--count", "20")
     assert code == 0, err
     assert "t-sne.svg" in out
-    code, out, err = run("report", trained, other, tmp_path / "tables", tmp_path / "pictures", "--out",
-                         tmp_path / "report.html")  # fmt: skip
+    code, out, err = run("report", trained, other, tmp_path / "tables", tmp_path / "pictures", tmp_path / "ablations",
+                         "--out", tmp_path / "report.html")  # fmt: skip
     assert code == 0, err
     text = (tmp_path / "report.html").read_text()
     assert "dtn-fast evaluate" in text
@@ -202,6 +220,11 @@ def test_the_papers_experiments_from_the_command_line(run, trained: Path, crops:
     for words, said in (
         (["evaluate", crops, crops, "--model", trained], "each must be named once"),
         (["evaluate", crops, crops, "--model", trained, "--protocol", "within"], "takes one dataset and one model"),
+        (
+            ["evaluate", crops, "--model", trained, "--protocol", "cross-manipulation"],
+            "name one a model by --trained-on",
+        ),
+        (["evaluate", crops, "--model", trained, "--trained-on", "DF"], "only for --protocol cross-manipulation"),
         (["ablate", "nothing", "--data", crops, "--preset", "tiny"], "unknown ablation 'nothing'"),
         (["explain", crops, "--models", trained, "--kinds", "portrait", "--out", tmp_path / "p"], "unknown picture"),
         (["report", tmp_path / "none"], "no such folder"),

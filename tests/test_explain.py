@@ -48,6 +48,21 @@ def test_attention_maps_are_those_that_the_output_is_made_of(small: DTN, faces: 
     assert attention_maps(DTN(dataclasses.replace(SMALL, depth=0)), faces).size == 0
 
 
+def test_mixed_maps_are_those_that_the_output_is_made_of(faces: np.ndarray) -> None:
+    torch.manual_seed(0)
+    model = DTN(dataclasses.replace(SMALL, mas=False, reattention=True)).eval()
+    attention = model.blocks[0].attention
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = attention.register_forward_hook(lambda _m, given, out: seen.append((given[0], out)))
+    maps = attention_maps(model, faces)
+    handle.remove()
+    tokens, out = seen[0]
+    with torch.no_grad():
+        values = attention.project(tokens).unbind(2)[2].transpose(1, 2)
+        mixed = (torch.from_numpy(maps[0]) @ values).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(attention.out(mixed), out, rtol=1e-4, atol=1e-5)
+
+
 def test_collapse_is_one_for_equal_heads_and_falls_with_diversity() -> None:
     random = np.random.default_rng(0)
     one = random.random((1, 2, 1, 6, 6)).astype(np.float32)
@@ -66,6 +81,14 @@ def test_features_are_what_the_classifier_sees(small: DTN, faces: np.ndarray) ->
     assert features(small, faces, batch_size=2) == pytest.approx(expected.numpy(), abs=1e-6)
     other = build_detector(TimmConfig("resnet10t", 64)).eval()
     assert features(other, faces).shape == (3, 512)
+    two_heads = build_detector(TimmConfig("cross_efficient_vit", 64)).eval()
+    seen = features(two_heads, faces)
+    assert seen.shape == (3, 192 + 384)
+    with torch.no_grad():
+        layers = two_heads.classifiers()
+        parts = torch.from_numpy(seen).split((192, 384), 1)
+        logits = sum(layer(part) for layer, part in zip(layers, parts, strict=True))
+        torch.testing.assert_close(logits, two_heads(normalise(faces, two_heads.config)), rtol=1e-4, atol=1e-5)
     said = soft_labels(small, faces, temperature=1.0)
     with torch.no_grad():
         assert said == pytest.approx(small(normalise(faces, small.config)).softmax(1).numpy(), abs=1e-6)
@@ -90,6 +113,8 @@ def test_every_picture_is_drawn(small: DTN, shards: Shards, tmp_path: Path) -> N
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["notice"] == "trained on synthetic faces"
     assert set(figures["collapse"]) == {"with $MAS", "plain"}
+    attentive = ["attention", "scales", "collapse", "feature-maps"]
+    assert figures["left out"] == {kind: ["plain", "cnn"] if kind == "scales" else ["cnn"] for kind in attentive}
     assert list(figures["scales"]) == ["with $MAS"]
     assert len(figures["t-sne"]["cnn"]["points"]) == len(faces.many)
     assert len(figures["soft labels"]["plain"]) == len(faces.few)
@@ -97,6 +122,9 @@ def test_every_picture_is_drawn(small: DTN, shards: Shards, tmp_path: Path) -> N
     list(draw(models, faces, again))
     for name in names:
         assert (again / name).read_bytes() == (tmp_path / name).read_bytes(), f"{name} differs from run to run"
+    none = tmp_path / "none"
+    list(draw({"cnn": models["cnn"]}, faces, none, ("attention", "soft-labels")))
+    assert {path.name for path in none.iterdir()} == {"soft-labels.png", "figures.json"}
     with pytest.raises(UsageError, match="unknown picture 'portrait'"):
         list(draw(models, faces, tmp_path, ("portrait",)))
     with pytest.raises(UsageError, match="holds no crops"):

@@ -16,6 +16,7 @@ CONFIGS = {
     "tiny": DTNConfig.preset("tiny"),
     "no local connection": DTNConfig.preset("tiny", local_connection=False),
     "no MAS": DTNConfig.preset("tiny", mas=False),
+    "Re-attention": DTNConfig.preset("tiny", mas=False, reattention=True),
     "3x3 experts": DTNConfig.preset("tiny", expert_kernel=3, num_experts=3),
     "no gate": DTNConfig.preset("tiny", num_experts=0),
 }

@@ -31,13 +31,17 @@ class Tags(HTMLParser):
 def test_runs_tables_and_pictures_on_one_page(trained: Path, tmp_path: Path) -> None:
     tables = tmp_path / "tables"
     tables.mkdir()
-    (tables / "table1.md").write_text("# Title\n\n| a | b |\n| --- | --- |\n| <script>alert(1)</script> | **2** |\n")
+    (tables / "table1.md").write_text(
+        "# Title\n\n| a | b |\n| --- | --- |\n| <script>alert(1)</script> | **2** |\n\n"
+        "[click](javascript:alert(3)) ![seen](https://example.com/x.png)\n"
+    )
     (tables / "plot.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'><script>alert(2)</script></svg>")
     record(tables, ["evaluate", "a b", "--model", "<x>"])
     write_report([trained, tables], tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     tags = Tags(text).found
     assert not {"script", "link", "iframe", "x"} & {tag for tag, _ in tags}
+    assert not any("javascript:" in str(value) for _, attrs in tags for value in attrs.values())
     images = [attrs["src"] for tag, attrs in tags if tag == "img"]
     assert len(images) >= 4
     assert all(str(src).startswith("data:image/") for src in images)

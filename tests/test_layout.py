@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("kernels", "train", "export", "bench")
-ROOF = {"cli", "deploy", "demo", "__main__"}  # may import everything
+ROOF = {"cli", "deploy", "experiments", "demo", "__main__"}  # may import everything
 HEAVY = (
     "triton",
     "tensorrt",

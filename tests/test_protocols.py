@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -15,13 +16,15 @@ from dtn_fast import DTN, paper
 from dtn_fast.data.shards import Shards
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluate import evaluate
-from dtn_fast.protocols import Protocol, cross_dataset, cross_manipulation, names_of
+from dtn_fast.paper import Pair
+from dtn_fast.protocols import Entry, cross_dataset, cross_manipulation, names_of, within
 from dtn_fast.runtime import TorchScorer
+from dtn_fast.tables import Cell, Row, Table
 
 
-def result(steps: Iterator[Protocol | str]) -> tuple[Protocol, list[str]]:
+def result(steps: Iterator[str | Table]) -> tuple[Table, list[str]]:
     *said, last = list(steps)
-    assert isinstance(last, Protocol)
+    assert isinstance(last, Table)
     return last, [str(s) for s in said]
 
 
@@ -34,25 +37,24 @@ def scorers() -> dict[str, TorchScorer]:
     return made
 
 
-def lazily(scorers):
-    return {name: (lambda s=s: s) for name, s in scorers.items()}
+def entries(scorers: dict[str, TorchScorer]) -> list[Entry]:
+    return [Entry(name, lambda scorer=scorer: scorer) for name, scorer in scorers.items()]
 
 
-def test_table_1(scorers, shards: Shards, tmp_path: Path) -> None:
-    found, said = result(cross_dataset(lazily(scorers), {"FF++": shards, "my_set": shards}))
+def test_table_1(scorers: dict[str, TorchScorer], shards: Shards, tmp_path: Path) -> None:
+    found, said = result(cross_dataset(entries(scorers), {"FF++": shards, "my_set": shards}))
     assert said[0] == "DTN on FF++"
     assert len(said) == 4
     expected = evaluate(scorers["DTN"], shards, groups={"all": shards.methods}).rows[0]
     for level, metrics, interval in (("frame", expected.frame, expected.frame_interval),
                                      ("video", expected.video, expected.video_interval)):  # fmt: skip
-        cell = found.cells[level]["DTN"]["FF++"]
-        assert (cell.acc, cell.auc, cell.interval) == (metrics.acc, metrics.auc, interval)
-    header, rows = found.table("frame")
+        assert found.rows[0].cells[level]["FF++"] == Cell(metrics.acc, metrics.auc, interval)
+    header, rows = found.text("frame")
     assert header == ["model", "FF++ ACC", "FF++ AUC", "my_set ACC", "my_set AUC"]
     assert rows[0][2].startswith(f"{100 * (expected.frame.auc or 0):.2f} (")
     assert ["DTN (the paper's figures)", "97.13", "99.70", "-", "-"] in rows
     made = found.write(tmp_path / "table1")
-    assert [path.name for path in made] == ["table1.json", "table1.md", "table1.tex"]
+    assert [path.name for path in made] == ["table1.json", "table1.md", "table1.tex", "table1.svg"]
     text = made[2].read_text()
     assert text.count(r"\begin{tabular}{lcccc}") == 2  # both levels
     assert r"a\_b \& c & " in text
@@ -60,22 +62,59 @@ def test_table_1(scorers, shards: Shards, tmp_path: Path) -> None:
     assert r"DTN$^{\ast}$ & 97.13 & 99.70 & - & - \\" in text
     assert text.count("{") == text.count("}")
     stored = json.loads(made[0].read_text())
-    assert stored["cells"]["video"]["DTN"]["FF++"]["auc"] == expected.video.auc
+    assert stored["rows"][0]["cells"]["video"]["FF++"]["auc"] == expected.video.auc
+    assert [Row.from_json(row) for row in stored["rows"]] == found.rows
     assert "10 videos" in made[1].read_text()
+    assert "In brackets" not in made[1].read_text()
+    ElementTree.fromstring(made[3].read_text())
 
 
-def test_table_2(scorers, shards: Shards) -> None:
+def test_one_model_on_one_dataset(scorers: dict[str, TorchScorer], shards: Shards) -> None:
+    measured = evaluate(scorers["DTN"], shards)
+    table, _ = result(cross_dataset(entries(scorers)[:1], {"DFD": shards}))
+    assert within("DTN", "DFD", measured).latex("video") == table.latex("video")
+    assert r"DTN$^{\ast}$ & 87.32 & 97.60" in table.latex("video")
+
+
+def test_table_2(scorers: dict[str, TorchScorer], shards: Shards) -> None:
     renamed = dict(zip(shards.methods, ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures"), strict=True))
     videos = [v._replace(method=renamed.get(v.method, "")) for v in shards.videos]
     ff = dataclasses.replace(shards, videos=videos)
-    found, _ = result(cross_manipulation({"DF": lambda: scorers["DTN"]}, ff))
-    header, rows = found.table("video")
-    assert header == ["model", "DF AUC", "F2F AUC", "FS AUC", "NT AUC"]
+    two = [entry._replace(trained_on="DF") for entry in entries(scorers)]  # of one forgery, in one table
+    found, said = result(cross_manipulation(two, ff))
+    assert said == ["DTN on the data", "a_b & c on the data"]
+    header, rows = found.text("video")
+    assert header == ["model", "trained on", "DF AUC", "F2F AUC", "FS AUC", "NT AUC"]
     one = evaluate(scorers["DTN"], ff, groups={"FaceSwap": ("FaceSwap",)}).rows[0]
-    assert found.cells["video"]["DF"]["FS"].auc == one.video.auc
-    assert ["DTN, trained on DF (the paper's figures)", "100.00", "97.23", "74.26", "98.53"] in rows
-    assert "trained on F2F" not in str(rows)
-    assert r"Training set & DF & F2F & FS & NT \\" in found.latex("frame")
+    assert found.rows[0].cells["video"]["FS"].auc == one.video.auc
+    assert [row[:2] for row in rows[:2]] == [["DTN", "DF"], ["a_b & c", "DF"]]
+    assert ["DTN (the paper's figures)", "DF", "100.00", "97.23", "74.26", "98.53"] in rows
+    assert "F2F" not in {row[1] for row in rows}
+    assert r"Method & trained on & DF & F2F & FS & NT \\" in found.latex("frame")
+    assert r"DTN$^{\ast}$ & DF & 100.00 & 97.23 & 74.26 & 98.53 \\" in found.latex("frame")
+    real = dataclasses.replace(shards, videos=[v._replace(label=0, method="") for v in shards.videos])
+    with pytest.raises(UsageError, match="no forgery to test on"):
+        result(cross_manipulation(two, real))
+
+
+def test_the_papers_figures_stand_beside_ours() -> None:
+    cells = {"x": Cell(0.5, 0.75, (0.7, 0.8)), "y|z": Cell(0.25, None, None)}
+    row = Row("a", {"frame": cells, "video": cells}, after={"size": ("1.0", "2.0"), "other": ("3", "")},
+              paper={"x": Pair(60.0, 70.5), "elsewhere": Pair(1.0, 2.0)}, notice="careful")  # fmt: skip
+    table = Table("t", "T", ("x", "y|z"), [row, dataclasses.replace(row, name="b", after={}, paper={})])
+    header, rows = table.text("frame")
+    assert header == ["model", "x ACC", "x AUC", "y|z ACC", "y|z AUC", "size", "other"]
+    assert rows == [
+        ["a", "50.00 [60.00]", "75.00 (70.0-80.0) [70.50]", "25.00", "-", "1.0 [2.0]", "3"],
+        ["b", "50.00", "75.00 (70.0-80.0)", "25.00", "-", "", ""],
+    ]
+    text = table.markdown()
+    assert "In brackets the paper's own figures." in text
+    assert r"| y\|z ACC |" in text
+    assert text.endswith("**careful**\n")
+    assert r"a$^{\ast}$ & 60.00 & 70.50 & - & - & 2.0 &  \\" in table.latex("frame")
+    assert r"b$^" not in table.latex("frame")
+    assert "the paper" in table.chart()
 
 
 def test_the_papers_figures_are_in_range_and_named_alike() -> None:

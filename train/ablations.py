@@ -1,23 +1,25 @@
-"""The paper's ablations by name: what each variant changes, trained one after another, tabulated beside the paper."""
+"""The paper's tables of trained models by name: what each variant changes, trained one after another, tabulated."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Generator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from dtn_fast.config import DTNConfig
+from dtn_fast.counting import count
 from dtn_fast.data.shards import Shards
 from dtn_fast.detectors import TimmConfig, load_detector
 from dtn_fast.errors import UsageError
-from dtn_fast.evaluate import evaluate
-from dtn_fast.files import write_whole
-from dtn_fast.paper import DATASETS, Pair
+from dtn_fast.paper import DATASETS, FF_NAMES, TABLE1, TABLE2, TABLE8_SIZES, Pair
 from dtn_fast.pretrained import WEIGHTS
+from dtn_fast.protocols import TRAINED_ON, Measured, measure
 from dtn_fast.runtime import TorchScorer, place
+from dtn_fast.tables import Row, Table
 from dtn_fast.train.distill import best_auc, distill, generation_folder, start_run, train_initial
 from dtn_fast.train.engine import Epoch, Step
 from dtn_fast.train.recipe import Recipe
@@ -27,7 +29,7 @@ Printed = dict[str, Pair]
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a table: changes to the model and to the recipe, and what the paper prints for it."""
+    """A model of a table: changes to the model and to the recipe, and what the paper prints for it."""
 
     name: str
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -38,15 +40,26 @@ class Variant:
     every_generation: bool = False
     """Measure each generation, a row each."""
     paper: Printed = dataclasses.field(default_factory=dict)
+    size: tuple[float, float] | None = None
+    """The paper's millions of parameters and GMACs, where its table has them."""
+    trained_on: str = ""
+    """The one forgery it is trained on, as the paper shortens it; empty: all."""
+
+    @property
+    def label(self) -> str:
+        """What tells it from the table's other variants."""
+        return f"{self.name} on {self.trained_on}" if self.trained_on else self.name
 
 
 class Ablation(NamedTuple):
     title: str
     variants: tuple[Variant, ...]
+    by_forgery: bool = False
+    """Each variant is trained on each forgery alone and tested on each."""
 
 
 class Working(NamedTuple):
-    """A step of a variant's training, to show."""
+    """A step of a variant's training, or None while it is measured, to show."""
 
     variant: str
     number: int
@@ -61,13 +74,24 @@ def _p(*values: float, on: tuple[str, ...] = DATASETS) -> Printed:
 TWO = ("FF++", "DF-1.0")
 CE, CE_CENTER = (1.0, 0.0), (1.0, 1.0)
 PLAIN = {"num_experts": 0, "mas": False}
+UNSCALED = {"mas": False, "expert_scales": False}
 FULL = _p(97.13, 99.70, 66.68, 75.32, 72.13, 80.01, 71.24, 78.77)
 TEACHER = _p(95.20, 99.17, 64.23, 73.72, 70.39, 78.01, 68.03, 75.36)
 ABLATIONS: dict[str, Ablation] = {
+    "cross-dataset": Ablation("Within-dataset and cross-dataset evaluation (Table 1)", (
+        Variant("CViT", {"timm": "cvit"}, paper=TABLE1["CViT"]),
+        Variant("Xception", {"timm": "legacy_xception"}, paper=TABLE1["Xception"]),
+        Variant("EfficientViT", {"timm": "efficient_vit"}, paper=TABLE1["EfficientViT"]),
+        Variant("CrossEfficientViT", {"timm": "cross_efficient_vit"}, paper=TABLE1["CrossEfficientViT"]),
+        Variant("DTN", distil=True, paper=TABLE1["DTN"]),
+    )),
+    "cross-manipulation": Ablation("Generalisation to forgeries not trained on (Table 2)", (
+        Variant("Xception", {"timm": "legacy_xception"}), Variant("DTN", distil=True),
+    ), by_forgery=True),
     "components": Ablation("Components (Table 3)", (
         Variant("Baseline", {"depth": 0, **PLAIN}, paper=_p(91.97, 97.42, 60.56, 68.36, on=TWO), distil=True),
         Variant("Baseline+LEVT", PLAIN, paper=_p(93.03, 98.02, 62.86, 70.88, on=TWO), distil=True),
-        Variant("Baseline+LEVT+MoE", {"mas": False, "expert_scales": False},
+        Variant("Baseline+LEVT+MoE", UNSCALED,
                 paper=_p(94.76, 98.93, 65.45, 73.73, on=TWO), distil=True),
         Variant("Baseline+LEVT+MoE*", {"mas": False}, paper=_p(95.02, 99.02, 65.83, 74.57, on=TWO), distil=True),
         Variant("Baseline+LEVT*+MoE", {"expert_scales": False}, paper=_p(95.56, 99.30, 66.96, 75.86, on=TWO),
@@ -88,16 +112,16 @@ ABLATIONS: dict[str, Ablation] = {
     )),
     "local-connection": Ablation("Local connection (Table 6)", (
         Variant("DTN w/o LC", {"local_connection": False}, distil=True,
-                paper=_p(95.56, 99.43, 63.95, 72.52, 70.79, 78.73, 67.43, 74.23)),
-        Variant("DTN w/ LC", distil=True, paper=FULL),
+                paper=_p(95.56, 99.43, 63.95, 72.52, 70.79, 78.73, 67.43, 74.23), size=(29.876, 9.796)),
+        Variant("DTN w/ LC", distil=True, paper=FULL, size=(29.912, 9.799)),
     )),
     "moe": Ablation("Gate alone on the convolutions (Table 7)", (
         Variant("Vanilla MoE", {"gate": "vanilla", "depth": 0, "noise": "none", "expert_scales": False},
                 paper=_p(92.24, 97.03, 58.28, 63.71, 62.18, 68.03, 62.09, 68.43, 81.65, 87.27)),
         Variant("Ours", {"depth": 0}, paper=_p(93.21, 98.20, 60.23, 66.22, 64.88, 72.67, 65.45, 74.36, 82.93, 90.58)),
     )),
-    "mas": Ablation("MAS and Re-attention in other transformers (Table 8)", tuple(
-        Variant(title + end, {"timm": name + suffix}, paper=_p(*values))
+    "mas": Ablation("MAS and Re-attention in other transformers (Table 8)", (*(
+        Variant(title + end, {"timm": name + suffix}, paper=_p(*values), size=TABLE8_SIZES[name + suffix])
         for title, name, rows in (
             ("ViT", "vit_b16", ((62.44, 67.07, 62.28, 59.75, 56.18, 58.31, 58.05, 61.27),
                                 (62.84, 67.42, 63.25, 60.19, 56.21, 58.34, 58.21, 61.43),
@@ -113,13 +137,19 @@ ABLATIONS: dict[str, Ablation] = {
                                               (94.69, 99.08, 49.97, 67.37, 66.64, 74.13, 64.18, 69.30))),
         )
         for end, suffix, values in zip(("", " w/ Re-att", " w/ MAS"), ("", "_reattention", "_mas"), rows, strict=True)
+    ),
+        Variant("Ours", UNSCALED, distil=True, size=(29.912, 9.799),
+                paper=_p(94.76, 98.93, 65.09, 73.21, 70.45, 78.23, 65.45, 73.73)),
+        Variant("Ours w/ Re-att", {**UNSCALED, "reattention": True}, distil=True, size=(29.915, 9.802),
+                paper=_p(95.32, 99.03, 66.31, 74.03, 71.27, 79.52, 68.21, 74.36)),
+        Variant("Ours w/ MAS", distil=True, size=(29.912, 9.799), paper=FULL),
     )),
     "depth": Ablation("Transformer blocks (Table 9)", tuple(
-        Variant(f"L={depth}", {"depth": depth}, distil=True, paper=_p(*values)) for depth, values in (
-            (4, (95.03, 97.93, 64.31, 73.89, 70.38, 78.48, 69.98, 76.43)),
-            (5, (96.35, 98.04, 65.45, 74.46, 71.54, 79.34, 70.03, 77.05)),
-            (6, (97.13, 99.70, 66.68, 75.32, 72.13, 80.01, 71.24, 78.77)),
-            (7, (96.85, 98.32, 65.54, 74.27, 72.06, 79.43, 70.32, 77.67)),
+        Variant(f"L={depth}", {"depth": depth}, distil=True, paper=_p(*values), size=size) for depth, size, values in (
+            (4, (23.590, 9.393), (95.03, 97.93, 64.31, 73.89, 70.38, 78.48, 69.98, 76.43)),
+            (5, (26.751, 9.596), (96.35, 98.04, 65.45, 74.46, 71.54, 79.34, 70.03, 77.05)),
+            (6, (29.912, 9.799), (97.13, 99.70, 66.68, 75.32, 72.13, 80.01, 71.24, 78.77)),
+            (7, (33.073, 10.002), (96.85, 98.32, 65.54, 74.27, 72.06, 79.43, 70.32, 77.67)),
         )
     )),
     "generations": Ablation("Generations of self-distillation (Table 10)", (
@@ -180,60 +210,142 @@ def configure(variant: Variant, model: DTNConfig, recipe: Recipe) -> tuple[DTNCo
     return dataclasses.replace(model, **variant.model), changed
 
 
+def variants_of(name: str, forgeries: tuple[str, ...]) -> tuple[Variant, ...]:
+    """The variants of ABLATIONS[name]; by forgery: one for each that is trained on.  Raises UsageError on no name."""
+    if name not in ABLATIONS:
+        raise UsageError(f"unknown ablation {name!r}; there are {', '.join(ABLATIONS)}")
+    ablation = ABLATIONS[name]
+    if not ablation.by_forgery:
+        return ablation.variants
+    found = []
+    for variant in ablation.variants:
+        for forgery in forgeries:
+            short = FF_NAMES.get(forgery, forgery)
+            printed = {c: Pair(None, auc) for c, auc in TABLE2[variant.name].get(short, {}).items()}
+            recipe = {**variant.recipe, "methods": (forgery,)}
+            found.append(dataclasses.replace(variant, recipe=recipe, paper=printed, trained_on=short))
+    return tuple(found)
+
+
 def folder_of(out: Path, variant: Variant) -> Path:
-    """A variant's run: its name as a folder's."""
+    """A variant's run: its label as a folder's name."""
     return out / "".join(
-        c if c.isalnum() or c in "=." else {"+": "_with_", "*": "_star"}.get(c, "_") for c in variant.name
+        c if c.isalnum() or c in "=." else {"+": "_with_", "*": "_star"}.get(c, "_") for c in variant.label
     )
 
 
 def ablate(
     name: str, data: Shards, tests: dict[str, Shards], out: Path, model: DTNConfig, recipe: Recipe,
     only: tuple[str, ...] = (), **how: Any,
-) -> Generator[Working, None, list[dict[str, Any]]]:  # fmt: skip
+) -> Iterator[Working | Table]:  # fmt: skip
     """Trains the variants of ABLATIONS[name] in ``out`` and measures each on the test split of ``tests``.
 
-    Yields progress; returns the rows, also in ``out``/<name>.json.  What is trained is not trained again.  ``only``:
-    variants by name.  ``how``: device, execution and stop, as ``fit`` takes them.  Raises UsageError on unknown names.
+    Yields progress, then the table of every variant so far, also in ``out``/<name>.json, .md, .tex and .svg.  What is
+    trained is not trained again, what is measured on the same crops not measured again.  ``only``: train no other
+    variants, by label.  ``how``: device, execution and stop, as ``fit`` takes them.  Raises UsageError on unknown
+    names, a damaged table and runs of another recipe in ``out``.
     """
-    if name not in ABLATIONS:
-        raise UsageError(f"unknown ablation {name!r}; there are {', '.join(ABLATIONS)}")
-    variants = [v for v in ABLATIONS[name].variants if not only or v.name in only]
-    unknown = set(only) - {v.name for v in ABLATIONS[name].variants}
+    variants = variants_of(name, recipe.methods or data.methods)
+    unknown = set(only) - {v.label for v in variants}
     if unknown:
-        raise UsageError(
-            f"--only {' '.join(sorted(unknown))}: {name} has {', '.join(v.name for v in ABLATIONS[name].variants)}"
-        )
-    rows: list[dict[str, Any]] = []
-    for number, variant in enumerate(variants):
-        run = folder_of(out / name, variant)
+        raise UsageError(f"--only {' '.join(sorted(unknown))}: {name} has {', '.join(v.label for v in variants)}")
+    if ABLATIONS[name].by_forgery and len(tests) > 1:
+        raise UsageError(f"{name}: tests on the forgeries of one dataset; --tests names {len(tests)}")
+    found = _Rows(out, name, tests)
+    shown = [v for v in variants if not only or v.label in only or found.has(v)]
+    for variant in shown:
         config, changed = configure(variant, model, recipe)
-        start_run(run, changed, config)
-        for event in train_initial(run, data, **how):
-            yield Working(variant.name, number, len(variants), event)
-        if variant.distil:
-            for event in distill(run, data, **how):
-                yield Working(variant.name, number, len(variants), event)
-        yield Working(variant.name, number, len(variants), None)
-        for title, generation, printed in _measured(variant, run):
-            detector = place(load_detector(generation_folder(run, generation)), how.get("device", "cpu"))
-            scorer = TorchScorer(detector)
-            found = {
-                column: evaluate(scorer, shards, groups={"all": shards.methods}) for column, shards in tests.items()
-            }
-            rows.append({
-                "variant": title, "generation": generation, "val_auc": best_auc(run, generation),
-                "notice": scorer.notice,
-                "tests": {c: {"frame": e.rows[0].frame._asdict(), "video": e.rows[0].video._asdict(),
-                              "policy": e.policy()} for c, e in found.items()},
-                "paper": {c: p._asdict() for c, p in printed.items()},
-            })  # fmt: skip
-            write_whole(out / f"{name}.json", json.dumps({"title": ABLATIONS[name].title, "rows": rows}, indent=1))
-    write_whole(out / f"{name}.md", markdown(ABLATIONS[name].title, rows))
-    return rows
+        start_run(folder_of(out / name, variant), changed, config)
+    for number, variant in enumerate(shown):
+        run = folder_of(out / name, variant)
+        working = lambda event, label=variant.label, number=number: Working(label, number, len(shown), event)
+        if not only or variant.label in only:
+            for event in train_initial(run, data, **how):
+                yield working(event)
+            if variant.distil:
+                for event in distill(run, data, **how):
+                    yield working(event)
+        yield working(None)
+        found.measure(variant, run, configure(variant, model, recipe)[0], how.get("device", "cpu"))
+        found.table(variants).write(out / name)
+    yield found.table(variants)
 
 
-def _measured(variant: Variant, run: Path) -> list[tuple[str, int, Printed]]:
+class _Rows:
+    """The rows of a table so far, those of an earlier call too."""
+
+    def __init__(self, out: Path, name: str, tests: dict[str, Shards]) -> None:
+        self._name, self._tests, self._rows = name, tests, list[Row]()
+        split = {column: shards.select("test") for column, shards in tests.items()}
+        self._crops = {c: f"{len(split[c])} of {s.size}, {s.fingerprint(split[c])}" for c, s in tests.items()}
+        path = out / f"{name}.json"
+        if path.is_file():
+            try:
+                stored = json.loads(path.read_text(encoding="utf-8"))
+                self._rows = [Row.from_json(row) for row in stored["rows"]]
+                self._rows = [row for row in self._rows if (out / row.facts["weights"]).is_file()]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UsageError(f"{path}: damaged ({error!r}); delete it, the runs beside it are kept") from error
+
+    def has(self, variant: Variant) -> bool:
+        return any(row.facts["variant"] == variant.label for row in self._rows)
+
+    def measure(self, variant: Variant, run: Path, config: DTNConfig | TimmConfig, device: str) -> None:
+        """Brings a trained variant's rows up to date."""
+        known = {row.name: row for row in self._rows if row.facts["variant"] == variant.label}
+        self._rows = [row for row in self._rows if row.facts["variant"] != variant.label]
+        after = {} if variant.size is None else _sizes(config, variant.size)
+        for title, generation, printed in _generations(variant, run):
+            weights = generation_folder(run, generation) / WEIGHTS
+            with weights.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            facts = {"variant": variant.label, "generation": generation, "tests": self._crops, "digest": digest,
+                     "weights": str(weights.relative_to(run.parent.parent))}  # fmt: skip
+            row = known.get(title)
+            if row is None or {k: row.facts.get(k) for k in facts} != facts:
+                row = self._measured(title, weights.parent, facts, device)
+            shown = {"validation AUC": (f"{100 * best_auc(run, generation):.2f}", ""), **after}
+            before = {TRAINED_ON: variant.trained_on} if variant.trained_on else {}
+            self._rows.append(dataclasses.replace(row, before=before, after=shown, paper=printed))
+
+    def _measured(self, title: str, folder: Path, facts: dict[str, Any], device: str) -> Row:
+        scorer = TorchScorer(place(load_detector(folder), device))
+        for step in measure(scorer, self._tests, ABLATIONS[self._name].by_forgery):
+            if isinstance(step, Measured):
+                return Row(title, step.cells, notice=scorer.notice, facts={**facts, "policies": step.policies})
+        raise AssertionError("measure ends with its figures")
+
+    def table(self, variants: tuple[Variant, ...]) -> Table:
+        """Rows measured on these tests, in the order of ``variants``."""
+        ablation, order = ABLATIONS[self._name], [v.label for v in variants]
+        rows = [row for row in self._rows if row.facts["tests"] == self._crops and row.facts["variant"] in order]
+        rows.sort(key=lambda row: (order.index(row.facts["variant"]), row.facts["generation"]))
+        policies = rows[0].facts["policies"] if rows else {}
+        notes = (SIZES,) if any("GMAC" in row.after for row in rows) else ()
+        return Table(self._name, ablation.title, tuple(policies), rows, not ablation.by_forgery, policies=policies,
+                     notes=notes)  # fmt: skip
+
+
+SIZES = (
+    "M params and GMAC are counted the paper's way: a DTN as it was trained here, other transformers at 224 pixels; "
+    "the paper's DTN takes 256"
+)
+
+
+def _sizes(config: DTNConfig | TimmConfig, printed: tuple[float, float]) -> dict[str, tuple[str, str]]:
+    """Millions of parameters and GMACs as a row shows them, ours and the paper's."""
+    if isinstance(config, DTNConfig):
+        whole = count(config)
+        found = whole.layer_parameters / 1e6, whole.macs / 1e9
+    else:
+        from dtn_fast.baselines import table8
+
+        found = table8(config.timm)[1:3]
+    return {title: (f"{mine:.3f}", f"{theirs:.3f}")
+            for title, mine, theirs in zip(("M params", "GMAC"), found, printed, strict=True)}  # fmt: skip
+
+
+def _generations(variant: Variant, run: Path) -> list[tuple[str, int, Printed]]:
     """Titles, generations and the paper's rows of what is measured of a trained variant."""
     count = 1
     while (generation_folder(run, count) / WEIGHTS).is_file():
@@ -246,32 +358,3 @@ def _measured(variant: Variant, run: Path) -> list[tuple[str, int, Printed]]:
         (f"{variant.name}-{'Teacher' if not g else f'Student {g}'}", g, _p(*printed[g]) if g < len(printed) else {})
         for g in range(count)
     ]
-
-
-def table(rows: list[dict[str, Any]], level: Literal["frame", "video"] = "frame") -> tuple[list[str], list[list[str]]]:
-    """Header and rows as text, percent; the paper's figures in brackets where it prints some."""
-    columns = list(rows[0]["tests"]) if rows else []
-    header = ["variant", "validation AUC", *(f"{column} {metric}" for column in columns for metric in ("ACC", "AUC"))]
-    body = []
-    for row in rows:
-        cells = [row["variant"], f"{100 * row['val_auc']:.2f}"]
-        for column in columns:
-            for metric in ("acc", "auc"):
-                mine, printed = row["tests"][column][level][metric], row["paper"].get(column, {}).get(metric)
-                text = "-" if mine is None else f"{100 * mine:.2f}"
-                cells.append(text + (f" [{printed:.2f}]" if printed is not None else ""))
-        body.append(cells)
-    return header, body
-
-
-def markdown(title: str, rows: list[dict[str, Any]]) -> str:
-    lines = [f"# {title}", "", "In brackets the paper's own figures, where the test set has the paper's name.", ""]
-    for level in ("frame", "video"):
-        header, body = table(rows, level)
-        lines += [f"**{level.capitalize()} level, percent**", ""]
-        lines += ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *body)]
-        lines.append("")
-    policies = {column: found["policy"] for row in rows for column, found in row["tests"].items()}
-    lines += [f"- {column}: {policy}" for column, policy in policies.items()]
-    lines += ["", *(f"**{notice}**" for notice in sorted({row["notice"] for row in rows} - {""}))]
-    return "\n".join(lines).rstrip() + "\n"

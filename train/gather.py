@@ -19,6 +19,17 @@ from dtn_fast.train.report import Plot, notice_of, plots_of, read_generations
 PAGE = "gather.html"
 LARGEST = 8 * 2**20
 """Bytes of a picture or text that goes into the page."""
+LINKS = (
+    "reference",
+    "link",
+    "image_link",
+    "image_reference",
+    "short_reference",
+    "short_image_ref",
+    "autolink",
+    "automail",
+)
+"""Of Markdown; a page of untrusted texts has none."""
 PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}
 
 
@@ -90,9 +101,12 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _html(file: Path) -> str:
-    """Markdown as HTML, any HTML inside it as text."""
+    """Markdown as HTML, any HTML, link or picture inside it as text."""
     import jinja2
     import markdown
 
     text = html.escape(file.read_text(encoding="utf-8", errors="replace"), quote=False)
-    return jinja2.utils.markupsafe.Markup(markdown.markdown(text, extensions=["tables", "sane_lists"]))
+    reader = markdown.Markdown(extensions=["tables", "sane_lists"])
+    for name in LINKS:
+        reader.inlinePatterns.deregister(name)
+    return jinja2.utils.markupsafe.Markup(reader.convert(text))

@@ -145,7 +145,8 @@ class Preset(NamedTuple):
     recipe: Recipe
 
 
-PRESETS = {
+RunPreset = Literal["paper", "tiny", "ffpp-c23", "cross-manipulation", "demo"]
+PRESETS: dict[RunPreset, Preset] = {
     "paper": Preset("paper", Recipe()),
     "tiny": Preset("tiny", Recipe()),
     "ffpp-c23": Preset(

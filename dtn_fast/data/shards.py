@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Sequence
@@ -120,6 +121,11 @@ class Shards:
         """``count`` crop numbers of a split (or all, when it has fewer), evenly from the first to the last."""
         rows = self.select(split)
         return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
+
+    def fingerprint(self, rows: NDArray[np.int64]) -> str:
+        """What tells whether figures were measured on the same crops: a hash of their videos' paths."""
+        videos = "\n".join(str(self.videos[v].path) for v in self.video[rows])
+        return hashlib.sha256(videos.encode("utf-8", "replace")).hexdigest()[:16]
 
     @property
     def methods(self) -> tuple[str, ...]:

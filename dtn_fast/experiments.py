@@ -1,0 +1,312 @@
+"""The command line's verbs of whoever measures: evaluate, robustness, ablate, explain, report."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from dtn_fast.data.shards import Shards, open_data
+from dtn_fast.errors import UsageError
+from dtn_fast.files import write_whole
+from dtn_fast.provenance import record
+from dtn_fast.runtime import Device, Runtime, Scorer, choose_device, load_model, load_scorer, place
+from dtn_fast.tables import LEVELS, Table
+from dtn_fast.terminal import print_table, progress
+from dtn_fast.train.recipe import PRESETS, Execution, Recipe, RunPreset
+
+
+def evaluate(
+    data: Annotated[list[Path], tyro.conf.Positional],
+    model: list[Path],
+    protocol: Literal["auto", "within", "cross-dataset", "cross-manipulation"] = "auto",
+    split: Literal["train", "val", "test"] = "test",
+    out: Path | None = None,
+    data_names: tuple[str, ...] = (),
+    model_names: tuple[str, ...] = (),
+    trained_on: tuple[str, ...] = (),
+    self_blend: bool = False,
+    runtime: Annotated[Runtime, tyro.conf.OmitArgPrefixes] = Runtime(),
+) -> None:
+    """Measure models on prepared crops, at frame and video level, by one of the paper's protocols.
+
+    Example: dtn-fast evaluate data/crops --model runs/first --out runs/first/test
+
+    Table 1: dtn-fast evaluate ffpp celebdf dfdc df1 dfd --model runs/dtn runs/cvit --out table1
+    --data-names FF++ Celeb-DF DFDC DF-1.0 DFD
+
+    Table 2: dtn-fast evaluate ffpp --model runs/df runs/f2f runs/fs runs/nt --protocol cross-manipulation --out table2
+
+    Args:
+        data: Crops written by dtn-fast prepare, or folders of face pictures: <split>/<real or a forgery's name>/.
+        model: Runs, checkpoint folders, .onnx, .mnn, .engine or .rtx files.
+        protocol: within: one model, each forgery of one dataset; cross-dataset: models by datasets (Table 1);
+            cross-manipulation: models trained on one forgery each, by forgeries (Table 2); auto: one of the first two.
+        split: Which videos.
+        out: Also write OUT.json, OUT.md and OUT.tex and, of several models or datasets, OUT.svg.
+        data_names: Of the datasets in the table; the paper's are FF++, Celeb-DF, DFDC, DF-1.0, DFD.
+        model_names: Of the models in the table.
+        trained_on: For cross-manipulation the forgery each model was trained on; none: as its run says.
+        self_blend: Measure against self-blended copies of the reals instead of the data's fakes.
+        runtime: How the models run.
+    """
+    from dtn_fast.data.blend import self_blended
+    from dtn_fast.protocols import Entry, cross_dataset, cross_manipulation, names_of
+
+    if not data or not model:
+        raise UsageError("name at least one dataset and one model; see dtn-fast evaluate --help")
+    several = len(data) > 1 or len(model) > 1
+    if protocol == "auto":
+        protocol = "cross-dataset" if several else "within"
+    if several and protocol == "within":
+        raise UsageError("--protocol within: takes one dataset and one model; use cross-dataset")
+    manipulation = protocol == "cross-manipulation"
+    if manipulation and len(data) > 1:
+        raise UsageError("--protocol cross-manipulation: takes one dataset")
+    if trained_on and not manipulation:
+        raise UsageError("--trained-on: only for --protocol cross-manipulation")
+    names = names_of(model, model_names, "model-names", once=not manipulation)
+    forgeries = trained_on or (tuple(map(_trained_on, model)) if manipulation else ("",) * len(model))
+    if len(forgeries) != len(model):
+        raise UsageError(f"--trained-on: {len(forgeries)} forgeries for {len(model)} models; give one each")
+    if len(set(zip(names, forgeries, strict=True))) < len(model):
+        raise UsageError("--model-names: two models have the same name and were trained on the same forgery")
+    columns = names_of(data, data_names, "data-names")
+    first = load_scorer(model[0], runtime)
+    sets = [open_data(folder, first.config.image_size) for folder in data]
+    sets = [self_blended(shards) for shards in sets] if self_blend else sets
+    if protocol == "within":
+        _within(first, sets[0], split, names[0], columns[0], out)
+        return
+    load = lambda path: first if path is model[0] else load_scorer(path, runtime)
+    entries = [Entry(name, functools.partial(load, path), on)
+               for name, path, on in zip(names, model, forgeries, strict=True)]  # fmt: skip
+    labelled = dict(zip(columns, sets, strict=True))
+    steps = cross_manipulation(entries, sets[0], split) if manipulation else cross_dataset(entries, labelled, split)
+    with progress() as bar:
+        task = bar.add_task("scoring", total=len(model) * len(data), note="")
+        for number, step in enumerate(steps):
+            if isinstance(step, Table):
+                table = step
+            else:
+                bar.update(task, completed=number, note=step)
+    _print(table)
+    if out is not None:
+        print("\n".join(str(path) for path in table.write(out)))
+        record(out.parent)
+
+
+def _within(scorer: Scorer, shards: Shards, split: str, name: str, dataset: str, out: Path | None) -> None:
+    from dtn_fast.evaluate import evaluate as run
+    from dtn_fast.protocols import within
+
+    result = run(scorer, shards, split)
+    print_table(f"{name} on {dataset}", *result.table())
+    print(result.policy() + (f"\n{result.notice}" if result.notice else ""))
+    if out is not None:
+        table = within(name, dataset, result)
+        texts = {".json": json.dumps(result.to_json(), indent=1), ".md": result.markdown(),
+                 ".tex": "\n".join(map(table.latex, LEVELS))}  # fmt: skip
+        for suffix, text in texts.items():
+            write_whole(out.with_name(out.name + suffix), text)
+        record(out.parent)
+
+
+def _print(table: Table) -> None:
+    """Both levels, then all that must be said of them."""
+    for level in LEVELS:
+        print_table(f"{table.title}, {level} level, percent", *table.text(level))
+    print("\n".join([*(f"{c}: {p}" for c, p in table.policies.items()), *table.notes, *table.notices]))
+
+
+def _trained_on(run: Path) -> str:
+    """The one forgery that a run was trained on, as the paper shortens it.
+
+    Raises UsageError where it does not say so.
+    """
+    from dtn_fast.paper import FF_NAMES
+    from dtn_fast.train.distill import load_run
+
+    try:
+        methods = load_run(run)[0].methods
+    except UsageError:
+        methods = ()
+    if len(methods) != 1:
+        raise UsageError(f"{run}: does not say which one forgery it was trained on; name one a model by --trained-on")
+    return FF_NAMES.get(methods[0], methods[0])
+
+
+def robustness(
+    data: Annotated[Path, tyro.conf.Positional],
+    models: list[Path],
+    out: Path = Path("robustness"),
+    kinds: tuple[str, ...] = (),
+    levels: tuple[int, ...] = (0, 1, 2, 3, 4, 5),
+    split: Literal["train", "val", "test"] = "test",
+    seed: int = 0,
+    workers: int = 2,
+    runtime: Annotated[Runtime, tyro.conf.OmitArgPrefixes] = Runtime(),
+) -> None:
+    """Measure models under every corruption and level, one plot for all; the same command goes on.
+
+    Example: dtn-fast robustness data/crops --models runs/first runs/second --out robustness
+
+    Args:
+        data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
+        models: Runs, checkpoint folders, .onnx, .mnn, .engine or .rtx files.
+        out: Folder for robustness.json, .md and .svg.
+        kinds: Corruptions; none: the paper's seven (uniform in place of Gaussian noise).
+        levels: 1 to 5, and 0 for the crops as they are.
+        split: Which videos.
+        seed: Of noise and blocks.
+        workers: Threads that corrupt.
+        runtime: How the models run.
+    """
+    from dtn_fast.robustness import KINDS
+    from dtn_fast.robustness import robustness as run
+
+    if not models or workers < 1:
+        raise UsageError("--models and --workers: at least one")
+    scorers = {str(path): load_scorer(path, runtime) for path in models}
+    shards = open_data(data, next(iter(scorers.values())).config.image_size)
+    with progress() as bar:
+        task = bar.add_task("corrupting and scoring", total=None, note="")
+        for state in run(scorers, shards, out, kinds or KINDS, levels, split, seed, workers):
+            bar.update(task, completed=state.done, total=state.total, note=state.name)
+    record(out)
+    print((out / "robustness.md").read_text(encoding="utf-8") + f"plot: {out / 'robustness.svg'}")
+
+
+def ablate(
+    name: Annotated[str, tyro.conf.Positional],
+    data: Path,
+    tests: tuple[Path, ...] = (),
+    test_names: tuple[str, ...] = (),
+    out: Path = Path("runs/ablations"),
+    only: tuple[str, ...] = (),
+    recipe: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = Recipe(),
+    execution: Annotated[Execution, tyro.conf.OmitArgPrefixes] = Execution(),
+    preset: RunPreset = "paper",
+    config: Path | None = None,
+    device: Device = "auto",
+) -> None:
+    """Train every model of one of the paper's tables and tabulate it beside the paper's; the same command resumes it.
+
+    Example: dtn-fast ablate losses --data ffpp --tests ffpp celebdf dfdc df1 --test-names FF++ Celeb-DF DFDC DF-1.0
+    --preset ffpp-c23
+
+    In minutes, on crops of the demo: dtn-fast ablate depth --data runs/demo/crops --preset demo --epochs 1
+
+    Args:
+        name: cross-dataset and cross-manipulation (Tables 1 and 2); components, soft-labels, losses, local-connection,
+            moe, mas, depth, generations (3 to 10); noise, center-dimension, backbones or experts (Figure 6).
+        data: Crops to train on, written by dtn-fast prepare.
+        tests: Crops whose test split is measured; none: that of the data.
+        test_names: Their names in the table; the paper's are FF++, Celeb-DF, DFDC, DF-1.0, DFD.
+        out: Folder of NAME/ with the variants' runs, NAME.json, NAME.md, NAME.tex and NAME.svg.
+        only: Train these variants alone; others that are in the table already stay there.
+        recipe: What the variants' own changes are made to.
+        execution: How it is computed.
+        preset: A model and the recipe that the options below change.
+        config: A JSON file of DTNConfig fields instead of the preset's model.
+        device: Where to train.
+    """
+    from dtn_fast.config import DTNConfig
+    from dtn_fast.detectors import read_config
+    from dtn_fast.protocols import names_of
+    from dtn_fast.train.ablations import ablate as run
+    from dtn_fast.train.monitor import signals
+
+    model = read_config(config) if config else DTNConfig.preset(PRESETS[preset].model)
+    if not isinstance(model, DTNConfig):
+        raise UsageError(f"--config {config}: variants are changes to a DTN; it describes another detector")
+    shards = open_data(data, model.image_size)
+    folders = tests or (data,)
+    names = names_of(folders, test_names, "test-names")
+    sets = {n: shards if f == data else open_data(f, model.image_size) for n, f in zip(names, folders, strict=True)}
+    said = ""
+    with signals() as stop, progress() as bar:
+        task = bar.add_task(name, total=None, note="")
+        how = {"device": choose_device(device), "execution": execution, "stop": stop}
+        for step in run(name, shards, sets, out, model, recipe, only, **how):
+            if isinstance(step, Table):
+                table = step
+                continue
+            event = step.event
+            note = step.variant + (f", generation {event.generation}, epoch {event.epoch + 1}" if event else ", tests")
+            bar.update(task, completed=step.number, total=step.total, note=note)
+            if bar.disable and said != note:
+                said = note
+                print(f"{step.number + 1} of {step.total}: {said}", flush=True)
+    record(out)
+    _print(table)
+    print(out / f"{name}.md")
+
+
+def explain(
+    data: Annotated[Path, tyro.conf.Positional],
+    models: list[Path],
+    out: Path = Path("pictures"),
+    kinds: tuple[str, ...] = (),
+    split: Literal["train", "val", "test"] = "test",
+    count: int = 400,
+    model_names: tuple[str, ...] = (),
+    device: Device = "auto",
+) -> None:
+    """Draw what checkpoints see: Grad-CAM, attention maps, head scales, attention collapse, features, soft labels.
+
+    Example: dtn-fast explain data/crops --models runs/baseline runs/levt runs/moe runs/dtn --out pictures
+
+    Args:
+        data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
+        models: Runs or checkpoint folders.
+        out: Folder for the pictures and figures.json.
+        kinds: grad-cam, attention, scales, collapse, feature-maps, t-sne, soft-labels; none: all.
+        split: Which videos.
+        count: Crops in the t-SNE.
+        model_names: Of the models in the pictures.
+        device: Where the models run.
+    """
+    from dtn_fast.pictures import KINDS, choose, draw
+    from dtn_fast.protocols import names_of
+
+    if not models or count < 1:
+        raise UsageError("--models and --count: at least one")
+    where = choose_device(device)
+    loaded = {name: place(load_model(path), where)
+              for name, path in zip(names_of(models, model_names, "model-names"), models, strict=True)}  # fmt: skip
+    sizes = {model.config.image_size for model in loaded.values()}
+    if len(sizes) > 1:
+        raise UsageError(
+            f"--models: they take crops of {' and '.join(map(str, sorted(sizes)))} pixels; draw them apart"
+        )
+    faces = choose(open_data(data, sizes.pop()), split, count)
+    with progress() as bar:
+        task = bar.add_task("drawing", total=len(kinds or KINDS), note="")
+        for kind in draw(loaded, faces, out, kinds or KINDS):
+            bar.update(task, note=kind)
+            bar.advance(task)
+    record(out)
+    for kind, names in json.loads((out / "figures.json").read_text(encoding="utf-8"))["left out"].items():
+        print(f"{kind}: without {', '.join(names)}, which has none")
+    print("\n".join(str(path) for path in sorted(out.iterdir())))
+
+
+def report(paths: Annotated[list[Path], tyro.conf.Positional], out: Path = Path("report.html")) -> None:
+    """Gather runs and results on one page: curves, tables beside the paper's, pictures, the command of each.
+
+    Example: dtn-fast report runs/first tables robustness pictures --out report.html
+
+    Args:
+        paths: Runs, and folders that evaluate, robustness, ablate or explain wrote.
+        out: The page, complete in itself.
+    """
+    from dtn_fast.train.gather import write_report
+
+    if not paths:
+        raise UsageError("name at least one run or folder of results")
+    write_report(paths, out)
+    print(out)
