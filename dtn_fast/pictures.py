@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,7 +91,7 @@ def draw(models: Mapping[str, Detector], faces: Faces, out: Path, kinds: tuple[s
             figures["left out"][kind] = [name for name in models if name not in drawn]
         if drawn:
             figure = make(drawn, faces, figures)
-            figure.text(0.5, 0.001, notice, ha="center", va="bottom", fontsize=7, color="0.4")
+            figure.supxlabel(notice, fontsize=7, color="0.4")
             suffix = "png" if kind in ("grad-cam", "attention", "feature-maps", "soft-labels") else "svg"
             write_whole(out / f"{kind}.{suffix}", functools.partial(_save, figure, suffix))
     write_whole(out / "figures.json", json.dumps(figures, indent=1))
@@ -100,7 +101,10 @@ def _save(figure: Any, suffix: str, file: Any) -> None:
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": "dtn_fast"}):
-        figure.savefig(file, format=suffix, dpi=110, metadata={"Date": None} if suffix == "svg" else None)
+        # tight: long names stick out of what the layout keeps free
+        figure.savefig(
+            file, format=suffix, dpi=110, bbox_inches="tight", metadata={"Date": None} if suffix == "svg" else None
+        )
 
 
 def _canvas(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
@@ -112,9 +116,11 @@ def _canvas(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _grid(rows: list[str], columns: list[str], images: list[list[NDArray[Any] | None]]) -> Any:
-    """Pictures in a table."""
-    figure, axes = _canvas(len(rows), len(columns), 1.7, 1.7)
+def _grid(
+    rows: list[str], columns: list[str], images: list[list[NDArray[Any] | None]], notes: list[list[str]] | None = None
+) -> Any:
+    """Pictures in a table; ``notes``: a line under each."""
+    figure, axes = _canvas(len(rows), len(columns), 1.7, 1.9 if notes else 1.7)
     for i, row in enumerate(images):
         for j, image in enumerate(row):
             axis = axes[i, j]
@@ -125,6 +131,8 @@ def _grid(rows: list[str], columns: list[str], images: list[list[NDArray[Any] | 
                 axis.text(0.5, 0.5, "no head", ha="center", va="center", color="0.5", transform=axis.transAxes)
             else:
                 axis.imshow(image, cmap="inferno")
+                if notes:
+                    axis.set_xlabel(notes[i][j], fontsize=7)
             if not i:
                 axis.set_title(_plain(columns[j]), fontsize=8)
             if not j:
@@ -132,8 +140,10 @@ def _grid(rows: list[str], columns: list[str], images: list[list[NDArray[Any] | 
     return figure
 
 
-def _plain(text: str) -> str:
-    return text.replace("$", r"\$")
+def _plain(text: str, width: int = 22) -> str:
+    """A name as it is, not as mathematics, in lines that fit above a picture."""
+    lines = [line for part in text.split("\n") for line in textwrap.wrap(part.replace("_", "_ "), width)]
+    return "\n".join(lines).replace("_ ", "_").replace("$", r"\$")
 
 
 def _grad_cam(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
@@ -150,9 +160,10 @@ def _overlaid(models: Mapping[str, Any], faces: Faces, heat: Callable[..., NDArr
 
 
 def _attention(dtns: Mapping[str, DTN], faces: Faces, figures: dict[str, Any]) -> Any:
-    """Figure 7: for the last forgery's face, what its patches attend to: heads by blocks, a model under the other."""
+    """Figure 7: for the last forgery's face, what its patches attend to: heads by blocks, a model under the other, the
+    learned scale under each map."""
     face = faces.few[-1:]
-    rows, images = [], []
+    rows, images, notes = [], [], []
     for name, model in dtns.items():
         maps = attention_maps(model, face)[:, 0]  # [L, H, N, N]
         side = round(maps.shape[-1] ** 0.5)
@@ -161,9 +172,10 @@ def _attention(dtns: Mapping[str, DTN], faces: Faces, figures: dict[str, Any]) -
             rows.append(f"{name}\nblock {block + 1}" if not block else f"block {block + 1}")
             means = of_block.mean(1).reshape(-1, side, side)  # [H, h, w], over the patches that look
             images.append(list(means / scales[block][:, None, None].clip(1e-9)))
+            notes.append([f"scale {scale:.3f}" if model.config.mas else "" for scale in scales[block]])
     heads = max(len(row) for row in images)
     padded = [[*row, *[None] * (heads - len(row))] for row in images]
-    return _grid(rows, [f"head {h + 1}" for h in range(heads)], padded)
+    return _grid(rows, [f"head {h + 1}" for h in range(heads)], padded, notes)
 
 
 def _scales(dtns: Mapping[str, DTN], faces: Faces, figures: dict[str, Any]) -> Any:
@@ -189,7 +201,7 @@ def _collapse(dtns: Mapping[str, DTN], faces: Faces, figures: dict[str, Any]) ->
     figure, axes = _canvas(1, 1, 5.0, 3.0)
     axis = axes[0, 0]
     for number, (name, values) in enumerate(curves.items()):
-        axis.plot(range(1, len(values) + 1), values, marker=MARKERS[number % 8], label=_plain(name))
+        axis.plot(range(1, len(values) + 1), values, marker=MARKERS[number % 8], label=_plain(name, 60))
     axis.set_xlabel("block")
     axis.set_ylabel("mean cosine between heads")
     axis.set_xticks(range(1, max(map(len, curves.values())) + 1))
@@ -217,16 +229,19 @@ def _tsne(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any])
     from sklearn.manifold import TSNE
 
     names = sorted(set(faces.kinds), key=lambda name: (name != "real", name))
-    figure, axes = _canvas(1, len(models), 3.4, 3.4)
+    across = min(len(models), 4)
+    figure, axes = _canvas(-(-len(models) // across), across, 3.4, 3.4)
     figures["t-sne"] = {}
-    for axis, (name, model) in zip(axes[0], models.items(), strict=True):
+    for axis in axes.ravel()[len(models) :]:
+        axis.axis("off")
+    for axis, (name, model) in zip(axes.ravel(), models.items(), strict=False):
         seen = features(model, faces.many)
         perplexity = min(30.0, (len(seen) - 1) / 3)
         flat = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(seen)
         for number, kind in enumerate(names):
             mine = flat[[k == kind for k in faces.kinds]]
             axis.scatter(*mine.T, s=12, marker=MARKERS[number % 8], label=_plain(kind), alpha=0.8)
-        axis.set_title(_plain(name), fontsize=9)
+        axis.set_title(_plain(name, 40), fontsize=9)
         axis.set_xticks([])
         axis.set_yticks([])
         figures["t-sne"][name] = {"kinds": faces.kinds, "points": flat.round(3).tolist()}
@@ -238,14 +253,18 @@ def _soft_labels(models: Mapping[str, Detector], faces: Faces, figures: dict[str
     """Figure 8 (a): each face with its hard label and what each model, as a teacher, says of it."""
     said = {name: soft_labels(model, faces.few) for name, model in models.items()}
     figures["soft labels"] = {name: values.round(4).tolist() for name, values in said.items()}
-    figure, axes = _canvas(1, len(faces.few), 1.9, 2.1 + 0.25 * len(models))
-    for j, axis in enumerate(axes[0]):
-        axis.imshow(faces.few[j])
+    figure, axes = _canvas(1, 1 + len(faces.few), 1.7, 2.1 + 0.12 * len(models))
+    pictures = [np.full_like(faces.few[0], 255), *faces.few]  # above the models' names nothing
+    for j, (axis, picture) in enumerate(zip(axes[0], pictures, strict=True)):
+        axis.imshow(picture)
         axis.set_xticks([])
         axis.set_yticks([])
         axis.set_frame_on(False)
-        hard = [1, 0] if faces.titles[j] == "real" else [0, 1]
-        axis.set_title(_plain(f"{faces.titles[j]}\nhard {hard}"), fontsize=8)
-        lines = [f"{name}: [{values[j][0]:.2f}, {values[j][1]:.2f}]" for name, values in said.items()]
-        axis.set_xlabel(_plain("\n".join(lines)), fontsize=7)
+        if j:
+            hard = [1, 0] if faces.titles[j - 1] == "real" else [0, 1]
+            axis.set_title(_plain(f"{faces.titles[j - 1]}\nhard {hard}"), fontsize=8)
+        for line, (name, values) in enumerate(said.items()):
+            text = f"[{values[j - 1][0]:.2f}, {values[j - 1][1]:.2f}]" if j else _plain(name, 99)
+            where = {"xytext": (0, -4 - 9 * line), "textcoords": "offset points", "va": "top", "fontsize": 7}
+            axis.annotate(text, (0.5 if j else 1, 0), xycoords="axes fraction", ha="center" if j else "right", **where)
     return figure

@@ -198,7 +198,8 @@ class Table:
                 panel.set_yticks(range(len(titles)), titles, fontsize=8)
                 panel.set_ylim(len(titles) - 0.5, -0.5)
             ring = "; ring: the paper" if any(set(row.paper) & set(self.columns) for row in self.rows) else ""
-            figure.supxlabel(f"{level} AUC, percent; bar: 95 %{ring}", fontsize=9)
+            words = [f"{level} AUC, percent; bar: 95 %{ring}", *self.notices]
+            figure.supxlabel("\n".join(words), fontsize=9)
             page = io.StringIO()
             figure.savefig(page, format="svg", metadata={"Date": None})
         return page.getvalue()

@@ -35,6 +35,7 @@ def test_runs_tables_and_pictures_on_one_page(trained: Path, tmp_path: Path) -> 
         "# Title\n\n| a | b |\n| --- | --- |\n| <script>alert(1)</script> | **2** |\n\n"
         "[click](javascript:alert(3)) ![seen](https://example.com/x.png)\n"
     )
+    (tables / "table1.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     (tables / "plot.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'><script>alert(2)</script></svg>")
     record(tables, ["evaluate", "a b", "--model", "<x>"])
     write_report([trained, tables], tmp_path / "report.html")
@@ -44,6 +45,7 @@ def test_runs_tables_and_pictures_on_one_page(trained: Path, tmp_path: Path) -> 
     assert not any("javascript:" in str(value) for _, attrs in tags for value in attrs.values())
     images = [attrs["src"] for tag, attrs in tags if tag == "img"]
     assert len(images) >= 4
+    assert text.index("<strong>2</strong>") < text.index("table1.md as a chart") < text.index("plot.svg")
     assert all(str(src).startswith("data:image/") for src in images)
     assert "dtn-fast evaluate &#39;a b&#39; --model &#39;&lt;x&gt;&#39;" in text
     assert "<td>&lt;script&gt;alert(1)&lt;/script&gt;</td>" in text
@@ -59,8 +61,9 @@ def test_the_page_in_a_browser(width: int, trained: Path, tmp_path: Path) -> Non
     """It is readable on a phone: nothing but tables scrolls sideways, every picture loads, nothing is said."""
     from playwright.sync_api import sync_playwright
 
-    tables = tmp_path / "tables"
+    tables = tmp_path / "_".join(["tables_with_a_name_that_has_no_space_in_it"] * 3)
     tables.mkdir()
+    (tables / "wide.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg' width='2000' height='50'/>")
     cells = " | ".join(f"column {n}" for n in range(14))
     (tables / "wide.md").write_text(f"| {cells} |\n|{'---|' * 14}\n| {cells} |\n")
     record(tables, ["evaluate", "x" * 300])

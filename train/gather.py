@@ -42,8 +42,8 @@ class Section(NamedTuple):
     commands: list[dict[str, Any]]
     generations: list[list[str]]
     plots: list[Plot]
-    tables: list[tuple[str, str]]
-    """File name and its text as HTML."""
+    tables: list[tuple[str, str, str]]
+    """File name, its text as HTML, and the data: URI of the chart of the same name, if there is one."""
     pictures: list[tuple[str, str]]
     """File name and data: URI."""
     left_out: list[str]
@@ -77,15 +77,17 @@ def section(path: Path) -> Section:
             mark = "best" if g is best else ""
             generations.append([g.name, f"{g.best['val_auc']:.4f}", str(len(g.epochs)), mark])
         notice = notice_of(generation_folder(path, best.number) / WEIGHTS) if best else ""
-    tables, pictures, left_out = [], [], []
+    texts, images, left_out = [], {}, []
     for file in _files(path):
         if file.stat().st_size > LARGEST:
             left_out.append(f"{file.name}: over {LARGEST // 2**20} MiB")
         elif file.suffix == ".md":
-            tables.append((file.name, _html(file)))
+            texts.append(file)
         else:
             data = base64.b64encode(file.read_bytes()).decode()
-            pictures.append((file.name, f"data:{PICTURES[file.suffix]};base64,{data}"))
+            images[file.name] = f"data:{PICTURES[file.suffix]};base64,{data}"
+    tables = [(file.name, _html(file), images.pop(file.with_suffix(".svg").name, "")) for file in texts]
+    pictures = list(images.items())
     made = Section(
         path.resolve().name, str(path), notice, commands(path), generations, plots, tables, pictures, left_out
     )
