@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -17,6 +18,9 @@ from dtn_fast.runtime import Device, Runtime, Scorer, choose_device, load_model,
 from dtn_fast.tables import LEVELS, Table
 from dtn_fast.terminal import print_table, progress
 from dtn_fast.train.recipe import PRESETS, Execution, Recipe, RunPreset
+
+if TYPE_CHECKING:
+    from dtn_fast.train.ablations import Working
 
 
 def evaluate(
@@ -198,6 +202,8 @@ def ablate(
     Example: dtn-fast ablate losses --data ffpp --tests ffpp celebdf dfdc df1 --test-names FF++ Celeb-DF DFDC DF-1.0
     --preset ffpp-c23
 
+    On 8 GPUs: torchrun --nproc-per-node 8 -m dtn_fast ablate losses --data ffpp --preset ffpp-c23
+
     In minutes, on crops of the demo: dtn-fast ablate depth --data runs/demo/crops --preset demo --epochs 1
 
     Args:
@@ -218,6 +224,7 @@ def ablate(
     from dtn_fast.detectors import read_config
     from dtn_fast.protocols import names_of
     from dtn_fast.train.ablations import ablate as run
+    from dtn_fast.train.distributed import connect, ranks
     from dtn_fast.train.monitor import signals
 
     model = read_config(config) if config else DTNConfig.preset(PRESETS[preset].model)
@@ -227,23 +234,34 @@ def ablate(
     folders = tests or (data,)
     names = names_of(folders, test_names, "test-names")
     sets = {n: shards if f == data else open_data(f, model.image_size) for n, f in zip(names, folders, strict=True)}
+    with connect(choose_device(device)) as where, signals() as stop:
+        how = {"device": where, "execution": execution, "stop": stop}
+        steps = run(name, shards, sets, out, model, recipe, only, **how)
+        if not ranks().main:
+            for _ in steps:
+                pass
+            return
+        table = _watch(name, steps)
+        record(out)
+        _print(table)
+        print(out / f"{name}.md")
+
+
+def _watch(name: str, steps: Iterator[Working | Table]) -> Table:
+    """Drives the training of a table and shows where it stands."""
     said = ""
-    with signals() as stop, progress() as bar:
+    with progress() as bar:
         task = bar.add_task(name, total=None, note="")
-        how = {"device": choose_device(device), "execution": execution, "stop": stop}
-        for step in run(name, shards, sets, out, model, recipe, only, **how):
+        for step in steps:
             if isinstance(step, Table):
-                table = step
-                continue
+                return step
             event = step.event
             note = step.variant + (f", generation {event.generation}, epoch {event.epoch + 1}" if event else ", tests")
             bar.update(task, completed=step.number, total=step.total, note=note)
             if bar.disable and said != note:
                 said = note
                 print(f"{step.number + 1} of {step.total}: {said}", flush=True)
-    record(out)
-    _print(table)
-    print(out / f"{name}.md")
+    raise AssertionError("it ends with the table")
 
 
 def explain(

@@ -142,6 +142,20 @@ def test_two_processes_train_as_one(crops: Path, tmp_path: Path, small_json: Pat
     torch.testing.assert_close(*centers, rtol=1e-3, atol=1e-5)
 
 
+def test_two_processes_train_a_table(crops: Path, tmp_path: Path, small_json: Path) -> None:
+    """Both train each variant, one measures and speaks."""
+    words = ["ablate", "moe", "--data", crops, "--out", tmp_path, "--config", small_json, "--epochs", "1", *FLAGS]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dtn_fast"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [str(w) for w in (*two, *words)], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("frame level, percent") == 1
+    rows = json.loads((tmp_path / "moe.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["Vanilla MoE", "Ours"]
+
+
 def test_an_elastic_restart_goes_on(crops: Path, tmp_path: Path, small_json: Path) -> None:
     flags = ("--epochs", "2", "--save-every", "2", "--log-every", "1")
     run = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")

@@ -20,6 +20,7 @@ from dtn_fast.pretrained import WEIGHTS
 from dtn_fast.protocols import TRAINED_ON, Measured, measure
 from dtn_fast.runtime import TorchScorer, place
 from dtn_fast.tables import Row, Table
+from dtn_fast.train import distributed
 from dtn_fast.train.distill import best_auc, distill, generation_folder, start_run, train_initial
 from dtn_fast.train.engine import Epoch, Step
 from dtn_fast.train.recipe import Recipe
@@ -242,8 +243,9 @@ def ablate(
 
     Yields progress, then the table of every variant so far, also in ``out``/<name>.json, .md, .tex and .svg.  What is
     trained is not trained again, what is measured on the same crops not measured again.  ``only``: train no other
-    variants, by label.  ``how``: device, execution and stop, as ``fit`` takes them.  Raises UsageError on unknown
-    names, a damaged table and runs of another recipe in ``out``.
+    variants, by label.  ``how``: device, execution and stop, as ``fit`` takes them.  In a process group every process
+    calls this alike, the first one measures and its table counts.  Raises UsageError on unknown names, a damaged table
+    and runs of another recipe in ``out``.
     """
     variants = variants_of(name, recipe.methods or data.methods)
     unknown = set(only) - {v.label for v in variants}
@@ -266,8 +268,10 @@ def ablate(
                 for event in distill(run, data, **how):
                     yield working(event)
         yield working(None)
-        found.measure(variant, run, configure(variant, model, recipe)[0], how.get("device", "cpu"))
-        found.table(variants).write(out / name)
+        if distributed.ranks().main:
+            found.measure(variant, run, configure(variant, model, recipe)[0], how.get("device", "cpu"))
+            found.table(variants).write(out / name)
+        distributed.barrier()
     yield found.table(variants)
 
 
