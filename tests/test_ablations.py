@@ -152,12 +152,18 @@ def test_only_some_variants_and_what_the_table_keeps(few: Shards, tmp_path: Path
         run(("DTN w/ STG",), epochs=2)
     shutil.rmtree(tmp_path / "soft-labels" / "DTN_w_o_STG")
     assert names(run(("DTN w/ STG",))) == ["DTN w/ STG"]  # what is gone is not shown
-    (tmp_path / "soft-labels.json").write_text('{"rows": [{}]}')
-    with pytest.raises(UsageError, match=r"soft-labels\.json: damaged .*; delete it"):
-        run(())
+    whole = json.loads((tmp_path / "soft-labels.json").read_text())
+    whole["rows"][0]["facts"] = {}
+    for damage in ("{", '{"rows": [{}]}', json.dumps(whole)):
+        (tmp_path / "soft-labels.json").write_text(damage)
+        with pytest.raises(UsageError, match=r"soft-labels\.json: damaged .*; delete it"):
+            run(())
 
 
 def test_wrong_names_are_told(few: Shards, tmp_path: Path) -> None:
+    real = dataclasses.replace(few, videos=[v._replace(label=0, method="") for v in few.videos])
+    with pytest.raises(UsageError, match="holds no forgery to train on"):
+        finish(ablate("cross-manipulation", real, {"a": few}, tmp_path, SMALL, QUICK))
     for name, tests, only, said in (
         ("x", {}, (), "unknown ablation 'x'; there are cross-dataset"),
         ("moe", {}, ("Nothing",), "--only Nothing: moe has Vanilla MoE, Ours"),

@@ -248,6 +248,8 @@ def ablate(
     and runs of another recipe in ``out``.
     """
     variants = variants_of(name, recipe.methods or data.methods)
+    if not variants:
+        raise UsageError(f"{name}: the data holds no forgery to train on")
     unknown = set(only) - {v.label for v in variants}
     if unknown:
         raise UsageError(f"--only {' '.join(sorted(unknown))}: {name} has {', '.join(v.label for v in variants)}")
@@ -275,6 +277,10 @@ def ablate(
     yield found.table(variants)
 
 
+FACTS = ("variant", "generation", "tests", "digest", "weights", "policies")
+"""Of a row, besides its figures: whose weights, measured on what."""
+
+
 class _Rows:
     """The rows of a table so far, those of an earlier call too."""
 
@@ -286,8 +292,10 @@ class _Rows:
         if path.is_file():
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))
-                self._rows = [Row.from_json(row) for row in stored["rows"]]
-                self._rows = [row for row in self._rows if (out / row.facts["weights"]).is_file()]
+                rows = [Row.from_json(row) for row in stored["rows"]]
+                if missing := [key for row in rows for key in FACTS if key not in row.facts]:
+                    raise KeyError(missing[0])
+                self._rows = [row for row in rows if (out / row.facts["weights"]).is_file()]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UsageError(f"{path}: damaged ({error!r}); delete it, the runs beside it are kept") from error
 
