@@ -27,11 +27,15 @@ VARIANTS: tuple[Variant, ...] = ("standard", "mas", "reattention")
 class Attention(nn.Module):
     """Multi-head self-attention on [B, N, C], projections of Q, K and V without bias.
 
-    mas: each head times a learnable sigmoid.  reattention: attention maps mixed across heads.
+    mas: each head times a learnable sigmoid.  reattention: attention maps mixed across heads.  scale: of Q K^T,
+    1 / sqrt(head_width) unless given.
     """
 
-    def __init__(self, width: int, heads: int, head_width: int, variant: Variant = "standard") -> None:
+    def __init__(
+        self, width: int, heads: int, head_width: int, variant: Variant = "standard", scale: float | None = None
+    ) -> None:
         super().__init__()
+        self.factor = head_width**-0.5 if scale is None else scale
         inner = heads * head_width
         self.heads, self.head_width = heads, head_width
         self.qkv = nn.Linear(width, 3 * inner, bias=False)
@@ -40,12 +44,23 @@ class Attention(nn.Module):
         self.out = nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, self.head_width)).permute(2, 0, 3, 1, 4)
+        q, k, v = self._project(x)
         if self.mix is None:
-            mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v, scale=self.factor)
         else:
-            mixed = reattend(q, k, v, self.mix, self.head_width**-0.5)
+            mixed = reattend(q, k, v, self.mix, self.factor)
         return self.out(self.scale(mixed.transpose(1, 2).flatten(2)))
+
+    def _project(self, x: Tensor) -> Tensor:  # [B, N, C] -> [3, B, H, N, D]
+        return self.qkv(x).unflatten(2, (3, self.heads, self.head_width)).permute(2, 0, 3, 1, 4)
+
+    def maps(self, x: Tensor) -> Tensor:
+        """The attention maps that the heads' values are mixed by, scales and all: [B, N, C] -> [B, H, N, N]."""
+        q, k, _ = self._project(x)
+        found = (q @ k.transpose(2, 3) * self.factor).softmax(3)
+        if isinstance(self.scale, HeadScale):
+            return found * self.scale.head_scale.sigmoid()[:, None, None]
+        return found if self.mix is None else self.mix(found)
 
 
 class CrossAttention(nn.Module):
@@ -68,10 +83,11 @@ class Block(nn.Module):
     """A pre-norm transformer block."""
 
     def __init__(
-        self, width: int, heads: int, hidden: int, dropout: float, variant: Variant, head_width: int = HEAD_WIDTH
-    ) -> None:
+        self, width: int, heads: int, hidden: int, dropout: float, variant: Variant, head_width: int = HEAD_WIDTH,
+        scale: float | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads, head_width, variant)
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads, head_width, variant, scale)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
             nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width), nn.Dropout(dropout)
@@ -115,7 +131,8 @@ class ViT(nn.Module):
 
 
 class CViT(nn.Module):
-    """The DTN's convolutions, their whole last map as one patch, six transformer blocks of 8 heads."""
+    """The DTN's convolutions, their whole last map as one patch, six transformer blocks of 8 heads, whose products are
+    divided by the root of the whole width, as in the published code."""
 
     def __init__(
         self, img_size: int = 224, num_classes: int = 2, variant: Variant = "standard", width: int = 1024,
@@ -127,7 +144,8 @@ class CViT(nn.Module):
         self.backbone = build_backbone(config)
         self.patch = nn.Linear(config.channels[-1] * (img_size // 32) ** 2, width)
         self.tokens = Tokens(1, width)
-        self.blocks = nn.Sequential(*(Block(width, heads, hidden, 0.0, variant, width // heads) for _ in range(depth)))
+        block = lambda: Block(width, heads, hidden, 0.0, variant, width // heads, width**-0.5)
+        self.blocks = nn.Sequential(*(block() for _ in range(depth)))
         self.head = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, S, S] -> [B, num_classes]

@@ -12,6 +12,7 @@ from dtn_fast.data.shards import Shards
 from dtn_fast.errors import UsageError
 from dtn_fast.metrics import Metrics, auc_interval, by_video, evaluate_scores
 from dtn_fast.runtime import Scorer
+from dtn_fast.tables import markdown_table
 
 
 class Row(NamedTuple):
@@ -22,6 +23,8 @@ class Row(NamedTuple):
     frame_interval: tuple[float, float] | None
     """95 % of the frame AUC, by bootstrap over videos; None where there is no AUC."""
     video_interval: tuple[float, float] | None
+    policy: str
+    """How the figures came about, one sentence."""
 
 
 class Evaluation(NamedTuple):
@@ -35,12 +38,8 @@ class Evaluation(NamedTuple):
     notice: str
 
     def policy(self) -> str:
-        """How the figures came about, one sentence."""
-        return (
-            f"{self.split} split, {self.videos} videos, {self.frames_per_video:.1f} frames each on average, largest "
-            f"face; video score = mean of its frames; {self.no_face} videos without a face and {self.unreadable} "
-            "unreadable ones not scored; intervals by 1,000 bootstrap draws of videos"
-        )
+        """That of the first row, over all."""
+        return self.rows[0].policy
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows as text."""
@@ -60,8 +59,7 @@ class Evaluation(NamedTuple):
 
     def markdown(self) -> str:
         header, body = self.table()
-        lines = [header, ["---"] * len(header), *body]
-        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        text = "\n".join(markdown_table(header, body))
         return f"{text}\n\n{self.policy()}.{' **' + self.notice + '**' if self.notice else ''}\n"
 
 
@@ -99,7 +97,8 @@ def evaluate(
         frames = (labels[keep], scores[keep], names[keep].tolist())
         y, s = by_video(frames[2], *frames[:2])
         whole = [str(number) for number in range(len(y))]
-        table.append(Row(title, frame, evaluate_scores(y, s), auc_interval(*frames), auc_interval(y, s, whole)))
+        intervals = auc_interval(*frames), auc_interval(y, s, whole)
+        table.append(Row(title, frame, evaluate_scores(y, s), *intervals, policy(shards, split, group)))
     states = [state for video, state in zip(shards.videos, shards.status, strict=True) if video.split == split]
     return Evaluation(
         split=split,
@@ -109,4 +108,20 @@ def evaluate(
         unreadable=sum(bool(state["error"]) for state in states),
         frames_per_video=len(rows) / max(len(set(names.tolist())), 1),
         notice=scorer.notice,
+    )
+
+
+def policy(shards: Shards, split: str, forgeries: tuple[str, ...], intervals: bool = True) -> str:
+    """How figures on ``split``, its reals and the fakes of ``forgeries``, come about: one sentence."""
+    chosen = [(video, state) for video, state in zip(shards.videos, shards.status, strict=True)
+              if video.split == split and (not video.label or video.method in forgeries)]  # fmt: skip
+    fakes = sum(video.label for video, _ in chosen)
+    faceless = sum(not state["faces"] and not state["error"] for _, state in chosen)
+    unreadable = sum(bool(state["error"]) for _, state in chosen)
+    frames = len(shards.select(split, forgeries)) / max(len(chosen) - faceless - unreadable, 1)
+    drawn = "; intervals by 1,000 bootstrap draws of videos" if intervals else ""
+    return (
+        f"{split} split, {len(chosen)} videos ({len(chosen) - fakes} real, {fakes} fake), {frames:.1f} frames each on "
+        f"average, {shards.faces}; video score = mean of its frames; {faceless} videos without a face and {unreadable} "
+        f"unreadable ones not scored{drawn}"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ import tyro
 from dtn_fast.data.shards import Shards, open_data
 from dtn_fast.errors import UsageError
 from dtn_fast.files import write_whole
-from dtn_fast.provenance import record
+from dtn_fast.provenance import made_by, record
 from dtn_fast.runtime import Device, Runtime, Scorer, choose_device, load_model, load_scorer, place
 from dtn_fast.tables import LEVELS, Table
 from dtn_fast.terminal import print_table, progress
@@ -58,10 +58,13 @@ def evaluate(
         runtime: How the models run.
     """
     from dtn_fast.data.blend import self_blended
+    from dtn_fast.paper import FF_NAMES
     from dtn_fast.protocols import Entry, cross_dataset, cross_manipulation, names_of
 
     if not data or not model:
         raise UsageError("name at least one dataset and one model; see dtn-fast evaluate --help")
+    if out is not None and out.name in ("", ".."):
+        raise UsageError(f"--out {out}: a folder; name the files in it, such as {out / 'table1'}")
     several = len(data) > 1 or len(model) > 1
     if protocol == "auto":
         protocol = "cross-dataset" if several else "within"
@@ -73,21 +76,26 @@ def evaluate(
     if trained_on and not manipulation:
         raise UsageError("--trained-on: only for --protocol cross-manipulation")
     names = names_of(model, model_names, "model-names", once=not manipulation)
-    forgeries = trained_on or (tuple(map(_trained_on, model)) if manipulation else ("",) * len(model))
+    said = tuple(FF_NAMES.get(name, name) for name in trained_on)
+    forgeries = said or (tuple(map(_trained_on, model)) if manipulation else ("",) * len(model))
     if len(forgeries) != len(model):
         raise UsageError(f"--trained-on: {len(forgeries)} forgeries for {len(model)} models; give one each")
     if len(set(zip(names, forgeries, strict=True))) < len(model):
         raise UsageError("--model-names: two models have the same name and were trained on the same forgery")
     columns = names_of(data, data_names, "data-names")
-    first = load_scorer(model[0], runtime)
-    sets = [open_data(folder, first.config.image_size) for folder in data]
-    sets = [self_blended(shards) for shards in sets] if self_blend else sets
+    scorers = [load_scorer(path, runtime) for path in model]
+    sets = [open_data(folder, scorers[0].config.image_size) for folder in data]
+    for path, scorer in zip(model, scorers, strict=True):
+        for folder, shards in zip(data, sets, strict=True):
+            if scorer.config.image_size != shards.size:
+                raise UsageError(f"{path}: takes {scorer.config.image_size} pixels, the crops of {folder} have "
+                                 f"{shards.size}; models of one table take crops of one size")  # fmt: skip
+    if self_blend:  # not the paper's test sets any more
+        sets, columns = [self_blended(shards) for shards in sets], [f"{name}, self-blended" for name in columns]
     if protocol == "within":
-        _within(first, sets[0], split, names[0], columns[0], out)
+        _within(scorers[0], sets[0], split, names[0], columns[0], out)
         return
-    load = lambda path: first if path is model[0] else load_scorer(path, runtime)
-    entries = [Entry(name, functools.partial(load, path), on)
-               for name, path, on in zip(names, model, forgeries, strict=True)]  # fmt: skip
+    entries = [Entry(*entry) for entry in zip(names, scorers, forgeries, strict=True)]
     labelled = dict(zip(columns, sets, strict=True))
     steps = cross_manipulation(entries, sets[0], split) if manipulation else cross_dataset(entries, labelled, split)
     with progress() as bar:
@@ -97,6 +105,7 @@ def evaluate(
                 table = step
             else:
                 bar.update(task, completed=number, note=step)
+    table = dataclasses.replace(table, notes=(*table.notes, made_by()))
     _print(table)
     if out is not None:
         print("\n".join(str(path) for path in table.write(out)))
@@ -135,7 +144,8 @@ def _trained_on(run: Path) -> str:
     from dtn_fast.train.distill import load_run
 
     try:
-        methods = load_run(run)[0].methods
+        recipe = load_run(run)[0]
+        methods = () if recipe.self_blend else recipe.methods
     except UsageError:
         methods = ()
     if len(methods) != 1:
@@ -235,6 +245,8 @@ def ablate(
     names = names_of(folders, test_names, "test-names")
     sets = {n: shards if f == data else open_data(f, model.image_size) for n, f in zip(names, folders, strict=True)}
     with connect(choose_device(device)) as where, signals() as stop:
+        if ranks().main:
+            record(out)
         how = {"device": where, "execution": execution, "stop": stop}
         steps = run(name, shards, sets, out, model, recipe, only, **how)
         if not ranks().main:
@@ -242,7 +254,6 @@ def ablate(
                 pass
             return
         table = _watch(name, steps)
-        record(out)
         _print(table)
         print(out / f"{name}.md")
 
@@ -288,7 +299,7 @@ def explain(
         model_names: Of the models in the pictures.
         device: Where the models run.
     """
-    from dtn_fast.pictures import KINDS, choose, draw
+    from dtn_fast.pictures import FIGURES, KINDS, choose, draw
     from dtn_fast.protocols import names_of
 
     if not models or count < 1:
@@ -301,16 +312,31 @@ def explain(
         raise UsageError(
             f"--models: they take crops of {' and '.join(map(str, sorted(sizes)))} pixels; draw them apart"
         )
+    temperatures = {name: told for name, path in zip(loaded, models, strict=True) if (told := _temperature(path))}
     faces = choose(open_data(data, sizes.pop()), split, count)
     with progress() as bar:
         task = bar.add_task("drawing", total=len(kinds or KINDS), note="")
-        for kind in draw(loaded, faces, out, kinds or KINDS):
+        for kind in draw(loaded, faces, out, kinds or KINDS, temperatures):
             bar.update(task, note=kind)
             bar.advance(task)
     record(out)
-    for kind, names in json.loads((out / "figures.json").read_text(encoding="utf-8"))["left out"].items():
-        print(f"{kind}: without {', '.join(names)}, which has none")
+    missing = json.loads((out / FIGURES).read_text(encoding="utf-8"))["left out"]
+    for kind in kinds or KINDS:
+        if missing[kind]:
+            print(f"{kind}: without {', '.join(missing[kind])}, of which there is none")
     print("\n".join(str(path) for path in sorted(out.iterdir())))
+
+
+def _temperature(path: Path) -> float:
+    """Of a run's, or its generation's, soft labels; 0 where no recipe tells it."""
+    from dtn_fast.train.distill import load_run
+
+    for run in (path, path.parent):
+        try:
+            return load_run(run)[0].temperature
+        except UsageError:
+            continue
+    return 0.0
 
 
 def report(paths: Annotated[list[Path], tyro.conf.Positional], out: Path = Path("report.html")) -> None:

@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dtn_fast.dtn import DTN
-from dtn_fast.kernels import reference
 from dtn_fast.levt import ScaledAttention
+from dtn_fast.mas import HeadScale
 from dtn_fast.pretrained import Detector, device_of
 from dtn_fast.runtime import normalise
 
+TEMPERATURE = 2.0
+"""Of soft labels, as ``Recipe.temperature`` has it unless told otherwise."""
 _HOOKED = threading.Lock()
 """Hooks belong to a model: two threads must not meet on one."""
 
@@ -65,24 +67,22 @@ def overlay(crop: NDArray[np.uint8], heat: NDArray[np.float32], strength: float 
 # ------------------------------------------------------------------------------------------------ attention
 
 
-def attention_maps(model: DTN, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+def attentions(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that tell their attention maps: a DTN's and those of dtn_fast/baselines.py."""
+    return [module for module in model.modules() if callable(getattr(module, "maps", None))]
+
+
+def attention_maps(model: Detector, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
     """The gated attention maps sigmoid(s_h) softmax(Q K^T / sqrt(D)) of every block and head: [L, B, H, N, N].
 
     crops: [B, S, S, 3] uint8.  From the reference operator, beside an ordinary pass: the fast path computes none.
-    Of Re-attention, which has no s_h, the mixed maps.
+    Of Re-attention, which has no s_h, the mixed maps.  Without any attention [0, B, 0, 0, 0].
     """
     kept: list[Tensor] = []
-
-    def look(module: nn.Module, given: tuple[Tensor, ...], _output: Tensor) -> None:
-        assert isinstance(module, ScaledAttention)
-        q, k, v = module.project(given[0]).unbind(2)
-        maps = reference.mas_attention(q, k, v, module.head_scale, return_maps=True)[1]
-        kept.append(maps if module.mix is None else module.mix(maps))
-
-    blocks = [module for module in model.modules() if isinstance(module, ScaledAttention)]
+    look = lambda module, given, _output: kept.append(module.maps(given[0]))
     with _HOOKED, torch.inference_mode():
         was_training = model.training
-        handles = [block.register_forward_hook(look) for block in blocks]
+        handles = [block.register_forward_hook(look) for block in attentions(model)]
         try:
             model.eval()(normalise(crops, model.config, device_of(model)))
         finally:
@@ -94,14 +94,20 @@ def attention_maps(model: DTN, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
     return torch.stack(kept).float().cpu().numpy()
 
 
-def head_scales(model: DTN) -> NDArray[np.float32]:
-    """sigmoid(s_h) of every block and head, [L, H]; ones without MAS."""
-    scales = [m.head_scale.detach().sigmoid().cpu() for m in model.modules() if isinstance(m, ScaledAttention)]
-    return torch.stack(scales).float().numpy() if scales else np.zeros((0, 0), np.float32)
+def head_scales(model: nn.Module) -> NDArray[np.float32]:
+    """sigmoid(s_h) of every block and head, [L, H]; ones without MAS.  Of any model with MAS, ``with_mas`` too.
+
+    Raises ValueError when its blocks differ in heads.
+    """
+    kinds = (ScaledAttention, HeadScale)
+    scales = [m.head_scale.detach().sigmoid().float().cpu() for m in model.modules() if isinstance(m, kinds)]
+    if len({len(row) for row in scales}) > 1:
+        raise ValueError(f"{type(model).__name__}: blocks of different numbers of heads")
+    return torch.stack(scales).numpy() if scales else np.zeros((0, 0), np.float32)
 
 
 def collapse(maps: NDArray[np.float32]) -> NDArray[np.float64]:
-    """How alike a block's heads are: mean cosine over pairs of heads and images, [L] in [0, 1]; 1: all the same.
+    """How alike a block's heads are: mean cosine over pairs of heads and images, [L]; 1: all the same.
 
     maps: [L, B, H, N, N].  The paper's "attention collapse" as a number; a head's scale changes nothing in it.
     """
@@ -154,7 +160,7 @@ def feature_map(model: DTN, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
     return spread[:, 0].float().cpu().numpy()
 
 
-def soft_labels(model: Detector, crops: NDArray[np.uint8], temperature: float = 2.0) -> NDArray[np.float32]:
+def soft_labels(model: Detector, crops: NDArray[np.uint8], temperature: float = TEMPERATURE) -> NDArray[np.float32]:
     """What a teacher tells its student of each crop: softmax(logits / temperature), [B, 2]: real, fake."""
     with torch.inference_mode():
         was_training = model.training

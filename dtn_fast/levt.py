@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dtn_fast.backbone import update_statistics
 from dtn_fast.config import DTNConfig
+from dtn_fast.kernels import reference
 from dtn_fast.kernels.ops import fuses_local_connection, local_connection, mas_attention_packed
 from dtn_fast.mas import head_mixer, reattend
 
@@ -27,6 +28,12 @@ class ScaledAttention(nn.Module):
             self.head_scale = nn.Parameter(torch.full((num_heads,), mas_init))
         else:  # sigmoid(+inf) = 1 exactly: plain attention by the same path
             self.register_buffer("head_scale", torch.full((num_heads,), torch.inf), persistent=False)
+
+    def maps(self, tokens: Tensor) -> Tensor:
+        """The gated attention maps [B, H, N, N], by the reference operator: [B, N, C] -> what values are mixed by."""
+        q, k, v = self.project(tokens).unbind(2)
+        found = reference.mas_attention(q, k, v, self.head_scale, return_maps=True)[1]
+        return found if self.mix is None else self.mix(found)
 
     def project(self, tokens: Tensor) -> Tensor:
         """Queries, keys and values as one packed product [B, N, 3, H, D]."""

@@ -19,7 +19,9 @@ from dtn_fast.data.shards import Shards
 from dtn_fast.dtn import DTN
 from dtn_fast.errors import UsageError
 from dtn_fast.explain import (
+    TEMPERATURE,
     attention_maps,
+    attentions,
     collapse,
     feature_map,
     features,
@@ -30,8 +32,10 @@ from dtn_fast.explain import (
 )
 from dtn_fast.files import write_whole
 from dtn_fast.pretrained import Detector
+from dtn_fast.tables import legible
 
 KINDS = ("grad-cam", "attention", "scales", "collapse", "feature-maps", "t-sne", "soft-labels")
+FIGURES = "figures.json"
 MARKERS = "osD^vP*X"
 
 
@@ -58,43 +62,61 @@ def choose(shards: Shards, split: str, count: int) -> Faces:
     return Faces(shards.get(few), names, shards.get(many), of.tolist())
 
 
-def draw(models: Mapping[str, Detector], faces: Faces, out: Path, kinds: tuple[str, ...] = KINDS) -> Iterator[str]:
+def draw(
+    models: Mapping[str, Detector], faces: Faces, out: Path, kinds: tuple[str, ...] = KINDS,
+    temperatures: Mapping[str, float] | None = None,
+) -> Iterator[str]:  # fmt: skip
     """Writes ``out``/<kind>.png or .svg and figures.json; yields each picture's name before it is drawn.
 
-    Pictures of attention need a DTN; other models are left out of them, as figures.json says.
-    Raises UsageError on an unknown kind, or without matplotlib or scikit-learn.
+    A model that a picture cannot show is left out of it, as figures.json says; what it says of kinds that are not
+    drawn now stays.  temperatures: of each model's soft labels, where it is not the recipe's default.  Raises
+    UsageError on an unknown kind, or without matplotlib or scikit-learn.
     """
     for kind in kinds:
         if kind not in KINDS:
             raise UsageError(f"unknown picture {kind!r}; there are {', '.join(KINDS)}")
     if "t-sne" in kinds:
         _check_tsne(faces)
-    dtns = {name: model for name, model in models.items() if isinstance(model, DTN)}
-    blocks = {name: model for name, model in dtns.items() if model.config.depth}
-    scaled = {name: model for name, model in blocks.items() if model.config.mas}
-    mapped = {name: model for name, model in models.items() if model.cam_layer() is not None}
+    only = lambda fits: {name: model for name, model in models.items() if fits(model)}
+    attentive = only(attentions)
+    patches = lambda model: "attention" in kinds and _side(attention_maps(model, faces.few[-1:]).shape[-1]) > 1
+    softened = functools.partial(_soft_labels, temperatures=temperatures or {})
     makers: dict[str, tuple[Mapping[str, Any], Callable[[Any, Faces, dict[str, Any]], Any]]] = {
-        "grad-cam": (mapped, _grad_cam),
-        "attention": (blocks, _attention),
-        "scales": (scaled, _scales),
-        "collapse": (blocks, _collapse),
-        "feature-maps": (dtns, _feature_maps),
+        "grad-cam": (only(lambda model: model.cam_layer() is not None), _grad_cam),
+        "attention": ({name: model for name, model in attentive.items() if patches(model)}, _attention),
+        "scales": (only(lambda model: (head_scales(model) < 1).any()), _scales),
+        "collapse": (attentive, _collapse),
+        "feature-maps": (only(lambda model: isinstance(model, DTN)), _feature_maps),
         "t-sne": (models, _tsne),
-        "soft-labels": (models, _soft_labels),
+        "soft-labels": (models, softened),
     }
     notice = "; ".join(sorted({f"trained on {m.notice}" for m in models.values() if m.notice}))
-    figures: dict[str, Any] = {"notice": notice, "left out": {}}
+    figures = _read(out / FIGURES)
+    figures["notice"] = notice
     for kind in kinds:
         yield kind
         drawn, make = makers[kind]
-        if len(drawn) < len(models):
-            figures["left out"][kind] = [name for name in models if name not in drawn]
+        suffix = "png" if kind in ("grad-cam", "attention", "feature-maps", "soft-labels") else "svg"
+        picture = out / f"{kind}.{suffix}"
+        picture.unlink(missing_ok=True)  # of an earlier call's models
+        figures.pop(kind, None)
+        figures["left out"][kind] = [name for name in models if name not in drawn]
         if drawn:
             figure = make(drawn, faces, figures)
             figure.supxlabel(notice, fontsize=7, color="0.4")
-            suffix = "png" if kind in ("grad-cam", "attention", "feature-maps", "soft-labels") else "svg"
-            write_whole(out / f"{kind}.{suffix}", functools.partial(_save, figure, suffix))
-    write_whole(out / "figures.json", json.dumps(figures, indent=1))
+            write_whole(picture, functools.partial(_save, figure, suffix))
+    write_whole(out / FIGURES, json.dumps(figures, indent=1))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The figures of an earlier call, none where there was none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("left out"), dict):
+        return {"notice": "", "left out": {}}
+    return found
 
 
 def _save(figure: Any, suffix: str, file: Any) -> None:
@@ -159,28 +181,33 @@ def _overlaid(models: Mapping[str, Any], faces: Faces, heat: Callable[..., NDArr
     return _grid(faces.titles, ["face", *models], [list(row) for row in zip(*columns, strict=True)])
 
 
-def _attention(dtns: Mapping[str, DTN], faces: Faces, figures: dict[str, Any]) -> Any:
+def _attention(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
     """Figure 7: for the last forgery's face, what its patches attend to: heads by blocks, a model under the other, the
     learned scale under each map."""
-    face = faces.few[-1:]
     rows, images, notes = [], [], []
-    for name, model in dtns.items():
-        maps = attention_maps(model, face)[:, 0]  # [L, H, N, N]
-        side = round(maps.shape[-1] ** 0.5)
-        scales = head_scales(model)
+    for name, model in models.items():
+        maps = attention_maps(model, faces.few[-1:])[:, 0]  # [L, H, N, N]
+        side, scales = _side(maps.shape[-1]), head_scales(model)
+        maps = maps[:, :, -(side**2) :, -(side**2) :]  # without the class token
         for block, of_block in enumerate(maps):
             rows.append(f"{name}\nblock {block + 1}" if not block else f"block {block + 1}")
-            means = of_block.mean(1).reshape(-1, side, side)  # [H, h, w], over the patches that look
-            images.append(list(means / scales[block][:, None, None].clip(1e-9)))
-            notes.append([f"scale {scale:.3f}" if model.config.mas else "" for scale in scales[block]])
+            images.append(list(of_block.mean(1).reshape(-1, side, side)))  # [H, h, w], over the patches that look
+            learned = scales[block] if (scales < 1).any() else []
+            notes.append([f"scale {scale:.3f}" for scale in learned] or [""] * len(of_block))
     heads = max(len(row) for row in images)
     padded = [[*row, *[None] * (heads - len(row))] for row in images]
     return _grid(rows, [f"head {h + 1}" for h in range(heads)], padded, notes)
 
 
-def _scales(dtns: Mapping[str, DTN], faces: Faces, figures: dict[str, Any]) -> Any:
+def _side(tokens: int) -> int:
+    """Side of the square that patches make, with a class token beside them or without; 0: none."""
+    sides = [round(patches**0.5) for patches in (tokens, tokens - 1) if round(patches**0.5) ** 2 == patches]
+    return sides[0] if tokens and sides else 0
+
+
+def _scales(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
     """Figure 7's numbers: sigmoid(s_h) by block and head."""
-    learned = {name: head_scales(model) for name, model in dtns.items()}
+    learned = {name: head_scales(model) for name, model in models.items()}
     figures["scales"] = {name: values.round(5).tolist() for name, values in learned.items()}
     figure, axes = _canvas(1, len(learned), 3.4, 2.8)
     for axis, (name, values) in zip(axes[0], learned.items(), strict=True):
@@ -194,14 +221,14 @@ def _scales(dtns: Mapping[str, DTN], faces: Faces, figures: dict[str, Any]) -> A
     return figure
 
 
-def _collapse(dtns: Mapping[str, DTN], faces: Faces, figures: dict[str, Any]) -> Any:
+def _collapse(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
     """Attention collapse as a curve: mean cosine between heads, block by block."""
-    curves = {name: collapse(attention_maps(model, faces.many[:16])) for name, model in dtns.items()}
+    curves = {name: collapse(attention_maps(model, faces.many[:16])) for name, model in models.items()}
     figures["collapse"] = {name: values.round(5).tolist() for name, values in curves.items()}
     figure, axes = _canvas(1, 1, 5.0, 3.0)
     axis = axes[0, 0]
     for number, (name, values) in enumerate(curves.items()):
-        axis.plot(range(1, len(values) + 1), values, marker=MARKERS[number % 8], label=_plain(name, 60))
+        axis.plot(range(1, len(values) + 1), values, marker=MARKERS[number % 8], label=legible(_plain(name, 60)))
     axis.set_xlabel("block")
     axis.set_ylabel("mean cosine between heads")
     axis.set_xticks(range(1, max(map(len, curves.values())) + 1))
@@ -240,7 +267,7 @@ def _tsne(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any])
         flat = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(seen)
         for number, kind in enumerate(names):
             mine = flat[[k == kind for k in faces.kinds]]
-            axis.scatter(*mine.T, s=12, marker=MARKERS[number % 8], label=_plain(kind), alpha=0.8)
+            axis.scatter(*mine.T, s=12, marker=MARKERS[number % 8], label=legible(_plain(kind)), alpha=0.8)
         axis.set_title(_plain(name, 40), fontsize=9)
         axis.set_xticks([])
         axis.set_yticks([])
@@ -249,10 +276,14 @@ def _tsne(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any])
     return figure
 
 
-def _soft_labels(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
+def _soft_labels(
+    models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any], temperatures: Mapping[str, float]
+) -> Any:
     """Figure 8 (a): each face with its hard label and what each model, as a teacher, says of it."""
-    said = {name: soft_labels(model, faces.few) for name, model in models.items()}
-    figures["soft labels"] = {name: values.round(4).tolist() for name, values in said.items()}
+    warm = {name: temperatures.get(name, TEMPERATURE) for name in models}
+    said = {name: soft_labels(model, faces.few, warm[name]) for name, model in models.items()}
+    figures["soft-labels"] = {name: {"temperature": warm[name], "real, fake": values.round(4).tolist()}
+                              for name, values in said.items()}  # fmt: skip
     figure, axes = _canvas(1, 1 + len(faces.few), 1.7, 2.1 + 0.12 * len(models))
     pictures = [np.full_like(faces.few[0], 255), *faces.few]  # above the models' names nothing
     for j, (axis, picture) in enumerate(zip(axes[0], pictures, strict=True)):
@@ -264,7 +295,9 @@ def _soft_labels(models: Mapping[str, Detector], faces: Faces, figures: dict[str
             hard = [1, 0] if faces.titles[j - 1] == "real" else [0, 1]
             axis.set_title(_plain(f"{faces.titles[j - 1]}\nhard {hard}"), fontsize=8)
         for line, (name, values) in enumerate(said.items()):
-            text = f"[{values[j - 1][0]:.2f}, {values[j - 1][1]:.2f}]" if j else _plain(name, 99)
+            text = (
+                f"[{values[j - 1][0]:.2f}, {values[j - 1][1]:.2f}]" if j else f"{_plain(name, 99)} (T={warm[name]:g})"
+            )
             where = {"xytext": (0, -4 - 9 * line), "textcoords": "offset points", "va": "top", "fontsize": 7}
             axis.annotate(text, (0.5 if j else 1, 0), xycoords="axes fraction", ha="center" if j else "right", **where)
     return figure

@@ -6,7 +6,7 @@ trained on one forgery, by the forgery tested on, AUC.  At frame and at video le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +25,7 @@ class Entry(NamedTuple):
     """A model of a table."""
 
     name: str
-    make: Callable[[], Scorer]
-    """Called when its turn comes."""
+    scorer: Scorer
     trained_on: str = ""
     """The one forgery that it was trained on, for cross-manipulation."""
 
@@ -59,7 +58,7 @@ def _fill(found: Measured, result: Evaluation) -> None:
     for row in result.rows:
         found.cells["frame"][row.fakes] = Cell(row.frame.acc, row.frame.auc, row.frame_interval)
         found.cells["video"][row.fakes] = Cell(row.video.acc, row.video.auc, row.video_interval)
-        found.policies[row.fakes] = result.policy()
+        found.policies[row.fakes] = row.policy
 
 
 def within(name: str, dataset: str, result: Evaluation) -> Table:
@@ -118,14 +117,13 @@ def _measure_all(
 ) -> Iterator[str | tuple[list[Row], dict[str, str]]]:
     rows, policies = [], {}
     for entry in entries:
-        scorer = entry.make()
-        for step in measure(scorer, tests, by_forgery, split):
+        for step in measure(entry.scorer, tests, by_forgery, split):
             if isinstance(step, str):
                 yield f"{entry.name} on {step}"
                 continue
             policies.update(step.policies)
             before = {TRAINED_ON: entry.trained_on} if by_forgery else {}
-            rows.append(Row(entry.name, step.cells, before, notice=scorer.notice))
+            rows.append(Row(entry.name, step.cells, before, notice=entry.scorer.notice))
     yield rows, policies
 
 

@@ -17,6 +17,7 @@ from dtn_fast.files import write_whole
 from dtn_fast.version import __version__
 
 COMMANDS = "commands.jsonl"
+KEYS = ("command", "commit", "dtn_fast", "torch", "date")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -34,6 +35,11 @@ def commit(code: tuple[str, ...] = (".",)) -> str:
     if not (head := git("rev-parse", "--short=12", "HEAD")):
         return "unknown"
     return head + ("+" if git("status", "--porcelain", "--untracked-files=no", "--", *code) else "")
+
+
+def made_by() -> str:
+    """This process's command and commit, a line to stand under what it made."""
+    return f"made by {shlex.join(['dtn-fast', *sys.argv[1:]])}, commit {commit()}"
 
 
 def record(folder: Path, arguments: list[str] | None = None) -> None:
@@ -59,6 +65,6 @@ def commands(folder: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and isinstance(row.get("command"), str):
+        if isinstance(row, dict) and all(isinstance(row.get(key), str) for key in KEYS):
             found.append(row)
     return found

@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from dtn_fast.data.corrupt import LEVELS, PERTURBATIONS, check, corrupt
 from dtn_fast.data.shards import Shards
 from dtn_fast.errors import UsageError
+from dtn_fast.evaluate import policy
 from dtn_fast.files import write_whole
 from dtn_fast.metrics import by_video, evaluate_scores
 from dtn_fast.runtime import Scorer
+from dtn_fast.tables import legible, markdown_table
 
-KINDS = tuple("uniform_noise" if kind == "gaussian_noise" else kind for kind in PERTURBATIONS)
-"""The paper's: DeeperForensics' seven with uniform in place of Gaussian noise, which its gate is trained on."""
+KINDS = (*("uniform_noise" if kind == "gaussian_noise" else kind for kind in PERTURBATIONS), "jpeg")
+"""The paper's: DeeperForensics' seven with uniform in place of Gaussian noise, which its gate is trained on; JPEG."""
 CHUNK = 256
 RULE = "corruptions of the face crops themselves; frame AUC over all forgeries, video score = mean of its frames"
 
@@ -44,9 +46,12 @@ def robustness(
     """Fills ``out``/robustness.json, .md and .svg, yielding progress; a call on a started folder does what is missing.
 
     Level 0, the crops as they are, is measured once.  Noise and blocks depend on ``seed``, the crop, the corruption
-    and its level alone.  Raises UsageError for an unknown corruption or level, a split of one class, models of other
-    sizes than the crops, and a folder that holds other data's figures.
+    and its level alone.  Raises UsageError for an unknown corruption or level, none or one named twice, a split of
+    one class, models of other sizes than the crops, and a folder that holds other data's figures.
     """
+    for what, given in (("kinds", kinds), ("levels", levels)):
+        if not given or len(set(given)) < len(given):
+            raise UsageError(f"--{what} {' '.join(map(str, given))}: name at least one, and each once")
     for kind in kinds:
         for level in levels:
             check(kind, level)
@@ -60,12 +65,12 @@ def robustness(
     cells = [(kind, level) for kind in kinds for level in levels if level]
     cells = [("", 0), *cells] if 0 in levels else cells
     found = _Results(out / "robustness.json", _identity(shards, rows, split, seed))
-    few = shards.get(rows[:8])
+    few = shards.get(shards.spread(split, 16))
     for name, scorer in scorers.items():
-        found.recognise(name, scorer.score(few))
+        found.recognise(name, scorer.logits(few))
     with ThreadPoolExecutor(workers) as pool:
         for number, (kind, level) in enumerate(cells):
-            yield Progress(number, len(cells), f"{kind} {level}".strip() if level else "untouched")
+            yield Progress(number, len(cells), _key(kind, level))
             missing = {name: s for name, s in scorers.items() if not found.has(name, kind, level)}
             if not missing:
                 continue
@@ -79,7 +84,8 @@ def robustness(
                 found.add(name, kind, level, _auc(shards, rows, labels, np.concatenate(parts)))
     yield Progress(len(cells), len(cells), "")
     notice = " ".join(sorted({s.notice for s in scorers.values()} - {""}))
-    write_whole(out / "robustness.md", markdown(found.cells, tuple(scorers), kinds, levels, notice))
+    said = f"{RULE}; {policy(shards, split, shards.methods, intervals=False)}"
+    write_whole(out / "robustness.md", markdown(found.cells, tuple(scorers), kinds, levels, said, notice))
     write_whole(out / "robustness.svg", plot(found.cells, tuple(scorers), kinds, levels))
 
 
@@ -98,22 +104,25 @@ class _Results:
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self._path, self._identity = path, identity
         self.cells: Cells = {}
-        self._probes: dict[str, list[float]] = {}
+        self._probes: dict[str, list[list[float]]] = {}
         if path.is_file():
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))
-                same, self.cells, self._probes = stored["data"] == identity, stored["auc"], stored["probes"]
-            except (ValueError, KeyError, TypeError) as error:
+                same, self._probes = stored["data"] == identity, dict(stored["probes"])
+                self.cells = {model: {key: {level: float(cell[level]) for level in ("frame", "video")}
+                              for key, cell in of.items()} for model, of in stored["auc"].items()}  # fmt: skip
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UsageError(f"{path}: damaged ({error}); delete it to start over") from error
             if not same:
                 raise UsageError(f"{path}: holds figures of other data, split or seed; choose another --out")
 
-    def recognise(self, name: str, scores: NDArray[np.float64]) -> None:
-        """Forgets the figures of a model that has changed under its name: one that scores the same crops otherwise."""
-        probe = [round(float(score), 4) for score in scores]
-        if self._probes.get(name) != probe:
+    def recognise(self, name: str, logits: NDArray[np.float64]) -> None:
+        """Forgets the figures of a model that has changed under its name: one whose logits of the same crops differ by
+        more than another precision or device would make them."""
+        before = np.array(self._probes.get(name, []))
+        if before.shape != logits.shape or not np.allclose(before, logits, rtol=1e-2, atol=2e-3):
             self.cells.pop(name, None)
-        self._probes[name] = probe
+            self._probes[name] = logits.round(5).tolist()
 
     def has(self, name: str, kind: str, level: int) -> bool:
         return _key(kind, level) in self.cells.get(name, {})
@@ -153,17 +162,18 @@ def _auc(shards: Shards, rows: NDArray[np.int64], labels: NDArray[np.int64], sco
     return {"frame": frame, "video": video}
 
 
-def markdown(cells: Cells, models: Sequence[str], kinds: Sequence[str], levels: Sequence[int], notice: str) -> str:
+def markdown(
+    cells: Cells, models: Sequence[str], kinds: Sequence[str], levels: Sequence[int], said: str, notice: str
+) -> str:
     """A table a model: corruptions by levels, and the mean over corruptions."""
     lines = []
     for model in models:
-        lines += [f"**{model}**, frame AUC", "", f"| corruption | {' | '.join(f'level {v}' for v in levels)} |"]
-        lines += ["|---" * (len(levels) + 1) + "|"]
-        table = [[cells[model][_key(kind, level)]["frame"] for level in levels] for kind in kinds]
-        for name, row in [*zip(kinds, table, strict=True), ("mean", np.mean(table, 0).tolist())]:
-            lines.append(f"| {name} | {' | '.join(f'{value:.4f}' for value in row)} |")
-        lines.append("")
-    return "\n".join([*lines, f"{RULE}.{f' **{notice}**' if notice else ''}", ""])
+        values = [[cells[model][_key(kind, level)]["frame"] for level in levels] for kind in kinds]
+        named = [*zip(kinds, values, strict=True), ("mean", np.mean(values, 0).tolist())]
+        rows = [[name, *(f"{value:.4f}" for value in row)] for name, row in named]
+        header = ["corruption", *(f"level {level}" for level in levels)]
+        lines += [f"**{model}**, frame AUC", "", *markdown_table(header, rows), ""]
+    return "\n".join([*lines, f"{said}.{f' **{notice}**' if notice else ''}", ""])
 
 
 def plot(cells: Cells, models: Sequence[str], kinds: Sequence[str], levels: Sequence[int]) -> str:
@@ -175,7 +185,7 @@ def plot(cells: Cells, models: Sequence[str], kinds: Sequence[str], levels: Sequ
         raise UsageError("matplotlib is not installed; run: pip install matplotlib") from error
     import io
 
-    across = 4
+    across = 3
     down = -(-(len(kinds) + 1) // across)
     with rc_context({"svg.hashsalt": "dtn_fast", "text.parse_math": False}):
         figure = Figure(figsize=(3 * across, 2.6 * down), layout="constrained")
@@ -184,7 +194,7 @@ def plot(cells: Cells, models: Sequence[str], kinds: Sequence[str], levels: Sequ
             for number, model in enumerate(models):
                 curves = [[cells[model][_key(k, v)]["frame"] for v in levels] for k in kinds if title in (k, "mean")]
                 style = {"marker": "osD^vP*X"[number % 8], "linestyle": ("-", "--", "-.", ":")[number % 4]}
-                panel.plot(levels, np.mean(curves, 0), label=model, markersize=4, **style)
+                panel.plot(levels, np.mean(curves, 0), label=legible(model), markersize=4, **style)
             panel.set_title(title, fontsize=10)
             panel.grid(alpha=0.3)
         for panel in panels[len(kinds) + 1 :]:

@@ -239,6 +239,8 @@ def load_model(path: Path) -> Detector:
     """The detector of a checkpoint folder or of a training run's best generation, in eval mode."""
     if path.is_file() and path.name in (WEIGHTS, CONFIG):
         path = path.parent
+    if path.is_file():
+        raise UsageError(f"{path}: a file, which does not show its insides; give a run or a checkpoint folder")
     if not path.is_dir():
         raise UsageError(f"{path}: no such checkpoint; give a folder written by dtn-fast train, or a file of export")
     return load_detector(best_checkpoint(path))

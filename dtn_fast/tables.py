@@ -129,11 +129,7 @@ class Table:
         if self._compared():
             lines += ["In brackets the paper's own figures.", ""]
         for level in LEVELS:
-            header, rows = self.text(level)
-            lines += [f"**{level.capitalize()} level, percent**", ""]
-            table = ([c.replace("|", "\\|") for c in cells] for cells in (header, ["---"] * len(header), *rows))
-            lines += ["| " + " | ".join(cells) + " |" for cells in table]
-            lines.append("")
+            lines += [f"**{level.capitalize()} level, percent**", "", *markdown_table(*self.text(level)), ""]
         lines += [*(f"- {column}: {policy}" for column, policy in self.policies.items()),
                   *(f"- {note}" for note in self.notes)]  # fmt: skip
         lines += ["", *(f"**{notice}**" for notice in self.notices)]
@@ -225,6 +221,17 @@ class Table:
         for path, text in zip(made, texts.values(), strict=True):
             write_whole(path, text)
         return made
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table, whatever is in its cells."""
+    safe = lambda cells: [cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells]
+    return ["| " + " | ".join(cells) + " |" for cells in (safe(header), ["---"] * len(header), *map(safe, rows))]
+
+
+def legible(name: str) -> str:
+    """A name for a legend: matplotlib leaves those out that start with an underscore."""
+    return " " + name if name.startswith("_") else name
 
 
 def _percent(value: float | None) -> str:

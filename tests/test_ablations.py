@@ -22,15 +22,17 @@ from dtn_fast.detectors import TimmConfig, build_detector
 from dtn_fast.errors import UsageError
 from dtn_fast.losses import contrastive_center, initial_loss
 from dtn_fast.moe import MoEGate, disturb
+from dtn_fast.paper import TABLE1
 from dtn_fast.tables import Row, Table
 from dtn_fast.train import ablations
-from dtn_fast.train.ablations import ABLATIONS, ablate, configure, folder_of, variants_of
-from dtn_fast.train.recipe import Execution, Recipe
+from dtn_fast.train.ablations import ABLATIONS, GENERATIONS, ablate, configure, folder_of, variants_of
+from dtn_fast.train.recipe import PRESETS, Execution, Recipe
 from dtn_fast.train.step import TrainStep
 
 QUICK = changed(RECIPE, epochs=1, generations=1, min_generations=0, batch_size=32)
 
 
+BACKBONES = ("resnet34", "resnet50", "efficientnet_b0", "efficientnet_b4")
 TINY = DTNConfig.preset("tiny", image_size=64)
 
 
@@ -57,6 +59,77 @@ def test_every_variant_can_be_made(name: str) -> None:
             assert DTN(config).eval()(torch.randn(1, 3, 64, 64)).shape == (1, 2)
         assert isinstance(recipe, Recipe)
         assert all(0 < value <= 100 for pair in variant.paper.values() for value in pair if value is not None)
+
+
+CHANGES: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
+    "losses": {
+        "CE loss": ({}, {"initial_weights": (1.0, 0.0)}),
+        "KD + CE loss": ({}, {"initial_weights": (1.0, 0.0), "weights": (4.0, 0.4, 0.0)}),
+        "Ct-c + CE loss": ({}, {"initial_weights": (1.0, 1.0)}),
+        "DSD loss": ({}, {"initial_weights": (1.0, 1.0), "weights": (4.0, 0.4, 0.6)}),
+    },
+    "moe": {
+        "Vanilla MoE": ({"gate": "vanilla", "depth": 0, "noise": "none", "expert_scales": False}, {}),
+        "Ours": ({"gate": "max", "depth": 0, "noise": "gaussian", "expert_scales": True}, {}),
+    },
+    "local-connection": {
+        "DTN w/o LC": ({"local_connection": False}, {}), "DTN w/ LC": ({"local_connection": True}, {}),
+    },
+    "noise": {
+        "Gaussian noise": ({"noise": "gaussian"}, {}), "Gaussian blur": ({"noise": "blur"}, {}),
+        "compression": ({"noise": "compression"}, {}), "contrast": ({"noise": "contrast"}, {}),
+        "none": ({"noise": "none"}, {}),
+    },
+    "center-dimension": {
+        "vanilla Ct-c": ({}, {"center_on": "features"}), "low-dimensional Ct-c": ({}, {"center_on": "logits"}),
+    },
+    "mas": {
+        "Ours": ({"mas": False, "reattention": False, "expert_scales": False}, {}),
+        "Ours w/ Re-att": ({"mas": False, "reattention": True, "expert_scales": False}, {}),
+        "Ours w/ MAS": ({"mas": True, "reattention": False, "expert_scales": True}, {}),
+    },
+    "experts": {
+        f"n={n}{end}": ({"num_experts": n, "noise": noise}, {})
+        for n in range(1, 8) for end, noise in (("", "gaussian"), (" without noise", "none"))
+    },
+    "depth": {f"L={depth}": ({"depth": depth}, {}) for depth in (4, 5, 6, 7)},
+    "backbones": {
+        **{f"{n}": ({"backbone": n, "depth": 0, "num_experts": 0, "mas": False}, {}) for n in BACKBONES},
+        **{f"{n} + ours": ({"backbone": n, "depth": 6, "num_experts": 2, "mas": True}, {}) for n in BACKBONES},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_variants_differ_as_the_paper_says(name: str) -> None:
+    found = {v.name: configure(v, DTNConfig(), Recipe()) for v in ABLATIONS[name].variants}
+    for variant, (model, recipe) in CHANGES[name].items():
+        config, changed_recipe = found.pop(variant)
+        assert {k: getattr(config, k) for k in model} == model, variant
+        assert {k: getattr(changed_recipe, k) for k in recipe} == recipe, variant
+    assert all(isinstance(config, TimmConfig) for config, _ in found.values())  # the transformers compared with
+
+
+def test_the_papers_tables_agree_where_they_repeat_themselves() -> None:
+    """A figure typed wrongly would stand alone; the two places where the paper differs from itself are told."""
+    printed = lambda name, row: next(v.paper for v in ABLATIONS[name].variants if v.name == row)
+    four = lambda row: {c: row[c] for c in ("FF++", "Celeb-DF", "DFDC", "DF-1.0")}
+    student = [*GENERATIONS["DTN"][3]]
+    full = printed("losses", "DSD loss")
+    assert [v for pair in full.values() for v in pair] == student[:8]
+    assert [v for pair in printed("losses", "Ct-c + CE loss").values() for v in pair] == [*GENERATIONS["DTN"][0]][:8]
+    for name, row in (("depth", "L=6"), ("local-connection", "DTN w/ LC"), ("soft-labels", "DTN w/ STG"),
+                      ("mas", "Ours w/ MAS")):  # fmt: skip
+        assert printed(name, row) == full
+    whole = printed("components", "Baseline+LEVT+MoE+MAS")
+    assert whole == {c: full[c] for c in whole}
+    plain = printed("components", "Baseline+LEVT+MoE")
+    assert plain == {c: printed("mas", "Ours")[c] for c in plain}
+    assert printed("mas", "EViT") == four(TABLE1["EfficientViT"])
+    assert [v for pair in TABLE1["EfficientViT"].values() for v in pair] == [*GENERATIONS["EViT"][0]]
+    assert printed("mas", "CViT") == four(TABLE1["CViT"])
+    assert {**full, "Celeb-DF": (70.68, 75.32)} == four(TABLE1["DTN"])  # 66.68 in all other tables
+    assert {**printed("mas", "CEViT"), "DF-1.0": (62.16, 67.51)} == four(TABLE1["CrossEfficientViT"])  # there 62.61
 
 
 def test_components_are_the_papers() -> None:
@@ -120,6 +193,11 @@ def test_an_ablation_trains_measures_and_resumes(
     assert "synthetic faces" in (tmp_path / f"{name}.md").read_text()
     stored = json.loads((tmp_path / f"{name}.json").read_text())
     assert [Row.from_json(row) for row in stored["rows"]] == made.rows
+    for row in made.rows:
+        distilled = next(v for v in variants if v.label == row.facts["variant"]).distil
+        if name != "generations":
+            assert row.after["generation"] == (str(row.facts["generation"]), "")
+            assert (row.facts["generation"] > 0) == distilled, "a distilled row is a student's"
     weights = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
     again = finish(steps())
     assert again == made
@@ -154,7 +232,9 @@ def test_only_some_variants_and_what_the_table_keeps(few: Shards, tmp_path: Path
     assert names(run(("DTN w/ STG",))) == ["DTN w/ STG"]  # what is gone is not shown
     whole = json.loads((tmp_path / "soft-labels.json").read_text())
     whole["rows"][0]["facts"] = {}
-    for damage in ("{", '{"rows": [{}]}', json.dumps(whole)):
+    halved = json.loads((tmp_path / "soft-labels.json").read_text())
+    halved["rows"][0]["cells"]["frame"] = {}
+    for damage in ("{", '{"rows": [{}]}', json.dumps(whole), json.dumps(halved)):
         (tmp_path / "soft-labels.json").write_text(damage)
         with pytest.raises(UsageError, match=r"soft-labels\.json: damaged .*; delete it"):
             run(())
@@ -164,6 +244,12 @@ def test_wrong_names_are_told(few: Shards, tmp_path: Path) -> None:
     real = dataclasses.replace(few, videos=[v._replace(label=0, method="") for v in few.videos])
     with pytest.raises(UsageError, match="holds no forgery to train on"):
         finish(ablate("cross-manipulation", real, {"a": few}, tmp_path, SMALL, QUICK))
+    for recipe, said in (
+        (changed(QUICK, pretrained=True), "--pretrained: a table's models start alike"),
+        (changed(QUICK, self_blend=True), "--self-blend: cross-manipulation trains on the data's own"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            finish(ablate("cross-manipulation", few, {"a": few}, tmp_path, SMALL, recipe))
     for name, tests, only, said in (
         ("x", {}, (), "unknown ablation 'x'; there are cross-dataset"),
         ("moe", {}, ("Nothing",), "--only Nothing: moe has Vanilla MoE, Ours"),
@@ -177,7 +263,9 @@ def test_wrong_names_are_told(few: Shards, tmp_path: Path) -> None:
 def test_by_forgery_as_table_2() -> None:
     made = variants_of("cross-manipulation", ("Deepfakes", "Unknown"))
     assert [v.label for v in made] == ["Xception on DF", "Xception on Unknown", "DTN on DF", "DTN on Unknown"]
-    assert made[2].recipe == {"methods": ("Deepfakes",)}
+    assert made[2].recipe == {"methods": ("Deepfakes",), "real_repeat": 0}
+    _, alone = configure(made[2], SMALL, PRESETS["ffpp-c23"].recipe)
+    assert alone.real_repeat == PRESETS["cross-manipulation"].recipe.real_repeat
     assert made[2].paper["FS"] == (None, 74.26)
     assert made[3].paper == {}
 

@@ -15,7 +15,7 @@ from PIL import Image
 from skimage import data
 from small import SMALL
 
-from dtn_fast import cli
+from dtn_fast import DTN, DTNConfig, cli
 
 
 def dtn_fast(
@@ -187,7 +187,7 @@ def test_the_papers_experiments_from_the_command_line(run, trained: Path, crops:
     assert "99.70" in out  # the paper's DTN, beside ours
     assert {path.suffix for path in table.parent.glob("table1.*")} == {".json", ".md", ".tex", ".svg"}
     code, out, err = run("evaluate", crops, "--model", other, other, "--protocol", "cross-manipulation", "--out",
-                         tmp_path / "tables" / "table2", "--trained-on", "DF", "SynthSwap")  # fmt: skip
+                         tmp_path / "tables" / "table2", "--trained-on", "Deepfakes", "SynthSwap")  # fmt: skip
     assert code == 0, err
     text = (tmp_path / "tables" / "table2.md").read_text()
     assert "| one | DF |" in text.replace(str(other), "one")
@@ -217,6 +217,15 @@ def test_the_papers_experiments_from_the_command_line(run, trained: Path, crops:
     text = (tmp_path / "report.html").read_text()
     assert "dtn-fast evaluate" in text
     assert "dtn-fast train" in text
+    assert "made by dtn-fast ablate moe" in text
+    code, out, err = run("evaluate", crops, crops, "--model", trained, "--data-names", "FF++", "DFD", "--self-blend",
+                         "--out", table)  # fmt: skip
+    assert code == 0, err
+    text = table.with_name("table1.md").read_text()
+    assert "FF++, self-blended AUC" in text
+    assert "99.70" not in text  # the paper measured no such set
+    big = tmp_path / "big"
+    DTN(DTNConfig.preset("tiny")).save_pretrained(big)
     for words, said in (
         (["evaluate", crops, crops, "--model", trained], "each must be named once"),
         (["evaluate", crops, crops, "--model", trained, "--protocol", "within"], "takes one dataset and one model"),
@@ -225,6 +234,10 @@ def test_the_papers_experiments_from_the_command_line(run, trained: Path, crops:
             "name one a model by --trained-on",
         ),
         (["evaluate", crops, "--model", trained, "--trained-on", "DF"], "only for --protocol cross-manipulation"),
+        (["evaluate", crops, "--model", trained, other, "--out", "."], "--out .: a folder; name the files in it"),
+        (["evaluate", crops, "--model", trained, big], "big: takes 128 pixels, the crops of"),
+        (["explain", crops, "--models", tmp_path / "small.json"], "give a run or a checkpoint folder"),
+        (["robustness", crops, "--models", trained, "--levels", "1", "1"], "each once"),
         (["ablate", "nothing", "--data", crops, "--preset", "tiny"], "unknown ablation 'nothing'"),
         (["explain", crops, "--models", trained, "--kinds", "portrait", "--out", tmp_path / "p"], "unknown picture"),
         (["report", tmp_path / "none"], "no such folder"),

@@ -15,9 +15,19 @@ from dtn_fast import DTN
 from dtn_fast.data.shards import Shards
 from dtn_fast.detectors import TimmConfig, build_detector
 from dtn_fast.errors import UsageError
-from dtn_fast.explain import attention_maps, collapse, feature_map, features, head_scales, soft_labels
+from dtn_fast.explain import (
+    TEMPERATURE,
+    attention_maps,
+    attentions,
+    collapse,
+    feature_map,
+    features,
+    head_scales,
+    soft_labels,
+)
 from dtn_fast.pictures import KINDS, choose, draw
 from dtn_fast.runtime import normalise
+from dtn_fast.train.recipe import Recipe
 
 
 @pytest.fixture
@@ -61,6 +71,28 @@ def test_mixed_maps_are_those_that_the_output_is_made_of(faces: np.ndarray) -> N
         values = attention.project(tokens).unbind(2)[2].transpose(1, 2)
         mixed = (torch.from_numpy(maps[0]) @ values).transpose(1, 2).flatten(2)
         torch.testing.assert_close(attention.out(mixed), out, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit_b16_mas", "vit_b16_reattention", "cvit"])
+def test_maps_of_other_transformers_are_those_that_the_output_is_made_of(name: str, faces: np.ndarray) -> None:
+    torch.manual_seed(0)
+    model = build_detector(TimmConfig(name, 64)).eval()
+    blocks = attentions(model)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = blocks[0].register_forward_hook(lambda _m, given, out: seen.append((given[0], out)))
+    maps = attention_maps(model, faces)
+    handle.remove()
+    tokens, out = seen[0]
+    with torch.no_grad():
+        mixed = torch.from_numpy(maps[0]) @ blocks[0]._project(tokens)[2]
+        torch.testing.assert_close(blocks[0].out(mixed.transpose(1, 2).flatten(2)), out, rtol=1e-4, atol=1e-5)
+    assert head_scales(model).shape == ((12, 12) if name.endswith("mas") else (0, 0))
+    assert len(collapse(maps)) == len(blocks)
+    if name == "cvit":  # the published code divides by the root of the whole width, not of a head's
+        with torch.no_grad():
+            q, k, _ = blocks[0]._project(tokens)
+            direct = (q @ k.transpose(2, 3) / 1024**0.5).softmax(3)
+        torch.testing.assert_close(torch.from_numpy(maps[0]), direct, rtol=1e-4, atol=1e-6)
 
 
 def test_collapse_is_one_for_equal_heads_and_falls_with_diversity() -> None:
@@ -114,14 +146,24 @@ def test_every_picture_is_drawn(small: DTN, shards: Shards, tmp_path: Path) -> N
     assert figures["notice"] == "trained on synthetic faces"
     assert set(figures["collapse"]) == {"with $MAS", "plain"}
     attentive = ["attention", "scales", "collapse", "feature-maps"]
-    assert figures["left out"] == {kind: ["plain", "cnn"] if kind == "scales" else ["cnn"] for kind in attentive}
+    absent = {kind: ["plain", "cnn"] if kind == "scales" else ["cnn"] for kind in attentive}
+    assert figures["left out"] == {kind: absent.get(kind, []) for kind in KINDS}
     assert list(figures["scales"]) == ["with $MAS"]
     assert len(figures["t-sne"]["cnn"]["points"]) == len(faces.many)
-    assert len(figures["soft labels"]["plain"]) == len(faces.few)
+    assert len(figures["soft-labels"]["plain"]["real, fake"]) == len(faces.few)
+    assert figures["soft-labels"]["plain"]["temperature"] == TEMPERATURE == Recipe().temperature
     again = tmp_path / "again"
     list(draw(models, faces, again))
     for name in names:
         assert (again / name).read_bytes() == (tmp_path / name).read_bytes(), f"{name} differs from run to run"
+    list(draw(models, faces, again, ("scales", "soft-labels"), {"plain": 5.0}))  # the other figures stay
+    kept = json.loads((again / "figures.json").read_text())
+    assert kept["collapse"] == figures["collapse"]
+    assert kept["soft-labels"]["plain"]["temperature"] == 5
+    vit = {"vit": build_detector(TimmConfig("vit_b16", 64)).eval()}
+    list(draw(vit, faces, again, ("attention", "scales")))
+    assert (again / "attention.png").read_bytes() != (tmp_path / "attention.png").read_bytes()
+    assert not (again / "scales.svg").exists()  # it has none, and the other models' is not its own
     none = tmp_path / "none"
     list(draw({"cnn": models["cnn"]}, faces, none, ("attention", "soft-labels")))
     assert {path.name for path in none.iterdir()} == {"soft-labels.png", "figures.json"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -83,11 +82,17 @@ def test_the_page_in_a_browser(width: int, trained: Path, tmp_path: Path) -> Non
     assert said == []
 
 
-def test_what_cannot_be_shown_is_named(tmp_path: Path) -> None:
+def test_what_cannot_be_shown_is_named(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such folder"):
         write_report([tmp_path / "none"], tmp_path / "r.html")
     with pytest.raises(UsageError, match="no run, table or picture in it"):
         write_report([tmp_path], tmp_path / "r.html")
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    with (run / "generation-0" / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 7}\n')
+    with pytest.raises(UsageError, match=r"metrics\.jsonl: damaged, a line without val_auc"):
+        write_report([run], tmp_path / "r.html")
     (tmp_path / "big.png").write_bytes(bytes(9 * 2**20))
     write_report([tmp_path], tmp_path / "r.html")
     assert "big.png: over 8 MiB" in (tmp_path / "r.html").read_text()
@@ -97,9 +102,8 @@ def test_commands_are_recorded_once_in_a_row(tmp_path: Path) -> None:
     for words in (["train", "a"], ["train", "a"], ["distill", "a"]):
         record(tmp_path, words)
     with (tmp_path / COMMANDS).open("a") as file:
-        file.write("damaged\n")
+        file.write('damaged\n{"command": "dtn-fast train a"}\n')
     assert [row["command"] for row in commands(tmp_path)] == ["dtn-fast train a", "dtn-fast distill a"]
     head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
     assert commit().rstrip("+") == (head or "unknown")
     assert commands(tmp_path / "none") == []
-    assert sys.argv

@@ -38,7 +38,7 @@ def scorers() -> dict[str, TorchScorer]:
 
 
 def entries(scorers: dict[str, TorchScorer]) -> list[Entry]:
-    return [Entry(name, lambda scorer=scorer: scorer) for name, scorer in scorers.items()]
+    return [Entry(name, scorer) for name, scorer in scorers.items()]
 
 
 def test_table_1(scorers: dict[str, TorchScorer], shards: Shards, tmp_path: Path) -> None:
@@ -85,6 +85,7 @@ def test_table_2(scorers: dict[str, TorchScorer], shards: Shards) -> None:
     assert said == ["DTN on the data", "a_b & c on the data"]
     header, rows = found.text("video")
     assert header == ["model", "trained on", "DF AUC", "F2F AUC", "FS AUC", "NT AUC"]
+    assert found.policies["FS"].startswith("test split, 4 videos (2 real, 2 fake), 3.0 frames each on average, ")
     one = evaluate(scorers["DTN"], ff, groups={"FaceSwap": ("FaceSwap",)}).rows[0]
     assert found.rows[0].cells["video"]["FS"].auc == one.video.auc
     assert [row[:2] for row in rows[:2]] == [["DTN", "DF"], ["a_b & c", "DF"]]
@@ -99,20 +100,21 @@ def test_table_2(scorers: dict[str, TorchScorer], shards: Shards) -> None:
 
 def test_the_papers_figures_stand_beside_ours() -> None:
     cells = {"x": Cell(0.5, 0.75, (0.7, 0.8)), "y|z": Cell(0.25, None, None)}
-    row = Row("a", {"frame": cells, "video": cells}, after={"size": ("1.0", "2.0"), "other": ("3", "")},
+    row = Row("a<c", {"frame": cells, "video": cells}, after={"size": ("1.0", "2.0"), "other": ("3", "")},
               paper={"x": Pair(60.0, 70.5), "elsewhere": Pair(1.0, 2.0)}, notice="careful")  # fmt: skip
     table = Table("t", "T", ("x", "y|z"), [row, dataclasses.replace(row, name="b", after={}, paper={})])
     header, rows = table.text("frame")
     assert header == ["model", "x ACC", "x AUC", "y|z ACC", "y|z AUC", "size", "other"]
     assert rows == [
-        ["a", "50.00 [60.00]", "75.00 (70.0-80.0) [70.50]", "25.00", "-", "1.0 [2.0]", "3"],
+        ["a<c", "50.00 [60.00]", "75.00 (70.0-80.0) [70.50]", "25.00", "-", "1.0 [2.0]", "3"],
         ["b", "50.00", "75.00 (70.0-80.0)", "25.00", "-", "", ""],
     ]
     text = table.markdown()
     assert "In brackets the paper's own figures." in text
     assert r"| y\|z ACC |" in text
+    assert "| a&lt;c | 50.00" in text
     assert text.endswith("**careful**\n")
-    assert r"a$^{\ast}$ & 60.00 & 70.50 & - & - & 2.0 &  \\" in table.latex("frame")
+    assert r"a<c$^{\ast}$ & 60.00 & 70.50 & - & - & 2.0 &  \\" in table.latex("frame")
     assert r"b$^" not in table.latex("frame")
     assert "the paper" in table.chart()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from small import SMALL
 
 from dtn_fast import DTN
 from dtn_fast.data.corrupt import LEVELS, corrupt
-from dtn_fast.data.shards import Shards
+from dtn_fast.data.shards import Crops, Shards
 from dtn_fast.errors import UsageError
 from dtn_fast.metrics import by_video, evaluate_scores
 from dtn_fast.robustness import KINDS, robustness
@@ -33,7 +34,7 @@ def read(out: Path) -> dict:
 
 
 def test_the_papers_corruptions() -> None:
-    assert KINDS == ("saturation", "contrast", "blocks", "uniform_noise", "blur", "pixelation", "video")
+    assert KINDS == ("saturation", "contrast", "blocks", "uniform_noise", "blur", "pixelation", "video", "jpeg")
 
 
 def test_figures_are_those_of_corrupted_crops(scorers: dict, shards: Shards, tmp_path: Path) -> None:
@@ -61,7 +62,8 @@ def test_figures_are_those_of_corrupted_crops(scorers: dict, shards: Shards, tmp
     assert f"{mean:.4f} |" in table
     picture = (tmp_path / "robustness.svg").read_text()
     assert picture.count("<svg") == 1
-    assert "model &lt;1&gt;" in picture or "<path" in picture
+    assert "<!-- model &lt;1&gt; -->" in picture
+    assert "test split, 10 videos (2 real, 8 fake), 3.0 frames each on average, largest face;" in table
     list(robustness(scorers, shards, tmp_path, ("blocks", "jpeg"), (0, 2, 5)))
     assert (tmp_path / "robustness.svg").read_text() == picture
 
@@ -85,12 +87,35 @@ def test_what_is_there_is_not_measured_again(scorers: dict, shards: Shards, tmp_
 
     counting = Counting(scorers[name].model)
     list(robustness({name: counting}, shards, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
-    assert Counting.asked == 2, "the probe, and the one cell that was missing"
+    assert Counting.asked == 1, "the one cell that was missing"
     list(robustness({name: scorers["model <1>"]}, shards, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
     assert read(tmp_path / "paused")[name] == read(whole)["model <1>"], "another model under the same name"
     list(robustness({name: counting}, shards, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
     list(robustness(scorers, shards, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
     assert read(tmp_path / "paused") == read(whole)
+
+
+def test_another_model_that_is_as_sure_is_another(shards: Shards, tmp_path: Path) -> None:
+    """Scores of a trained model are 0.0000 on easy crops; logits tell models apart."""
+    figures = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = DTN(SMALL).eval()
+        with torch.no_grad():
+            model.head.bias[0] += 30
+        scorer = TorchScorer(model)
+        assert scorer.score(shards.get(shards.select("test"))).max() < 1e-9
+        list(robustness({"same": scorer}, shards, tmp_path, ("jpeg",), (0,)))
+        figures.append(read(tmp_path)["same"])
+    assert figures[0] != figures[1]
+
+
+def test_other_pixels_are_other_data(scorers: dict, shards: Shards, tmp_path: Path) -> None:
+    list(robustness(scorers, shards, tmp_path, ("jpeg",), (0,)))
+    everything = np.arange(len(shards.video))
+    again = dataclasses.replace(shards, crops=Crops([255 - shards.get(everything)], shards.size))
+    with pytest.raises(UsageError, match="other data, split or seed"):
+        list(robustness(scorers, again, tmp_path, ("jpeg",), (0,)))
 
 
 def test_refusals(scorers: dict, shards: Shards, tmp_path: Path) -> None:
@@ -101,6 +126,8 @@ def test_refusals(scorers: dict, shards: Shards, tmp_path: Path) -> None:
     for how, message in (
         ({"kinds": ("fog",)}, "unknown corruption"),
         ({"levels": (6,)}, "level 6"),
+        ({"levels": ()}, "--levels : name at least one"),
+        ({"kinds": ("blur", "blur")}, "--kinds blur blur: name at least one, and each once"),
         ({"split": "nowhere"}, "needs reals and fakes"),
         ({"seed": 3}, "other data, split or seed"),
         ({"split": "val"}, "other data, split or seed"),
@@ -108,6 +135,8 @@ def test_refusals(scorers: dict, shards: Shards, tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             run(**how)
-    (tmp_path / "robustness.json").write_text("[1]")
-    with pytest.raises(UsageError, match="damaged"):
-        run()
+    whole = json.loads((tmp_path / "robustness.json").read_text())
+    for damage in ([1], {**whole, "auc": [1]}, {**whole, "auc": {"model <0>": {"untouched": 0.5}}}):
+        (tmp_path / "robustness.json").write_text(json.dumps(damage))
+        with pytest.raises(UsageError, match="damaged"):
+            run()

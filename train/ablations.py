@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dtn_fast.config import DTNConfig
 from dtn_fast.counting import count
 from dtn_fast.data.shards import Shards
@@ -18,6 +21,7 @@ from dtn_fast.errors import UsageError
 from dtn_fast.paper import DATASETS, FF_NAMES, TABLE1, TABLE2, TABLE8_SIZES, Pair
 from dtn_fast.pretrained import WEIGHTS
 from dtn_fast.protocols import TRAINED_ON, Measured, measure
+from dtn_fast.provenance import made_by, record
 from dtn_fast.runtime import TorchScorer, place
 from dtn_fast.tables import Row, Table
 from dtn_fast.train import distributed
@@ -37,7 +41,7 @@ class Variant:
     """Fields of DTNConfig; or ``{"timm": NAME}``, another detector."""
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
     distil: bool = False
-    """Also distil; the best generation is measured."""
+    """Also distil; the best student on validation is measured."""
     every_generation: bool = False
     """Measure each generation, a row each."""
     paper: Printed = dataclasses.field(default_factory=dict)
@@ -223,7 +227,7 @@ def variants_of(name: str, forgeries: tuple[str, ...]) -> tuple[Variant, ...]:
         for forgery in forgeries:
             short = FF_NAMES.get(forgery, forgery)
             printed = {c: Pair(None, auc) for c, auc in TABLE2[variant.name].get(short, {}).items()}
-            recipe = {**variant.recipe, "methods": (forgery,)}
+            recipe = {**variant.recipe, "methods": (forgery,), "real_repeat": 0}  # one fake to a real already
             found.append(dataclasses.replace(variant, recipe=recipe, paper=printed, trained_on=short))
     return tuple(found)
 
@@ -244,10 +248,14 @@ def ablate(
     Yields progress, then the table of every variant so far, also in ``out``/<name>.json, .md, .tex and .svg.  What is
     trained is not trained again, what is measured on the same crops not measured again.  ``only``: train no other
     variants, by label.  ``how``: device, execution and stop, as ``fit`` takes them.  In a process group every process
-    calls this alike, the first one measures and its table counts.  Raises UsageError on unknown names, a damaged table
-    and runs of another recipe in ``out``.
+    calls this alike, and they share the measuring.  Raises UsageError on unknown names, a damaged table, runs of
+    another recipe in ``out``, and what no such table can be made with.
     """
     variants = variants_of(name, recipe.methods or data.methods)
+    if recipe.pretrained:
+        raise UsageError("--pretrained: a table's models start alike, and not all have published weights; leave it out")
+    if recipe.self_blend and ABLATIONS[name].by_forgery:
+        raise UsageError(f"--self-blend: {name} trains on the data's own forgeries, one by one")
     if not variants:
         raise UsageError(f"{name}: the data holds no forgery to train on")
     unknown = set(only) - {v.label for v in variants}
@@ -262,6 +270,8 @@ def ablate(
         start_run(folder_of(out / name, variant), changed, config)
     for number, variant in enumerate(shown):
         run = folder_of(out / name, variant)
+        if distributed.ranks().main:
+            record(run)
         working = lambda event, label=variant.label, number=number: Working(label, number, len(shown), event)
         if not only or variant.label in only:
             for event in train_initial(run, data, **how):
@@ -270,10 +280,9 @@ def ablate(
                 for event in distill(run, data, **how):
                     yield working(event)
         yield working(None)
+        found.measure(variant, run, configure(variant, model, recipe)[0], how.get("device", "cpu"))
         if distributed.ranks().main:
-            found.measure(variant, run, configure(variant, model, recipe)[0], how.get("device", "cpu"))
             found.table(variants).write(out / name)
-        distributed.barrier()
     yield found.table(variants)
 
 
@@ -293,8 +302,11 @@ class _Rows:
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))
                 rows = [Row.from_json(row) for row in stored["rows"]]
-                if missing := [key for row in rows for key in FACTS if key not in row.facts]:
-                    raise KeyError(missing[0])
+                for row in rows:
+                    for key in FACTS:
+                        row.facts[key]
+                    for column in row.facts["policies"]:
+                        row.cells["frame"][column], row.cells["video"][column]
                 self._rows = [row for row in rows if (out / row.facts["weights"]).is_file()]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UsageError(f"{path}: damaged ({error!r}); delete it, the runs beside it are kept") from error
@@ -317,11 +329,13 @@ class _Rows:
             if row is None or {k: row.facts.get(k) for k in facts} != facts:
                 row = self._measured(title, weights.parent, facts, device)
             shown = {"validation AUC": (f"{100 * best_auc(run, generation):.2f}", ""), **after}
+            if not variant.every_generation:
+                shown["generation"] = str(generation), ""
             before = {TRAINED_ON: variant.trained_on} if variant.trained_on else {}
             self._rows.append(dataclasses.replace(row, before=before, after=shown, paper=printed))
 
     def _measured(self, title: str, folder: Path, facts: dict[str, Any], device: str) -> Row:
-        scorer = TorchScorer(place(load_detector(folder), device))
+        scorer = _Shared(place(load_detector(folder), device))
         for step in measure(scorer, self._tests, ABLATIONS[self._name].by_forgery):
             if isinstance(step, Measured):
                 return Row(title, step.cells, notice=scorer.notice, facts={**facts, "policies": step.policies})
@@ -333,11 +347,21 @@ class _Rows:
         rows = [row for row in self._rows if row.facts["tests"] == self._crops and row.facts["variant"] in order]
         rows.sort(key=lambda row: (order.index(row.facts["variant"]), row.facts["generation"]))
         policies = rows[0].facts["policies"] if rows else {}
-        notes = (SIZES,) if any("GMAC" in row.after for row in rows) else ()
+        notes = [GENERATION] if any("generation" in row.after for row in rows) else []
+        notes += [SIZES] if any("GMAC" in row.after for row in rows) else []
         return Table(self._name, ablation.title, tuple(policies), rows, not ablation.by_forgery, policies=policies,
-                     notes=notes)  # fmt: skip
+                     notes=(*notes, made_by()))  # fmt: skip
 
 
+class _Shared(TorchScorer):
+    """A scorer whose crops the processes of a group divide among them; each gets all logits."""
+
+    def logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+        here = distributed.ranks()
+        return distributed.interleave(distributed.gather(super().logits(crops[here.rank :: here.world])))
+
+
+GENERATION = "generation: 0 as first trained, from 1 on distilled; of a distilled model its best student on validation"
 SIZES = (
     "M params and GMAC are counted the paper's way: a DTN as it was trained here, other transformers at 224 pixels; "
     "the paper's DTN takes 256"
@@ -363,7 +387,7 @@ def _generations(variant: Variant, run: Path) -> list[tuple[str, int, Printed]]:
     while (generation_folder(run, count) / WEIGHTS).is_file():
         count += 1
     if not variant.every_generation:
-        best = max(range(count), key=lambda g: best_auc(run, g))
+        best = max(range(1 if variant.distil and count > 1 else 0, count), key=lambda g: best_auc(run, g))
         return [(variant.name, best, variant.paper)]
     printed = GENERATIONS.get(variant.name, ())
     return [

@@ -116,6 +116,8 @@ def summarise(run: Path) -> dict[str, Any]:
         epochs = read_lines(generation_folder(run, generation) / METRICS)
         rows.append({"generation": generation, "epochs": len(epochs), "val_auc": best_auc(run, generation)})
         generation += 1
+    if not rows:
+        raise UsageError(f"{generation_folder(run, 0) / METRICS}: missing; delete {run} and train it again")
     best = max(rows, key=lambda row: row["val_auc"])["generation"]
     summary = {"best": best, "generations": rows}
     if distributed.ranks().main:

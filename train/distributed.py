@@ -102,7 +102,7 @@ def gather(mine: NDArray) -> list[NDArray]:
 
 def interleave(parts: list[NDArray]) -> NDArray:
     """Undoes ``whole[rank::world]``."""
-    whole = np.empty(sum(map(len, parts)), parts[0].dtype)
+    whole = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
     for rank, part in enumerate(parts):
         whole[rank :: len(parts)] = part
     return whole

@@ -107,7 +107,7 @@ def _html(file: Path) -> str:
     import jinja2
     import markdown
 
-    text = html.escape(file.read_text(encoding="utf-8", errors="replace"), quote=False)
+    text = html.escape(html.unescape(file.read_text(encoding="utf-8", errors="replace")), quote=False)
     reader = markdown.Markdown(extensions=["tables", "sane_lists"])
     for name in LINKS:
         reader.inlinePatterns.deregister(name)

@@ -117,6 +117,8 @@ def read_generations(run: Path) -> Iterator[Generation]:
     number = 0
     while (folder := generation_folder(run, number)).is_dir():
         epochs, steps, skipped = (read_lines(folder / name) for name in (METRICS, STEPS, NONFINITE))
+        if not all(isinstance(row, dict) and "val_auc" in row for row in epochs):
+            raise UsageError(f"{folder / METRICS}: damaged, a line without val_auc; delete that line")
         yield Generation(number, epochs, steps, len(skipped), _validation(folder / VALIDATION))
         number += 1
 

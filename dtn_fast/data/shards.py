@@ -123,9 +123,20 @@ class Shards:
         return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
 
     def fingerprint(self, rows: NDArray[np.int64]) -> str:
-        """What tells whether figures were measured on the same crops: a hash of their videos' paths."""
-        videos = "\n".join(str(self.videos[v].path) for v in self.video[rows])
-        return hashlib.sha256(videos.encode("utf-8", "replace")).hexdigest()[:16]
+        """What tells whether figures were measured on the same crops: a hash of their videos and frames, and of the
+        pixels of 64 spread over them."""
+        names = (f"{self.videos[v].path} {f}" for v, f in zip(self.video[rows], self.frame[rows], strict=True))
+        digest = hashlib.sha256("\n".join(names).encode("utf-8", "replace"))
+        some = np.linspace(0, len(rows) - 1, min(64, len(rows))).round().astype(int)
+        digest.update(self.get(rows[some]).tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def faces(self) -> str:
+        """Whose faces these are, in words."""
+        if all(state["boxes"] == "whole" for state in self.status):
+            return "pictures as they are"
+        return "every face" if self.person.any() else "largest face"
 
     @property
     def methods(self) -> tuple[str, ...]:
