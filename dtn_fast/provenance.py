@@ -39,7 +39,7 @@ def commit(code: tuple[str, ...] = (".",)) -> str:
 
 def made_by() -> str:
     """This process's command and commit, a line to stand under what it made."""
-    return f"made by {shlex.join(['dtn-fast', *sys.argv[1:]])}, commit {commit()}"
+    return f"made by `{shlex.join(['dtn-fast', *sys.argv[1:]])}`, commit {commit()}"
 
 
 def record(folder: Path, arguments: list[str] | None = None) -> None:

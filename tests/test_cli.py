@@ -217,7 +217,7 @@ def test_the_papers_experiments_from_the_command_line(run, trained: Path, crops:
     text = (tmp_path / "report.html").read_text()
     assert "dtn-fast evaluate" in text
     assert "dtn-fast train" in text
-    assert "made by dtn-fast ablate moe" in text
+    assert "made by <code>dtn-fast ablate moe" in text
     code, out, err = run("evaluate", crops, crops, "--model", trained, "--data-names", "FF++", "DFD", "--self-blend",
                          "--out", table)  # fmt: skip
     assert code == 0, err
