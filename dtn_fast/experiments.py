@@ -323,7 +323,7 @@ def explain(
     missing = json.loads((out / FIGURES).read_text(encoding="utf-8"))["left out"]
     for kind in kinds or KINDS:
         if missing[kind]:
-            print(f"{kind}: without {', '.join(missing[kind])}, of which there is none")
+            print(f"{kind}: none of {', '.join(missing[kind])}")
     print("\n".join(str(path) for path in sorted(out.iterdir())))
 
 

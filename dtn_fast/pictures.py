@@ -149,9 +149,7 @@ def _grid(
             axis.set_xticks([])
             axis.set_yticks([])
             axis.set_frame_on(False)
-            if image is None:
-                axis.text(0.5, 0.5, "no head", ha="center", va="center", color="0.5", transform=axis.transAxes)
-            else:
+            if image is not None:
                 axis.imshow(image, cmap="inferno")
                 if notes:
                     axis.set_xlabel(notes[i][j], fontsize=7)

@@ -23,7 +23,7 @@ from dtn_fast.tables import legible, markdown_table
 KINDS = (*("uniform_noise" if kind == "gaussian_noise" else kind for kind in PERTURBATIONS), "jpeg")
 """The paper's: DeeperForensics' seven with uniform in place of Gaussian noise, which its gate is trained on; JPEG."""
 CHUNK = 256
-RULE = "corruptions of the face crops themselves; frame AUC over all forgeries, video score = mean of its frames"
+RULE = "corruptions of the face crops themselves; frame AUC over all forgeries"
 
 
 class Progress(NamedTuple):
@@ -86,7 +86,7 @@ def robustness(
     notice = " ".join(sorted({s.notice for s in scorers.values()} - {""}))
     said = f"{RULE}; {policy(shards, split, shards.methods, intervals=False)}"
     write_whole(out / "robustness.md", markdown(found.cells, tuple(scorers), kinds, levels, said, notice))
-    write_whole(out / "robustness.svg", plot(found.cells, tuple(scorers), kinds, levels))
+    write_whole(out / "robustness.svg", plot(found.cells, tuple(scorers), kinds, levels, notice))
 
 
 Cell = dict[str, float]
@@ -176,7 +176,7 @@ def markdown(
     return "\n".join([*lines, f"{said}.{f' **{notice}**' if notice else ''}", ""])
 
 
-def plot(cells: Cells, models: Sequence[str], kinds: Sequence[str], levels: Sequence[int]) -> str:
+def plot(cells: Cells, models: Sequence[str], kinds: Sequence[str], levels: Sequence[int], notice: str) -> str:
     """SVG: a panel a corruption and one for their mean, a line a model.  Raises UsageError without matplotlib."""
     try:
         from matplotlib import rc_context
@@ -199,7 +199,7 @@ def plot(cells: Cells, models: Sequence[str], kinds: Sequence[str], levels: Sequ
             panel.grid(alpha=0.3)
         for panel in panels[len(kinds) + 1 :]:
             panel.axis("off")
-        figure.supxlabel("level")
+        figure.supxlabel("\n".join(filter(None, ("level", notice))), fontsize=10)
         figure.supylabel("frame AUC")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(models), 4))
         page = io.StringIO()
