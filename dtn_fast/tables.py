@@ -136,11 +136,14 @@ class Table:
         return "\n".join(lines).rstrip() + "\n"
 
     def latex(self, level: Level) -> str:
-        """A tabular in the paper's layout (booktabs): percent, the paper's own rows after a rule, starred."""
+        """A tabular in the paper's layout (booktabs): percent, the paper's own rows after a rule, starred; in comments
+        how the figures came about and what must be said of the models."""
         before, after = self._around()
         each = 2 if self.acc else 1
         shape = "l" * (1 + len(before)) + "c" * (each * len(self.columns) + len(after))
-        lines = [f"% {self.title}, {level} level", rf"\begin{{tabular}}{{{shape}}}", r"\toprule"]
+        said = [f"{column}: {policy}" for column, policy in self.policies.items()]
+        comments = [f"{self.title}, {level} level", *said, *self.notes, *self.notices]
+        lines = [*(f"% {comment}" for comment in comments), rf"\begin{{tabular}}{{{shape}}}", r"\toprule"]
         first = ["Method", *before]
         if self.acc:
             groups = [rf"\multicolumn{{2}}{{c}}{{{_tex(c)}}}" for c in self.columns]

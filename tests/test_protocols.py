@@ -115,6 +115,7 @@ def test_the_papers_figures_stand_beside_ours() -> None:
     assert "| a&lt;c | 50.00" in text
     assert text.endswith("**careful**\n")
     assert r"a<c$^{\ast}$ & 60.00 & 70.50 & - & - & 2.0 &  \\" in table.latex("frame")
+    assert "% careful\n" in table.latex("frame")
     assert r"b$^" not in table.latex("frame")
     assert "the paper" in table.chart()
 
