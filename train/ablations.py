@@ -270,10 +270,10 @@ def ablate(
         start_run(folder_of(out / name, variant), changed, config)
     for number, variant in enumerate(shown):
         run = folder_of(out / name, variant)
-        if distributed.ranks().main:
-            record(run)
         working = lambda event, label=variant.label, number=number: Working(label, number, len(shown), event)
         if not only or variant.label in only:
+            if distributed.ranks().main:
+                record(run)
             for event in train_initial(run, data, **how):
                 yield working(event)
             if variant.distil:
