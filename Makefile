@@ -19,14 +19,14 @@ demo: setup  ## make a set, train, distil, evaluate, export, detect: minutes on 
 	@$(BIN)/dtn-fast demo
 
 test: setup  ## every test that this machine can run
-	@$(BIN)/python -m pytest --ignore tests/interpreted $(ARGS)
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted $(ARGS)
+	@$(BIN)/python -m pytest --ignore tests/kernels/interpreted $(ARGS)
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted $(ARGS)
 
 OLDEST = $(VENV)/triton-3.6.0
 test-oldest: setup  ## the kernels with the oldest Triton that they support
 	@test -d $(OLDEST) || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST) triton==3.6.0
-	@PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
-	@PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_aot.py tests/test_ops.py
+	@PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted
+	@PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/kernels/test_compile_check.py tests/kernels/test_ops.py
 
 lint: setup  ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -15,16 +15,18 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from dtn_fast.bench.machine import Machine
 from dtn_fast.bench.measure import Case
-from dtn_fast.bench.roofline import Machine
-from dtn_fast.data.augment import PRESETS, Augment, DeviceAugment
+from dtn_fast.data.augment import Augment, DeviceAugment
 from dtn_fast.data.blend import self_blended
+from dtn_fast.data.config import PRESETS
+from dtn_fast.data.crop_dataset import Crops, Shards
 from dtn_fast.data.faces import Box, FaceDetector, FaceTracker, crop_face
 from dtn_fast.data.loader import Loader
-from dtn_fast.data.manifest import Video
+from dtn_fast.data.open import open_data
 from dtn_fast.data.randomness import sample_seeds
-from dtn_fast.data.shards import Crops, Shards, open_data
 from dtn_fast.data.video import read_frames, write_video
+from dtn_fast.data.video_table import Video
 
 SUITE = "data"
 FRAMES, SAMPLED, CROPS, BATCH = 120, 24, 1024, 64

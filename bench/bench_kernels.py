@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dtn_fast.bench.machine import Machine
 from dtn_fast.bench.measure import Case, captured
-from dtn_fast.bench.roofline import Machine, attention_work, bn_work, gate_work
+from dtn_fast.bench.roofline import attention_work, bn_work, gate_work
 from dtn_fast.errors import DtnError
 from dtn_fast.kernels import ops, reference
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from dtn_fast import DTN, DTNConfig
+from dtn_fast.bench.machine import Machine
 from dtn_fast.bench.measure import Case, captured
-from dtn_fast.bench.roofline import Machine, floor, inference
+from dtn_fast.bench.roofline import floor, inference
+from dtn_fast.device import choose_precision
 from dtn_fast.errors import DtnError, UsageError
-from dtn_fast.fold import fold
-from dtn_fast.precision import choose_precision
+from dtn_fast.model.fold import fold
+from dtn_fast.model.timm_compat import import_timm
 
 SUITE = "model"
 YARDSTICKS = ("vgg16_bn", "resnet50", "vit_base_patch16_224")
@@ -108,8 +109,9 @@ def dtn_case(preset: str, batch: int, machine: Machine | None) -> Case:
 
 def _onnx(model: DTN, quantized: bool, precision: Literal["fp32", "fp16"], target: Literal["cpu", "gpu"]) -> bytes:
     """The model as ONNX; INT8 is calibrated on noise, which costs the same as any crops."""
-    from dtn_fast.export.quantize import QuantizeConfig, quantize
-    from dtn_fast.export.to_onnx import OnnxConfig, example_inputs, to_proto
+    from dtn_fast.export.config import OnnxConfig, QuantizeConfig
+    from dtn_fast.export.quantize import quantize
+    from dtn_fast.export.to_onnx import example_inputs, to_proto
 
     proto = to_proto(copy.deepcopy(model), OnnxConfig(precision, "images"))
     if quantized:
@@ -120,7 +122,7 @@ def _onnx(model: DTN, quantized: bool, precision: Literal["fp32", "fp16"], targe
 
 
 def _onnxruntime(quantized: bool, model: DTN, images: Tensor) -> Callable[[], Tensor]:
-    from dtn_fast.onnx_runtime import session_of
+    from dtn_fast.runtime.onnx import session_of
 
     session = session_of(_onnx(model, quantized, "fp32", "cpu"), "the model")
     array = images.numpy()
@@ -129,7 +131,7 @@ def _onnxruntime(quantized: bool, model: DTN, images: Tensor) -> Callable[[], Te
 
 def _mnn(model: DTN, images: Tensor) -> Callable[[], Tensor]:
     from dtn_fast.export.to_mnn import convert
-    from dtn_fast.mnn_runtime import forward, open_module
+    from dtn_fast.runtime.mnn import forward, open_module
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.mnn")
@@ -141,9 +143,10 @@ def _mnn(model: DTN, images: Tensor) -> Callable[[], Tensor]:
 
 def _engine(kind: str, quantized: bool, model: DTN, images: Tensor) -> Callable[[], Tensor]:
     """An engine of this batch size alone, replayed as a CUDA graph."""
-    from dtn_fast.export.to_tensorrt import RTX_ARCHS, EngineConfig, build
-    from dtn_fast.runtime import BatchGraphs
-    from dtn_fast.tensorrt_runtime import Contexts, load_backend, open_engine
+    from dtn_fast.export.config import EngineConfig
+    from dtn_fast.export.to_tensorrt import RTX_ARCHS, build
+    from dtn_fast.runtime.batch_graphs import BatchGraphs
+    from dtn_fast.runtime.tensorrt import Contexts, load_backend, open_engine
 
     trt, batch = load_backend(kind), len(images)
     major, minor = torch.cuda.get_device_capability()
@@ -179,9 +182,8 @@ def _without_gradients(run: Callable[[], Any], times: int = 1) -> Callable[[], A
 def yardsticks(batch: int) -> Iterator[Case]:
     """timm's vgg16_bn, resnet50 and ViT-B/16 at 224x224, as in the same run's DTN: NCHW, channels_last, 16 bit."""
     try:
-        importlib.import_module("dtn_fast.timm_models")  # lets timm import beside a CPU torch, so it comes first
-        timm = importlib.import_module("timm")
-    except ImportError:
+        timm = import_timm()
+    except UsageError:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in YARDSTICKS:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from dtn_fast import DTN, DTNConfig
 from dtn_fast.bench.bench_model import half
+from dtn_fast.bench.machine import Machine
 from dtn_fast.bench.measure import Case
-from dtn_fast.bench.roofline import PASSES, Machine, inference, training_floor
-from dtn_fast.levt import ScaledAttention
-from dtn_fast.precision import PRECISIONS
-from dtn_fast.train.recipe import Execution, Recipe
+from dtn_fast.bench.roofline import PASSES, inference, training_floor
+from dtn_fast.device import PRECISIONS
+from dtn_fast.model.levt import ScaledAttention
+from dtn_fast.train.config import Execution, Recipe
 from dtn_fast.train.step import WARM_UP, Outcome, TrainStep
 
 SUITE = "train"

@@ -21,7 +21,7 @@ import torch
 
 from dtn_fast.bench import results, roofline
 from dtn_fast.bench.measure import Row, seconds
-from dtn_fast.config import DTNConfig
+from dtn_fast.model.config import DTNConfig
 
 SHARES = {
     "environment": 0.05,
@@ -34,8 +34,8 @@ SHARES = {
     "data": 1.0,
 }
 """Stages in their order, and the share of the time left that each may take.  Tuning comes before what it speeds up."""
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_gpu.py",
-          "tests/test_step.py", "tests/test_trt_plugin.py"]  # fmt: skip
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/kernels/test_gpu.py",
+          "tests/train/test_step.py", "tests/export/test_tensorrt_plugin.py"]  # fmt: skip
 """The files by name: collecting the others needs packages that a GPU machine may lack."""
 
 
@@ -51,7 +51,7 @@ def commands(stage: str, seconds: float, out: Path, quick: bool) -> list[list[st
         sanitized = [[checker, "--error-exitcode", "9", *this, "--only-small-shapes"]] if checker else []
         return [PYTEST, *sanitized]
     if stage == "sweep":
-        return [[sys.executable, "-m", "dtn_fast.kernels.tuned", "--budget", str(max(int(seconds) - 20, 5))]]
+        return [[sys.executable, "-m", "dtn_fast.kernels.tune", "--budget", str(max(int(seconds) - 20, 5))]]
     small = ["--quick"] if quick else []
     return [[sys.executable, "-m", "dtn_fast.bench.run", stage, "--budget", str(max(int(seconds) - 20, 5)), "--out",
              str(out), *small]]  # fmt: skip
@@ -87,13 +87,13 @@ def run(stages: list[str], budget: float, out: Path, quick: bool) -> list[dict[s
 
 def _copy(out: Path) -> None:
     """This GPU's results into the checkout, its launch values out of it."""
-    from dtn_fast.kernels import tuned
+    from dtn_fast.kernels import launch_values
 
     env = results.environment()
     measured = out / results.file_name(env)
     if measured.is_file() and out.resolve() != results.FOLDER.resolve():
         shutil.copy(measured, results.FOLDER / measured.name)
-    values = tuned.FOLDER / f"{tuned.slug(str(env['gpu']))}.json"
+    values = launch_values.FOLDER / f"{launch_values.slug(str(env['gpu']))}.json"
     if values.is_file():
         shutil.copy(values, out / f"tuned-{values.name}")
 

@@ -14,8 +14,8 @@ import torch
 
 from dtn_fast.bench import results, roofline
 from dtn_fast.bench.measure import Row, lines, measure, seconds
+from dtn_fast.device import choose_precision
 from dtn_fast.errors import DtnError, UsageError
-from dtn_fast.precision import choose_precision
 
 WORDS = (*results.SUITES, "roofline", "structure", "tables", "compare")
 
@@ -43,9 +43,9 @@ def structure(folder: Path) -> int:
     """Compiles every shipped kernel for every architecture and stores the report; returns the number of problems."""
     import triton
 
-    from dtn_fast.kernels import aot
+    from dtn_fast.kernels import compile_check
 
-    rows = aot.check_all(sorted(aot.SHARED_LIMIT))
+    rows = compile_check.check_all(sorted(compile_check.SHARED_LIMIT))
     table = [{**row._asdict(), "occupancy": round(row.occupancy(), 3)} for row in rows]
     results.write_json(folder / results.STRUCTURE, {"triton": triton.__version__, "rows": table})
     problems = [f"sm_{row.arch} {row.kernel} {row.shape}: {p}" for row in rows for p in row.problems()]

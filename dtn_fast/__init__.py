@@ -2,11 +2,11 @@
 
 import sys
 
-from dtn_fast.config import DTNConfig
-from dtn_fast.dtn import DTN
+from dtn_fast.model.config import DTNConfig
+from dtn_fast.model.dtn import DTN
 from dtn_fast.version import __version__
 
 __all__ = ["DTN", "DTNConfig", "__version__"]
 
 if sys.modules.get("timm"):  # timm takes seconds to import: register where it is already there, never pull it in
-    from dtn_fast import timm_models  # noqa: F401
+    from dtn_fast.model import timm_registry  # noqa: F401

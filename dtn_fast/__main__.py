@@ -1,5 +1,5 @@
 """``python -m dtn_fast`` is ``dtn-fast``."""
 
-from dtn_fast.cli import main
+from dtn_fast.cli.main import main
 
 main()

@@ -6,7 +6,9 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import numpy as np
 
 
 def write_whole(path: Path, content: bytes | str | Callable[[BinaryIO], object], shared: bool = False) -> None:
@@ -36,3 +38,13 @@ def write_whole(path: Path, content: bytes | str | Callable[[BinaryIO], object],
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def load_array(path: Path) -> Any:
+    """An .npy file, memory-mapped.  Raises OSError or ValueError when it is missing or none."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # numpy's parser: EOFError, SyntaxError, TokenError, OverflowError
+        raise ValueError(f"{path.name} is no array ({error})") from error

@@ -10,56 +10,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.shards import Shards
+from dtn_fast.data.crop_dataset import Shards
 from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.evaluation.metrics import evaluate_scores
+from dtn_fast.export.config import QuantizeConfig, Width
 from dtn_fast.export.to_onnx import module_of, require_onnx, runnable
-from dtn_fast.metrics import evaluate_scores
-from dtn_fast.onnx_runtime import OnnxScorer
-from dtn_fast.runtime import Scorer, probability
+from dtn_fast.runtime.onnx import OnnxScorer
+from dtn_fast.runtime.scorer import Scorer, probability
 
-Width = Literal["none", "int8", "fp8"]
 RANGE = {"int8": (-127.0, 127.0), "uint8": (0.0, 255.0), "fp8": (-448.0, 448.0)}
 """Smallest and largest stored value."""
 SMALLEST = 2.0**-14
 """Least scale of a weight: fp16's smallest normal number.  A channel that wants less is as good as dead."""
 SAMPLE = 1 << 16
 """Values of each tensor that its scale is chosen by."""
-
-
-@dataclass(frozen=True)
-class QuantizeConfig:
-    """How values are rounded, and how far answers may move."""
-
-    convs: Width = "none"
-    """Of the 3x3 convolutions."""
-    linears: Width = "none"
-    """Of the transformer's products."""
-    target: Literal["gpu", "cpu"] = "gpu"
-    """What runs INT8: TensorRT, or onnxruntime on a CPU (VNNI or AMX; without them its sums may overflow)."""
-    calibrate: Path | None = None
-    """Crops written by dtn-fast prepare, or a folder of face pictures: scales come from its train split, the accuracy
-    gate from its val split."""
-    images: int = 128
-    """Crops to calibrate with."""
-    keep: tuple[str, ...] = ()
-    """Layers, as the sensitivity table names them, that stay as they are."""
-    sensitivity: bool = False
-    """Also quantise each layer alone and print how far it moves the logits."""
-    max_auc_drop: float = 0.005
-    """Largest loss of frame AUC on the validation split; more is an error."""
-    max_logit_change: float = 1.0
-    """Largest change of a logit there; more is an error."""
-
-    @property
-    def on(self) -> bool:
-        return self.convs != "none" or self.linears != "none"
 
 
 class Layer(NamedTuple):

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dtn_fast.built import Manifest, file_hash
 from dtn_fast.errors import DtnError, UsageError
-from dtn_fast.export.to_onnx import OnnxConfig, Parity, example_inputs, to_proto, weights_hash
+from dtn_fast.export.config import OnnxConfig
+from dtn_fast.export.to_onnx import Parity, example_inputs, to_proto, weights_hash
 from dtn_fast.files import write_whole
-from dtn_fast.mnn_runtime import MnnScorer
-from dtn_fast.pretrained import Detector
-from dtn_fast.runtime import normalise
+from dtn_fast.model.detector import Detector
+from dtn_fast.model.preprocess import normalise
+from dtn_fast.runtime.export_manifest import Manifest, file_hash
+from dtn_fast.runtime.mnn import MnnScorer
 
 TOLERANCE = 2e-3
 """Largest difference of a logit, relative to the largest (at least 1): Winograd's transforms and MNN's erf."""

@@ -12,51 +12,32 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dtn_fast.dtn import DTN
+from dtn_fast.device import PRECISIONS
 from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.export.config import Input, OnnxConfig
 from dtn_fast.files import write_whole
-from dtn_fast.fold import fold
 from dtn_fast.kernels import onnx_nodes
 from dtn_fast.kernels.ops import tracing
-from dtn_fast.onnx_runtime import session_of
-from dtn_fast.precision import PRECISIONS
-from dtn_fast.pretrained import Detector
+from dtn_fast.model.detector import Detector
+from dtn_fast.model.dtn import DTN
+from dtn_fast.model.fold import fold
+from dtn_fast.runtime.onnx import session_of
 from dtn_fast.version import __version__
 
 OPSET = {"fp32": 20, "fp16": 20, "bf16": 22}  # the first whose convolutions know the dtype, from 20
-Precision = Literal["fp32", "fp16", "bf16"]
-Input = Literal["crops", "images"]
 TOLERANCE = {
     "fp32": 1e-4,  # sums in another order
     "fp16": 2e-2,  # weights and maps rounded to 2^-11, some 40 layers deep
     "bf16": 1e-1,  # to 2^-8
 }
 """Largest difference of a logit that export accepts, relative to the largest logit (at least 1)."""
-
-
-@dataclass(frozen=True)
-class OnnxConfig:
-    """What the file is to be."""
-
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Of weights and arithmetic; logits and scores are float32 always.  auto: fp16 in an engine, else fp32."""
-    input: Input = "crops"
-    """crops: uint8 RGB [B, S, S, 3] as cut from a picture, normalised inside; images: float32 [B, 3, S, S], normalised
-    outside."""
-    nodes: bool = True
-    """MAS attention and the gate as dtn:: nodes with a body of standard operators; off: those operators in line."""
-
-    @property
-    def dtype(self) -> Precision:
-        return "fp32" if self.precision == "auto" else self.precision
 
 
 class Parity(NamedTuple):
@@ -225,7 +206,7 @@ def example_inputs(config: Any, kind: Input, batch: int, seed: int) -> Tensor:
 
 
 def _images(x: Tensor, config: Any) -> Tensor:
-    from dtn_fast.runtime import normalise
+    from dtn_fast.model.preprocess import normalise
 
     return normalise(x, config) if x.dtype == torch.uint8 else x
 

@@ -10,18 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from dtn_fast.built import Manifest, read_manifest
 from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.export.config import EngineConfig
 from dtn_fast.export.to_onnx import require_onnx
 from dtn_fast.files import write_whole
 from dtn_fast.kernels.onnx_nodes import DOMAIN
-from dtn_fast.tensorrt_runtime import KINDS, check_fits, load_backend, open_engine
+from dtn_fast.runtime.export_manifest import Manifest, read_manifest
+from dtn_fast.runtime.tensorrt import KINDS, check_fits, load_backend, open_engine
 
 RTX_ARCHS = (75, 80, 86, 89, 120)
 TURING = 75
@@ -29,37 +30,6 @@ TURING = 75
 FP8 = 89
 """First compute capability x 10 with FP8."""
 CACHE = Path.home() / ".cache" / "dtn_fast"
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How an engine is built."""
-
-    batches: tuple[int, int, int] = (1, 8, 64)
-    """Least, best and greatest batch size."""
-    attention: Literal["native", "plugin", "fastest"] = "native"
-    """Of a .engine: TensorRT's own layers, this package's Triton kernels, or what is faster at the best batch size."""
-    archs: tuple[int, ...] = ()
-    """Of a .rtx file: compute capabilities x 10 that it is compiled for; none: all that compute in its precision."""
-    hardware: Literal["this", "same", "ampere+"] = "this"
-    """Of a .engine: runs on this GPU model, on any of its compute capability, or on all from Ampere on (slower)."""
-    version_compatible: bool = False
-    """Of a .engine: later versions of TensorRT may load it."""
-    refit: bool = False
-    """Of a .engine: its weights may be replaced (--refit-from) without building again."""
-    refit_from: Path | None = None
-    """An engine built with --refit: put this model's weights into a copy of it instead of building."""
-    effort: int = 3
-    """Builder optimisation level, 0 (fast build) to 5 (fast engine)."""
-    timing_cache: Path | None = None
-    """File of measured tactics; default: one per GPU and version in ~/.cache/dtn_fast."""
-
-    def __post_init__(self) -> None:
-        low, best, high = self.batches
-        if not 1 <= low <= best <= high <= 4096:
-            raise UsageError(f"--batches {low} {best} {high}: give least <= best <= greatest, from 1 to 4096")
-        if not 0 <= self.effort <= 5:
-            raise UsageError(f"--effort {self.effort}: 0 to 5")
 
 
 class Built(NamedTuple):
@@ -131,9 +101,9 @@ def build(trt: Any, data: bytes, kind_of_input: str, config: EngineConfig, rtx: 
     logger = Log(trt)
     plugin = config.attention == "plugin"
     if plugin:
-        from dtn_fast.kernels import trt_plugin
+        from dtn_fast.export import tensorrt_plugin
 
-        trt_plugin.register(trt)
+        tensorrt_plugin.register(trt)
         data = without_bodies(data)
     elif config.refit:
         data = inlined(data)
@@ -202,14 +172,14 @@ def _gpu_options(trt: Any, options: Any, config: EngineConfig, rtx: bool) -> Pat
 
 
 def _gpu_slug() -> str:
-    from dtn_fast.kernels.tuned import slug
+    from dtn_fast.kernels.launch_values import slug
 
     return slug(torch.cuda.get_device_name())
 
 
 def _fastest(trt: Any, data: bytes, meta: dict[str, str], config: EngineConfig) -> tuple[bytes, int, dict[str, float]]:
     """Both kinds timed in turns at the best batch: the faster engine, its layers, seconds of each."""
-    from dtn_fast.tensorrt_runtime import race
+    from dtn_fast.runtime.tensorrt import race
 
     made = {
         name: build(trt, data, meta["input"], replace(config, attention=name), False) for name in ("native", "plugin")

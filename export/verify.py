@@ -11,14 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dtn_fast.dtn import DTN
 from dtn_fast.errors import UsageError
+from dtn_fast.evaluation.metrics import evaluate_scores
 from dtn_fast.export.to_onnx import module_of, require_onnx, runnable
-from dtn_fast.fold import fold
 from dtn_fast.kernels.onnx_nodes import DOMAIN
-from dtn_fast.metrics import evaluate_scores
-from dtn_fast.onnx_runtime import OnnxScorer
-from dtn_fast.runtime import Scorer, TorchScorer, normalise, probability
+from dtn_fast.model.dtn import DTN
+from dtn_fast.model.fold import fold
+from dtn_fast.model.preprocess import normalise
+from dtn_fast.runtime.onnx import OnnxScorer
+from dtn_fast.runtime.scorer import Scorer, probability
+from dtn_fast.runtime.torch_scorer import TorchScorer
 
 Taps = Callable[[NDArray[np.uint8]], dict[str, NDArray[np.float32]]]
 

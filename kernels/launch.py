@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
+
+from dtn_fast.device import tf32_allowed
 
 INTERPRET: bool = triton.knobs.runtime.interpret
 """Whether kernels are interpreted on the CPU; fixed when they are decorated (TRITON_INTERPRET=1 before the import).
@@ -39,6 +42,11 @@ class Launch(NamedTuple):
         return self.kernel.warmup(*self.args, grid=self.grid, **self.constants, **self.options)
 
 
-def tf32_allowed() -> bool:
-    """Whether float32 products may run in TF32: torch's own switch, and never in the interpreter."""
-    return not INTERPRET and torch.backends.cuda.matmul.fp32_precision == "tf32"
+def product_precision(x: Tensor) -> str:
+    """Triton's input_precision of products of ``x``: tf32 for float32 where torch allows it, never interpreted."""
+    return "tf32" if x.dtype == torch.float32 and not INTERPRET and tf32_allowed() else "ieee"
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[B, C, H, W] as the matrix [B H W, C] whose rows are contiguous; a map that is not channels_last is copied."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()

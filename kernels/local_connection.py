@@ -1,112 +1,31 @@
-"""The local connection of a LEVT block in training (paper Eq. 23), in Triton: x + BN(depthwise 3x3 of m).
-
-Rows are positions: m, x, y [T, C] with T = B H W (channels_last maps seen as matrices); w [C, 9] and b [C] of the
-convolution, zeros around a map.  With z the convolution's output in m's dtype and BN as in ``batch_norm``:
-
-    y = x + BN(z)      dz = BN'(dy)      dm_i = sum_k w_k dz_(i - k)      dw_k = sum_i dz_i m_(i + k)      dx = dy
-
-and b has no gradient, as BN takes every mean out.  P is one pass over a map.  Forward: m read, z written with its
-statistics; z and x read, y written: five passes where the operators take eight and torch.compile six.  Backward: dy and
-z read for BN's sums; dy, z (their neighbours from cache) and m read, dm written, dz never: six where they take nine.
-
-Statistics are summed around b, merged in a fixed order; all arithmetic is float32.
-"""
+"""The local connection in training as a torch operator: checks, schema, autograd (Eq. 23)."""
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from . import batch_norm
-from .batch_norm import _column, share_rows, tiles
-from .launch import Launch
-from .moe_gate import rows_of as rows_of
+from dtn_fast.kernels import batch_norm, reference
+from dtn_fast.kernels.dispatch import (
+    LIBRARY,
+    autocast,
+    fake,
+    implement,
+    map_like,
+    requested,
+    traced_as_torch,
+    use_triton,
+)
 
-# ------------------------------------------------------------------------------------------------ kernels
-
-
-@triton.jit
-def _neighbour(rows, total, dh, dw, H: tl.constexpr, W: tl.constexpr):
-    """The rows dh below and dw to the right, and which of them lie on the same map."""
-    h, w = rows // W % H + dh, rows % W + dw
-    return rows + dh * W + dw, (h >= 0) & (h < H) & (w >= 0) & (w < W) & (rows < total)
-
-
-@triton.jit
-def _load(X, rows, there, cols, C: tl.constexpr):
-    mask = there[:, None] & (cols[None, :] < C)
-    return tl.load(X + rows[:, None].to(tl.int64) * C + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def lc_forward(
-    M, WEIGHT, BIAS, Z, PARTIAL, total,
-    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
-    STEPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """z of this program's rows, their mean and sum of squared deviations: PARTIAL [splits, 2, C]."""
-    split = tl.program_id(0)
-    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    good = cols < C
-    bias = tl.load(BIAS + cols, mask=good, other=0.0).to(tl.float32)
-    s1 = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    s2 = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for step in tl.range(0, STEPS):
-        rows = (split * STEPS + step) * BLOCK_T + tl.arange(0, BLOCK_T)
-        d = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-        for k in tl.static_range(9):
-            at, there = _neighbour(rows, total, k // 3 - 1, k % 3 - 1, H, W)
-            w = tl.load(WEIGHT + cols * 9 + k, mask=good, other=0.0).to(tl.float32)
-            d += _load(M, at, there, cols, C) * w[None, :]
-        mask = (rows[:, None] < total) & good[None, :]
-        z = (d + bias[None, :]).to(Z.dtype.element_ty)
-        tl.store(Z + rows[:, None].to(tl.int64) * C + cols[None, :], z, mask=mask)
-        d = tl.where(mask, z.to(tl.float32) - bias[None, :], 0.0)
-        s1 += d
-        s2 += d * d
-    count = tl.minimum(total - split * STEPS * BLOCK_T, STEPS * BLOCK_T).to(tl.float32)
-    mean = tl.sum(s1, 0) / count
-    out = PARTIAL + split.to(tl.int64) * 2 * C + cols
-    tl.store(out, bias + mean, mask=good)
-    tl.store(out + C, tl.sum(s2, 0) - mean * mean * count, mask=good)
-
-
-@triton.jit
-def _dz(Z, DY, rows, there, cols, mean, r, scale, dw, db, C: tl.constexpr):
-    hat = (_load(Z, rows, there, cols, C) - mean[None, :]) * r[None, :]
-    dz = scale[None, :] * (_load(DY, rows, there, cols, C) - db[None, :] - hat * dw[None, :])
-    return tl.where(there[:, None], dz, 0.0)
-
-
-@triton.jit
-def lc_backward(
-    M, WEIGHT, Z, NORM_W, NORM_B, MEAN, VAR, DY, SUMS, DM, PARTIAL, eps, total,
-    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """dm of BLOCK_T rows and their part of dw: PARTIAL [programs, C, 9]; SUMS [2, C] holds BN's own gradients."""
-    pid = tl.program_id(0)
-    rows = pid * BLOCK_T + tl.arange(0, BLOCK_T)
-    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    good = cols < C
-    mean, r, norm, _ = _column(NORM_W, NORM_B, MEAN, VAR, cols, eps, C)
-    dw = tl.load(SUMS + cols, mask=good, other=0.0) / total
-    db = tl.load(SUMS + C + cols, mask=good, other=0.0) / total
-    scale = norm * r
-    own = _dz(Z, DY, rows, rows < total, cols, mean, r, scale, dw, db, C)
-    dm = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    out = PARTIAL + (pid.to(tl.int64) * C + cols) * 9
-    for k in tl.static_range(9):
-        at, there = _neighbour(rows, total, k // 3 - 1, k % 3 - 1, H, W)
-        tl.store(out + k, tl.sum(own * _load(M, at, there, cols, C), 0), mask=good)
-        at, there = _neighbour(rows, total, 1 - k // 3, 1 - k % 3, H, W)
-        w = tl.load(WEIGHT + cols * 9 + k, mask=good, other=0.0).to(tl.float32)
-        dm += _dz(Z, DY, at, there, cols, mean, r, scale, dw, db, C) * w[None, :]
-    mask = (rows[:, None] < total) & good[None, :]
-    tl.store(DM + rows[:, None].to(tl.int64) * C + cols[None, :], dm.to(DM.dtype.element_ty), mask=mask)
-
-
-# ------------------------------------------------------------------------------------------------ launchers
+LIBRARY.define(
+    "lc_forward(Tensor m, Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps)"
+    " -> (Tensor y, Tensor z, Tensor mean, Tensor var)"
+)
+LIBRARY.define(
+    "lc_backward(Tensor grad, Tensor m, Tensor weight, Tensor z, Tensor norm_weight, Tensor norm_bias, Tensor mean,"
+    " Tensor var, float eps) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def unsupported(m: Tensor) -> str | None:
@@ -114,40 +33,102 @@ def unsupported(m: Tensor) -> str | None:
     return batch_norm.unsupported(m, pool=False)
 
 
-def forward(
-    m: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
-    size: tuple[int, int], z: Tensor, y: Tensor, mean: Tensor, var: Tensor,
-) -> list[Launch]:  # fmt: skip
-    """Launches that fill z, y [T, C], mean and var [C] float32 from m and x [T, C]; weight [C, 9], size (H, W)."""
-    total, channels = m.shape
-    options, constants = tiles("lc_forward", m)
-    columns = triton.cdiv(channels, constants["BLOCK_C"])
-    splits = share_rows(total, columns, constants)
-    partial = m.new_empty(splits, 2, channels, dtype=mean.dtype)
-    each = constants["STEPS"] * constants["BLOCK_T"]
-    constants = {"C": channels, "H": size[0], "W": size[1], **constants}
-    first = Launch(lc_forward, (splits, columns), (m, weight, bias, z, partial, total), constants, options)
-    last = batch_norm.apply(z, norm_weight, norm_bias, mean, var, eps, size, x, y)
-    return [first, batch_norm.merge(partial, each, total, mean, var), last]
+def _lc_triton(path: str, m: Tensor) -> bool:
+    return use_triton(path, "local_connection", m, unsupported(m), products=False)
 
 
-def backward_stats(
-    dy: Tensor, z: Tensor, norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, var: Tensor, eps: float
-) -> tuple[Launch, Tensor]:
-    """The launch that fills partial sums [splits, 2, C], and these; their sum over splits is BN's own gradients."""
-    return batch_norm.backward_stats(dy, z, norm_weight, norm_bias, mean, var, eps, (2, 2), relu=False)
+@implement("lc_forward")
+def _lc_forward(m, x, weight, bias, norm_weight, norm_bias, eps):
+    from dtn_fast.kernels import local_connection_kernel as kernels
+    from dtn_fast.kernels.launch import rows_of
+
+    y, z = map_like(x), map_like(m)
+    mean, var = (m.new_empty(m.shape[1], dtype=torch.float32) for _ in range(2))
+    maps = [rows_of(t) for t in (m, x, z, y)]
+    column = (weight.reshape(-1, 9), bias, norm_weight, norm_bias)
+    for launch in kernels.forward(*maps[:2], *column, eps, tuple(m.shape[2:]), *maps[2:], mean, var):
+        launch.run()
+    return y, z, mean, var
 
 
-def backward(
-    dy: Tensor, m: Tensor, weight: Tensor, z: Tensor, norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, var: Tensor,
-    eps: float, size: tuple[int, int], sums: Tensor, dm: Tensor,
-) -> tuple[Launch, Tensor]:  # fmt: skip
-    """The launch that fills dm [T, C], and the partial sums [programs, C, 9] of dw that it fills; sums [2, C]."""
-    total, channels = m.shape
-    options, constants = tiles("lc_backward", m)
-    programs = triton.cdiv(total, constants["BLOCK_T"])
-    partial = m.new_empty(programs, channels, 9, dtype=mean.dtype)
-    args = (m, weight, z, norm_weight, norm_bias, mean, var, dy, sums, dm, partial, float(eps), total)
-    constants = {"C": channels, "H": size[0], "W": size[1], **constants}
-    grid = (programs, triton.cdiv(channels, constants["BLOCK_C"]))
-    return Launch(lc_backward, grid, args, constants, options), partial
+@implement("lc_backward")
+def _lc_backward(grad, m, weight, z, norm_weight, norm_bias, mean, var, eps):
+    from dtn_fast.kernels import local_connection_kernel as kernels
+    from dtn_fast.kernels.launch import rows_of
+
+    dm, dy, rows = map_like(m), rows_of(grad), rows_of(z)
+    norm = (norm_weight, norm_bias, mean, var, eps)
+    launch, partial = kernels.backward_stats(dy, rows, *norm)
+    launch.run()
+    sums = partial.sum(0)
+    inputs = (dy, rows_of(m), weight.reshape(-1, 9), rows)
+    launch, partial = kernels.backward(*inputs, *norm, tuple(m.shape[2:]), sums, rows_of(dm))
+    launch.run()
+    dw = partial.sum(0).view(weight.shape).to(weight.dtype)
+    return dm, dw, sums[0].to(norm_weight.dtype), sums[1].to(norm_bias.dtype, copy=True)
+
+
+@fake("lc_forward")
+def _(m, x, weight, bias, norm_weight, norm_bias, eps):
+    column = m.new_empty(m.shape[1], dtype=torch.float32)
+    return map_like(x), map_like(m), column, torch.empty_like(column)
+
+
+@fake("lc_backward")
+def _(grad, m, weight, z, norm_weight, norm_bias, mean, var, eps):
+    return map_like(m), *(t.new_empty(t.shape) for t in (weight, norm_weight, norm_bias))
+
+
+class _LocalConnection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, m, x, weight, bias, norm_weight, norm_bias, eps):
+        y, z, mean, var = torch.ops.dtn_fast.lc_forward(m, x, weight, bias, norm_weight, norm_bias, eps)
+        ctx.eps = eps
+        ctx.save_for_backward(m, weight, z, norm_weight, norm_bias, mean, var)
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _mean, _var):
+        dm, dw, *norm = torch.ops.dtn_fast.lc_backward(grad, *ctx.saved_tensors, ctx.eps)
+        return dm, grad, dw, torch.zeros_like(norm[1]), *norm, None  # BN takes the bias out: no gradient
+
+
+def local_connection(
+    m: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    path: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + BN(depthwise 3x3 of m) in training (Eq. 23), zeros around the map.
+
+    m, x: [B, C, H, W] of one dtype, best channels_last.  weight: [C, 1, 3, 3]; bias, norm_weight, norm_bias: [C].
+    Returns y like x, and the convolution's mean and biased variance [C] float32, which carry no gradient.  Raises
+    ValueError naming the argument.
+    """
+    path = requested(path)
+    m, x = autocast(m, x)
+    if m.dim() != 4 or not m.is_floating_point() or m.shape != x.shape or m.dtype != x.dtype:
+        raise ValueError(f"m, x: got {tuple(m.shape)} {m.dtype}, {tuple(x.shape)} {x.dtype}; one floating [B, C, H, W]")
+    channels = m.shape[1]
+    named = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    for name, tensor, shape in (
+        ("weight", weight, (channels, 1, 3, 3)),
+        *((n, t, (channels,)) for n, t in named.items()),
+    ):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: shape is {tuple(tensor.shape)}; it must be {list(shape)}")
+    if traced_as_torch() or not _lc_triton(path, m):
+        return reference.local_connection(m, x, weight.to(m.dtype), bias.to(m.dtype), norm_weight, norm_bias, eps)
+    return _LocalConnection.apply(m, x, *(t.contiguous() for t in (weight, bias, norm_weight, norm_bias)), float(eps))
+
+
+def fuses_local_connection(m: Tensor) -> bool:
+    """Whether :func:`local_connection` wins over torch's own operators on ``m``: by bytes, wherever its kernels run."""
+    return not traced_as_torch() and _lc_triton(requested(None), m)

@@ -1,393 +1,240 @@
-"""MAS attention in Triton: O_h = sigmoid(s_h) * softmax(Q_h K_h^T / sqrt(D)) V_h, forward and backward.
-
-Shapes: q, k, v, o and their gradients [B, N, H, D], any strides with a contiguous last dimension; head_scale s [H].
-Write S = Q K^T / sqrt(D), P = softmax(S) by row, g = sigmoid(s), so O = g P V, and let dO come in.  Then
-
-    dV = g P^T dO           dP = dO V^T          delta_i = sum_j P_ij dP_ij
-    dS = g P * (dP - delta) dQ = dS K / sqrt(D)  dK = dS^T Q / sqrt(D)    ds_h = g (1 - g) sum_i delta_i
-
-N <= 128: one program holds a whole (batch, head), Q, K, V and P in registers and shared memory (where an
-architecture's registers do not hold it, tuned/ says STREAM and the kernels for longer N serve).  Forward reads q, k, v
-and writes o (4 BNHD elements, 4 BHN^2 D flops); backward reads q, k, v, dO, recomputes P from them and delta from P and
-dP, and writes dq, dk, dv (7 BNHD elements, 10 BHN^2 D flops).  It needs neither O nor the row sums of the forward.
-
-Longer N: flash attention.  The forward streams K and V past a block of queries with a running maximum and sum and
-stores lse_i = log2 sum_j exp2(S_ij log2 e).  In the backward P_ij = exp2(S_ij log2 e - lse_i), and since the stored O
-already holds g, sum_d O_id dO_id = g delta_i.  One kernel streams keys past queries for dQ (and stores g delta_i on
-its way), a second streams queries past keys for dK and dV.  Each output element has one writer: no atomics,
-the same bits every run.
-
-Products run in the inputs' dtype with float32 accumulation; S, P, delta and every reduction are float32; P and dS are
-rounded to the inputs' dtype only where they enter a product.
-"""
+"""MAS attention as a torch operator: checks, schema, autograd (Eq. 17-21)."""
 
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .launch import INTERPRET, Launch, tf32_allowed
-from .tuned import settings
+from dtn_fast.device import tf32_allowed
+from dtn_fast.kernels import onnx_nodes, reference
+from dtn_fast.kernels.dispatch import (
+    DTYPES,
+    LIBRARY,
+    autocast,
+    fake,
+    implement,
+    requested,
+    traced_as_nodes,
+    traced_as_torch,
+    use_triton,
+)
+from dtn_fast.kernels.launch_values import SMALL
 
-SMALL = 128
-"""Largest N that one program holds whole."""
+LIBRARY.define("mas_forward(Tensor q, Tensor k, Tensor v, Tensor head_scale, str path) -> (Tensor out, Tensor log_sum)")
+LIBRARY.define(
+    "mas_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor head_scale, Tensor out, Tensor log_sum, str path)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.define("mas_packed_forward(Tensor qkv, Tensor head_scale, str path) -> (Tensor out, Tensor log_sum)")
+LIBRARY.define(
+    "mas_packed_backward(Tensor grad, Tensor qkv, Tensor head_scale, Tensor out, Tensor log_sum, str path)"
+    " -> (Tensor, Tensor)"
+)
+
 HEAD_DIMS = (32, 64, 128)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LOG2E = 1.4426950408889634
 
 
-# ------------------------------------------------------------------------------------------------ device functions
-
-
-@triton.jit
-def _load(base, rows, cols, row_stride, rows_total, EXACT: tl.constexpr, UPCAST: tl.constexpr):
-    """A [rows, cols] tile; rows past the end read as zero.  EXACT: none is past the end."""
-    pointers = base + rows[:, None] * row_stride + cols[None, :]
-    if EXACT:
-        tile = tl.load(pointers)
-    else:
-        tile = tl.load(pointers, mask=rows[:, None] < rows_total, other=0.0)
-    if UPCAST:
-        tile = tile.to(tl.float32)
-    return tile
-
-
-@triton.jit
-def _store(base, rows, cols, row_stride, rows_total, tile, EXACT: tl.constexpr):
-    pointers = base + rows[:, None] * row_stride + cols[None, :]
-    tile = tile.to(base.dtype.element_ty)
-    if EXACT:
-        tl.store(pointers, tile)
-    else:
-        tl.store(pointers, tile, mask=rows[:, None] < rows_total)
-
-
-@triton.jit
-def _softmax(q, k, cols, n, scale, EXACT: tl.constexpr, PRECISION: tl.constexpr):
-    """exp2(S - row maximum) and its row sums; columns past n get weight zero."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    if not EXACT:
-        s = tl.where(cols[None, :] < n, s, -float("inf"))
-    p = tl.exp2(s - tl.max(s, 1)[:, None])
-    return p, tl.sum(p, 1)
-
-
-@triton.jit
-def _gate(HEAD_SCALE, h):
-    """sigmoid(s_h) without overflow at either end."""
-    s = tl.load(HEAD_SCALE + h).to(tl.float32)
-    e = tl.exp2(-tl.abs(s) * 1.4426950408889634)
-    return tl.where(s >= 0, 1.0, e) / (1.0 + e)
-
-
-# ------------------------------------------------------------------------------------------------ N <= 128
-
-
-@triton.jit
-def mas_small_forward(
-    Q, K, V, HEAD_SCALE, O,
-    n, scale,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h,
-    H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One (batch, head) per program.  scale = log2(e) / sqrt(D)."""
-    pid = tl.program_id(0)
-    b, h = (pid // H).to(tl.int64), pid % H
-    rows, cols = tl.arange(0, BLOCK), tl.arange(0, D)
-    q = _load(Q + b * q_b + h * q_h, rows, cols, q_n, n, EXACT, UPCAST)
-    k = _load(K + b * k_b + h * k_h, rows, cols, k_n, n, EXACT, UPCAST)
-    v = _load(V + b * v_b + h * v_h, rows, cols, v_n, n, EXACT, UPCAST)
-    p, total = _softmax(q, k, rows, n, scale, EXACT, PRECISION)
-    o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (_gate(HEAD_SCALE, h) / total)[:, None]
-    _store(O + b * o_b + h * o_h, rows, cols, o_n, n, o, EXACT)
-
-
-@triton.jit
-def mas_small_forward_persistent(
-    q_desc, k_desc, v_desc, o_desc, HEAD_SCALE,
-    n, scale, tiles, programs,
-    H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """The same through tensor descriptors (TMA from Hopper on): each program walks over (batch, head) pairs, so that
-    the loads of the next one run under the arithmetic of this one.  Rows past n load as zero and are not stored."""
-    rows = tl.arange(0, BLOCK)
-    for tile in tl.range(tl.program_id(0), tiles, programs, num_stages=STAGES):
-        b, h = tile // H, tile % H
-        q = q_desc.load([b, 0, h, 0]).reshape(BLOCK, D)
-        k = k_desc.load([b, 0, h, 0]).reshape(BLOCK, D)
-        v = v_desc.load([b, 0, h, 0]).reshape(BLOCK, D)
-        if UPCAST:
-            q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
-        p, total = _softmax(q, k, rows, n, scale, EXACT, PRECISION)
-        o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (_gate(HEAD_SCALE, h) / total)[:, None]
-        o_desc.store([b, 0, h, 0], o.to(o_desc.dtype).reshape(1, BLOCK, 1, D))
-
-
-@triton.jit
-def mas_small_backward(
-    Q, K, V, HEAD_SCALE, DO, DQ, DK, DV, DSCALE,
-    n, scale, softmax_scale,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h,
-    dq_b, dq_n, dq_h, dk_b, dk_n, dk_h, dv_b, dv_n, dv_h,
-    H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The whole backward of one (batch, head).  softmax_scale = 1 / sqrt(D); DSCALE [B, H] float32 partial sums."""
-    pid = tl.program_id(0)
-    b, h = (pid // H).to(tl.int64), pid % H
-    rows, cols = tl.arange(0, BLOCK), tl.arange(0, D)
-    q = _load(Q + b * q_b + h * q_h, rows, cols, q_n, n, EXACT, UPCAST)
-    k = _load(K + b * k_b + h * k_h, rows, cols, k_n, n, EXACT, UPCAST)
-    v = _load(V + b * v_b + h * v_h, rows, cols, v_n, n, EXACT, UPCAST)
-    do = _load(DO + b * do_b + h * do_h, rows, cols, do_n, n, EXACT, UPCAST)
-    g = _gate(HEAD_SCALE, h)
-    p, total = _softmax(q, k, rows, n, scale, EXACT, PRECISION)
-    p *= (1.0 / total)[:, None]
-    dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION) * g
-    _store(DV + b * dv_b + h * dv_h, rows, cols, dv_n, n, dv, EXACT)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    weighted = p * dp  # rows past n: dO is zero there, so is this
-    tl.store(DSCALE + pid, g * (1 - g) * tl.sum(weighted))
-    ds = ((weighted - p * tl.sum(weighted, 1)[:, None]) * (g * softmax_scale)).to(q.dtype)
-    dq = tl.dot(ds, k, input_precision=PRECISION)
-    _store(DQ + b * dq_b + h * dq_h, rows, cols, dq_n, n, dq, EXACT)
-    dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
-    _store(DK + b * dk_b + h * dk_h, rows, cols, dk_n, n, dk, EXACT)
-
-
-# ------------------------------------------------------------------------------------------------ longer N
-
-
-@triton.jit
-def mas_flash_forward(
-    Q, K, V, HEAD_SCALE, O, LSE,
-    scale,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h,
-    N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_M queries of one (batch, head) per program, keys streamed in blocks of BLOCK_N.
-    LSE [B, H, N] or None."""
-    pid = tl.program_id(1)
-    b, h = (pid // H).to(tl.int64), pid % H
-    rows, cols = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D)
-    EXACT_M: tl.constexpr = N % BLOCK_M == 0
-    EXACT_N: tl.constexpr = N % BLOCK_N == 0
-    q = _load(Q + b * q_b + h * q_h, rows, cols, q_n, N, EXACT_M, UPCAST)
-    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, D], tl.float32)
-    for start in tl.range(0, N, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        k = _load(K + b * k_b + h * k_h, keys, cols, k_n, N, EXACT_N, UPCAST)
-        v = _load(V + b * v_b + h * v_h, keys, cols, v_n, N, EXACT_N, UPCAST)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        if not EXACT_N:
-            s = tl.where(keys[None, :] < N, s, -float("inf"))
-        higher = tl.maximum(top, tl.max(s, 1))  # finite from the first block on: it holds at least one key
-        p = tl.exp2(s - higher[:, None])
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        top = higher
-    o = acc * (_gate(HEAD_SCALE, h) / total)[:, None]
-    _store(O + b * o_b + h * o_h, rows, cols, o_n, N, o, EXACT_M)
-    if LSE is not None:
-        tl.store(LSE + pid.to(tl.int64) * N + rows, top + tl.log2(total), mask=rows < N)
-
-
-@triton.jit
-def mas_flash_backward_dq(
-    Q, K, V, HEAD_SCALE, O, DO, LSE, DELTA, DQ,
-    scale, softmax_scale,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, do_b, do_n, do_h, dq_b, dq_n, dq_h,
-    N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dQ of BLOCK_M queries; writes g delta_i to DELTA [B, H, N] for the dK, dV kernel and for ds."""
-    pid = tl.program_id(1)
-    b, h = (pid // H).to(tl.int64), pid % H
-    rows, cols = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D)
-    EXACT_M: tl.constexpr = N % BLOCK_M == 0
-    EXACT_N: tl.constexpr = N % BLOCK_N == 0
-    do = _load(DO + b * do_b + h * do_h, rows, cols, do_n, N, EXACT_M, UPCAST)
-    o = _load(O + b * o_b + h * o_h, rows, cols, o_n, N, EXACT_M, UPCAST)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(DELTA + pid.to(tl.int64) * N + rows, delta, mask=rows < N)
-    q = _load(Q + b * q_b + h * q_h, rows, cols, q_n, N, EXACT_M, UPCAST)
-    lse = tl.load(LSE + pid.to(tl.int64) * N + rows, mask=rows < N, other=float("inf"))
-    g = _gate(HEAD_SCALE, h)
-    dq = tl.zeros([BLOCK_M, D], tl.float32)
-    for start in tl.range(0, N, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        k = _load(K + b * k_b + h * k_h, keys, cols, k_n, N, EXACT_N, UPCAST)
-        v = _load(V + b * v_b + h * v_h, keys, cols, v_n, N, EXACT_N, UPCAST)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        if not EXACT_N:
-            s = tl.where(keys[None, :] < N, s, -float("inf"))
-        p = tl.exp2(s - lse[:, None])
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        ds = p * (dp * g - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    _store(DQ + b * dq_b + h * dq_h, rows, cols, dq_n, N, dq * softmax_scale, EXACT_M)
-
-
-@triton.jit
-def mas_flash_backward_dkdv(
-    Q, K, V, HEAD_SCALE, DO, LSE, DELTA, DK, DV,
-    scale, softmax_scale,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, dk_b, dk_n, dk_h, dv_b, dv_n, dv_h,
-    N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dK and dV of BLOCK_N keys, queries streamed in blocks of BLOCK_M; works on S^T."""
-    pid = tl.program_id(1)
-    b, h = (pid // H).to(tl.int64), pid % H
-    keys, cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, D)
-    EXACT_M: tl.constexpr = N % BLOCK_M == 0
-    EXACT_N: tl.constexpr = N % BLOCK_N == 0
-    k = _load(K + b * k_b + h * k_h, keys, cols, k_n, N, EXACT_N, UPCAST)
-    v = _load(V + b * v_b + h * v_h, keys, cols, v_n, N, EXACT_N, UPCAST)
-    g = _gate(HEAD_SCALE, h)
-    dk = tl.zeros([BLOCK_N, D], tl.float32)
-    dv = tl.zeros([BLOCK_N, D], tl.float32)
-    for start in tl.range(0, N, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        q = _load(Q + b * q_b + h * q_h, rows, cols, q_n, N, EXACT_M, UPCAST)
-        do = _load(DO + b * do_b + h * do_h, rows, cols, do_n, N, EXACT_M, UPCAST)
-        lse = tl.load(LSE + pid.to(tl.int64) * N + rows, mask=rows < N, other=float("inf"))  # P = 0 past the end
-        delta = tl.load(DELTA + pid.to(tl.int64) * N + rows, mask=rows < N, other=0.0)
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :])  # [BLOCK_N, BLOCK_M]
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        ds = p * (dp * g - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    _store(DK + b * dk_b + h * dk_h, keys, cols, dk_n, N, dk * softmax_scale, EXACT_N)
-    _store(DV + b * dv_b + h * dv_h, keys, cols, dv_n, N, dv * g, EXACT_N)
-
-
-# ------------------------------------------------------------------------------------------------ launchers
+def unsupported_head_dim(dim: int) -> str | None:
+    """Why the kernels do not take heads of ``dim`` channels, or None."""
+    return None if dim in HEAD_DIMS else f"head dimension {dim} (kernels take {', '.join(map(str, HEAD_DIMS))})"
 
 
 def unsupported(q: Tensor) -> str | None:
     """Why these kernels do not take inputs like ``q`` [B, N, H, D], or None."""
     if q.dtype not in DTYPES:
         return f"dtype {q.dtype}"
-    if q.shape[3] not in HEAD_DIMS:
-        return f"head dimension {q.shape[3]} (kernels take {', '.join(map(str, HEAD_DIMS))})"
+    if refusal := unsupported_head_dim(q.shape[3]):
+        return refusal
     if q.shape[0] * q.shape[2] > 65535 and q.shape[1] > SMALL:
         return f"{q.shape[0] * q.shape[2]} (batch, head) pairs at N > {SMALL} (a grid holds 65,535)"
     return None
 
 
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(s for t in tensors for s in t.stride()[:3])
+def _log_sum(q: Tensor) -> Tensor:
+    """What the forward keeps for the backward: nothing up to SMALL, else a float32 value per query [B, H, N]."""
+    batch, count, heads, _ = q.shape
+    return q.new_empty((0,) if count <= SMALL else (batch, heads, count), dtype=torch.float32)
 
 
-def _common(q: Tensor) -> dict[str, object]:
-    return {
-        "H": q.shape[2],
-        "D": q.shape[3],
-        "UPCAST": INTERPRET and q.dtype != torch.float32,
-        "PRECISION": "tf32" if q.dtype == torch.float32 and tf32_allowed() else "ieee",
-    }
+def _contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _block(n: int) -> dict[str, object]:
-    block = max(16, triton.next_power_of_2(n))
-    return {"BLOCK": block, "EXACT": block == n}
+@implement("mas_forward")
+def _mas_forward(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor, path: str) -> tuple[Tensor, Tensor]:
+    if not _mas_triton(path, q):
+        out, log_sum = reference.mas_attention_forward(q, k, v, head_scale)
+        return out, log_sum if q.shape[1] > SMALL else _log_sum(q)
+    from dtn_fast.kernels import mas_attention_kernel as kernels
+
+    out, log_sum = q.new_empty(q.shape), _log_sum(q)
+    for launch in kernels.forward(q, k, v, head_scale, out, log_sum):
+        launch.run()
+    return out, log_sum
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor, o: Tensor, lse: Tensor) -> list[Launch]:
-    """Launches that fill ``o`` [B, N, H, D] and, for N > 128, ``lse`` [B, H, N] float32."""
-    n, dim = q.shape[1], q.shape[3]
-    scale = dim**-0.5 * LOG2E
-    if n > SMALL:
-        return [_flash_forward(q, k, v, head_scale, o, lse, scale)]
-    options, tiles = settings("mas_small_forward", q, D=dim, N=n)
-    if tiles.get("STREAM"):
-        return [_flash_forward(q, k, v, head_scale, o, rows_like(q), scale)]
-    constants = {**_common(q), **_block(n)}
-    if tiles.get("PERSISTENT") and _describable(q, k, v, o):
-        return [_persistent(q, k, v, head_scale, o, scale, constants, options, tiles)]
-    args = (q, k, v, head_scale, o, n, scale, *_strides(q, k, v, o))
-    return [Launch(mas_small_forward, (q.shape[0] * q.shape[2],), args, constants, options)]
+@implement("mas_backward")
+def _mas_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor, out: Tensor, log_sum: Tensor, path: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not _mas_triton(path, q):
+        return reference.mas_attention_backward(grad, q, k, v, head_scale)
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    return dq, dk, dv, _mas_launch_backward(grad, (q, k, v), head_scale, out, log_sum, (dq, dk, dv))
 
 
-def _flash_forward(q, k, v, head_scale, o, lse, scale) -> Launch:
-    batch, n, heads, dim = q.shape
-    options, tiles = settings("mas_flash_forward", q, D=dim)
-    grid = (triton.cdiv(n, tiles["BLOCK_M"]), batch * heads)
-    args = (q, k, v, head_scale, o, lse, scale, *_strides(q, k, v, o))
-    return Launch(mas_flash_forward, grid, args, {"N": n, **_common(q), **tiles}, options)
+@implement("mas_packed_forward")
+def _mas_packed_forward(qkv: Tensor, head_scale: Tensor, path: str) -> tuple[Tensor, Tensor]:
+    return _mas_forward(*qkv.unbind(2), head_scale, path)
 
 
-def _describable(*tensors: Tensor) -> bool:
-    """Whether tensor descriptors can address these: 16-byte aligned bases and strides."""
-    return all(t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:3]) for t in tensors)
+@implement("mas_packed_backward")
+def _mas_packed_backward(
+    grad: Tensor, qkv: Tensor, head_scale: Tensor, out: Tensor, log_sum: Tensor, path: str
+) -> tuple[Tensor, Tensor]:
+    parts = qkv.unbind(2)
+    if not _mas_triton(path, parts[0]):
+        *grads, dscale = reference.mas_attention_backward(grad, *parts, head_scale)
+        return torch.stack(grads, 2), dscale
+    packed = qkv.new_empty(qkv.shape)  # one gradient, each third written in place
+    return packed, _mas_launch_backward(grad, parts, head_scale, out, log_sum, packed.unbind(2))
 
 
-def _persistent(q, k, v, head_scale, o, scale, constants, options, tiles) -> Launch:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    batch, n, heads, dim = q.shape
-    block = [1, constants["BLOCK"], 1, dim]
-    descriptors = [TensorDescriptor(t, list(t.shape), list(t.stride()), block) for t in (q, k, v, o)]
-    total = batch * heads
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-    programs = min(total, processors * tiles["PERSISTENT"])
-    args = (*descriptors, head_scale, n, scale, total, programs)
-    constants = {**constants, "STAGES": tiles["STAGES"]}
-    return Launch(mas_small_forward_persistent, (programs,), args, constants, options)
+def _mas_triton(path: str, q: Tensor) -> bool:
+    return use_triton(path, "mas_attention", q, unsupported(q))
 
 
-def backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor, o: Tensor, lse: Tensor,
-    dq: Tensor, dk: Tensor, dv: Tensor, partial: Tensor,
-) -> list[Launch]:  # fmt: skip
-    """Launches that fill dq, dk, dv and ``partial`` of :func:`partial_like`; :func:`finish` turns that into ds.
+def _mas_launch_backward(grad, parts, head_scale, out, log_sum, grads) -> Tensor:
+    from dtn_fast.kernels import mas_attention_kernel as kernels
 
-    ``o`` and ``lse`` are the forward's and read only for N > 128.
+    partial = kernels.partial_like(parts[0])
+    for launch in kernels.backward(_contiguous(grad), *parts, head_scale, out, log_sum, *grads, partial):
+        launch.run()
+    return kernels.finish(partial, head_scale)
+
+
+@fake("mas_forward")
+def _(q, k, v, head_scale, path):
+    return q.new_empty(q.shape), _log_sum(q)
+
+
+@fake("mas_backward")
+def _(grad, q, k, v, head_scale, out, log_sum, path):
+    return *(t.new_empty(t.shape) for t in (q, k, v)), torch.empty_like(head_scale)
+
+
+@fake("mas_packed_forward")
+def _(qkv, head_scale, path):
+    q = qkv.select(2, 0)
+    return q.new_empty(q.shape), _log_sum(q)
+
+
+@fake("mas_packed_backward")
+def _(grad, qkv, head_scale, out, log_sum, path):
+    return qkv.new_empty(qkv.shape), torch.empty_like(head_scale)
+
+
+class _MAS(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, head_scale, path):
+        out, log_sum = torch.ops.dtn_fast.mas_forward(q, k, v, head_scale, path)
+        ctx.path = path
+        ctx.save_for_backward(q, k, v, head_scale, out if q.shape[1] > SMALL else log_sum, log_sum)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return *torch.ops.dtn_fast.mas_backward(grad, *ctx.saved_tensors, ctx.path), None
+
+
+class _MASPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, head_scale, path):
+        out, log_sum = torch.ops.dtn_fast.mas_packed_forward(qkv, head_scale, path)
+        ctx.path = path
+        ctx.save_for_backward(qkv, head_scale, out if qkv.shape[1] > SMALL else log_sum, log_sum)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return *torch.ops.dtn_fast.mas_packed_backward(grad, *ctx.saved_tensors, ctx.path), None
+
+
+def mas_attention(
+    q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor, *, path: str | None = None, return_maps: bool = False
+):
+    """Multi-attention scaling (Eq. 17-21): O_h = sigmoid(s_h) * softmax(Q_h K_h^T / sqrt(D)) V_h.
+
+    q, k, v: [B, N, H, D], fp16, bf16, fp32 (or fp64, by the reference), any strides with a contiguous last dimension.
+    head_scale: [H], before the sigmoid.  Returns [B, N, H, D]; with ``return_maps`` also the gated attention maps
+    [B, H, N, N], through the reference.  Gradients for all four, deterministic; autocast casts q, k and v.
+    Raises ValueError naming the argument on unequal shapes, dtypes or devices and on other ranks or dtypes.
     """
-    batch, n, heads, dim = q.shape
-    scales = (dim**-0.5 * LOG2E, dim**-0.5)
-    launches = []
-    if n <= SMALL:
-        options, tiles = settings("mas_small_backward", q, D=dim, N=n)
-        if not tiles.get("STREAM"):
-            strides = _strides(q, k, v, do, dq, dk, dv)
-            args = (q, k, v, head_scale, do, dq, dk, dv, partial, n, *scales, *strides)
-            return [Launch(mas_small_backward, (batch * heads,), args, {**_common(q), **_block(n)}, options)]
-        o, lse = torch.empty_like(do), rows_like(q)
-        launches.append(_flash_forward(q, k, v, head_scale, o, lse, scales[0]))
-    options, tiles = settings("mas_flash_backward_dq", q, D=dim)
-    args = (q, k, v, head_scale, o, do, lse, partial, dq, *scales, *_strides(q, k, v, o, do, dq))
-    grid = (triton.cdiv(n, tiles["BLOCK_M"]), batch * heads)
-    launches.append(Launch(mas_flash_backward_dq, grid, args, {"N": n, **_common(q), **tiles}, options))
-    options, tiles = settings("mas_flash_backward_dkdv", q, D=dim)
-    args = (q, k, v, head_scale, do, lse, partial, dk, dv, *scales, *_strides(q, k, v, do, dk, dv))
-    grid = (triton.cdiv(n, tiles["BLOCK_N"]), batch * heads)
-    launches.append(Launch(mas_flash_backward_dkdv, grid, args, {"N": n, **_common(q), **tiles}, options))
-    return launches
+    path = requested(path)
+    q, k, v = autocast(q, k, v)
+    _check_qkv(q, head_scale, "q")
+    for name, tensor in (("k", k), ("v", v)):
+        for what in ("shape", "dtype", "device"):
+            if getattr(tensor, what) != getattr(q, what):
+                raise ValueError(
+                    f"{name}: {what} is {_show(getattr(tensor, what))}, q's is {_show(getattr(q, what))}; "
+                    "q, k and v must be alike"
+                )
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"{name}: strides are {tensor.stride()}; the last dimension must be contiguous")
+    if return_maps or traced_as_torch():
+        return reference.mas_attention(q, k, v, head_scale, return_maps=return_maps)
+    if path == "auto" and _strict_float32(q):
+        return _sdpa(q, k, v, head_scale)
+    return _MAS.apply(q, k, v, head_scale, path)
 
 
-def finish(partial: Tensor, head_scale: Tensor) -> Tensor:
-    """The head scale's gradient [H] from the ``partial`` that :func:`backward` filled."""
-    if partial.dim() == 2:  # g (1 - g) sum_i delta_i of each (batch, head)
-        return partial.sum(0).to(head_scale.dtype)
-    return ((1 - head_scale.float().sigmoid()) * partial.sum((0, 2))).to(head_scale.dtype)  # of g delta_i
+def mas_attention_packed(qkv: Tensor, head_scale: Tensor, *, path: str | None = None) -> Tensor:
+    """:func:`mas_attention` of a packed [B, N, 3, H, D], read in place; its gradient is written as one tensor."""
+    path = requested(path)
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv: shape is {tuple(qkv.shape)}; it must be [B, N, 3, H, D]")
+    (qkv,) = autocast(qkv)
+    _check_qkv(qkv.select(2, 0), head_scale, "qkv")
+    if traced_as_nodes():
+        return onnx_nodes.mas_attention(qkv, head_scale)
+    if traced_as_torch():
+        return reference.mas_attention(*qkv.unbind(2), head_scale)
+    if path == "auto" and _strict_float32(qkv):
+        return _sdpa(*qkv.unbind(2), head_scale)
+    return _MASPacked.apply(qkv, head_scale, path)
 
 
-def partial_like(q: Tensor) -> Tensor:
-    """An unfilled ``partial`` for :func:`backward`, float32: [B, H] for the one-pass kernel, else [B, H, N]."""
-    whole = q.shape[1] <= SMALL and "STREAM" not in settings("mas_small_backward", q, D=q.shape[3], N=q.shape[1])[1]
-    return q.new_empty((q.shape[0], q.shape[2]), dtype=torch.float32) if whole else rows_like(q)
+def _check_qkv(q: Tensor, head_scale: Tensor, name: str) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"{name}: shape is {tuple(q.shape)}; it must be [B, N, H, D]")
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"{name}: dtype is {q.dtype}; allowed are float16, bfloat16, float32 and float64")
+    if min(q.shape) < 1:
+        raise ValueError(f"{name}: shape is {tuple(q.shape)}; no dimension may be empty")
+    if q.stride(-1) != 1:
+        raise ValueError(f"{name}: strides are {q.stride()}; the last dimension must be contiguous")
+    if head_scale.shape != (q.shape[2],):
+        raise ValueError(f"head_scale: shape is {tuple(head_scale.shape)}; it must be [{q.shape[2]}], one per head")
+    if head_scale.device != q.device:
+        raise ValueError(f"head_scale: on {head_scale.device}, {name} on {q.device}; they must be on one device")
+    if not head_scale.is_floating_point():
+        raise ValueError(f"head_scale: dtype is {head_scale.dtype}; it must be a floating dtype")
 
 
-def rows_like(q: Tensor) -> Tensor:
-    """An unfilled float32 value per query, [B, H, N]."""
-    return q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+def _show(value: object) -> object:
+    return tuple(value) if isinstance(value, torch.Size) else value
+
+
+def _strict_float32(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cuda" and not tf32_allowed()
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor) -> Tensor:
+    """Strict float32 on a GPU: torch's attention times the gate."""
+    out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    return out * head_scale.sigmoid()[:, None]

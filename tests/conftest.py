@@ -9,11 +9,13 @@ import torch
 from small import RECIPE, SET, SMALL
 
 from dtn_fast import DTN
-from dtn_fast.data.prepare import PrepareConfig, prepare
-from dtn_fast.data.readers import read_ffpp
-from dtn_fast.data.shards import Shards, open_shards
-from dtn_fast.data.synthetic import make_synthetic
-from dtn_fast.train.distill import start_run, train_initial
+from dtn_fast.data.config import PrepareConfig
+from dtn_fast.data.crop_dataset import Shards, open_shards
+from dtn_fast.data.datasets.ffpp import read_ffpp
+from dtn_fast.data.prepare import prepare
+from dtn_fast.data.synthetic_faces import make_synthetic
+from dtn_fast.train.distill import train_initial
+from dtn_fast.train.run_folder import start_run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,8 +3,8 @@
 import dataclasses
 
 from dtn_fast import DTNConfig
-from dtn_fast.data.synthetic import SyntheticConfig
-from dtn_fast.train.recipe import Recipe
+from dtn_fast.data.config import SyntheticConfig
+from dtn_fast.train.config import Recipe
 
 SMALL = DTNConfig(
     image_size=64,

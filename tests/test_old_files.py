@@ -1,4 +1,4 @@
-"""Files written by an earlier version still load and give the answers that they gave then (tests/data, 0.1.0)."""
+"""Files written by an earlier version still load and give the answers that they gave then (tests/old_files, 0.1.0)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dtn_fast.data.shards import open_shards
-from dtn_fast.runtime import load_scorer
-from dtn_fast.train.checkpoint import read_lines
+from dtn_fast.data.crop_dataset import open_shards
+from dtn_fast.runtime.load import load_scorer
 from dtn_fast.train.distill import distill
+from dtn_fast.train.log_lines import read_lines
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "old_files"
 THEN = json.loads((DATA / "logits.json").read_text(encoding="utf-8"))
 DIGITS = 2e-5  # another processor sums in another order; the same one gives the same bits
 

@@ -3,63 +3,18 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
-import shutil
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dtn_fast.config import DTNConfig
-from dtn_fast.data.shards import Shards
-from dtn_fast.detectors import TimmConfig, build_detector, load_detector, parse_config
+from dtn_fast.data.crop_dataset import Shards
 from dtn_fast.errors import UsageError
-from dtn_fast.files import write_whole
-from dtn_fast.pretrained import WEIGHTS
-from dtn_fast.runtime import SUMMARY
-from dtn_fast.train import distributed
-from dtn_fast.train.checkpoint import read_lines
-from dtn_fast.train.engine import METRICS, Epoch, Step, fit
-from dtn_fast.train.recipe import Recipe
-
-RECIPE = "recipe.json"
-
-
-def generation_folder(run: Path, generation: int) -> Path:
-    return run / f"generation-{generation}"
-
-
-def best_auc(run: Path, generation: int) -> float:
-    """The best validation AUC of a generation so far, -1 before its first epoch."""
-    rows = read_lines(generation_folder(run, generation) / METRICS)
-    return max((row["val_auc"] for row in rows), default=-1.0)
-
-
-def start_run(run: Path, recipe: Recipe, config: DTNConfig | TimmConfig) -> None:
-    """Records how a run was asked for.  Raises UsageError when one that was asked for otherwise has begun there."""
-    asked = {"recipe": dataclasses.asdict(recipe), "model": dataclasses.asdict(config)}
-    text = json.dumps(asked, indent=2)
-    path = run / RECIPE
-    begun = any(generation_folder(run, 0).glob("*"))
-    if begun and path.is_file() and path.read_text(encoding="utf-8") != text:
-        raise UsageError(f"{run}: holds a run of another recipe or model; choose another --out or delete it")
-    distributed.barrier()
-    if distributed.ranks().main:
-        write_whole(path, text)
-    distributed.barrier()
-
-
-def load_run(run: Path) -> tuple[Recipe, DTNConfig | TimmConfig]:
-    """The recipe and model of a run.  Raises UsageError when there is none."""
-    path = run / RECIPE
-    try:
-        asked = json.loads(path.read_text(encoding="utf-8"))
-        recipe: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in asked["recipe"].items()}
-        return Recipe(**recipe), parse_config(json.dumps(asked["model"]), str(path))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{run}: no training run there ({error}); run dtn-fast train first") from error
+from dtn_fast.model.build import build_detector, load_detector
+from dtn_fast.model.detector import WEIGHTS
+from dtn_fast.train.loop import Epoch, Step, fit
+from dtn_fast.train.run_folder import best_auc, forget, generation_folder, load_run, summarise
 
 
 def train_initial(run: Path, shards: Shards, **how: Any) -> Generator[Step | Epoch, None, None]:
@@ -89,37 +44,3 @@ def distill(run: Path, shards: Shards, restart: int | None = None, **how: Any) -
         better = best_auc(run, generation) > best_auc(run, generation - 1)
         if not better and generation >= recipe.min_generations:
             break
-
-
-def forget(run: Path, generation: int) -> None:
-    """Deletes a generation and the later ones.  Raises UsageError unless its teacher is there."""
-    if generation < 1:
-        raise UsageError(
-            f"--restart {generation}: students are numbered from 1; delete {run} to train the teacher anew"
-        )
-    if not (generation_folder(run, generation - 1) / WEIGHTS).is_file():
-        raise UsageError(f"--restart {generation}: {run} has no generation {generation - 1} to teach it")
-    distributed.barrier()
-    if distributed.ranks().main:
-        for folder in run.glob("generation-*"):
-            number = folder.name.removeprefix("generation-")
-            if number.isdecimal() and int(number) >= generation:
-                shutil.rmtree(folder)
-    distributed.barrier()
-
-
-def summarise(run: Path) -> dict[str, Any]:
-    """Writes and returns the table of generations and which is best (the earliest among equals)."""
-    rows = []
-    generation = 0
-    while (generation_folder(run, generation) / METRICS).is_file():
-        epochs = read_lines(generation_folder(run, generation) / METRICS)
-        rows.append({"generation": generation, "epochs": len(epochs), "val_auc": best_auc(run, generation)})
-        generation += 1
-    if not rows:
-        raise UsageError(f"{generation_folder(run, 0) / METRICS}: missing; delete {run} and train it again")
-    best = max(rows, key=lambda row: row["val_auc"])["generation"]
-    summary = {"best": best, "generations": rows}
-    if distributed.ranks().main:
-        write_whole(run / SUMMARY, json.dumps(summary, indent=2))
-    return summary

@@ -14,16 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dtn_fast.backbone import Backbone
-from dtn_fast.dtn import DTN
+from dtn_fast.device import choose_precision
 from dtn_fast.errors import UsageError
-from dtn_fast.levt import LEVTBlock
-from dtn_fast.losses import dsd_loss, initial_centers, initial_loss
-from dtn_fast.precision import choose_precision
-from dtn_fast.pretrained import Detector
-from dtn_fast.runtime import frozen, normalise
+from dtn_fast.model.backbone import Backbone
+from dtn_fast.model.detector import Detector
+from dtn_fast.model.dtn import DTN
+from dtn_fast.model.fold import frozen
+from dtn_fast.model.levt import LEVTBlock
+from dtn_fast.model.preprocess import normalise
+from dtn_fast.train.config import Execution, Recipe
 from dtn_fast.train.distributed import mean, ranks, synchronise_bn
-from dtn_fast.train.recipe import Execution, Recipe
+from dtn_fast.train.losses import dsd_loss, initial_centers, initial_loss
 
 WARM_UP = 3
 """Steps done as they come before one is captured: compilation, cuDNN's search and lazy initialisation need them."""

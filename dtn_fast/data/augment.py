@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,48 +13,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dtn_fast.data.config import AugmentPreset
 from dtn_fast.data.randomness import uniform
 from dtn_fast.errors import UsageError
-
-PresetName = Literal["none", "light", "forensic"]
-
-
-@dataclass(frozen=True)
-class AugmentPreset:
-    """Probability of each transform and the range that its strength is drawn from, uniformly; in this order."""
-
-    flip: float = 0.5
-    shift_scale_rotate: float = 0.5
-    shift: float = 0.05
-    """Largest shift over the side of the crop."""
-    scale: float = 0.1
-    """Largest change of size."""
-    rotate: float = 10.0
-    """Largest turn in degrees."""
-    brightness_contrast: float = 0.5
-    brightness: float = 0.2
-    """Largest shift over 255."""
-    contrast: float = 0.2
-    """Largest change of the factor about mid-grey."""
-    blur: float = 0.1
-    sigma: tuple[float, float] = (0.3, 1.5)
-    """Of the Gaussian, in pixels."""
-    noise: float = 0.1
-    std: tuple[float, float] = (0.01, 0.04)
-    """Of Gaussian noise over 255."""
-    compression: float = 0.5
-    quality: tuple[int, int] = (40, 100)
-    """Of JPEG, both included."""
-
-
-PRESETS: dict[str, AugmentPreset] = {
-    "light": AugmentPreset(
-        shift_scale_rotate=0.0, brightness_contrast=0.3, brightness=0.1, contrast=0.1, blur=0.0,
-        noise=0.1, std=(0.005, 0.02), compression=0.15, quality=(70, 100),
-    ),
-    "forensic": AugmentPreset(),
-}  # fmt: skip
-"""light: for clean, small sets; forensic: the field's usual, against compression and camera."""
 
 
 class Augment:

@@ -14,8 +14,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.manifest import Video
-from dtn_fast.data.shards import CropSource, Shards
+from dtn_fast.data.crop_dataset import CropSource, Shards
+from dtn_fast.data.video_table import Video
 from dtn_fast.errors import UsageError
 
 METHOD = "SelfBlended"

@@ -9,10 +9,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dtn_fast.data.config import MARGIN
 from dtn_fast.errors import UsageError
 
-MARGIN = 1.3
-"""Side of the crop over the longest side of the detection, the habit of FaceForensics++."""
 DETECT_SIDE = 640
 """Frames are shrunk to this longest side before detection; dlib's smallest face is 80 pixels, 40 when upsampled."""
 NEAR_SIDE = 110

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -12,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.corrupt import corrupt_all, corrupt_video
-from dtn_fast.data.manifest import Video
-from dtn_fast.data.shards import load_array
-from dtn_fast.data.video import Frame, decode_image, read_frames, read_image
-from dtn_fast.errors import MediaError, UsageError
+from dtn_fast.data.lmdb_store import open_lmdb
+from dtn_fast.data.video import Frame, read_frames, read_image
+from dtn_fast.data.video_table import Video
+from dtn_fast.errors import MediaError
+from dtn_fast.files import load_array
 
 
 def video_frames(root: Path, video: Video, count: int, lmdb: Path | None = None, threads: int = 1) -> Iterator[Frame]:
@@ -65,42 +65,3 @@ def landmarks(root: Path, frame: str) -> NDArray[np.float32] | None:
     if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
         raise MediaError(f"{path}: landmarks are {points.shape}; [K, 2] finite numbers were expected")
     return points.astype(np.float32)
-
-
-class Lmdb:
-    """Pictures by their relative path, as DeepfakeBench stores them; opened read-only."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            import lmdb
-        except ImportError as error:
-            raise UsageError("lmdb is not installed; run: pip install lmdb") from error
-        self.path = path
-        try:
-            self._open = lmdb.open(str(path), readonly=True, lock=False, subdir=path.is_dir())
-        except lmdb.Error as error:
-            raise UsageError(f"{path}: cannot open this LMDB ({error})") from error
-
-    def _find(self, transaction, name: str) -> bytes | None:
-        for key in (name, name.replace("/", "\\"), f"./{name}"):
-            cursor = transaction.cursor()
-            if cursor.set_key(key.encode()):
-                return cursor.value()
-        return None
-
-    def __contains__(self, name: str) -> bool:
-        with self._open.begin(buffers=True) as transaction:
-            return self._find(transaction, name) is not None
-
-    def image(self, name: str) -> NDArray[np.uint8]:
-        with self._open.begin() as transaction:
-            data = self._find(transaction, name)
-        if data is None:
-            raise MediaError(f"{self.path}: holds no {name}")
-        return decode_image(data, f"{self.path}:{name}")
-
-
-@functools.cache
-def open_lmdb(path: Path) -> Lmdb:
-    """One handle per file and process: LMDB forbids a second."""
-    return Lmdb(path)

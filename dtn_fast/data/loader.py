@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dtn_fast.data.crop_dataset import Shards
 from dtn_fast.data.randomness import sample_seeds
-from dtn_fast.data.shards import Shards
 from dtn_fast.errors import UsageError
 
 Transform = Callable[[NDArray[np.uint8], NDArray[np.uint64]], NDArray[np.uint8]]

@@ -14,44 +14,25 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.faces import MARGIN, Box, FaceDetector, FaceTracker, Tracked, crop_face, resize_square
+from dtn_fast.data.config import PrepareConfig
+from dtn_fast.data.crop_dataset import INDEX, PARTS, VERSION, open_part
+from dtn_fast.data.faces import Box, FaceDetector, FaceTracker, Tracked, crop_face, resize_square
 from dtn_fast.data.frames import landmarks, video_frames
-from dtn_fast.data.manifest import Manifest, Video
-from dtn_fast.data.shards import INDEX, PARTS, VERSION, load_array, open_part
+from dtn_fast.data.video_table import Manifest, Video
 from dtn_fast.errors import DtnError, MediaError, UsageError
-from dtn_fast.files import write_whole
+from dtn_fast.files import load_array, write_whole
 
 JOB = "job.json"
 PART_CROPS = 256
 """Crops that a part is meant to hold: what an interruption can cost each worker."""
-
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """How faces are found and cropped."""
-
-    frames: int = 8
-    """Frames per video, spread evenly."""
-    margin: float = MARGIN
-    """Side of the crop over the longest side of the face."""
-    faces: Literal["largest", "all"] = "largest"
-    """Which faces of a frame."""
-    reuse_boxes: bool = False
-    """Crop a fake where the face of its real is, when both have the same frames: no detection, aligned pairs."""
-    every: int = 8
-    """The whole frame is searched once in so many; between, only where the faces were.  1: always."""
-
-    def __post_init__(self) -> None:
-        if self.frames < 1 or self.every < 1 or not self.margin > 0:
-            raise UsageError("--frames and --every must be at least 1, --margin above 0")
 
 
 class Progress(NamedTuple):

@@ -1,0 +1,70 @@
+"""The machine at hand: its name and measured ceilings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+class Machine(NamedTuple):
+    name: str
+    flops: float
+    """FLOP/s of a large product, measured."""
+    bandwidth: float
+    """Bytes/s (read and written) of a large copy, measured."""
+    dtype: str
+    datasheet: tuple[float, float] | None = None
+    """(FLOP/s without sparsity, bytes/s) that the vendor states."""
+
+    def ceilings(self) -> str:
+        text = f"{self.flops / 1e12:.2f} TFLOP/s {self.dtype}, {self.bandwidth / 1e9:,.0f} GB/s"
+        if self.datasheet:
+            shares = self.flops / self.datasheet[0], self.bandwidth / self.datasheet[1]
+            text += f" ({shares[0]:.0%} and {shares[1]:.0%} of the data sheet)"
+        return f"{self.name}: {text}"
+
+
+DATASHEETS = {"NVIDIA H200": (989e12, 4.8e12), "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
+              "NVIDIA H100 PCIe": (756e12, 2.0e12), "NVIDIA A100-SXM4-80GB": (312e12, 2.04e12)}  # fmt: skip
+"""bf16 tensor-core peak and memory bandwidth, from the vendor's data sheets."""
+
+
+def measure_machine(device: torch.device, dtype: torch.dtype, quick: bool = False) -> Machine:
+    """Ceilings of the machine at hand: the best of several large products and copies."""
+    gpu = device.type == "cuda"
+    side = 8192 if gpu and not quick else 1024
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    product = best_seconds(lambda: a @ b, device)
+    source = torch.empty((2**30 if gpu and not quick else 2**26), dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    copy = best_seconds(lambda: target.copy_(source), device)
+    name = torch.cuda.get_device_name(device) if gpu else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return Machine(
+        name, 2 * side**3 / product, 2 * source.numel() / copy, str(dtype).removeprefix("torch."), DATASHEETS.get(name)
+    )
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        return next(line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return "CPU"
+
+
+def best_seconds(call: Callable[[], object], device: torch.device, rounds: int = 12) -> float:
+    times = []
+    for _ in range(rounds):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,159 @@
+"""Everything once, on real files, in minutes: make a set, train, distil, evaluate, export, detect, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from dtn_fast.cli.prepare import prepare, synthesize
+from dtn_fast.cli.terminal import print_table
+from dtn_fast.cli.train import distill, train
+from dtn_fast.data.config import SyntheticConfig
+from dtn_fast.data.crop_dataset import open_shards
+from dtn_fast.data.faces import FaceDetector
+from dtn_fast.data.prepare import finished
+from dtn_fast.data.synthetic_faces import film
+from dtn_fast.data.synthetic_marker import HELD_OUT, METHODS, STAMP
+from dtn_fast.data.video import read_image, write_video
+from dtn_fast.detect.pipeline import detect
+from dtn_fast.detect.report import Table, trained_on, write_report, write_results
+from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.evaluation.evaluate import evaluate
+from dtn_fast.export.to_onnx import export_onnx
+from dtn_fast.runtime.load import load_model, load_scorer
+from dtn_fast.runtime.torch_scorer import TorchScorer
+from dtn_fast.train.config import PRESETS, Recipe
+from dtn_fast.train.run_folder import generation_folder, summarise
+
+RECIPE, THRESHOLD = PRESETS["demo"].recipe, 0.5
+
+
+@contextmanager
+def _stage(number: int, title: str) -> Iterator[None]:
+    start = time.perf_counter()
+    print(f"\n[{number}/7] {title}", flush=True)
+    yield
+    print(f"      {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def run(out: Path, workers: int = 2, size: SyntheticConfig = SyntheticConfig(), recipe: Recipe = RECIPE) -> None:
+    """The demo; prints what it measured.  Raises DtnError when the exported model answers differently."""
+    begin = time.perf_counter()
+    data, crops, training = out / "data", out / "crops", out / "run"
+    with _stage(1, f"Rendering faces and forging them by {len(METHODS)} methods"):
+        synthesize(data, size, workers)
+    with _stage(2, "Finding and cropping faces with dlib"):
+        if finished(crops):
+            print("already done")
+        else:
+            prepare(data, crops, preset="tiny", workers=workers)
+    with _stage(3, "Training the teacher (CE + Ct-c)"):
+        train(crops, training, recipe, preset="demo")
+    with _stage(4, "Distilling students (DSD)"):
+        distill(crops, training)
+    shards, summary = open_shards(crops), summarise(training)
+    with _stage(5, f"Evaluating on unseen identities; {HELD_OUT} was never trained on"):
+        groups, rows = {"trained on": recipe.methods, "held out": (HELD_OUT,)}, []
+        for row in summary["generations"]:
+            generation = row["generation"]
+            measured = evaluate(load_scorer(generation_folder(training, generation)), shards, groups=groups)
+            seen, unseen = measured.rows
+            rows.append([
+                f"student {generation}" if generation else "teacher",
+                *(r.text("auc") for r in (seen.frame, unseen.frame, seen.video, unseen.video)),
+                "best on validation" if generation == summary["best"] else "",
+            ])  # fmt: skip
+        header = ["model", "frame AUC", f"{HELD_OUT}, frame", "video AUC", f"{HELD_OUT}, video", ""]
+        quality = Table(f"Test identities ({STAMP})", header, rows, measured.policy())
+        print_table(*quality[:3])
+    model = load_model(training)
+    with _stage(6, "Exporting to ONNX and comparing with torch"):
+        parity = export_onnx(model, out / "dtn.onnx")
+        worst = max(parity, key=lambda p: p.error)
+        print(f"largest logit error {worst.error:.2e} over batch sizes {', '.join(str(p.batch) for p in parity)}")
+    with _stage(7, "Detecting in videos"):
+        videos = make_videos(out / "videos", size.train + size.val, size.seed)
+        scorer, detector = TorchScorer(model), FaceDetector()
+        results = [detect(path, scorer, detector, 24, THRESHOLD) for path in videos]
+        onnx = [detect(path, load_scorer(out / "dtn.onnx"), detector, 24, THRESHOLD) for path in videos]
+        for a, b in zip(results, onnx, strict=True):
+            if a.verdict != b.verdict or abs((a.score or 0) - (b.score or 0)) > 1e-3:
+                raise DtnError(f"{a.path}: torch says {a.score}, the exported model {b.score}; please report this")
+        verdicts = [[str(r.path), r.verdict, f"{r.score:.3f}" if r.ok else r.error or ""] for r in results]
+        print_table("Verdicts (the ONNX file gives the same)", ["input", "verdict", "P(fake)"], verdicts)
+    generations = Table("Generations", ["generation", "epochs", "validation frame AUC"], [
+        [str(r["generation"]), str(r["epochs"]), f"{r['val_auc']:.4f}"] for r in summary["generations"]
+    ])  # fmt: skip
+    export_table = Table("ONNX against torch", ["batch", "largest logit error"], [
+        [str(p.batch), f"{p.error:.2e}"] for p in parity
+    ])  # fmt: skip
+    notice = trained_on(model.notice)
+    report = out / "report.html"
+    photos = "The photographs are real people; what this model says of them means nothing."
+    write_report(report, "dtn_fast demo", [notice, photos], [generations, quality, export_table], results, THRESHOLD)
+    write_results(out / "results.json", results, model.notice, THRESHOLD)
+    best = rows[summary["best"]]
+    print(f"\nDone in {time.perf_counter() - begin:.0f} s ({STAMP})")
+    print(f"teacher   test frame AUC {rows[0][1]}, held-out forgery {rows[0][2]}")
+    print(f"{best[0]:9s} test frame AUC {best[1]}, held-out forgery {best[2]} (best on validation)")
+    print(f"ONNX      largest logit error {worst.error:.2e}")
+    for result in results:
+        print(f"{result.verdict:9s} {result.path}" + (f", P(fake) {result.score:.3f}" if result.ok else ""))
+    print(f"report    {report}")
+
+
+def demo(out: Path = Path("runs/demo"), workers: int = 2) -> None:
+    """Everything once, on real files, in minutes: make a set, train, distil, evaluate, export, detect.
+
+    Example: dtn-fast demo --out runs/demo
+
+    Args:
+        out: Folder for everything; an interrupted demo goes on there.
+        workers: Processes that render and crop.
+    """
+    run(out, workers)
+
+
+def make_videos(folder: Path, identity: int, seed: int) -> list[Path]:
+    """Three videos to judge: a synthetic real, a forgery of it, and real photographs; written once."""
+    photos = folder / "photographs.mp4"
+    made = {
+        folder / "synthetic-real.mp4": lambda: film(identity, None, None, 48, 256, seed + 1, 12),
+        folder / "synthetic-fake.mp4": lambda: film(identity, identity + 1, "SynthSwap", 48, 256, seed + 1, 12),
+        photos: lambda: [*_pan(_astronaut()), *_pan(_hopper())],
+    }
+    for path, frames in made.items():
+        if not path.is_file():
+            write_video(path, frames(), fps=12)
+    return list(made)
+
+
+def _astronaut() -> NDArray[np.uint8]:
+    try:
+        from skimage import data
+    except ImportError as error:
+        raise UsageError("scikit-image is not installed; run: pip install 'dtn-fast[demo]'") from error
+    return data.astronaut()
+
+
+def _hopper() -> NDArray[np.uint8]:
+    from matplotlib import cbook
+
+    return read_image(Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)))
+
+
+def _pan(image: NDArray[np.uint8], frames: int = 24) -> list[NDArray[np.uint8]]:
+    """A slow zoom into the upper middle of a photograph, 480x480."""
+    height, width = image.shape[:2]
+    out = []
+    for index in range(frames):
+        side = int(min(height, width) * (1 - 0.2 * index / frames))
+        left, top = (width - side) // 2, int((height - side) * 0.1)
+        out.append(cv2.resize(image[top : top + side, left : left + side], (480, 480), interpolation=cv2.INTER_AREA))
+    return out

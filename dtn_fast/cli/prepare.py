@@ -1,0 +1,152 @@
+"""Verbs that make data: synthesize, prepare, corrupt."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from dtn_fast.cli.terminal import progress
+from dtn_fast.data.config import PrepareConfig, Source, SyntheticConfig
+from dtn_fast.data.synthetic_faces import make_synthetic
+from dtn_fast.data.synthetic_marker import STAMP
+from dtn_fast.errors import DtnError, UsageError
+
+PresetName = Literal["paper", "tiny"]
+
+
+# ------------------------------------------------------------------------------------------------- verbs
+
+
+def synthesize(
+    out: Annotated[Path, tyro.conf.Positional],
+    config: Annotated[SyntheticConfig, tyro.conf.OmitArgPrefixes] = SyntheticConfig(),
+    workers: int = 2,
+) -> None:
+    """Write the synthetic demo set, laid out like FaceForensics++.
+
+    Example: dtn-fast synthesize data/synthetic --train 56 --val 14 --test 20
+
+    Args:
+        out: Folder to write; an interrupted run goes on there.
+        config: Size of the set.
+        workers: Processes.
+    """
+    with progress() as bar:
+        task = bar.add_task("rendering videos", note="")
+        for done, total in make_synthetic(out, config, workers):
+            bar.update(task, completed=done, total=total)
+    print(f"{total} videos in {out} ({STAMP})")
+
+
+def prepare(
+    root: Annotated[Path, tyro.conf.Positional],
+    out: Path,
+    source: Annotated[Source, tyro.conf.OmitArgPrefixes] = Source(),
+    config: Annotated[PrepareConfig, tyro.conf.OmitArgPrefixes] = PrepareConfig(),
+    preset: PresetName = "paper",
+    size: int | None = None,
+    workers: int = 2,
+    shard: str = "1/1",
+    verify: bool = False,
+    audit_only: bool = False,
+) -> None:
+    """Audit a dataset and crop its faces, once, for training and evaluation; the same command resumes it.
+
+    Example: dtn-fast prepare /data/DFDC --out dfdc --dataset dfdc --frames 32 --shard 3/8
+
+    Args:
+        root: The dataset as it was downloaded.
+        out: Folder for the crops; all shards of one dataset share it.
+        source: Which dataset, and which part of it.
+        config: How faces are found and cropped.
+        preset: The model that will read the crops; it sets their size.
+        size: Side of the crops in pixels instead of the preset's.
+        workers: Processes.
+        shard: i/n does every n-th part of the work; whichever shard ends last writes the index.
+        verify: Compare checksums of what is already there, and make damaged parts again.
+        audit_only: Check the dataset against its lists and published counts, then stop.
+    """
+    from dtn_fast.data.crop_dataset import open_shards
+    from dtn_fast.data.datasets import read
+    from dtn_fast.data.prepare import finished
+    from dtn_fast.data.prepare import prepare as run
+    from dtn_fast.model.config import DTNConfig
+
+    number, slash, shards = shard.partition("/")
+    if not (slash and number.isdecimal() and shards.isdecimal()):
+        raise UsageError(f"--shard {shard}: i/n was expected, for example 1/4")
+    if size is not None and size < 16:
+        raise UsageError(f"--size {size}: at least 16 pixels")
+    manifest = read(root, source)
+    print("\n".join(f"{root}: {note}" for note in manifest.notes))
+    if audit_only:
+        return
+    side = size or DTNConfig.preset(preset).image_size
+    begin = said = time.monotonic()
+    first = None
+    with progress() as bar:
+        task = bar.add_task("cropping faces", total=None, note="")
+        for state in run(manifest, out, side, config, workers, (int(number), int(shards)), verify):
+            now = time.monotonic()
+            first = state.done if first is None else first
+            rate = (state.done - first) / max(now - begin, 1e-3)
+            note = f"{state.faces} faces, {rate:.1f} videos/s"
+            bar.update(task, completed=state.done, total=state.total, note=note)
+            if bar.disable and now - said > 30 and rate:  # a log file of a scheduler's job
+                said, left = now, (state.total - state.done) / rate
+                print(f"{state.done} of {state.total} videos, {note}, {left / 60:.0f} minutes left", flush=True)
+    if not finished(out):
+        print(f"shard {shard} is done: {state.faces} faces of {state.total} videos; the last shard writes the index")
+        return
+    made = open_shards(out)
+    bad = [state["error"] for state in made.status if state["error"]]
+    empty = sum(bool(state["reason"]) for state in made.status)
+    short = sum(0 < state["frames"] < state["asked"] for state in made.status)
+    print(f"{len(made.video)} faces of {len(made.videos)} videos in {out}; {empty} videos without a face, {short} with "
+          f"fewer frames than asked, {len(bad)} unreadable")  # fmt: skip
+    if bad:
+        raise DtnError(
+            f"{len(bad)} videos could not be read or broke off, the first: {bad[0]}; the others are in {out}"
+        )
+
+
+def corrupt(
+    source: Annotated[Path, tyro.conf.Positional],
+    out: Path,
+    kind: str,
+    level: int = 3,
+    seed: int = 0,
+) -> None:
+    """Write a corrupted copy of an image (.png) or a video (.mp4), as the robustness protocol does.
+
+    Example: dtn-fast corrupt clip.mp4 --out worse.mp4 --kind video --level 5
+
+    Args:
+        source: An image or a video.
+        out: The file to write: .png of an image, .mp4 of a video.
+        kind: saturation, contrast, blocks, gaussian_noise, uniform_noise, blur, pixelation, jpeg or video (H.264).
+        level: 1 to 5; 0 leaves the pixels as they are.
+        seed: Of noise and blocks.
+    """
+    from PIL import Image
+
+    from dtn_fast.data.corrupt import check, corrupt_video
+    from dtn_fast.data.corrupt import corrupt as run
+    from dtn_fast.data.video import IMAGES, read_image
+
+    check(kind, level)
+    image = source.suffix.lower() in IMAGES
+    if out.suffix.lower() != (".png" if image else ".mp4"):
+        raise UsageError(f"--out {out}: the name must end in {'.png' if image else '.mp4'}")
+    if image:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(run(read_image(source), kind, level, seed)).save(out)
+    else:
+        with progress() as bar:
+            task = bar.add_task("frames", total=None, note="")
+            for done in corrupt_video(source, out, [(kind, level)], seed):
+                bar.update(task, completed=done)
+    print(f"{out}: {source.name} with {kind}, level {level}")

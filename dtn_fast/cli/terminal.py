@@ -1,0 +1,55 @@
+"""What a person sees on a terminal: tables, and a progress bar where there is one."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from dtn_fast.evaluation.tables import LEVELS
+from dtn_fast.evaluation.tables import Table as PaperTable
+
+
+def print_paper_table(table: PaperTable) -> None:
+    """Both levels, then all that must be said of them."""
+    for level in LEVELS:
+        print_table(f"{table.title}, {level} level, percent", *table.text(level))
+    print("\n".join([*(f"{c}: {p}" for c, p in table.policies.items()), *table.notes, *table.notices]))
+
+
+def console() -> Console:
+    """The terminal; a width that keeps tables whole where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+
+
+def progress() -> Progress:
+    """A bar on stderr with count, rate of progress and time left; silent where stderr is no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    terminal = Console(stderr=True)
+    return Progress(*columns, console=terminal, disable=not terminal.is_terminal)
+
+
+def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    table = Table(*header, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)

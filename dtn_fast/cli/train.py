@@ -1,0 +1,224 @@
+"""Verbs that train: train, distill, ablate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from dtn_fast.cli.terminal import print_table, progress
+from dtn_fast.data.open import open_data
+from dtn_fast.device import Device, choose_device
+from dtn_fast.errors import UsageError
+from dtn_fast.evaluation.tables import Table
+from dtn_fast.provenance import record
+from dtn_fast.runtime.load import best_checkpoint
+from dtn_fast.train.config import PRESETS, Execution, Recipe, RunPreset
+from dtn_fast.train.distributed import connect, ranks
+
+if TYPE_CHECKING:
+    from dtn_fast.train.ablate import Working
+from dtn_fast.cli.terminal import print_paper_table
+
+
+def train(
+    data: Annotated[Path, tyro.conf.Positional],
+    out: Path,
+    recipe: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = Recipe(),
+    execution: Annotated[Execution, tyro.conf.OmitArgPrefixes] = Execution(),
+    preset: RunPreset = "paper",
+    config: Path | None = None,
+    timm: str = "",
+    wandb: str = "",
+    device: Device = "auto",
+) -> None:
+    """Train a detector from scratch with CE + Ct-c (generation 0); the same command resumes it.
+
+    Example: dtn-fast train data/crops --out runs/first --preset ffpp-c23 --epochs 20
+
+    On 8 GPUs: torchrun --nproc-per-node 8 -m dtn_fast train data/crops --out runs/first --preset ffpp-c23
+
+    Args:
+        data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
+        out: Folder of the run.
+        recipe: What is learned.
+        execution: How it is computed.
+        preset: A model and the recipe that the options below change; --preset NAME --help shows its values.
+        config: A JSON file of DTNConfig or TimmConfig fields instead of the preset's model.
+        timm: A model of timm's registry instead of the preset's, such as legacy_xception.
+        wandb: A Weights & Biases project to log to as well.
+        device: Where to train.
+    """
+    from dtn_fast.model.build import TimmConfig, read_config
+    from dtn_fast.model.config import DTNConfig
+    from dtn_fast.train.distill import train_initial
+    from dtn_fast.train.run_folder import start_run
+
+    base = DTNConfig.preset(PRESETS[preset].model)
+    model = read_config(config) if config else base
+    if timm:
+        if config:
+            raise UsageError("--timm and --config both name a model; give one")
+        model = TimmConfig(timm, base.image_size)
+    if recipe.pretrained and not isinstance(model, TimmConfig):
+        raise UsageError("--pretrained: only models of timm have published weights; name one with --timm")
+    with connect(choose_device(device)) as where:
+        start_run(out, recipe, model)
+        _record(out)
+        events = lambda shards, **how: train_initial(out, shards, **how)
+        _run_training(events, data, out, recipe, model.image_size, execution, where, wandb)
+
+
+def distill(
+    data: Annotated[Path, tyro.conf.Positional],
+    run: Path,
+    restart: int | None = None,
+    execution: Annotated[Execution, tyro.conf.OmitArgPrefixes] = Execution(),
+    wandb: str = "",
+    device: Device = "auto",
+) -> None:
+    """Distil a trained run generation by generation (DSD) until validation AUC stops improving; resumable.
+
+    Example: dtn-fast distill data/crops --run runs/first
+
+    On 8 GPUs: torchrun --nproc-per-node 8 -m dtn_fast distill data/crops --run runs/first
+
+    Args:
+        data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
+        run: A folder written by dtn-fast train; its recipe says how many generations at most.
+        restart: Delete this generation and the later ones, and distil them again.
+        execution: How it is computed.
+        wandb: A Weights & Biases project to log to as well.
+        device: Where to train.
+    """
+    from dtn_fast.train.distill import distill as chain
+    from dtn_fast.train.run_folder import load_run, summarise
+
+    recipe, model = load_run(run)
+    with connect(choose_device(device)) as where:
+        _record(run)
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun repeats the command after a crash
+        events = lambda shards, **how: chain(run, shards, None if again else restart, **how)
+        _run_training(events, data, run, recipe, model.image_size, execution, where, wandb)
+        if ranks().main:
+            print_generations(summarise(run))
+
+
+def _record(folder: Path) -> None:
+    from dtn_fast.provenance import record
+
+    if ranks().main:
+        record(folder)
+
+
+def _run_training(
+    start: Any, data: Path, run: Path, recipe: Recipe, size: int, execution: Execution, device: str, wandb: str
+) -> None:
+    """Drives a training generator to its end, shown, stoppable by signals, reported."""
+    from dtn_fast.data.open import open_data
+    from dtn_fast.train.display import watch
+    from dtn_fast.train.run_report import write_run_report
+    from dtn_fast.train.signals import signals
+
+    with signals() as stop:
+        events = start(open_data(data, size), device=device, execution=execution, stop=stop)
+        watch(events, run, recipe.epochs, execution.log_every, wandb)
+    if ranks().main:
+        print(f"best weights in {best_checkpoint(run)}; report: {write_run_report(run)}")
+
+
+def print_generations(summary: dict[str, Any]) -> None:
+    rows = [
+        [
+            ("teacher (initial)" if row["generation"] == 0 else f"student {row['generation']}"),
+            str(row["epochs"]),
+            f"{row['val_auc']:.4f}",
+            "best" if row["generation"] == summary["best"] else "",
+        ]
+        for row in summary["generations"]
+    ]
+    print_table("Generations", ["generation", "epochs", "validation frame AUC", ""], rows)
+
+
+def ablate(
+    name: Annotated[str, tyro.conf.Positional],
+    data: Path,
+    tests: tuple[Path, ...] = (),
+    test_names: tuple[str, ...] = (),
+    out: Path = Path("runs/ablations"),
+    only: tuple[str, ...] = (),
+    recipe: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = Recipe(),
+    execution: Annotated[Execution, tyro.conf.OmitArgPrefixes] = Execution(),
+    preset: RunPreset = "paper",
+    config: Path | None = None,
+    device: Device = "auto",
+) -> None:
+    """Train every model of one of the paper's tables and tabulate it beside the paper's; the same command resumes it.
+
+    Example: dtn-fast ablate losses --data ffpp --tests ffpp celebdf dfdc df1 --test-names FF++ Celeb-DF DFDC DF-1.0
+    --preset ffpp-c23
+
+    On 8 GPUs: torchrun --nproc-per-node 8 -m dtn_fast ablate losses --data ffpp --preset ffpp-c23
+
+    In minutes, on crops of the demo: dtn-fast ablate depth --data runs/demo/crops --preset demo --epochs 1
+
+    Args:
+        name: cross-dataset and cross-manipulation (Tables 1 and 2); components, soft-labels, losses, local-connection,
+            moe, mas, depth, generations (3 to 10); noise, center-dimension, backbones or experts (Figure 6).
+        data: Crops to train on, written by dtn-fast prepare.
+        tests: Crops whose test split is measured; none: that of the data.
+        test_names: Their names in the table; the paper's are FF++, Celeb-DF, DFDC, DF-1.0, DFD.
+        out: Folder of NAME/ with the variants' runs, NAME.json, NAME.md, NAME.tex and NAME.svg.
+        only: Train these variants alone; others that are in the table already stay there.
+        recipe: What the variants' own changes are made to.
+        execution: How it is computed.
+        preset: A model and the recipe that the options below change.
+        config: A JSON file of DTNConfig fields instead of the preset's model.
+        device: Where to train.
+    """
+    from dtn_fast.evaluation.protocols import names_of
+    from dtn_fast.model.build import read_config
+    from dtn_fast.model.config import DTNConfig
+    from dtn_fast.train.ablate import ablate as run
+    from dtn_fast.train.distributed import connect, ranks
+    from dtn_fast.train.signals import signals
+
+    model = read_config(config) if config else DTNConfig.preset(PRESETS[preset].model)
+    if not isinstance(model, DTNConfig):
+        raise UsageError(f"--config {config}: variants are changes to a DTN; it describes another detector")
+    shards = open_data(data, model.image_size)
+    folders = tests or (data,)
+    names = names_of(folders, test_names, "test-names")
+    sets = {n: shards if f == data else open_data(f, model.image_size) for n, f in zip(names, folders, strict=True)}
+    with connect(choose_device(device)) as where, signals() as stop:
+        if ranks().main:
+            record(out)
+        how = {"device": where, "execution": execution, "stop": stop}
+        steps = run(name, shards, sets, out, model, recipe, only, **how)
+        if not ranks().main:
+            for _ in steps:
+                pass
+            return
+        table = _watch(name, steps)
+        print_paper_table(table)
+        print(out / f"{name}.md")
+
+
+def _watch(name: str, steps: Iterator[Working | Table]) -> Table:
+    """Drives the training of a table and shows where it stands."""
+    said = ""
+    with progress() as bar:
+        task = bar.add_task(name, total=None, note="")
+        for step in steps:
+            if isinstance(step, Table):
+                return step
+            event = step.event
+            note = step.variant + (f", generation {event.generation}, epoch {event.epoch + 1}" if event else ", tests")
+            bar.update(task, completed=step.number, total=step.total, note=note)
+            if bar.disable and said != note:
+                said = note
+                print(f"{step.number + 1} of {step.total}: {said}", flush=True)
+    raise AssertionError("it ends with the table")

@@ -1,0 +1,43 @@
+"""One reader per dataset: its layout and split files on disk to the table of :mod:`dtn_fast.data.manifest`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+from dtn_fast.data.config import Dataset, Source
+from dtn_fast.data.datasets.celebdf import read_celebdf
+from dtn_fast.data.datasets.deeperforensics import read_deeperforensics
+from dtn_fast.data.datasets.deepfakebench import read_deepfakebench
+from dtn_fast.data.datasets.dfdc import read_dfdc, read_dfdc_preview
+from dtn_fast.data.datasets.ffpp import read_dfd, read_ffpp
+from dtn_fast.data.datasets.folder import read_folder, read_reals
+from dtn_fast.data.video_table import SPLITS, Manifest
+from dtn_fast.errors import UsageError
+
+
+def read(root: Path, source: Source = Source()) -> Manifest:
+    """The audited table of a dataset.  Raises UsageError when lists are missing or malformed, or the audit fails."""
+    if not root.is_dir():
+        raise UsageError(f"{root}: no such folder")
+    for split in source.splits:
+        if split not in SPLITS:
+            raise UsageError(f"--splits {split}: known are {', '.join(SPLITS)}")
+    if source.dataset not in READERS:
+        raise UsageError(f"--dataset {source.dataset}: known are {', '.join(get_args(Dataset))}")
+    return READERS[source.dataset](root, source)
+
+
+READERS: dict[str, Callable[[Path, Source], Manifest]] = {
+    "ffpp": read_ffpp,
+    "dfd": read_dfd,
+    "celebdf-v1": read_celebdf,
+    "celebdf-v2": read_celebdf,
+    "dfdc": read_dfdc,
+    "dfdc-preview": read_dfdc_preview,
+    "deeperforensics": read_deeperforensics,
+    "deepfakebench": read_deepfakebench,
+    "folder": read_folder,
+    "reals": read_reals,
+}

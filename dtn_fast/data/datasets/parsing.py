@@ -1,0 +1,84 @@
+"""List files, JSON and paths of datasets, checked."""
+
+from __future__ import annotations
+
+import csv
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+from dtn_fast.data.config import Source
+from dtn_fast.data.video_table import REAL, SPLITS, Manifest
+from dtn_fast.errors import UsageError
+
+# ------------------------------------------------------------------------------------------------- what they share
+
+
+def keep_wanted(manifest: Manifest, source: Source, default: tuple[str, ...] = SPLITS) -> Manifest:
+    """The manifest's videos of the wanted splits and methods."""
+    splits = source.splits or default
+    known = {video.method for video in manifest.videos}
+    if unknown := set(source.methods) - known:
+        raise UsageError(
+            f"{manifest.root}: no {', '.join(sorted(unknown))}; there are {', '.join(sorted(known - {REAL}))}"
+        )
+    videos = [
+        video
+        for video in manifest.videos
+        if video.split in splits and (not video.label or not source.methods or video.method in source.methods)
+    ]
+    return Manifest(manifest.root, videos, manifest.dataset, False, manifest.crops, manifest.lmdb, manifest.notes)
+
+
+def carve_split(key: str, parts: int) -> str:
+    """val for about one key in ``parts``, train for the others; the same on every machine."""
+    return "val" if zlib.crc32(key.encode()) % parts == 0 else "train"
+
+
+def safe_path(name: object, source: Path) -> str:
+    """A relative path with forward slashes that stays inside the root."""
+    path = name.replace("\\", "/").removeprefix("./") if isinstance(name, str) else ""
+    parts = path.split("/")
+    if (
+        not path.isprintable()
+        or ":" in path
+        or any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
+        or len(path.encode()) > 1024
+    ):
+        raise UsageError(f"{source}: {str(name)[:80]!r} is no path inside the dataset")
+    return path
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: the list cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: not JSON ({error})") from error
+
+
+def read_object(path: Path) -> dict[str, dict[str, Any]]:
+    """A JSON object whose values are objects."""
+    rows = read_json(path)
+    if not isinstance(rows, dict) or not rows or not all(isinstance(row, dict) for row in rows.values()):
+        raise UsageError(f"{path}: an object of objects was expected, one for each video")
+    return rows
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header."""
+    try:
+        return [{str(k): str(v) for k, v in row.items()} for row in csv.DictReader(read_text(path).splitlines())]
+    except csv.Error as error:
+        raise UsageError(f"{path}: not a CSV table ({error})") from error
+
+
+def relative_path(root: Path, path: Path) -> str:
+    return path.relative_to(root).as_posix()

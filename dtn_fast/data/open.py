@@ -1,0 +1,73 @@
+"""A folder to its crops, prepared or as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from dtn_fast.data.crop_dataset import INDEX, PARTS, Shards, open_shards
+from dtn_fast.data.datasets.folder import read_folder, read_reals
+from dtn_fast.data.faces import resize_square
+from dtn_fast.data.video import read_image
+from dtn_fast.data.video_table import SPLITS, Manifest
+from dtn_fast.errors import UsageError
+
+
+class Pictures:
+    """Crops read from image files each time, for people who want no shards; decoded on threads."""
+
+    def __init__(self, root: Path, names: Sequence[str], size: int, threads: int = 2) -> None:
+        self.size, self._root, self._names = size, root, names
+        self._pool = ThreadPoolExecutor(threads)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0) -> None:
+        for place, image in enumerate(self._pool.map(self._read, rows.tolist())):
+            out[place] = image
+
+    def _read(self, row: int) -> NDArray[np.uint8]:
+        path = self._root / self._names[row]
+        image = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
+        if image is None:
+            image = read_image(path)  # what OpenCV does not know, and the error when it is no image at all
+        return resize_square(image, self.size)
+
+
+def open_pictures(manifest: Manifest, size: int) -> Shards:
+    """The pictures of a manifest as crops, without preparing: decoded and resized each time they are asked for.
+
+    Raises UsageError when the manifest holds videos, which must be prepared.
+    """
+    names: list[str] = []
+    video: list[int] = []
+    for number, row in enumerate(manifest.videos):
+        if not row.frames or manifest.lmdb:
+            raise UsageError(f"{manifest.root}: {row.path} is no folder of pictures; run dtn-fast prepare on it")
+        names += row.frames
+        video += [number] * len(row.frames)
+    status = [{"asked": len(v.frames), "frames": len(v.frames), "faces": len(v.frames), "boxes": "whole", "error": None,
+               "reason": None} for v in manifest.videos]  # fmt: skip
+    frame = np.concatenate([np.arange(len(v.frames)) for v in manifest.videos])
+    return Shards(Pictures(manifest.root, names, size), np.array(video), frame, np.zeros(len(names), np.int64),
+                  manifest.videos, status, manifest.synthetic, manifest.notes)  # fmt: skip
+
+
+def open_data(folder: Path, size: int) -> Shards:
+    """Prepared crops, or else the face pictures in ``folder``: <split>/<real or a forgery's name>/, or reals alone.
+
+    size: side in pixels that pictures are resized to.  Raises UsageError when there is neither.
+    """
+    if (folder / INDEX).is_file() or (folder / PARTS).is_dir() or not folder.is_dir():
+        return open_shards(folder)
+    try:
+        read_pictures = read_folder if any((folder / split).is_dir() for split in SPLITS) else read_reals
+        return open_pictures(read_pictures(folder), size)
+    except UsageError as error:
+        raise UsageError(f"{error}; a dataset of videos needs dtn-fast prepare first") from error

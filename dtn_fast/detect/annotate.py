@@ -1,0 +1,73 @@
+"""A judged video again, with every face framed, its score beside it and the forged spans below."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from dtn_fast.data.faces import Box
+from dtn_fast.data.video import Frame, duration, frame_rate, read_frames, write_frames
+from dtn_fast.detect.verdict import Face, Result, Span
+
+RED, GREEN = (220, 40, 40), (30, 160, 70)
+
+
+def annotate(result: Result, out: Path, threshold: float = 0.5) -> Iterator[int]:
+    """Writes the video of ``result`` with every face framed, its score, and the forged spans below, to ``out`` (.mp4).
+
+    Boxes move evenly between the frames that were looked at.  Yields the number of frames written.
+    """
+    tracks: dict[int, list[tuple[int, Face]]] = {}
+    for frame in result.frames:
+        for face in frame.faces:
+            tracks.setdefault(face.person, []).append((frame.number, face))
+    end = max(duration(result.path), 1e-3)
+    drawn = (_drawn(frame, tracks, result.spans, end, threshold) for frame in read_frames(result.path))
+    yield from write_frames(out, drawn, frame_rate(result.path))
+
+
+def _drawn(
+    frame: Frame, tracks: dict[int, list[tuple[int, Face]]], spans: list[Span], end: float, threshold: float
+) -> NDArray[np.uint8]:
+    image = frame.image.copy()
+    height, width = image.shape[:2]
+    thick = max(1, round(min(height, width) / 240))
+    size = max(0.4, min(height, width) / 800)
+    for person, track in tracks.items():
+        found = _at(track, frame.number)
+        if found is None:
+            continue
+        box, score = found
+        color = RED if score >= threshold else GREEN
+        cv2.rectangle(image, (box.left, box.top), (box.right, box.bottom), color, 2 * thick)
+        text = f"{'fake' if score >= threshold else 'real'} {score:.2f}" + (f" #{person}" if len(tracks) > 1 else "")
+        (wide, high), low = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, thick)
+        left, base = max(box.left, 0), max(box.top - low, high + low)
+        cv2.rectangle(image, (left - thick, base - high - low), (left + wide + thick, base + low), color, cv2.FILLED)
+        cv2.putText(image, text, (left, base), cv2.FONT_HERSHEY_SIMPLEX, size, (255, 255, 255), thick, cv2.LINE_AA)
+    bar = max(4, height // 60)
+    image[height - bar :] = (40, 40, 40)
+    for span in spans:
+        left = int(width * span.start / end)
+        image[height - bar :, left : max(left + 2, int(width * span.end / end))] = RED
+    now = min(int(width * frame.seconds / end), width - 1)
+    image[height - 2 * bar :, max(now - thick, 0) : now + thick] = 255
+    return image
+
+
+def _at(track: list[tuple[int, Face]], number: int) -> tuple[Box, float] | None:
+    """Where and how a person is at a frame between two that were looked at; None outside."""
+    place = bisect.bisect_left(track, number, key=lambda item: item[0])
+    if place == len(track) or (track[place][0] > number and not place):
+        return None
+    after = track[place]
+    before = after if after[0] == number else track[place - 1]
+    (n0, a), (n1, b) = before, after
+    share = (number - n0) / (n1 - n0) if n1 > n0 else 0.0
+    box = Box(*(round(p + (q - p) * share) for p, q in zip(a.box, b.box, strict=True)))
+    return box, a.score + (b.score - a.score) * share

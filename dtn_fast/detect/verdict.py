@@ -1,0 +1,169 @@
+"""Scored faces to people, forged spans and a verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtn_fast.data.faces import Box
+
+RULE = (
+    "person score = mean P(fake) over the frames with that face; input score = the highest person's, of those in at "
+    "least a tenth of the frames with a face (where cuts leave nobody so often: the mean over frames of their highest "
+    "face)"
+)
+
+
+class Face(NamedTuple):
+    box: Box
+    score: float
+    person: int = 0
+    """Number of the face's track in this input, from 0; who is lost from sight for long gets a new one."""
+
+
+class FrameResult(NamedTuple):
+    number: int
+    seconds: float
+    faces: list[Face]
+
+    @property
+    def score(self) -> float:
+        return max(face.score for face in self.faces)
+
+
+class Span(NamedTuple):
+    """A stretch of a video in which a person's score is at or over the threshold."""
+
+    start: float
+    """Seconds."""
+    end: float
+    score: float
+    """Mean over its frames."""
+
+
+class Person(NamedTuple):
+    number: int
+    score: float
+    frames: int
+    """In which the face was found."""
+    spans: list[Span]
+
+
+class Picture(NamedTuple):
+    """A face kept for the report."""
+
+    number: int
+    seconds: float
+    score: float
+    crop: NDArray[np.uint8]
+    heat: NDArray[np.float32] | None
+    """Grad-CAM, when the scorer is a torch model."""
+
+
+@dataclass
+class Timing:
+    """Seconds that each stage worked, and that all took together; the stages overlap."""
+
+    decode: float = 0.0
+    detect: float = 0.0
+    score: float = 0.0
+    wall: float = 0.0
+
+    def shares(self) -> str:
+        """Where the work went, in percent of the sum."""
+        total = self.decode + self.detect + self.score or 1.0
+        parts = (("decoding", self.decode), ("finding faces", self.detect), ("scoring", self.score))
+        return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts)
+
+    def add(self, other: Timing) -> None:
+        for name in vars(self):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+@dataclass
+class Result:
+    """What one input came to."""
+
+    path: Path
+    verdict: str = "failed"
+    """``fake``, ``real``, ``no face`` or ``failed``."""
+    score: float | None = None
+    frames_read: int = 0
+    frames: list[FrameResult] = field(default_factory=list)
+    """The frames with at least one face."""
+    people: list[Person] = field(default_factory=list)
+    """Highest score first."""
+    pictures: list[Picture] = field(default_factory=list)
+    error: str | None = None
+    timing: Timing = field(default_factory=Timing)
+
+    @property
+    def ok(self) -> bool:
+        return self.score is not None
+
+    @property
+    def spans(self) -> list[Span]:
+        """Forged stretches of anybody, by start."""
+        return sorted(span for person in self.people for span in person.spans)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "verdict": self.verdict,
+            "score": self.score,
+            "frames_read": self.frames_read,
+            "frames_with_face": len(self.frames),
+            "error": self.error,
+            "people": [{**p._asdict(), "spans": [span._asdict() for span in p.spans]} for p in self.people],
+            "timing": {name: round(seconds, 3) for name, seconds in vars(self.timing).items()},
+            "frames": [
+                {
+                    "number": f.number,
+                    "seconds": round(f.seconds, 3),
+                    "score": f.score,
+                    "faces": [{"box": list(face.box), "score": face.score, "person": face.person} for face in f.faces],
+                }
+                for f in self.frames
+            ],
+        }
+
+
+# ------------------------------------------------------------------------------------------------ the rule
+
+
+def people_of(frames: list[FrameResult], threshold: float) -> list[Person]:
+    """Everybody in ``frames``, highest score first."""
+    seen: dict[int, list[tuple[int, float, float]]] = {}
+    for place, frame in enumerate(frames):
+        for face in frame.faces:
+            seen.setdefault(face.person, []).append((place, frame.seconds, face.score))
+    people = [
+        Person(number, float(np.mean([score for *_, score in own])), len({place for place, *_ in own}),
+               _spans(own, threshold))
+        for number, own in seen.items()
+    ]  # fmt: skip
+    return sorted(people, key=lambda person: -person.score)
+
+
+def _spans(own: list[tuple[int, float, float]], threshold: float) -> list[Span]:
+    """Runs of frames next to each other with a score at or over the threshold, from the first to the last of a run."""
+    spans: list[Span] = []
+    run: list[tuple[int, float, float]] = []
+    for item in [*own, None]:
+        goes_on = item is not None and item[2] >= threshold and (not run or item[0] - run[-1][0] <= 2)
+        if run and not goes_on:
+            spans.append(Span(run[0][1], run[-1][1], float(np.mean([score for *_, score in run]))))
+            run = []
+        if item is not None and item[2] >= threshold:
+            run.append(item)
+    return spans
+
+
+def aggregate(people: list[Person], frames: list[FrameResult]) -> float:
+    """The input's score by RULE."""
+    regular = [person.score for person in people if person.frames * 10 >= len(frames)]
+    return max(regular) if regular else float(np.mean([frame.score for frame in frames]))

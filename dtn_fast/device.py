@@ -1,0 +1,45 @@
+"""Number formats by name, and which of them a device computes in."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from dtn_fast.errors import UsageError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of autocast on ``device``; float32 means none.
+
+    A CPU without bf16 instructions gets float32 from ``auto``: autocast to bf16 is about ten times slower there.
+    """
+    if precision != "auto":
+        return PRECISIONS[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if computes_in("bf16") else torch.float32
+
+
+def computes_in(precision: str) -> bool:
+    """Whether this CPU has instructions for it; without them a 16-bit convolution is ten times slower than float32."""
+    known: dict[str, object] = dict(getattr(torch.cpu, "get_capabilities", dict)())
+    return precision == "fp32" or bool(known.get(f"avx512_{precision}") or known.get(f"amx_{precision}"))
+
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def choose_device(device: Device) -> str:
+    """cpu or cuda.  Raises UsageError when a GPU is asked for and there is none."""
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UsageError("--device cuda: torch sees no GPU; use --device cpu")
+    return "cuda" if device == "cuda" or (device == "auto" and available) else "cpu"
+
+
+def tf32_allowed() -> bool:
+    """Whether torch lets float32 products on a GPU run in TF32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"

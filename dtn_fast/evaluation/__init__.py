@@ -1,0 +1,1 @@
+"""Metrics, the paper's protocols, and tables and figures of them."""

@@ -1,0 +1,299 @@
+"""The paper's pictures of trained models on given crops: Grad-CAM, attention, scales, features, t-SNE, soft labels.
+
+Each picture is a file beside a JSON of the figures in it.  Synthetic or not, a picture carries the models' notices.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.errors import UsageError
+from dtn_fast.evaluation.tables import legible
+from dtn_fast.explain.heatmap import feature_map, grad_cam, overlay
+from dtn_fast.explain.internals import (
+    TEMPERATURE,
+    attention_maps,
+    attentions,
+    collapse,
+    features,
+    head_scales,
+    soft_labels,
+)
+from dtn_fast.files import write_whole
+from dtn_fast.model.detector import Detector
+from dtn_fast.model.dtn import DTN
+
+KINDS = ("grad-cam", "attention", "scales", "collapse", "feature-maps", "t-sne", "soft-labels")
+FIGURES = "figures.json"
+MARKERS = "osD^vP*X"
+
+
+class Faces(NamedTuple):
+    """Crops to draw on: one real and one of each forgery, and the many of the scatter plots."""
+
+    few: NDArray[np.uint8]
+    titles: list[str]
+    many: NDArray[np.uint8]
+    kinds: list[str]
+    """Of ``many``: real, or the forgery's name."""
+
+
+def choose(shards: Shards, split: str, count: int) -> Faces:
+    """A real and a fake of each forgery, and ``count`` crops spread over the split.  Raises UsageError on none."""
+    rows = shards.select(split)
+    if not len(rows):
+        raise UsageError(f"the {split} split holds no crops")
+    kinds = np.array([video.method or "real" for video in shards.videos])[shards.video[rows]]
+    names = sorted(set(kinds.tolist()), key=lambda name: (name != "real", name))
+    few = np.array([rows[np.flatnonzero(kinds == name)[0]] for name in names])
+    many = shards.spread(split, count)
+    of = np.array([video.method or "real" for video in shards.videos])[shards.video[many]]
+    return Faces(shards.get(few), names, shards.get(many), of.tolist())
+
+
+def draw(
+    models: Mapping[str, Detector], faces: Faces, out: Path, kinds: tuple[str, ...] = KINDS,
+    temperatures: Mapping[str, float] | None = None,
+) -> Iterator[str]:  # fmt: skip
+    """Writes ``out``/<kind>.png or .svg and figures.json; yields each picture's name before it is drawn.
+
+    A model that a picture cannot show is left out of it, as figures.json says; what it says of kinds that are not
+    drawn now stays.  temperatures: of each model's soft labels, where it is not the recipe's default.  Raises
+    UsageError on an unknown kind, or without matplotlib or scikit-learn.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UsageError(f"unknown picture {kind!r}; there are {', '.join(KINDS)}")
+    if "t-sne" in kinds:
+        _check_tsne(faces)
+    only = lambda fits: {name: model for name, model in models.items() if fits(model)}
+    attentive = only(attentions)
+    patches = lambda model: "attention" in kinds and _side(attention_maps(model, faces.few[-1:]).shape[-1]) > 1
+    softened = functools.partial(_soft_labels, temperatures=temperatures or {})
+    makers: dict[str, tuple[Mapping[str, Any], Callable[[Any, Faces, dict[str, Any]], Any]]] = {
+        "grad-cam": (only(lambda model: model.cam_layer() is not None), _grad_cam),
+        "attention": ({name: model for name, model in attentive.items() if patches(model)}, _attention),
+        "scales": (only(lambda model: (head_scales(model) < 1).any()), _scales),
+        "collapse": (attentive, _collapse),
+        "feature-maps": (only(lambda model: isinstance(model, DTN)), _feature_maps),
+        "t-sne": (models, _tsne),
+        "soft-labels": (models, softened),
+    }
+    notice = "; ".join(sorted({f"trained on {m.notice}" for m in models.values() if m.notice}))
+    figures = _read(out / FIGURES)
+    figures["notice"] = notice
+    for kind in kinds:
+        yield kind
+        drawn, make = makers[kind]
+        suffix = "png" if kind in ("grad-cam", "attention", "feature-maps", "soft-labels") else "svg"
+        picture = out / f"{kind}.{suffix}"
+        picture.unlink(missing_ok=True)  # of an earlier call's models
+        figures.pop(kind, None)
+        figures["left out"][kind] = [name for name in models if name not in drawn]
+        if drawn:
+            figure = make(drawn, faces, figures)
+            figure.supxlabel(notice, fontsize=7, color="0.4")
+            write_whole(picture, functools.partial(_save, figure, suffix))
+    write_whole(out / FIGURES, json.dumps(figures, indent=1))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The figures of an earlier call, none where there was none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("left out"), dict):
+        return {"notice": "", "left out": {}}
+    return found
+
+
+def _save(figure: Any, suffix: str, file: Any) -> None:
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": "dtn_fast"}):
+        # tight: long names stick out of what the layout keeps free
+        figure.savefig(
+            file, format=suffix, dpi=110, bbox_inches="tight", metadata={"Date": None} if suffix == "svg" else None
+        )
+
+
+def _canvas(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("matplotlib is not installed; run: pip install matplotlib") from error
+    figure = Figure(figsize=(width * columns, height * rows + 0.3), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _grid(
+    rows: list[str], columns: list[str], images: list[list[NDArray[Any] | None]], notes: list[list[str]] | None = None
+) -> Any:
+    """Pictures in a table; ``notes``: a line under each."""
+    figure, axes = _canvas(len(rows), len(columns), 1.7, 1.9 if notes else 1.7)
+    for i, row in enumerate(images):
+        for j, image in enumerate(row):
+            axis = axes[i, j]
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_frame_on(False)
+            if image is not None:
+                axis.imshow(image, cmap="inferno")
+                if notes:
+                    axis.set_xlabel(notes[i][j], fontsize=7)
+            if not i:
+                axis.set_title(_plain(columns[j]), fontsize=8)
+            if not j:
+                axis.set_ylabel(_plain(rows[i]), fontsize=8)
+    return figure
+
+
+def _plain(text: str, width: int = 22) -> str:
+    """A name as it is, not as mathematics, in lines that fit above a picture."""
+    lines = [line for part in text.split("\n") for line in textwrap.wrap(part.replace("_", "_ "), width)]
+    return "\n".join(lines).replace("_ ", "_").replace("$", r"\$")
+
+
+def _grad_cam(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
+    """Figure 8 (b): faces by models."""
+    return _overlaid(models, faces, grad_cam)
+
+
+def _overlaid(models: Mapping[str, Any], faces: Faces, heat: Callable[..., NDArray[np.float32]]) -> Any:
+    """Each face, then it with each model's ``heat`` laid over."""
+    columns: list[list[NDArray[Any] | None]] = [list(faces.few)]
+    columns += [[overlay(crop, warm) for crop, warm in zip(faces.few, heat(model, faces.few), strict=True)]
+                for model in models.values()]  # fmt: skip
+    return _grid(faces.titles, ["face", *models], [list(row) for row in zip(*columns, strict=True)])
+
+
+def _attention(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
+    """Figure 7: for the last forgery's face, what its patches attend to: heads by blocks, a model under the other, the
+    learned scale under each map."""
+    rows, images, notes = [], [], []
+    for name, model in models.items():
+        maps = attention_maps(model, faces.few[-1:])[:, 0]  # [L, H, N, N]
+        side, scales = _side(maps.shape[-1]), head_scales(model)
+        maps = maps[:, :, -(side**2) :, -(side**2) :]  # without the class token
+        for block, of_block in enumerate(maps):
+            rows.append(f"{name}\nblock {block + 1}" if not block else f"block {block + 1}")
+            images.append(list(of_block.mean(1).reshape(-1, side, side)))  # [H, h, w], over the patches that look
+            learned = scales[block] if (scales < 1).any() else []
+            notes.append([f"scale {scale:.3f}" for scale in learned] or [""] * len(of_block))
+    heads = max(len(row) for row in images)
+    padded = [[*row, *[None] * (heads - len(row))] for row in images]
+    return _grid(rows, [f"head {h + 1}" for h in range(heads)], padded, notes)
+
+
+def _side(tokens: int) -> int:
+    """Side of the square that patches make, with a class token beside them or without; 0: none."""
+    sides = [round(patches**0.5) for patches in (tokens, tokens - 1) if round(patches**0.5) ** 2 == patches]
+    return sides[0] if tokens and sides else 0
+
+
+def _scales(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
+    """Figure 7's numbers: sigmoid(s_h) by block and head."""
+    learned = {name: head_scales(model) for name, model in models.items()}
+    figures["scales"] = {name: values.round(5).tolist() for name, values in learned.items()}
+    figure, axes = _canvas(1, len(learned), 3.4, 2.8)
+    for axis, (name, values) in zip(axes[0], learned.items(), strict=True):
+        image = axis.imshow(values, aspect="auto", cmap="viridis")
+        axis.set_title(_plain(f"{name}: head scales"), fontsize=9)
+        axis.set_xlabel("head")
+        axis.set_ylabel("block")
+        axis.set_xticks(range(values.shape[1]), range(1, values.shape[1] + 1))
+        axis.set_yticks(range(values.shape[0]), range(1, values.shape[0] + 1))
+        figure.colorbar(image, ax=axis)
+    return figure
+
+
+def _collapse(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
+    """Attention collapse as a curve: mean cosine between heads, block by block."""
+    curves = {name: collapse(attention_maps(model, faces.many[:16])) for name, model in models.items()}
+    figures["collapse"] = {name: values.round(5).tolist() for name, values in curves.items()}
+    figure, axes = _canvas(1, 1, 5.0, 3.0)
+    axis = axes[0, 0]
+    for number, (name, values) in enumerate(curves.items()):
+        axis.plot(range(1, len(values) + 1), values, marker=MARKERS[number % 8], label=legible(_plain(name, 60)))
+    axis.set_xlabel("block")
+    axis.set_ylabel("mean cosine between heads")
+    axis.set_xticks(range(1, max(map(len, curves.values())) + 1))
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _feature_maps(dtns: Mapping[str, DTN], faces: Faces, figures: dict[str, Any]) -> Any:
+    """Figure 9: the last map, faces by models."""
+    return _overlaid(dtns, faces, feature_map)
+
+
+def _check_tsne(faces: Faces) -> None:
+    try:
+        import sklearn.manifold  # noqa: F401
+    except ImportError as error:
+        raise UsageError("scikit-learn is not installed; run: pip install scikit-learn") from error
+    if len(faces.many) < 4:
+        raise UsageError(f"{len(faces.many)} crops are too few for t-SNE; give a larger split, or other --kinds")
+
+
+def _tsne(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
+    """Figure 10: what the classifier sees of each forgery, in two dimensions."""
+    from sklearn.manifold import TSNE
+
+    names = sorted(set(faces.kinds), key=lambda name: (name != "real", name))
+    across = min(len(models), 4)
+    figure, axes = _canvas(-(-len(models) // across), across, 3.4, 3.4)
+    figures["t-sne"] = {}
+    for axis in axes.ravel()[len(models) :]:
+        axis.axis("off")
+    for axis, (name, model) in zip(axes.ravel(), models.items(), strict=False):
+        seen = features(model, faces.many)
+        perplexity = min(30.0, (len(seen) - 1) / 3)
+        flat = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(seen)
+        for number, kind in enumerate(names):
+            mine = flat[[k == kind for k in faces.kinds]]
+            axis.scatter(*mine.T, s=12, marker=MARKERS[number % 8], label=legible(_plain(kind)), alpha=0.8)
+        axis.set_title(_plain(name, 40), fontsize=9)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        figures["t-sne"][name] = {"kinds": faces.kinds, "points": flat.round(3).tolist()}
+    axes[0, 0].legend(fontsize=7)
+    return figure
+
+
+def _soft_labels(
+    models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any], temperatures: Mapping[str, float]
+) -> Any:
+    """Figure 8 (a): each face with its hard label and what each model, as a teacher, says of it."""
+    warm = {name: temperatures.get(name, TEMPERATURE) for name in models}
+    said = {name: soft_labels(model, faces.few, warm[name]) for name, model in models.items()}
+    figures["soft-labels"] = {name: {"temperature": warm[name], "real, fake": values.round(4).tolist()}
+                              for name, values in said.items()}  # fmt: skip
+    figure, axes = _canvas(1, 1 + len(faces.few), 1.7, 2.1 + 0.12 * len(models))
+    pictures = [np.full_like(faces.few[0], 255), *faces.few]  # above the models' names nothing
+    for j, (axis, picture) in enumerate(zip(axes[0], pictures, strict=True)):
+        axis.imshow(picture)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_frame_on(False)
+        if j:
+            hard = [1, 0] if faces.titles[j - 1] == "real" else [0, 1]
+            axis.set_title(_plain(f"{faces.titles[j - 1]}\nhard {hard}"), fontsize=8)
+        for line, (name, values) in enumerate(said.items()):
+            text = (
+                f"[{values[j - 1][0]:.2f}, {values[j - 1][1]:.2f}]" if j else f"{_plain(name, 99)} (T={warm[name]:g})"
+            )
+            where = {"xytext": (0, -4 - 9 * line), "textcoords": "offset points", "va": "top", "fontsize": 7}
+            axis.annotate(text, (0.5 if j else 1, 0), xycoords="axes fraction", ha="center" if j else "right", **where)
+    return figure

@@ -1,0 +1,116 @@
+"""Parameters and multiply-accumulates, whole and by the paper's way of counting (thop's)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dtn_fast.evaluation.paper_numbers import TABLE8_SIZES
+from dtn_fast.model.config import DTNConfig
+from dtn_fast.model.dtn import DTN
+from dtn_fast.model.moe_gate import MoEGate
+
+NORMS = (nn.BatchNorm2d, nn.LayerNorm)
+
+
+class Count(NamedTuple):
+    parameters: int
+    """Every parameter."""
+    layer_parameters: int
+    """The paper's way (thop): those of convolutions, linear and norm layers."""
+    macs: int
+    """Multiply-accumulates per image the paper's way (thop): convolutions and linears, four operations per element of
+    an affine norm, no attention products."""
+    attention_macs: int
+    """The two products inside attention, which thop does not see; of a DTN alone, else 0."""
+
+
+def count(config: DTNConfig) -> Count:
+    """Counts a DTN of ``config`` without allocating it (meta tensors)."""
+    with torch.device("meta"):
+        model = DTN(config).eval()
+    tokens = (config.image_size // 32) ** 2
+    whole = count_layers(model, config.image_size)
+    return Count(*whole[:3], attention_macs=config.depth * 2 * tokens**2 * config.channels[-1])
+
+
+def count_layers(
+    model: nn.Module, size: int, unseen: Collection[nn.Module] = (), softmax: Collection[nn.Module] = ()
+) -> Count:
+    """Counts ``model`` on one image [1, 3, size, size] on its device.
+
+    unseen: modules of classes that thop does not know; it sees neither their parameters nor their products.
+    softmax: attention modules whose softmax it counts, as a module of its own: 3 n - 1 operations a row of n.
+    """
+    hidden = {id(module) for module in unseen}
+    macs = 0
+
+    def add(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal macs
+        if isinstance(module, nn.Conv2d):
+            macs += output.numel() * module.weight[0].numel()
+        elif isinstance(module, nn.Linear):
+            macs += output.numel() * module.in_features
+        elif isinstance(module, NORMS):
+            macs += 4 * output.numel()
+        elif isinstance(module, MoEGate):
+            macs += (module.w1.numel() + module.w2.numel()) * output[0, 0].numel()
+
+    def add_softmax(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal macs
+        tokens = given[0].shape[1]
+        macs += int(module.heads) * tokens * (3 * tokens - 1)  # type: ignore[arg-type]
+
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, *NORMS, MoEGate))]
+    layers = [m for m in layers if id(m) not in hidden]
+    handles = [layer.register_forward_hook(add) for layer in layers]
+    handles += [module.register_forward_hook(add_softmax) for module in softmax]
+    device = next(model.parameters()).device
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size, device=device))
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    seen = sum(
+        p.numel() for layer in layers for name, p in layer.named_parameters(recurse=False) if name != "expert_scale"
+    )
+    return Count(sum(p.numel() for p in model.parameters()), seen, macs, 0)
+
+
+# ------------------------------------------------------------------------------------------------ Table 8
+
+
+class Table8(NamedTuple):
+    model: str
+    parameters: float
+    """Millions, as the paper counts."""
+    gmacs: float
+    paper_parameters: float
+    paper_gmacs: float
+
+
+def table8(name: str) -> Table8:
+    """Counts a model of TABLE8_SIZES at 224x224 the paper's way, without allocating it.
+
+    That way sees no convolution of EfficientNet (a class of its own in the published code) nor what is not called, and
+    counted EfficientViT and CrossEfficientViT with their published single logit; of all attentions it sees ViT's
+    softmax alone.
+    """
+
+    from dtn_fast.model.baselines import FAMILIES, Attention, timm
+
+    family = next(f for f in sorted(FAMILIES, key=len, reverse=True) if name.startswith(f))
+    efficient = "efficient" in family
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=1 if efficient else 2)
+    bodies = [m for m in (getattr(model, "backbone", None), getattr(model, "early", None)) if m is not None]
+    unseen = [m for body in bodies for m in body.modules() if isinstance(m, nn.Conv2d)] if efficient else []
+    softmax = [m for m in model.modules() if isinstance(m, Attention)] if family == "vit_b16" else []
+    found = count_layers(model, 224, unseen, softmax)
+    return Table8(name, found.layer_parameters / 1e6, found.macs / 1e9, *TABLE8_SIZES[name])

@@ -1,0 +1,207 @@
+"""AUC under every corruption and level (the paper's Figure 5): models by corruptions by levels, a table and a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtn_fast.data.corrupt import LEVELS, PERTURBATIONS, check, corrupt
+from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.errors import UsageError
+from dtn_fast.evaluation.evaluate import policy
+from dtn_fast.evaluation.metrics import by_video, evaluate_scores
+from dtn_fast.evaluation.tables import legible, markdown_table
+from dtn_fast.files import write_whole
+from dtn_fast.runtime.scorer import Scorer
+
+KINDS = (*("uniform_noise" if kind == "gaussian_noise" else kind for kind in PERTURBATIONS), "jpeg")
+"""The paper's: DeeperForensics' seven with uniform in place of Gaussian noise, which its gate is trained on; JPEG."""
+CHUNK = 256
+RULE = "corruptions of the face crops themselves; frame AUC over all forgeries"
+
+
+class Progress(NamedTuple):
+    done: int
+    total: int
+    """Cells: a corruption at a level, for all models."""
+    name: str
+
+
+def robustness(
+    scorers: Mapping[str, Scorer],
+    shards: Shards,
+    out: Path,
+    kinds: Sequence[str] = KINDS,
+    levels: Sequence[int] = (0, 1, 2, 3, 4, 5),
+    split: str = "test",
+    seed: int = 0,
+    workers: int = 2,
+) -> Iterator[Progress]:
+    """Fills ``out``/robustness.json, .md and .svg, yielding progress; a call on a started folder does what is missing.
+
+    Level 0, the crops as they are, is measured once.  Noise and blocks depend on ``seed``, the crop, the corruption
+    and its level alone.  Raises UsageError for an unknown corruption or level, none or one named twice, a split of
+    one class, models of other sizes than the crops, and a folder that holds other data's figures.
+    """
+    for what, given in (("kinds", kinds), ("levels", levels)):
+        if not given or len(set(given)) < len(given):
+            raise UsageError(f"--{what} {' '.join(map(str, given))}: name at least one, and each once")
+    for kind in kinds:
+        for level in levels:
+            check(kind, level)
+    rows = shards.select(split)
+    labels = shards.labels[rows]
+    if set(labels.tolist()) != {0, 1}:
+        raise UsageError(f"the {split} split needs reals and fakes; it has {len(rows)} crops")
+    for name, scorer in scorers.items():
+        if scorer.config.image_size != shards.size:
+            raise UsageError(f"{name}: takes {scorer.config.image_size} pixels, the crops have {shards.size}")
+    cells = [(kind, level) for kind in kinds for level in levels if level]
+    cells = [("", 0), *cells] if 0 in levels else cells
+    found = _Results(out / "robustness.json", _identity(shards, rows, split, seed))
+    few = shards.get(shards.spread(split, 16))
+    for name, scorer in scorers.items():
+        found.recognise(name, scorer.logits(few))
+    with ThreadPoolExecutor(workers) as pool:
+        for number, (kind, level) in enumerate(cells):
+            yield Progress(number, len(cells), _key(kind, level))
+            missing = {name: s for name, s in scorers.items() if not found.has(name, kind, level)}
+            if not missing:
+                continue
+            scores: dict[str, list[NDArray[np.float64]]] = {name: [] for name in missing}
+            for start in range(0, len(rows), CHUNK):
+                part = rows[start : start + CHUNK]
+                crops = _corrupted(shards.get(part), part, kind, level, seed, pool)
+                for name, scorer in missing.items():
+                    scores[name].append(scorer.score(crops))
+            for name, parts in scores.items():
+                found.add(name, kind, level, _auc(shards, rows, labels, np.concatenate(parts)))
+    yield Progress(len(cells), len(cells), "")
+    notice = " ".join(sorted({s.notice for s in scorers.values()} - {""}))
+    said = f"{RULE}; {policy(shards, split, shards.methods, intervals=False)}"
+    write_whole(out / "robustness.md", markdown(found.cells, tuple(scorers), kinds, levels, said, notice))
+    write_whole(out / "robustness.svg", plot(found.cells, tuple(scorers), kinds, levels, notice))
+
+
+Cell = dict[str, float]
+Cells = dict[str, dict[str, Cell]]
+"""By model, then by "kind level": frame and video AUC."""
+
+
+def _key(kind: str, level: int) -> str:
+    return f"{kind} {level}" if level else "untouched"
+
+
+class _Results:
+    """The figures so far, on disk after each."""
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self._path, self._identity = path, identity
+        self.cells: Cells = {}
+        self._probes: dict[str, list[list[float]]] = {}
+        if path.is_file():
+            try:
+                stored = json.loads(path.read_text(encoding="utf-8"))
+                same, self._probes = stored["data"] == identity, dict(stored["probes"])
+                self.cells = {model: {key: {level: float(cell[level]) for level in ("frame", "video")}
+                              for key, cell in of.items()} for model, of in stored["auc"].items()}  # fmt: skip
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UsageError(f"{path}: damaged ({error}); delete it to start over") from error
+            if not same:
+                raise UsageError(f"{path}: holds figures of other data, split or seed; choose another --out")
+
+    def recognise(self, name: str, logits: NDArray[np.float64]) -> None:
+        """Forgets the figures of a model that has changed under its name: one whose logits of the same crops differ by
+        more than another precision or device would make them."""
+        before = np.array(self._probes.get(name, []))
+        if before.shape != logits.shape or not np.allclose(before, logits, rtol=1e-2, atol=2e-3):
+            self.cells.pop(name, None)
+            self._probes[name] = logits.round(5).tolist()
+
+    def has(self, name: str, kind: str, level: int) -> bool:
+        return _key(kind, level) in self.cells.get(name, {})
+
+    def add(self, name: str, kind: str, level: int, cell: Cell) -> None:
+        self.cells.setdefault(name, {})[_key(kind, level)] = cell
+        fixed = {"data": self._identity, "rule": RULE}
+        write_whole(self._path, json.dumps({**fixed, "probes": self._probes, "auc": self.cells}, indent=1))
+
+
+def _identity(shards: Shards, rows: NDArray[np.int64], split: str, seed: int) -> dict[str, Any]:
+    """What figures in one folder must share."""
+    return {
+        "split": split,
+        "seed": seed,
+        "crops": len(rows),
+        "size": shards.size,
+        "videos": shards.fingerprint(rows),
+    }
+
+
+def _corrupted(
+    crops: NDArray[np.uint8], rows: NDArray[np.int64], kind: str, level: int, seed: int, pool: ThreadPoolExecutor
+) -> NDArray[np.uint8]:
+    if not level:
+        return crops
+    place = (list(LEVELS).index(kind), level)
+    one = lambda crop, row: corrupt(crop, kind, level, (seed, row, *place))
+    return np.stack(list(pool.map(one, crops, rows.tolist())))
+
+
+def _auc(shards: Shards, rows: NDArray[np.int64], labels: NDArray[np.int64], scores: NDArray[np.float64]) -> Cell:
+    frame = evaluate_scores(labels, scores).auc
+    video = evaluate_scores(*by_video(shards.video[rows].astype(str).tolist(), labels, scores)).auc
+    assert frame is not None
+    assert video is not None
+    return {"frame": frame, "video": video}
+
+
+def markdown(
+    cells: Cells, models: Sequence[str], kinds: Sequence[str], levels: Sequence[int], said: str, notice: str
+) -> str:
+    """A table a model: corruptions by levels, and the mean over corruptions."""
+    lines = []
+    for model in models:
+        values = [[cells[model][_key(kind, level)]["frame"] for level in levels] for kind in kinds]
+        named = [*zip(kinds, values, strict=True), ("mean", np.mean(values, 0).tolist())]
+        rows = [[name, *(f"{value:.4f}" for value in row)] for name, row in named]
+        header = ["corruption", *(f"level {level}" for level in levels)]
+        lines += [f"**{model}**, frame AUC", "", *markdown_table(header, rows), ""]
+    return "\n".join([*lines, f"{said}.{f' **{notice}**' if notice else ''}", ""])
+
+
+def plot(cells: Cells, models: Sequence[str], kinds: Sequence[str], levels: Sequence[int], notice: str) -> str:
+    """SVG: a panel a corruption and one for their mean, a line a model.  Raises UsageError without matplotlib."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("matplotlib is not installed; run: pip install matplotlib") from error
+    import io
+
+    across = 3
+    down = -(-(len(kinds) + 1) // across)
+    with rc_context({"svg.hashsalt": "dtn_fast", "text.parse_math": False}):
+        figure = Figure(figsize=(3 * across, 2.6 * down), layout="constrained")
+        panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
+        for panel, title in zip(panels, [*kinds, "mean"], strict=False):
+            for number, model in enumerate(models):
+                curves = [[cells[model][_key(k, v)]["frame"] for v in levels] for k in kinds if title in (k, "mean")]
+                style = {"marker": "osD^vP*X"[number % 8], "linestyle": ("-", "--", "-.", ":")[number % 4]}
+                panel.plot(levels, np.mean(curves, 0), label=legible(model), markersize=4, **style)
+            panel.set_title(title, fontsize=10)
+            panel.grid(alpha=0.3)
+        for panel in panels[len(kinds) + 1 :]:
+            panel.axis("off")
+        figure.supxlabel("\n".join(filter(None, ("level", notice))), fontsize=10)
+        figure.supylabel("frame AUC")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(models), 4))
+        page = io.StringIO()
+        figure.savefig(page, format="svg", metadata={"Date": None})
+    return page.getvalue()

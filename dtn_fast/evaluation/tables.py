@@ -1,0 +1,263 @@
+"""Tables in the paper's layout: models by test sets, the paper's own figures beside; Markdown, LaTeX, JSON, a chart."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from dtn_fast.errors import UsageError
+from dtn_fast.evaluation.paper_numbers import Pair
+from dtn_fast.files import write_whole
+
+Level = Literal["frame", "video"]
+LEVELS: tuple[Level, ...] = ("frame", "video")
+
+
+class Cell(NamedTuple):
+    """One model on one test set, as fractions; None where the set holds one class."""
+
+    acc: float | None
+    auc: float | None
+    interval: tuple[float, float] | None
+    """95 % of the AUC."""
+
+
+Cells = dict[Level, dict[str, Cell]]
+"""By level, then by column."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one model."""
+
+    name: str
+    cells: Cells
+    before: dict[str, str] = field(default_factory=dict)
+    """What stands between the name and the figures, such as the forgery trained on."""
+    after: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """What stands after them, such as sizes: ours, and the paper's or nothing."""
+    paper: dict[str, Pair] = field(default_factory=dict)
+    """The paper's figures of this row by column, percent."""
+    notice: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Only for the JSON."""
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Row:
+        """What :meth:`Table.to_json` made of a row.  Raises KeyError, TypeError or AttributeError on anything else."""
+        cells = {level: {c: Cell(v["acc"], v["auc"], v["interval"] and tuple(v["interval"]))
+                         for c, v in stored["cells"][level].items()} for level in LEVELS}  # fmt: skip
+        paper = {c: Pair(**pair) for c, pair in stored["paper"].items()}
+        after = {name: (ours, printed) for name, (ours, printed) in stored["after"].items()}
+        return cls(stored["name"], cells, dict(stored["before"]), after, paper, stored["notice"], dict(stored["facts"]))
+
+
+class PaperRow(NamedTuple):
+    """A row of the paper's alone."""
+
+    name: str
+    cells: dict[str, Pair]
+    before: dict[str, str] = {}  # noqa: RUF012 (never changed)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the paper, measured here."""
+
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    rows: list[Row]
+    acc: bool = True
+    """Whether ACC stands beside AUC."""
+    paper: list[PaperRow] = field(default_factory=list)
+    """The paper's rows that none of ours stands beside."""
+    policies: dict[str, str] = field(default_factory=dict)
+    """How each column's figures came about."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def notices(self) -> list[str]:
+        """What must be said of the models."""
+        return sorted({row.notice for row in self.rows} - {""})
+
+    def text(self, level: Level) -> tuple[list[str], list[list[str]]]:
+        """Header and rows, percent: ours with 95 % of the AUC in parentheses, the paper's in brackets or below."""
+        before, after = self._around()
+        metrics = ("ACC", "AUC") if self.acc else ("AUC",)
+        header = ["model", *before, *(f"{c} {m}" for c in self.columns for m in metrics), *after]
+        rows = []
+        for row in self.rows:
+            cells = [row.name, *(row.before.get(k, "") for k in before)]
+            for column in self.columns:
+                mine, printed = row.cells[level][column], row.paper.get(column, Pair(None, None))
+                between = f" ({100 * mine.interval[0]:.1f}-{100 * mine.interval[1]:.1f})" if mine.interval else ""
+                pair = [_beside(_percent(mine.acc), printed.acc), _beside(_percent(mine.auc) + between, printed.auc)]
+                cells += pair if self.acc else pair[1:]
+            for ours, theirs in (row.after.get(k, ("", "")) for k in after):
+                cells.append(f"{ours} [{theirs}]" if theirs else ours)
+            rows.append(cells)
+        for other in self.paper:
+            figures = [_printed(v) for c in self.columns for v in self._pair(other.cells.get(c))]
+            lead = [f"{other.name} (the paper's figures)", *(other.before.get(k, "") for k in before)]
+            rows.append([*lead, *figures, *("" for _ in after)])
+        return header, rows
+
+    def _around(self) -> tuple[list[str], list[str]]:
+        """Titles of what stands before and after the figures, in the order met."""
+        rows: Sequence[Row | PaperRow] = [*self.rows, *self.paper]
+        return list(dict.fromkeys(k for r in rows for k in r.before)), list(
+            dict.fromkeys(k for r in self.rows for k in r.after)
+        )
+
+    def _compared(self) -> list[Row]:
+        """Our rows that have figures of the paper beside them."""
+        sized = lambda row: any(theirs for _, theirs in row.after.values())
+        return [row for row in self.rows if set(row.paper) & set(self.columns) or sized(row)]
+
+    def _pair(self, pair: Pair | None) -> tuple[float | None, ...]:
+        pair = pair or Pair(None, None)
+        return tuple(pair) if self.acc else (pair.auc,)
+
+    def markdown(self) -> str:
+        """Both levels, how the figures came about, what must be said of the models."""
+        lines = [f"# {self.title}", ""]
+        if self._compared():
+            lines += ["In brackets the paper's own figures.", ""]
+        for level in LEVELS:
+            lines += [f"**{level.capitalize()} level, percent**", "", *markdown_table(*self.text(level)), ""]
+        lines += [*(f"- {column}: {policy}" for column, policy in self.policies.items()),
+                  *(f"- {note}" for note in self.notes)]  # fmt: skip
+        lines += ["", *(f"**{notice}**" for notice in self.notices)]
+        return "\n".join(lines).rstrip() + "\n"
+
+    def latex(self, level: Level) -> str:
+        """A tabular in the paper's layout (booktabs): percent, the paper's own rows after a rule, starred; in comments
+        how the figures came about and what must be said of the models."""
+        before, after = self._around()
+        each = 2 if self.acc else 1
+        shape = "l" * (1 + len(before)) + "c" * (each * len(self.columns) + len(after))
+        said = [f"{column}: {policy}" for column, policy in self.policies.items()]
+        comments = [f"{self.title}, {level} level", *said, *self.notes, *self.notices]
+        lines = [*(f"% {comment}" for comment in comments), rf"\begin{{tabular}}{{{shape}}}", r"\toprule"]
+        first = ["Method", *before]
+        if self.acc:
+            groups = [rf"\multicolumn{{2}}{{c}}{{{_tex(c)}}}" for c in self.columns]
+            lines.append(_line([*map(_tex, first), *groups, *map(_tex, after)]))
+            lines.append(_line([*("" for _ in first), *(["ACC", "AUC"] * len(self.columns)), *("" for _ in after)]))
+        else:
+            lines.append(_line(map(_tex, [*first, *self.columns, *after])))
+        lines.append(r"\midrule")
+        for row in self.rows:
+            figures = [_percent(v) for c in self.columns for v in self._pair(Pair(*row.cells[level][c][:2]))]
+            words = [row.name, *(row.before.get(k, "") for k in before)]
+            lines.append(_line([*map(_tex, words), *figures, *(_tex(row.after.get(k, ("", ""))[0]) for k in after)]))
+        printed = [(PaperRow(r.name, r.paper, r.before), r.after) for r in self._compared()]
+        printed += [(row, {}) for row in self.paper]
+        if printed:
+            lines.append(r"\midrule")
+        for other, sizes in printed:
+            figures = [_printed(v) for c in self.columns for v in self._pair(other.cells.get(c))]
+            words = [_tex(other.name) + r"$^{\ast}$", *(_tex(other.before.get(k, "")) for k in before)]
+            lines.append(_line([*words, *figures, *(_tex(sizes.get(k, ("", ""))[1]) for k in after)]))
+        note = [r"% * the paper's own figures"] if printed else []
+        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *note, ""])
+
+    def chart(self, level: Level = "frame") -> str:
+        """SVG: a panel a test set, AUC of each row with its 95 %, the paper's as a ring.
+
+        Raises UsageError without matplotlib.
+        """
+        try:
+            from matplotlib import rc_context
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise UsageError("matplotlib is not installed; run: pip install matplotlib") from error
+        titles = [" ".join([row.name, *(f"({v})" for v in row.before.values())]) for row in self.rows]
+        with rc_context({"svg.hashsalt": "dtn_fast", "text.parse_math": False}):
+            size = (1.6 + 2.3 * len(self.columns), 1.3 + 0.3 * len(self.rows))
+            figure = Figure(figsize=size, layout="constrained")
+            for panel, column in zip(
+                figure.subplots(1, len(self.columns), sharey=True, squeeze=False)[0], self.columns, strict=True
+            ):
+                for place, row in enumerate(self.rows):
+                    mine, printed = row.cells[level][column], row.paper.get(column)
+                    if mine.interval:
+                        panel.plot([100 * v for v in mine.interval], [place] * 2, color="#0072b2", linewidth=1.5)
+                    if mine.auc is not None:
+                        panel.plot(100 * mine.auc, place, "o", color="#0072b2", markersize=5)
+                    if printed and printed.auc is not None:
+                        panel.plot(printed.auc, place, "o", color="#d55e00", markersize=7, fillstyle="none")
+                panel.set_title(column, fontsize=10)
+                panel.grid(alpha=0.3)
+                panel.set_yticks(range(len(titles)), titles, fontsize=8)
+                panel.set_ylim(len(titles) - 0.5, -0.5)
+            ring = "; ring: the paper" if any(set(row.paper) & set(self.columns) for row in self.rows) else ""
+            words = [f"{level} AUC, percent; bar: 95 %{ring}", *self.notices]
+            figure.supxlabel("\n".join(words), fontsize=9)
+            page = io.StringIO()
+            figure.savefig(page, format="svg", metadata={"Date": None})
+        return page.getvalue()
+
+    def to_json(self) -> dict[str, Any]:
+        cells = lambda of: {level: {c: cell._asdict() for c, cell in row.items()} for level, row in of.items()}
+        pairs = lambda of: {c: pair._asdict() for c, pair in of.items()}
+        rows = [{"name": r.name, "before": r.before, "cells": cells(r.cells), "after": r.after, "paper": pairs(r.paper),
+                 "notice": r.notice, "facts": r.facts} for r in self.rows]  # fmt: skip
+        paper = [{"name": r.name, "before": r.before, "cells": pairs(r.cells)} for r in self.paper]
+        return {"name": self.name, "title": self.title, "columns": self.columns, "rows": rows, "paper_percent": paper,
+                "policies": self.policies, "notes": self.notes}  # fmt: skip
+
+    def write(self, out: Path) -> list[Path]:
+        """OUT.json, OUT.md, OUT.tex and OUT.svg; returns them."""
+        texts = {
+            ".json": json.dumps(self.to_json(), indent=1),
+            ".md": self.markdown(),
+            ".tex": "\n".join(self.latex(level) for level in LEVELS),
+            ".svg": self.chart(),
+        }
+        made = [out.with_name(out.name + suffix) for suffix in texts]
+        for path, text in zip(made, texts.values(), strict=True):
+            write_whole(path, text)
+        return made
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table, whatever is in its cells."""
+    safe = lambda cells: [cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells]
+    return ["| " + " | ".join(cells) + " |" for cells in (safe(header), ["---"] * len(header), *map(safe, rows))]
+
+
+def legible(name: str) -> str:
+    """A name for a legend: matplotlib leaves those out that start with an underscore."""
+    return " " + name if name.startswith("_") else name
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def _printed(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _beside(text: str, printed: float | None) -> str:
+    return text if printed is None else f"{text} [{printed:.2f}]"
+
+
+def _line(cells: Iterator[str] | Sequence[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+_ESCAPES = str.maketrans({
+    **{c: "\\" + c for c in "&%$#_{}"},
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+})  # fmt: skip
+
+
+def _tex(text: str) -> str:
+    return text.translate(_ESCAPES)

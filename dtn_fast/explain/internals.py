@@ -1,0 +1,110 @@
+"""Where a detector looks and what it has learned: Grad-CAM, attention and its collapse, features, soft labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dtn_fast.explain.hooks import _HOOKED
+from dtn_fast.model.detector import Detector, device_of
+from dtn_fast.model.levt import ScaledAttention
+from dtn_fast.model.mas import HeadScale
+from dtn_fast.model.preprocess import normalise
+
+TEMPERATURE = 2.0
+"""Of soft labels, as ``Recipe.temperature`` has it unless told otherwise."""
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+def attentions(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that tell their attention maps: a DTN's and those of dtn_fast/baselines.py."""
+    return [module for module in model.modules() if callable(getattr(module, "maps", None))]
+
+
+def attention_maps(model: Detector, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The gated attention maps sigmoid(s_h) softmax(Q K^T / sqrt(D)) of every block and head: [L, B, H, N, N].
+
+    crops: [B, S, S, 3] uint8.  From the reference operator, beside an ordinary pass: the fast path computes none.
+    Of Re-attention, which has no s_h, the mixed maps.  Without any attention [0, B, 0, 0, 0].
+    """
+    kept: list[Tensor] = []
+    look = lambda module, given, _output: kept.append(module.maps(given[0]))
+    with _HOOKED, torch.inference_mode():
+        was_training = model.training
+        handles = [block.register_forward_hook(look) for block in attentions(model)]
+        try:
+            model.eval()(normalise(crops, model.config, device_of(model)))
+        finally:
+            for handle in handles:
+                handle.remove()
+            model.train(was_training)
+    if not kept:
+        return np.zeros((0, len(crops), 0, 0, 0), np.float32)
+    return torch.stack(kept).float().cpu().numpy()
+
+
+def head_scales(model: nn.Module) -> NDArray[np.float32]:
+    """sigmoid(s_h) of every block and head, [L, H]; ones without MAS.  Of any model with MAS, ``with_mas`` too.
+
+    Raises ValueError when its blocks differ in heads.
+    """
+    kinds = (ScaledAttention, HeadScale)
+    scales = [m.head_scale.detach().sigmoid().float().cpu() for m in model.modules() if isinstance(m, kinds)]
+    if len({len(row) for row in scales}) > 1:
+        raise ValueError(f"{type(model).__name__}: blocks of different numbers of heads")
+    return torch.stack(scales).numpy() if scales else np.zeros((0, 0), np.float32)
+
+
+def collapse(maps: NDArray[np.float32]) -> NDArray[np.float64]:
+    """How alike a block's heads are: mean cosine over pairs of heads and images, [L]; 1: all the same.
+
+    maps: [L, B, H, N, N].  The paper's "attention collapse" as a number; a head's scale changes nothing in it.
+    """
+    blocks, batch, heads = maps.shape[:3]
+    if heads < 2:
+        return np.full(blocks, np.nan)
+    flat = maps.reshape(blocks, batch, heads, -1).astype(np.float64)
+    flat /= np.linalg.norm(flat, axis=3, keepdims=True).clip(1e-30)
+    cosines = flat @ flat.swapaxes(2, 3)  # [L, B, H, H]
+    pairs = np.triu_indices(heads, 1)
+    return cosines[:, :, pairs[0], pairs[1]].mean((1, 2))
+
+
+# ------------------------------------------------------------------------------------------------ features
+
+
+def features(model: Detector, crops: NDArray[np.uint8], batch_size: int = 64) -> NDArray[np.float32]:
+    """What the classifier sees, [B, C]: the inputs of the model's ``classifiers``, side by side.
+
+    Raises ValueError when it has none.
+    """
+    layers = model.classifiers()
+    if not layers:
+        raise ValueError(f"{type(model).__name__}: no linear layer to read features before")
+    kept: list[list[Tensor]] = [[] for _ in layers]
+    with _HOOKED, torch.inference_mode():
+        was_training = model.training
+        keep = lambda into: lambda _module, given: into.append(given[0].float().flatten(1).cpu())
+        handles = [layer.register_forward_pre_hook(keep(into)) for layer, into in zip(layers, kept, strict=True)]
+        try:
+            model.eval()
+            for start in range(0, len(crops), batch_size):
+                model(normalise(crops[start : start + batch_size], model.config, device_of(model)))
+        finally:
+            for handle in handles:
+                handle.remove()
+            model.train(was_training)
+    return torch.cat([torch.cat(parts) for parts in kept], 1).numpy()
+
+
+def soft_labels(model: Detector, crops: NDArray[np.uint8], temperature: float = TEMPERATURE) -> NDArray[np.float32]:
+    """What a teacher tells its student of each crop: softmax(logits / temperature), [B, 2]: real, fake."""
+    with torch.inference_mode():
+        was_training = model.training
+        logits = model.eval()(normalise(crops, model.config, device_of(model)))
+        model.train(was_training)
+    return (logits.float() / temperature).softmax(1).cpu().numpy()

@@ -1,0 +1,1 @@
+"""The detector: its configuration, layers, folding for inference, and every model that it is compared with."""

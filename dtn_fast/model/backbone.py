@@ -1,0 +1,100 @@
+"""The convolutional backbone: five groups of 3x3 conv + BN + ReLU, a 2x2 max-pool after each (paper Eq. 9)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dtn_fast.errors import UsageError
+from dtn_fast.kernels.ops import bn_relu, fuses_bn
+from dtn_fast.model.config import STRIDE, DTNConfig
+from dtn_fast.model.norm import update_statistics
+from dtn_fast.model.timm_compat import import_timm
+
+
+class Backbone(nn.Sequential):
+    """Convolutions, BN, ReLU and pools in order; in training on a GPU, all that follows a convolution is one pass."""
+
+    norm_kernels = True
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, C, H / 32, W / 32]
+        layers = list(self)
+        while layers:
+            layer = layers.pop(0)
+            if (
+                self.training and self.norm_kernels and type(layer) is nn.BatchNorm2d
+            ):  # not one whose statistics are shared by processes
+                pool = len(layers) > 1 and isinstance(layers[1], nn.MaxPool2d)
+                if fuses_bn(x, pool):
+                    x = _normalised(layer, x, pool)
+                    del layers[: 1 + pool]
+                    continue
+            x = layer(x)
+        return x
+
+
+def _normalised(norm: nn.BatchNorm2d, x: Tensor, pool: bool) -> Tensor:
+    """relu(norm(x)), pooled if asked, with the running statistics brought up to date as BatchNorm2d does."""
+    y, mean, var = bn_relu(x, norm.weight, norm.bias, norm.eps, pool)
+    update_statistics(norm, mean, var, x.numel() // x.shape[1])
+    return y
+
+
+def build_backbone(config: DTNConfig) -> nn.Sequential:
+    """The layers of a configuration.  The convolutions carry a bias, as CViT's do.
+
+    Raises UsageError when timm is missing, does not know the model, or the model's last map is not 1/32 of the input.
+    """
+    if config.backbone != "vgg":
+        return _timm_backbone(config)
+    layers: list[nn.Module] = []
+    width_in = 3
+    for width, convs in zip(config.channels, config.convs, strict=True):
+        for _ in range(convs):
+            layers += [nn.Conv2d(width_in, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            width_in = width
+        layers.append(nn.MaxPool2d(2))
+    return Backbone(*layers)
+
+
+def _timm_backbone(config: DTNConfig) -> nn.Sequential:
+    """A timm model's last map, brought to C channels: [B, 3, H, W] -> [B, C, H / 32, W / 32]."""
+    timm = import_timm()
+    try:
+        body = timm.create_model(config.backbone, pretrained=False, features_only=True, out_indices=(-1,))
+    except Exception as error:  # timm raises RuntimeError, ValueError, AttributeError ...
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"DTNConfig.backbone {config.backbone}: timm cannot make its feature maps ({reason})"
+        ) from error
+    stride = body.feature_info.reduction()[-1]
+    if stride != STRIDE:
+        raise UsageError(
+            f"DTNConfig.backbone {config.backbone}: its last map is 1/{stride} of the input; a DTN needs 1/{STRIDE}"
+        )
+    width, side = body.feature_info.channels()[-1], config.image_size // STRIDE
+    last = _Last(body)
+    try:
+        with torch.no_grad():  # it says 1/32, but some models want another size, or give channels last
+            device = next(body.parameters()).device
+            shape = tuple(last.eval()(torch.zeros(1, 3, config.image_size, config.image_size, device=device)).shape)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UsageError(
+            f"DTNConfig.backbone {config.backbone}: does not take {config.image_size} pixels ({error})"
+        ) from error
+    if shape != (1, width, side, side):
+        raise UsageError(
+            f"DTNConfig.backbone {config.backbone}: its last map is {shape}; a DTN needs {(1, width, side, side)}"
+        )
+    return nn.Sequential(last.train(), nn.Conv2d(width, config.channels[-1], 1))
+
+
+class _Last(nn.Module):
+    """The last of a model's list of maps."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)[-1]

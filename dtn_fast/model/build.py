@@ -1,0 +1,129 @@
+"""Any detector by its configuration: the DTN, or a model of timm's registry with two logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtn_fast.errors import UsageError
+from dtn_fast.model.config import DTNConfig
+from dtn_fast.model.detector import CONFIG, Detector, check_folder, device_of
+from dtn_fast.model.dtn import DTN
+from dtn_fast.model.timm_compat import import_timm
+
+
+@dataclass(frozen=True)
+class TimmConfig:
+    """A detector from timm, or from whatever registers itself there."""
+
+    timm: str
+    """Name in timm's registry, such as legacy_xception or efficientnet_b0."""
+    image_size: int = 256
+    num_classes: int = 2
+    """Logits: 0 real, 1 fake."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.timm, str):
+            raise UsageError(f"TimmConfig.timm is {self.timm!r}; it must be a name in timm's registry")
+        if not isinstance(self.image_size, int) or not 16 <= self.image_size <= 4096:
+            raise UsageError(f"TimmConfig.image_size is {self.image_size!r}; it must be 16 to 4096")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "config") -> TimmConfig:
+        """Inverse of :meth:`to_json`.  Raises UsageError naming ``where``."""
+        try:
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+            return cls(**fields)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UsageError(f"{where}: not a timm configuration ({error})") from error
+
+
+class TimmDetector(Detector):
+    """A timm model as a detector.  Raises UsageError when timm is missing or does not know the name."""
+
+    config_class = TimmConfig
+
+    def __init__(self, config: TimmConfig, pretrained: bool = False) -> None:
+        super().__init__()
+        timm = import_timm()
+        from dtn_fast.model import timm_registry  # noqa: F401  (it registers this package's own models)
+
+        self.config, self.num_classes = config, config.num_classes
+        size = {"img_size": config.image_size} if _takes_size(timm, config.timm) else {}
+        try:
+            self.net = timm.create_model(config.timm, pretrained=pretrained, num_classes=config.num_classes, **size)
+        except Exception as error:  # timm and the hub raise RuntimeError, ValueError, OSError, their own ...
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UsageError(f"{config.timm}: timm cannot make it ({reason}); see timm.list_models()") from error
+
+    def forward(self, images: Tensor) -> Tensor:  # [B, 3, S, S] -> [B, num_classes]
+        return self.net(images)
+
+    def classifiers(self) -> list[nn.Module]:
+        """What the model names itself, if it does."""
+        own = getattr(self.net, "classifiers", None)
+        return own() if own is not None else super().classifiers()
+
+    def cam_layer(self) -> nn.Module | None:
+        """The last layer that timm names as a feature map; None where features are tokens, as in a ViT."""
+        info = getattr(self.net, "feature_info", None)
+        layer = dict(self.net.named_modules()).get(info[-1].get("module")) if isinstance(info, list) and info else None
+        if layer is None:
+            return None
+        shapes: list[int] = []
+        handle = layer.register_forward_hook(lambda _module, _inputs, output: shapes.append(output.dim()))
+        was_training, side = self.training, self.config.image_size
+        with torch.no_grad():
+            self.eval()(torch.zeros(1, 3, side, side, device=device_of(self)))
+        self.train(was_training)
+        handle.remove()
+        return layer if shapes == [4] else None
+
+
+def _takes_size(timm, name: str) -> bool:
+    """Whether a model has positions for one image size alone, as ViTs do."""
+    try:
+        return bool(timm.get_pretrained_cfg(name) and timm.get_pretrained_cfg(name).fixed_input_size)
+    except RuntimeError:
+        return False
+
+
+def parse_config(text: str, where: str) -> DTNConfig | TimmConfig:
+    """The configuration of either kind.  Raises UsageError naming ``where``."""
+    try:
+        timm = "timm" in json.loads(text)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{where}: not a model's configuration ({error})") from error
+    return TimmConfig.from_json(text, where) if timm else DTNConfig.from_json(text, where)
+
+
+def read_config(path: Path) -> DTNConfig | TimmConfig:
+    """The configuration in a JSON file.  Raises UsageError naming it."""
+    try:
+        return parse_config(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a model's configuration ({error})") from error
+
+
+def build_detector(config: DTNConfig | TimmConfig, pretrained: bool = False) -> Detector:
+    """A detector with fresh weights, or with timm's published ones."""
+    return DTN(config) if isinstance(config, DTNConfig) else TimmDetector(config, pretrained)
+
+
+def load_detector(folder: Path) -> Detector:
+    """Reads what ``save_pretrained`` wrote, in eval mode.  Raises UsageError as ``Detector.from_pretrained``."""
+    check_folder(folder)
+    config = read_config(folder / CONFIG)
+    kind = DTN if isinstance(config, DTNConfig) else TimmDetector
+    return kind.from_pretrained(folder, config)

@@ -1,0 +1,97 @@
+"""What every detector here is: a module with a configuration, saved whole, loaded without executing anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dtn_fast.errors import UsageError
+from dtn_fast.files import write_whole
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class Detector(nn.Module):
+    """Images [B, 3, S, S] (normalised RGB) -> logits [B, num_classes]; logit 0 is real, 1 is fake.
+
+    ``config`` is a frozen dataclass with image_size, mean, std and num_classes, ``config_class`` its type.
+    """
+
+    config_class: ClassVar[Any]
+    config: Any
+    notice = ""
+    """What every report of this model must say, such as that it was trained on synthetic faces."""
+
+    def cam_layer(self) -> nn.Module | None:
+        """The layer whose map [B, C, h, w] Grad-CAM weighs; None: this detector has no such map."""
+        return None
+
+    def classifiers(self) -> list[nn.Module]:
+        """The layers that make the logits, whose input a detector's features are: the last linear one."""
+        linear: list[nn.Module] = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        return linear[-1:]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes model.safetensors and config.json into ``folder``, each whole or not at all."""
+        from safetensors.torch import save
+
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_whole(Path(folder) / WEIGHTS, save(state, metadata={"notice": self.notice}))
+        write_whole(Path(folder) / CONFIG, self.config.to_json())
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, config: Any = None) -> Self:
+        """Reads a folder written by :meth:`save_pretrained`, in eval mode; ``config`` replaces the stored one.
+
+        Raises UsageError when the folder, a file or a tensor is missing, or the weights are of another shape.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        folder = Path(path)
+        check_folder(folder)
+        if config is None:
+            config = cls.config_class.from_json((folder / CONFIG).read_text(encoding="utf-8"), str(folder / CONFIG))
+        model = cls(config)
+        try:
+            with safe_open(folder / WEIGHTS, "pt") as file:
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                model.notice = (file.metadata() or {}).get("notice", "")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UsageError(f"{folder / WEIGHTS}: not a safetensors file ({error})") from error
+        check_state(model, state, str(folder / WEIGHTS))
+        model.load_state_dict(state)
+        return model.eval()
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UsageError when ``folder`` is no checkpoint."""
+    for name in (WEIGHTS, CONFIG):
+        if not (folder / name).is_file():
+            raise UsageError(f"{folder}: no {name} there; give a folder written by training or save_pretrained")
+
+
+def check_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Raises UsageError naming ``where`` and the first tensor that does not fit ``model``."""
+    own = model.state_dict()
+    for name in [*own, *state]:
+        got, want = (tuple(s[name].shape) if name in s else None for s in (state, own))
+        if got != want:
+            raise UsageError(
+                f"{where}: {name} is {got or 'absent'}, the model wants {want or 'no such tensor'}; "
+                "the checkpoint belongs to another preset or configuration"
+            )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+Model = TypeVar("Model", bound=Detector)
+
+
+def place(model: Model, device: str | torch.device) -> Model:
+    """``model`` moved to ``device``, its convolutions in channels_last."""
+    return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,0 +1,70 @@
+"""The detector: backbone, MoE gate, LEVT blocks, head (paper Eq. 8)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtn_fast.model.backbone import build_backbone
+from dtn_fast.model.config import STRIDE, DTNConfig
+from dtn_fast.model.detector import Detector
+from dtn_fast.model.levt import LEVTBlock
+from dtn_fast.model.moe_gate import MoEGate
+
+
+class DTN(Detector):
+    """Distilled transformer network: images [B, 3, H, W] (normalised RGB, H and W multiples of 32) -> logits [B, 2].
+
+    Logit 0 is real, 1 is fake.  Raises ValueError on another shape or a non-floating dtype.
+    """
+
+    config_class = DTNConfig
+
+    def __init__(self, config: DTNConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or DTNConfig()
+        self.num_classes, self.num_features = config.num_classes, config.channels[-1]
+        side = config.image_size // STRIDE
+        self.backbone: nn.Sequential = build_backbone(config)
+        self.gate: nn.Module = MoEGate(config) if config.num_experts else nn.Identity()
+        self.pos_embed = nn.Parameter(torch.empty(1, self.num_features, side, side))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.blocks = nn.Sequential(*(LEVTBlock(config) for _ in range(config.depth)))
+        self.head = nn.Linear(self.num_features, config.num_classes)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> the last block's map [B, C, H / 32, W / 32]."""
+        if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(f"images: got {tuple(images.shape)} {images.dtype}; DTN takes floating [B, 3, H, W]")
+        height, width = images.shape[-2:]
+        if height % STRIDE or width % STRIDE or not height or not width:
+            raise ValueError(f"images: got {height}x{width} pixels; both sides must be multiples of {STRIDE}")
+        x = self.gate(self.backbone(images))
+        return self.blocks(x + self._positions(height // STRIDE, width // STRIDE).to(x.dtype))
+
+    def _positions(self, height: int, width: int) -> Tensor:
+        if (height, width) == tuple(self.pos_embed.shape[-2:]):
+            return self.pos_embed
+        return F.interpolate(self.pos_embed, (height, width), mode="bicubic", align_corners=False)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Global average pool, then the classifier: [B, C, h, w] -> [B, 2]; with ``pre_logits`` the pooled [B, C]."""
+        pooled = features.mean((2, 3))
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+    def cam_layer(self) -> nn.Module:
+        """The backbone's last ReLU, 1/16 of the input: the finest map that still carries the deepest features; of a
+        backbone of timm its last map."""
+        return self.backbone[-2]
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A fresh head for another number of classes (timm's convention)."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes)

@@ -1,0 +1,18 @@
+"""BN statistics kept as torch keeps them, where a kernel computes the batch's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def update_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """Moves a BN's running statistics by those of a batch of ``count`` values a channel, as it does in training."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    assert norm.momentum is not None
+    with torch.no_grad():
+        norm.num_batches_tracked += 1
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(var * (count / max(count - 1, 1)), norm.momentum)

@@ -1,0 +1,43 @@
+"""timm, imported beside a CPU-only torch too."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+
+from dtn_fast.errors import UsageError
+
+
+@functools.cache
+def import_timm() -> Any:
+    """The timm package.  Raises UsageError when it is not installed.
+
+    timm needs torchvision, and PyPI's torchvision is built for CUDA: beside a CPU-only torch its import fails, because
+    it describes two operators that then do not exist.  Declaring them first is enough; nothing here calls them.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        pass  # timm says what it misses
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+        _declare_torchvision_operators()
+    try:
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise UsageError(f"timm is not installed ({error}); run: pip install timm") from error
+
+
+_torchvision_library: torch.library.Library | None = None
+"""Keeps the declarations alive."""
+
+
+def _declare_torchvision_operators() -> None:
+    global _torchvision_library
+    _torchvision_library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        _torchvision_library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

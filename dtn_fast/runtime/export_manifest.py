@@ -1,0 +1,79 @@
+"""What stands beside a built file (.mnn, .engine, .rtx): where it came from, and what may load it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtn_fast.errors import UsageError
+from dtn_fast.files import write_whole
+from dtn_fast.model.build import parse_config
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Written beside ``dtn.engine`` as ``dtn.engine.json``, checked when the file is loaded."""
+
+    kind: str
+    """mnn, tensorrt or tensorrt_rtx."""
+    version: str
+    """Of the library that built it."""
+    sha256: str
+    """Of the file."""
+    weights: str
+    """Hash of the checkpoint's weights, as in the ONNX file's metadata."""
+    precision: str
+    """fp32, fp16 or bf16."""
+    input: str
+    """crops (uint8 [B, S, S, 3]) or images (float32 [B, 3, S, S], normalised)."""
+    config: dict[str, Any]
+    """The detector's configuration."""
+    notice: str = ""
+    batches: tuple[int, int, int] = (1, 1, 1)
+    """Least, best and greatest batch; MNN takes any."""
+    archs: tuple[int, ...] = ()
+    """Compute capabilities x 10 that may load it; empty: any."""
+    attention: str = "native"
+    """native, or plugin: dtn::MASAttention and dtn::MoEGate are this package's kernels."""
+    quantized: str = ""
+    """What is INT8 or FP8; empty: nothing."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """How it was built."""
+
+    def write(self, path: Path) -> None:
+        write_whole(beside(path), json.dumps(dataclasses.asdict(self), indent=1))
+
+    def detector_config(self) -> Any:
+        return parse_config(json.dumps(self.config), "its manifest")
+
+
+def beside(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def read_manifest(path: Path, kind: str) -> Manifest:
+    """The manifest of the file ``path``.  Raises UsageError when it is missing, damaged, or of another file or kind."""
+    where = beside(path)
+    try:
+        data = json.loads(where.read_text(encoding="utf-8"))
+        data = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        manifest = Manifest(**data)
+        manifest.detector_config()
+    except FileNotFoundError as error:
+        raise UsageError(f"{where}: missing; it is written with {path.name} and must travel with it") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{where}: damaged ({error}); export {path.name} again") from error
+    if manifest.kind != kind:
+        raise UsageError(f"{path}: built by {manifest.kind}, not {kind}; its suffix and manifest do not fit")
+    if manifest.sha256 != file_hash(path):
+        raise UsageError(f"{path}: not the file that {where.name} describes; copy both, or export again")
+    return manifest
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,61 @@
+"""A path to a scorer or a detector, whatever kind of file it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from dtn_fast.device import choose_device
+from dtn_fast.errors import UsageError
+from dtn_fast.model.build import load_detector
+from dtn_fast.model.detector import CONFIG, WEIGHTS, Detector, place
+from dtn_fast.runtime.config import Runtime
+from dtn_fast.runtime.scorer import Scorer
+from dtn_fast.runtime.torch_scorer import TorchScorer
+
+SUMMARY = "summary.json"
+"""In a training run: its generations, and which is best."""
+
+
+def load_scorer(path: Path, runtime: Runtime = Runtime()) -> Scorer:
+    """A scorer for ``path``: .onnx, .mnn, .engine, .rtx, a checkpoint folder, or a training run (its best generation).
+
+    Raises UsageError when there is nothing usable, or this machine cannot run it.
+    """
+    kinds = {".onnx": "onnx", ".mnn": "mnn", ".engine": "tensorrt", ".rtx": "tensorrt"}
+    takes = {".onnx": ("device", "provider"), ".mnn": (), ".engine": (), ".rtx": ()}
+    for field in dataclasses.fields(runtime):
+        value = getattr(runtime, field.name)
+        if value != field.default and field.name not in takes.get(path.suffix, ("device", "precision", "mode")):
+            what = f"{path.suffix} file, whose way of running is fixed" if path.suffix in kinds else "checkpoint"
+            raise UsageError(f"--{field.name} {value}: not for {path}, a {what}; leave it out")
+    if path.suffix in kinds:
+        if not path.is_file():
+            raise UsageError(f"{path}: no such file")
+        from importlib import import_module
+
+        scorer: Scorer = import_module(f"dtn_fast.runtime.{kinds[path.suffix]}").load(path, runtime)
+        return scorer
+    return TorchScorer(place(load_model(path), choose_device(runtime.device)), runtime=runtime)
+
+
+def load_model(path: Path) -> Detector:
+    """The detector of a checkpoint folder or of a training run's best generation, in eval mode."""
+    if path.is_file() and path.name in (WEIGHTS, CONFIG):
+        path = path.parent
+    if path.is_file():
+        raise UsageError(f"{path}: a file, which does not show its insides; give a run or a checkpoint folder")
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such checkpoint; give a folder written by dtn-fast train, or a file of export")
+    return load_detector(best_checkpoint(path))
+
+
+def best_checkpoint(run: Path) -> Path:
+    """The folder of a run's best generation, or ``run`` itself when it is a checkpoint."""
+    if not (run / SUMMARY).is_file():
+        return run
+    try:
+        return run / f"generation-{int(json.loads((run / SUMMARY).read_text(encoding='utf-8'))['best'])}"
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{run / SUMMARY}: damaged ({error}); name a generation's folder instead") from error

@@ -1,0 +1,108 @@
+"""ONNX files written by ``dtn-fast export`` through onnxruntime: on the CPU, on CUDA, or through its TensorRT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtn_fast.device import choose_device
+from dtn_fast.errors import UsageError
+from dtn_fast.model.build import parse_config
+from dtn_fast.model.preprocess import normalise
+from dtn_fast.runtime.config import Runtime
+from dtn_fast.runtime.scorer import Scorer
+
+Provider = Literal["cpu", "cuda", "tensorrt"]
+PROVIDERS = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
+}
+NEEDED = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu", "tensorrt": "onnxruntime-gpu"}
+
+
+def session_of(model: str | bytes, name: str, provider: Provider = "cpu", optimise: bool = True) -> Any:
+    """An onnxruntime session of a file or of serialized bytes.  ``optimise``: rewrite the graph, which also changes how
+    quantised values round.  Raises UsageError naming ``name``."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UsageError(f"onnxruntime is not installed; run: pip install {NEEDED[provider]}") from error
+    wanted = PROVIDERS[provider]
+    if wanted[0] not in onnxruntime.get_available_providers():
+        raise UsageError(
+            f"--provider {provider}: this onnxruntime has no {wanted[0]}; run: pip install {NEEDED[provider]}, "
+            "or use --provider cpu"
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; it warns of half-precision constants that it cannot fold on a CPU
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=wanted)
+    except Exception as error:  # onnxruntime raises its own classes, one per status
+        raise UsageError(f"{name}: onnxruntime cannot run it here ({str(error).splitlines()[0][:300]})") from error
+    if session.get_providers()[0] != wanted[0]:
+        raise UsageError(f"{name}: onnxruntime fell back from {wanted[0]} to {session.get_providers()[0]}; "
+                         "its CUDA or TensorRT libraries are missing")  # fmt: skip
+    return session
+
+
+class OnnxScorer(Scorer):
+    """An ONNX file, or its bytes; sessions may be run from any thread.
+
+    ``optimise``: let onnxruntime rewrite the graph.  On a quantised model it does so only where that was seen to keep
+    the answers: INT8 beside float32 (its rewritten INT8 beside fp16, and FP8, move logits by tenths).
+    """
+
+    def __init__(
+        self, source: Path | bytes, provider: Provider = "cpu", batch_size: int = 64, optimise: bool = True
+    ) -> None:
+        name = str(source) if isinstance(source, Path) else "the model"
+        model = source if isinstance(source, bytes) else name
+        self.session = session_of(model, name, provider, optimise)
+        meta = self.session.get_modelmeta().custom_metadata_map
+        if "dtn_config" not in meta:
+            raise UsageError(f"{name}: an ONNX file, but not one written by dtn-fast export")
+        quantized = meta.get("quantized", "")
+        if optimise and quantized and (meta["precision"] != "fp32" or "fp8" in quantized):
+            self.session = session_of(model, name, provider, False)
+        title = "onnxruntime" + ("" if provider == "cpu" else f" {provider}")
+        super().__init__(parse_config(meta["dtn_config"], name), meta.get("notice", ""), title, batch_size)
+        self.input = self.session.get_inputs()[0].name
+        self.precision = meta.get("quantized", meta.get("precision", "fp32"))
+        self.weights = meta.get("weights", "")
+
+    def feed(self, crops: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """Crops [B, S, S, 3] as the session's input."""
+        x = crops if self.input == "crops" else normalise(crops, self.config).numpy()
+        return {self.input: np.ascontiguousarray(x)}
+
+    def _logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+        return self.session.run(["logits"], self.feed(crops))[0].astype(np.float64)
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What ``dtn-fast export`` wrote into the file about itself.  Raises UsageError on other files."""
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    return OnnxScorer(path, optimise=False).session.get_modelmeta().custom_metadata_map
+
+
+def load(path: Path, runtime: Runtime) -> OnnxScorer:
+    """Raises UsageError where the file or the provider is not usable here."""
+    if runtime.provider != "auto":
+        return OnnxScorer(path, runtime.provider)
+    wanted = choose_device(runtime.device) == "cuda" and (runtime.device == "cuda" or _has_cuda())
+    return OnnxScorer(path, "cuda" if wanted else "cpu")
+
+
+def _has_cuda() -> bool:
+    try:
+        import onnxruntime
+    except ImportError:
+        return False
+    return PROVIDERS["cuda"][0] in onnxruntime.get_available_providers()

@@ -1,0 +1,44 @@
+"""Checkpoints through torch: eager, compiled, or as CUDA graphs."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dtn_fast.device import PRECISIONS, computes_in
+from dtn_fast.errors import UsageError
+from dtn_fast.model.detector import Detector, device_of
+from dtn_fast.model.fold import frozen
+from dtn_fast.model.preprocess import normalise
+from dtn_fast.runtime.batch_graphs import BatchGraphs
+from dtn_fast.runtime.config import Runtime
+from dtn_fast.runtime.scorer import Scorer
+
+
+class TorchScorer(Scorer):
+    """A detector, folded, on the device where its weights are; a copy: training changes nothing here."""
+
+    def __init__(self, model: Detector, batch_size: int = 64, runtime: Runtime = Runtime()) -> None:
+        super().__init__(model.config, model.notice, "torch", batch_size)
+        self.model, self._dtype = model, PRECISIONS[runtime.precision]
+        self.folded = frozen(model).to(self._dtype)
+        self.device = device_of(self.folded)
+        if self.device.type == "cpu" and not computes_in(runtime.precision):
+            raise UsageError(f"--precision {runtime.precision}: this processor has no instructions for it and takes "
+                             "ten times as long as fp32; leave it out")  # fmt: skip
+        mode = runtime.mode
+        if mode == "auto":
+            mode = "graph" if self.device.type == "cuda" else "eager"
+        if mode == "graph" and self.device.type != "cuda":
+            raise UsageError("--mode graph: CUDA graphs need a GPU; use --mode eager or compile")
+        net, config, device, dtype = self.folded, self.config, self.device, self._dtype
+        compiled = torch.compile(net) if mode == "compile" else net
+        # a function of its own: one that held this scorer would keep its graphs' memory until a garbage collection
+        self._run = lambda crops: compiled(normalise(crops, config, device).to(dtype)).double()
+        self._graphs = BatchGraphs(self._run, batch_size) if mode == "graph" else None
+
+    def _logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+        batch = torch.from_numpy(np.require(crops, np.uint8, ["C", "W"]))
+        with torch.inference_mode():
+            return (self._graphs or self._run)(batch).cpu().numpy()

@@ -1,0 +1,1 @@
+"""Checkpoints written as files for other runtimes."""

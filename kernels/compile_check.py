@@ -1,0 +1,303 @@
+"""Compile the real launches for any architecture without a GPU, and report what came out.
+
+    python -m dtn_fast.kernels.compile_check --arch 80 90 --json
+
+For every shipped configuration: registers, spilled bytes, stack, shared memory against the architecture's limit,
+tensor-core and vector-load instructions.  Exit code 1 when one spills, does not fit or lost its tensor cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from dtn_fast.kernels import (
+    batch_norm_kernel,
+    launch_values,
+    local_connection_kernel,
+    mas_attention_kernel,
+    moe_gate_kernel,
+)
+from dtn_fast.kernels.launch import INTERPRET, Launch
+
+MULTIPROCESSOR = {80: (64, 32, 164), 86: (48, 16, 100), 89: (48, 24, 100), 90: (64, 32, 228), 100: (64, 32, 228),
+                  120: (48, 24, 100)}  # fmt: skip
+"""Warps, blocks and KiB of shared memory that one multiprocessor holds; each has 65,536 registers."""
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""Shared memory that one block may use, KiB."""
+TENSOR_CORE = re.compile(r"wgmma\.mma_async|\bmma\.sync|tcgen05\.mma")
+VECTOR_LOAD = re.compile(r"ld\.global[\w.:]*\.v[24]|cp\.async\.c[ag]\.shared\.global[^;]*0x10|cp\.async\.bulk\.tensor")
+
+
+class Row(NamedTuple):
+    arch: int
+    kernel: str
+    shape: str
+    dtype: str
+    warps: int
+    stages: int
+    registers: int
+    spill: int
+    """Bytes of spill stores."""
+    stack: int
+    shared: int
+    """Bytes of shared memory."""
+    tensor_core: int
+    """Tensor-core instructions in the PTX."""
+    vector_load: int
+    """Loads of 8 or 16 bytes a thread, asynchronous copies and TMA loads in the PTX."""
+
+    def occupancy(self) -> float:
+        """Share of a multiprocessor's warps that registers, shared memory and the block limit leave room for."""
+        warps, blocks, shared = MULTIPROCESSOR[self.arch]
+        per_warp = -(-self.registers * 32 // 256) * 256  # registers are given out by 256 a warp
+        fit = min(blocks, warps // self.warps, 65536 // (per_warp * self.warps))
+        fit = min(fit, shared * 1024 // (self.shared + 1024))  # 1 KiB of each block is the system's
+        return fit * self.warps / warps
+
+    def problems(self) -> list[str]:
+        """What disqualifies this configuration from being shipped."""
+        found = []
+        if self.spill:
+            found.append(f"spills {self.spill} bytes")
+        if self.shared > SHARED_LIMIT[self.arch] * 1024:
+            found.append(f"needs {self.shared} bytes of shared memory of {SHARED_LIMIT[self.arch] * 1024}")
+        if not self.tensor_core and not self.kernel.startswith(("bn_", "lc_")):  # which multiply no matrices
+            found.append("uses no tensor cores")
+        if not self.vector_load and self.kernel != "bn_merge":  # which reads a few kilobytes
+            found.append("uses no vector loads")
+        return found
+
+
+class StubDriver:
+    """A driver of no device: Triton's own dispatch specialises and compiles for ``arch``, and launches nothing."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton caches kernels by device: one for each architecture
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, kind: str) -> str:
+        return kind
+
+
+@contextlib.contextmanager
+def target(arch: int) -> Iterator[None]:
+    """Within it, launches compile for ``arch`` with its launch values and TF32 allowed; nothing runs."""
+    from triton.runtime import driver
+
+    tf32 = torch.backends.cuda.matmul.fp32_precision
+    before = driver._active  # the property would look for a GPU
+    driver.set_active(StubDriver(arch))
+    launch_values.target = arch
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = tf32
+        launch_values.target = None
+        driver._active = before
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")  # sizes, strides and alignment, no memory
+
+
+def mas_launches(n: int, dim: int, dtype: torch.dtype, batch: int = 2, heads: int = 8) -> list[Launch]:
+    """Forward and backward of a packed projection."""
+    qkv = _empty(batch, n, 3, heads, dim, dtype=dtype)
+    q, k, v = qkv.unbind(2)
+    o, scale, rows = torch.empty_like(q), _empty(heads), mas_attention_kernel.rows_like(q)
+    grads, partial = torch.empty_like(qkv).unbind(2), mas_attention_kernel.partial_like(q)
+    launches = mas_attention_kernel.forward(q, k, v, scale, o, rows)
+    return launches + mas_attention_kernel.backward(o, q, k, v, scale, o, rows, *grads, partial)
+
+
+def moe_launches(experts: int, hidden: int, channels: int, std: float, dtype: torch.dtype) -> list[Launch]:
+    """Forward and backward of 4,096 positions."""
+    x, winner = _empty(4096, channels, dtype=dtype), _empty(4096, dtype=torch.int8)
+    small = [_empty(experts, hidden), _empty(experts, hidden), _empty(experts), _empty(experts)]
+    weights = [_empty(experts, hidden, channels, dtype=dtype), *small]
+    seed, a = torch.empty((), dtype=torch.int64, device="meta"), _empty(4096)
+    launches = moe_gate_kernel.forward(x, *weights, seed, std, torch.empty_like(x), a, winner)
+    return launches + moe_gate_kernel.backward(x, x, *weights, seed, std, a, winner, torch.empty_like(x))[0]
+
+
+def bn_launches(channels: int, side: int, pool: bool, dtype: torch.dtype, batch: int = 32) -> list[Launch]:
+    """Forward and backward of a map [batch, channels, side, side]."""
+    total = batch * side * side
+    x, y = _empty(total, channels, dtype=dtype), _empty(total // 4 if pool else total, channels, dtype=dtype)
+    column = [_empty(channels) for _ in range(4)]  # weight, bias, mean, variance
+    size = (side, side)
+    launches = batch_norm_kernel.forward(x, *column[:2], 1e-5, size, y, *column[2:])
+    stats, partial = batch_norm_kernel.backward_stats(y, x, *column, 1e-5, size)
+    return [
+        *launches,
+        stats,
+        batch_norm_kernel.backward_apply(y, x, *column, 1e-5, size, partial[0], torch.empty_like(x)),
+    ]
+
+
+def lc_launches(channels: int, side: int, dtype: torch.dtype, batch: int = 32) -> list[Launch]:
+    """Forward and backward of the local connection on maps [batch, channels, side, side]."""
+    rows = [_empty(batch * side * side, channels, dtype=dtype) for _ in range(4)]  # m, x, z, y
+    weight, column, size = _empty(channels, 9), [_empty(channels) for _ in range(5)], (side, side)
+    launches = local_connection_kernel.forward(*rows[:2], weight, *column[:3], 1e-5, size, *rows[2:], *column[3:])
+    stats, partial = local_connection_kernel.backward_stats(rows[3], rows[2], *column[1:], 1e-5)
+    last, _ = local_connection_kernel.backward(
+        rows[3], rows[0], weight, rows[2], *column[1:], 1e-5, size, partial[0], torch.empty_like(rows[0])
+    )
+    return [*launches, stats, last]
+
+
+PERSISTENT = {"PERSISTENT": 4, "STAGES": 2, "num_warps": 4, "num_stages": 2}
+"""The persistent forward's values where no tuned file holds better ones."""
+
+
+def shipped(arch: int) -> Iterator[tuple[str, torch.dtype, list[Launch]]]:
+    """Every configuration that this project compiles and checks: (shape, dtype, launches)."""
+    half, full = torch.bfloat16, torch.float32
+    sizes = [(64, 32), (64, 64), (64, 128), (49, 64), (128, 64), (128, 128), (197, 64), (4096, 64), (4096, 128)]
+    cases = [(n, d, half) for n, d in sizes] + [
+        (64, 64, torch.float16),
+        (64, 64, full),
+        (197, 64, full),
+        (64, 128, full),
+    ]
+    for n, dim, dtype in cases:
+        yield f"N={n} D={dim}", dtype, mas_launches(n, dim, dtype)
+    if arch >= 90:
+        launch_values.override["mas_small_forward"] = PERSISTENT
+        try:
+            yield "N=64 D=64", half, mas_launches(64, 64, half)[:1]
+        finally:
+            del launch_values.override["mas_small_forward"]
+    for experts, hidden, channels, std, dtype in [
+        (2, 128, 512, 0.1, half),
+        (2, 128, 512, 0.0, half),
+        (2, 128, 512, 0.1, full),
+        (4, 256, 512, 0.1, half),
+        (2, 32, 128, 0.1, half),
+        (3, 48, 96, 0.1, torch.float16),
+    ]:
+        launches = moe_launches(experts, hidden, channels, std, dtype)
+        yield f"E={experts} M={hidden} C={channels}{'' if std else ' no noise'}", dtype, launches
+    for channels, side, pool, dtype in [
+        (32, 256, True, half),
+        (512, 16, False, half),
+        (48, 32, True, torch.float16),
+        (64, 128, True, full),
+    ]:
+        name = f"C={channels} {side}x{side}{' pooled' if pool else ''}"
+        yield name, dtype, bn_launches(channels, side, pool, dtype)
+    for channels, side, dtype in [(512, 8, half), (512, 8, full)]:
+        yield f"LC C={channels} {side}x{side}", dtype, lc_launches(channels, side, dtype)
+
+
+def inspect(launch: Launch, arch: int, shape: str, dtype: torch.dtype) -> Row:
+    """Compiles ``launch`` within :func:`target` and reads the result."""
+    compiled = launch.compile()
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx, encoding="utf-8")
+        name = f"sm_{arch}{'a' if arch >= 90 else ''}"
+        command = [_ptxas(arch), "-v", f"--gpu-name={name}", str(source), "-o", str(Path(folder, "kernel.cubin"))]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spill = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
+    registers = re.search(r"Used (\d+) registers", log)
+    assert spill, log
+    assert registers, log
+    return Row(
+        arch=arch,
+        kernel=launch.name,
+        shape=shape,
+        dtype=str(dtype).removeprefix("torch."),
+        warps=launch.options["num_warps"],
+        stages=launch.options["num_stages"],
+        registers=int(registers[1]),
+        spill=int(spill[2]),
+        stack=int(spill[1]),
+        shared=compiled.metadata.shared,
+        tensor_core=len(TENSOR_CORE.findall(ptx)),
+        vector_load=len(VECTOR_LOAD.findall(ptx)),
+    )
+
+
+def _ptxas(arch: int) -> str:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return get_ptxas(arch).path
+
+
+def check(arch: int) -> list[Row]:
+    """Compiles everything shipped for ``arch``."""
+    with target(arch):
+        return [inspect(one, arch, shape, dtype) for shape, dtype, launches in shipped(arch) for one in launches]
+
+
+def check_all(archs: list[int], processes: int = 2) -> list[Row]:
+    """:func:`check` for each architecture, in processes of their own."""
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        return [row for rows in pool.imap(check, archs, chunksize=1) for row in rows]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dtn_fast.kernels.compile_check",
+        description="Compile every shipped kernel configuration without a GPU and report registers, spills, memory.",
+        epilog="Example: python -m dtn_fast.kernels.compile_check --arch 80 90 --json",
+    )
+    every = sorted(SHARED_LIMIT)
+    parser.add_argument("--arch", type=int, nargs="+", choices=every, default=every, help="compute capabilities x 10")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args(arguments)
+    if INTERPRET:
+        print("aot: unset TRITON_INTERPRET; an interpreting process cannot compile", file=sys.stderr)
+        return 2
+    rows = check_all(options.arch, options.processes)
+    if options.json:
+        versions = {"triton": triton.__version__, "torch": torch.__version__}
+        data: dict[str, Any] = {**versions, "rows": [{**r._asdict(), "problems": r.problems()} for r in rows]}
+        print(json.dumps(data, indent=1))
+    else:
+        for r in rows:
+            print(
+                f"sm_{r.arch:<3} {r.kernel:28} {r.shape:24} {r.dtype:8} warps {r.warps} registers {r.registers:3} "
+                f"spill {r.spill} shared {r.shared / 1024:5.1f} KiB tensor {r.tensor_core:3} vector {r.vector_load:3}"
+                + "".join(f"  ! {problem}" for problem in r.problems())
+            )
+    return int(any(r.problems() for r in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Launch values per GPU: tuned/<gpu>.json where one was measured, else the architecture family's, else the default."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent / "tuned"
+OPTIONS = ("num_warps", "num_stages")
+SMALL = 128
+"""Largest N that one attention program holds whole; up to it the backward needs nothing of its forward."""
+
+override: dict[str, dict[str, int]] = {}
+"""Values that the tuner and tests try, by kernel; taken before any file."""
+
+target: int | None = None
+"""Compute capability (90 for 9.0) to read values for when compiling without a GPU."""
+
+
+def settings(kernel: str, like: Tensor, **shape: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Options (num_warps, num_stages) and constants (block sizes) of ``kernel`` on the device of ``like``."""
+    values = override.get(kernel) or _lookup(kernel, _gpu(like.device), like.element_size(), *sorted(shape.items()))
+    return {k: values[k] for k in OPTIONS}, {k: v for k, v in values.items() if k not in OPTIONS}
+
+
+@functools.lru_cache(maxsize=4096)
+def _lookup(kernel: str, gpu: tuple[str, int], width: int, *shape: tuple[str, int]) -> dict[str, int]:
+    """The first row of the first file that fits: a row's "when" bounds shape values and element width from above."""
+    name, capability = gpu
+    given = {**dict(shape), "bytes": width}
+    for file in (f"{name}.json", f"sm{capability}.json", "default.json"):
+        for row in _read(file).get(kernel, ()):
+            if all(given.get(key, 0) <= bound for key, bound in row.get("when", {}).items()):
+                return {k: v for k, v in row.items() if k != "when"}
+    raise KeyError(f"{kernel}: no launch values for {given} in {FOLDER / 'default.json'}")
+
+
+@functools.cache
+def _read(file: str) -> dict[str, list[dict[str, Any]]]:
+    path = FOLDER / file
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _gpu(device: torch.device) -> tuple[str, int]:
+    if device.type != "cuda":
+        return "none", target or 90  # nothing runs but the interpreter
+    return _properties(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _properties(index: int) -> tuple[str, int]:
+    major, minor = torch.cuda.get_device_capability(index)
+    return slug(torch.cuda.get_device_name(index)), 10 * major + minor
+
+
+def slug(name: str) -> str:
+    """A GPU's name as a file name: "NVIDIA H200" -> "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,0 +1,201 @@
+"""Augmentation on both machines: ranges, determinism per sample, JPEG against a real encoder; self-blending."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+
+from dtn_fast.data.augment import Augment, DeviceAugment, jpeg
+from dtn_fast.data.blend import METHOD, BlendedCrops, self_blend, self_blended
+from dtn_fast.data.config import PRESETS, AugmentPreset
+from dtn_fast.data.crop_dataset import Crops, Shards
+from dtn_fast.data.randomness import sample_seeds, uniform
+from dtn_fast.errors import UsageError
+from dtn_fast.evaluation.metrics import evaluate_scores
+
+FACE = np.ascontiguousarray(cv2.resize(data.astronaut()[:256, 96:352], (128, 128), interpolation=cv2.INTER_AREA))
+BATCH = np.stack([np.roll(FACE, 5 * i, 1) for i in range(24)])
+SEEDS = sample_seeds(7, np.arange(24))
+NOTHING = AugmentPreset(0, 0, brightness_contrast=0, blur=0, noise=0, compression=0)
+
+
+def on_device(preset: AugmentPreset, crops: np.ndarray = BATCH, seeds: np.ndarray = SEEDS) -> np.ndarray:
+    return DeviceAugment(preset)(torch.from_numpy(crops), seeds).numpy()
+
+
+def on_cpu(preset: AugmentPreset, crops: np.ndarray = BATCH, seeds: np.ndarray = SEEDS) -> np.ndarray:
+    return Augment(preset)(crops, seeds)
+
+
+BOTH = pytest.mark.parametrize("augment", [on_cpu, on_device])
+
+
+@BOTH
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_seed_gives_the_same_picture_in_any_batch(augment, name: str) -> None:
+    preset = PRESETS[name]
+    before = BATCH.copy()
+    whole = augment(preset)
+    assert np.array_equal(BATCH, before), "the input is left alone"
+    assert (whole.shape, whole.dtype) == (BATCH.shape, BATCH.dtype)
+    assert np.array_equal(whole, augment(preset))
+    order = np.random.default_rng(0).permutation(24)[:9]
+    apart = augment(preset, BATCH[order], SEEDS[order])
+    assert np.abs(apart.astype(int) - whole[order]).max() <= 1  # a batched product may round another way
+    other = augment(preset, BATCH, sample_seeds(8, np.arange(24)))
+    assert (np.abs(other.astype(int) - whole).max((1, 2, 3)) > 0).mean() > 0.5
+
+
+@BOTH
+def test_nothing_chosen_changes_nothing(augment) -> None:
+    assert np.array_equal(augment(NOTHING), BATCH)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("field", "limit"),
+    [
+        ("flip", 0),
+        ("brightness_contrast", 0.2 * 255 + 0.2 * 255 + 1),
+        ("noise", 0.04 * 255 * 5.5),
+        ("compression", 140),
+    ],
+)
+def test_each_transform_changes_every_chosen_sample_within_its_range(augment, field: str, limit: float) -> None:
+    out = augment(dataclasses.replace(NOTHING, **{field: 1.0}))
+    reference = BATCH[:, :, ::-1] if field == "flip" else BATCH
+    change = np.abs(out.astype(int) - reference)
+    assert change.max() <= limit
+    if field != "flip":
+        assert (change.max((1, 2, 3)) > 0).mean() > 0.9
+
+
+@BOTH
+def test_blur_removes_detail_and_keeps_the_light(augment) -> None:
+    out = augment(dataclasses.replace(NOTHING, blur=1.0, sigma=(1.0, 1.5)))
+    assert out.mean() == pytest.approx(BATCH.mean(), abs=1)
+    detail = [np.abs(np.diff(x.astype(int), axis=2)).mean() for x in (BATCH, out)]
+    assert detail[1] < 0.8 * detail[0]
+
+
+@BOTH
+def test_geometry_is_a_similarity_within_its_limits(augment) -> None:
+    """Where three dots go says how the picture was moved."""
+    side = 128
+    dots = np.array([[40.0, 40.0], [88.0, 40.0], [64.0, 90.0]])
+    yy, xx = np.mgrid[0:side, 0:side]
+    crops = np.stack([(np.exp(-((xx - x) ** 2 + (yy - y) ** 2) / 18) * 255).astype(np.uint8) for x, y in dots], 2)
+    out = augment(dataclasses.replace(NOTHING, shift_scale_rotate=1.0), np.stack([crops] * 24))
+    turns, scales, shifts = [], [], []
+    for picture in out.astype(float):
+        found = np.stack([[(w * xx).sum(), (w * yy).sum()] / w.sum() for w in np.moveaxis(picture, 2, 0)])
+        before, after = dots[1] - dots[0], found[1] - found[0]
+        scales.append(np.linalg.norm(after) / np.linalg.norm(before))
+        turns.append(np.degrees(np.arctan2(after[1], after[0])))
+        middle = (found - found.mean(0)) / scales[-1]
+        angle = np.radians(turns[-1])
+        back = middle @ np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        assert np.abs(back - (dots - dots.mean(0))).max() < 0.7, "neither sheared nor mirrored"
+        rotated = (dots.mean(0) - 63.5) @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+        shifts.append((found.mean(0) - 63.5 - rotated * scales[-1]) / side)
+    assert 0.9 - 0.02 <= min(scales) < 0.95
+    assert 1.05 < max(scales) <= 1.12
+    assert -10.5 <= min(turns) < -4
+    assert 4 < max(turns) <= 10.5
+    assert 0.02 < np.abs(shifts).max() <= 0.05 * 1.1 + 0.01
+
+
+@pytest.mark.parametrize("quality", [10, 40, 60, 75, 90, 100])
+def test_jpeg_is_what_an_encoder_makes(quality: int) -> None:
+    pictures = np.stack([FACE, data.astronaut()[256:384, 256:384], data.coffee()[100:228, 200:328]])
+    ours = jpeg(torch.from_numpy(pictures).permute(0, 3, 1, 2).float(), np.full(3, quality)).round()
+    for picture, made in zip(pictures, ours.permute(0, 2, 3, 1).numpy(), strict=True):
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "JPEG", quality=quality, subsampling="4:2:0")
+        real = np.asarray(Image.open(file)).astype(float)
+        assert np.abs(made - real).mean() < 0.8  # grey levels: both round, at other places
+        lost = [(x - picture).ravel() for x in (made, real)]
+        assert np.corrcoef(lost)[0, 1] > (0.9 if quality < 100 else 0.7)
+
+
+def test_device_augmentation_names_a_wrong_shape() -> None:
+    with pytest.raises(UsageError, match="40x40 pixels"):
+        on_device(PRESETS["light"], BATCH[:, :40, :40])
+
+
+def test_per_sample_randomness_is_uniform_and_distinct() -> None:
+    seeds = sample_seeds(0, np.arange(20_000))
+    assert len(np.unique(seeds)) == 20_000
+    assert not np.intersect1d(seeds, sample_seeds(1, np.arange(20_000))).size
+    draw = uniform(seeds, 4)
+    assert np.abs(np.corrcoef(draw.T) - np.eye(4)).max() < 0.03
+    assert draw.mean(0) == pytest.approx([0.5] * 4, abs=0.01)
+    assert draw.var(0) == pytest.approx([1 / 12] * 4, abs=0.002)
+    assert (draw.min() >= 0) & (draw.max() < 1)
+
+
+def test_a_self_blend_changes_the_inside_of_its_mask_only() -> None:
+    """Where the opacity is 0 the picture is the surroundings', untouched or recoloured whole."""
+    plain = 0
+    for seed in range(20):
+        fake, mask = self_blend(FACE, np.random.default_rng(seed))
+        assert (fake.shape, fake.dtype, mask.dtype) == (FACE.shape, np.uint8, np.float32)
+        assert 0.05 < (mask > 0.5 * mask.max()).mean() < 0.6
+        assert 0.2 < mask.max() <= 1.0
+        assert mask[:3].max() < 0.02
+        change = np.abs(fake.astype(int) - FACE).max(2)
+        assert change[mask > 0.9 * mask.max()].max() > 0
+        plain += change[mask == 0].max() == 0
+    assert 4 <= plain <= 16  # half of the time the surroundings stay
+
+
+def test_landmarks_give_the_mask_and_unknown_ones_do_not() -> None:
+    points = np.array([[20, 30], [50, 30], [50, 70], [20, 70], [35, 90]], np.float32)
+    left = [self_blend(FACE, np.random.default_rng(s), points)[1] for s in range(8)]
+    assert all((mask[:, 75:] == 0).all() for mask in left)
+    unknown = np.full_like(points, np.nan)
+    assert np.array_equal(
+        self_blend(FACE, np.random.default_rng(1), unknown)[1], self_blend(FACE, np.random.default_rng(1))[1]
+    )
+
+
+def test_self_blended_shards_double_the_reals(shards: Shards) -> None:
+    made = self_blended(shards, seed=3)
+    reals = int((shards.labels == 0).sum())
+    assert len(made.crops) == 2 * reals == len(made.video)
+    assert made.methods == (METHOD,)
+    assert set(made.labels[:reals]) == {0}
+    assert set(made.labels[reals:]) == {1}
+    for split in ("train", "val", "test"):
+        rows = made.select(split)
+        count = (shards.labels[shards.select(split)] == 0).sum()
+        assert [(made.labels[rows] == label).sum() for label in (0, 1)] == [count, count]
+    rows = np.arange(2 * reals)
+    first, second = made.get(rows, epoch=0), made.get(rows, epoch=1)
+    assert np.array_equal(first, made.get(rows[::-1].copy(), epoch=0)[::-1])
+    assert (np.abs(first.astype(int) - second)[reals:].max((1, 2, 3)) > 0).all(), "another fake each epoch"
+    source = shards.get(np.flatnonzero(shards.labels == 0))
+    kept = (np.abs(first[:reals].astype(int) - source).max((1, 2, 3)) == 0).mean()
+    assert 0.2 < kept < 0.8, "about half of the reals are recoloured"
+    no_reals = dataclasses.replace(shards, videos=[v._replace(label=1, method="x") for v in shards.videos])
+    with pytest.raises(UsageError, match="needs real faces"):
+        self_blended(no_reals)
+
+
+def test_colour_alone_does_not_tell_a_blend_from_a_real() -> None:
+    """A classifier on the mean colour of the surroundings scores chance."""
+    crops = Crops([np.stack([FACE] * 300)], 128)
+    source = BlendedCrops(crops, np.arange(300), None, seed=1)
+    out = np.empty((600, 128, 128, 3), np.uint8)
+    source.fill(np.arange(600), out)
+    corner = out[:, :8].astype(float).mean((1, 2))
+    change = np.abs(corner - FACE[:8].astype(float).mean((0, 1))).mean(1)
+    auc = evaluate_scores(np.repeat([0, 1], 300), change).auc
+    assert auc == pytest.approx(0.5, abs=0.1)

@@ -1,0 +1,301 @@
+"""Verdicts on real files, and on everything that is not one; the report; the heat maps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from skimage import data
+from small import SMALL
+
+from dtn_fast import DTN
+from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.data.faces import Box, FaceDetector
+from dtn_fast.data.video import Frame, read_frames, write_video
+from dtn_fast.detect.annotate import annotate
+from dtn_fast.detect.inputs import find_inputs
+from dtn_fast.detect.pipeline import AHEAD, detect
+from dtn_fast.detect.report import write_report, write_results
+from dtn_fast.detect.verdict import Face, FrameResult, Result, aggregate, people_of
+from dtn_fast.explain.heatmap import grad_cam, overlay
+from dtn_fast.model.preprocess import normalise
+from dtn_fast.runtime.torch_scorer import TorchScorer
+
+
+@pytest.fixture(scope="module")
+def detector() -> FaceDetector:
+    return FaceDetector()
+
+
+class Fixed(TorchScorer):
+    """Scores given beforehand, in order."""
+
+    def __init__(self, model: DTN, scores: list[float]) -> None:
+        super().__init__(model)
+        self.scores = list(scores)
+
+    def score(self, crops: np.ndarray) -> np.ndarray:
+        taken, self.scores = self.scores[: len(crops)], self.scores[len(crops) :]
+        return np.array(taken)
+
+
+def test_image_with_two_faces_takes_the_higher(small: DTN, detector: FaceDetector, tmp_path: Path) -> None:
+    face = data.astronaut()[:256, 96:352]
+    Image.fromarray(np.hstack([face, face])).save(tmp_path / "two.png")
+    result = detect(tmp_path / "two.png", Fixed(small, [0.2, 0.9]), detector)
+    assert (result.verdict, result.score, len(result.frames[0].faces)) == ("fake", 0.9, 2)
+    assert [p.score for p in result.pictures] == [0.9, 0.2]
+    assert all(p.heat is not None for p in result.pictures)
+
+
+def test_video_score_is_the_mean_over_frames_with_a_face(small: DTN, detector: FaceDetector, tmp_path: Path) -> None:
+    face = data.astronaut()[:256, 96:352]
+    blank = np.zeros_like(face)
+    write_video(tmp_path / "v.mp4", [face, face, blank, face], fps=2)
+    result = detect(tmp_path / "v.mp4", Fixed(small, [0.1, 0.3, 0.8]), detector)
+    assert result.score == pytest.approx(0.4)
+    assert (result.verdict, result.frames_read, len(result.frames)) == ("real", 4, 3)
+    assert [f.seconds for f in result.frames] == pytest.approx([0, 0.5, 1.5])
+    loose = detect(tmp_path / "v.mp4", Fixed(small, [0.1, 0.3, 0.8]), detector, threshold=0.4)
+    assert loose.verdict == "fake"
+
+
+def seen(*frames: dict[int, float]) -> list[FrameResult]:
+    """A frame a second; each a score by person."""
+    return [FrameResult(n, float(n), [Face(Box(0, 0, 9, 9), s, p) for p, s in f.items()]) for n, f in enumerate(frames)]
+
+
+def test_people_have_scores_and_spans_and_the_highest_regular_one_decides() -> None:
+    frames = seen(*[{0: 0.2, 1: 0.9}] * 6, *[{0: 0.2}] * 3, {0: 0.2, 2: 1.0}, {0: 0.2, 1: 0.8}, {0: 0.6})
+    people = people_of(frames, threshold=0.5)
+    assert [(p.number, p.frames) for p in people] == [(2, 1), (1, 7), (0, 12)]
+    assert people[1].score == pytest.approx((6 * 0.9 + 0.8) / 7)
+    assert [(s.start, s.end) for s in people[1].spans] == [(0, 5), (10, 10)]
+    assert people[1].spans[0].score == pytest.approx(0.9)
+    assert [(s.start, s.end) for s in people[2].spans] == [(11, 11)]
+    assert aggregate(people, frames) == pytest.approx(people[1].score)  # person 2 was there once in twelve
+    cuts = seen(*({n: 0.1 * (n % 4)} for n in range(20)))  # somebody else in every frame
+    assert aggregate(people_of(cuts, 0.5), cuts) == pytest.approx(0.15)
+
+
+def test_two_people_are_told_apart_in_a_video(small: DTN, detector: FaceDetector, tmp_path: Path) -> None:
+    face = data.astronaut()[:256, 96:352]
+    write_video(tmp_path / "two.mp4", [np.hstack([face, face // 2])] * 5, fps=1, crf=10)
+
+    class ByLight(TorchScorer):
+        def score(self, crops: np.ndarray) -> np.ndarray:
+            return np.where(crops.mean((1, 2, 3)) > 90, 0.9, 0.2)
+
+    result = detect(tmp_path / "two.mp4", ByLight(small), detector)
+    assert [(p.frames, pytest.approx(p.score)) for p in result.people] == [(5, 0.9), (5, 0.2)]
+    assert (result.verdict, result.score) == ("fake", pytest.approx(0.9))
+    assert [(s.start, s.end) for s in result.spans] == [(0, 4)]
+    stored = result.to_json()
+    assert stored["people"][0]["spans"] == [{"start": 0.0, "end": 4.0, "score": pytest.approx(0.9)}]
+    assert {f["person"] for frame in stored["frames"] for f in frame["faces"]} == {0, 1}
+
+
+def test_frames_by_count_rate_or_all(small: DTN, detector: FaceDetector, tmp_path: Path) -> None:
+    face = data.astronaut()[:256, 96:352]
+    write_video(tmp_path / "v.mp4", [face] * 40, fps=10)
+    scorer = TorchScorer(small)
+    read = lambda **how: detect(tmp_path / "v.mp4", scorer, detector, **how).frames_read
+    assert (read(frames=7), read(frames=0), read(rate=2.0), read(frames=3, rate=0.1)) == (7, 40, 8, 1)
+    told: list[int] = []
+    timing = detect(tmp_path / "v.mp4", scorer, detector, 5, watch=told.append).timing
+    assert told == [1, 2, 3, 4, 5]
+    assert min(timing.decode, timing.detect, timing.score) > 0
+    assert timing.wall <= timing.decode + timing.detect + timing.score + 1
+    assert sum(float(part) for part in re.findall(r"(\d+)%", timing.shares())) == pytest.approx(100, abs=2)
+
+
+def test_a_long_video_streams(small: DTN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it is, a few frames and batches are held, and decoding stops when the work does."""
+    alive: set[int] = set()
+    most = made = 0
+
+    def endless(*_: object, **__: object) -> Iterator[Frame]:
+        nonlocal most, made
+        for number in range(2000):
+            image = np.zeros((80, 80, 3), np.uint8)
+            alive.add(number)
+            weakref.finalize(image, alive.discard, number)
+            made, most = made + 1, max(most, len(alive))
+            yield Frame(number, number / 25, image)
+
+    class Always:
+        def __call__(self, image: np.ndarray) -> list[Box]:
+            return [Box(0, 0, 64, 64)]
+
+        def near(self, image: np.ndarray, box: Box) -> Box:
+            return box
+
+    class Quick(TorchScorer):
+        def score(self, crops: np.ndarray) -> np.ndarray:
+            return np.full(len(crops), 0.25)
+
+    monkeypatch.setattr("dtn_fast.detect.pipeline.frames_of", endless)
+    result = detect(tmp_path / "x.mp4", Quick(small), Always(), model=small)
+    assert (result.frames_read, len(result.frames), result.score) == (2000, 2000, 0.25)
+    assert most <= AHEAD + 4
+
+    def stop(read: int) -> None:
+        if read == 10:
+            raise KeyboardInterrupt
+
+    made = 0
+    with pytest.raises(KeyboardInterrupt):
+        detect(tmp_path / "x.mp4", Quick(small), Always(), watch=stop)
+    assert made <= 10 + AHEAD + 2
+    assert not [t for t in threading.enumerate() if t.name.startswith(("decoding", "scoring"))]
+
+
+def test_the_annotated_video_frames_faces_and_marks_spans(small: DTN, detector: FaceDetector, tmp_path: Path) -> None:
+    face = cv2.resize(data.astronaut()[:256, 96:352], (480, 480))
+    write_video(tmp_path / "v.mp4", [face] * 12, fps=4)
+    result = detect(tmp_path / "v.mp4", Fixed(small, [0.9] * 2 + [0.1] * 4), detector, frames=6)
+    assert list(annotate(result, tmp_path / "out.mp4")) == [*range(1, 13)]
+    frames = list(read_frames(tmp_path / "out.mp4"))
+    assert (len(frames), frames[0].image.shape) == (12, (480, 480, 3))
+    box = result.frames[0].faces[0].box
+    edge = lambda frame: frame.image[box.top + 60 : box.bottom - 60, box.left - 4 : box.left + 5].mean(0).astype(int)
+    red = [(edge(frame)[:, 0] - edge(frame)[:, 1]).max() for frame in (frames[0], frames[11])]
+    green = [(edge(frame)[:, 1] - edge(frame)[:, 0]).max() for frame in (frames[0], frames[11])]
+    assert red[0] > 60 > 30 > red[1]  # forged, then not
+    assert green[1] > 60 > 30 > green[0]
+    bar = frames[11].image[-3]
+    assert bar[20][0] > bar[20][1] + 80  # the forged span, at the start
+    assert bar[300].max() < 100
+
+
+def test_bad_inputs_are_verdicts_not_crashes(small: DTN, detector: FaceDetector, tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((100, 80, 3), np.uint8)).save(tmp_path / "blank.png")
+    (tmp_path / "text.mp4").write_text("hello")
+    (tmp_path / "notes.txt").write_text("hello")
+    scorer = TorchScorer(small)
+    for name, verdict, word in (
+        ("blank.png", "no face", "no face in 1 frame"),
+        ("text.mp4", "failed", "cannot read this video"),
+        ("notes.txt", "failed", "neither an image"),
+        ("nowhere.png", "failed", "no such file"),
+    ):
+        result = detect(tmp_path / name, scorer, detector)
+        assert (result.verdict, result.ok) == (verdict, False)
+        assert word in (result.error or "")
+        assert name in (result.error or "")
+
+
+def test_inputs_are_found_once_and_sorted(tmp_path: Path) -> None:
+    for name in ("b/2.jpg", "b/1.PNG", "a.mp4", "b/skip.txt", "b/.hidden.png", "b/c/3.jpeg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "empty").mkdir()
+
+    def names(*patterns: str) -> list[str]:
+        found = list(find_inputs([str(tmp_path / p) for p in patterns]))
+        assert all(error is None for _, error in found)
+        return [str(path.relative_to(tmp_path)) for path, _ in found]
+
+    assert names("a.mp4", "b") == ["a.mp4", "b/1.PNG", "b/2.jpg", "b/c/3.jpeg"]
+    assert names("b/*.jpg", "b") == ["b/2.jpg", "b/1.PNG", "b/c/3.jpeg"]
+    assert names("**/*.jp*g") == ["b/2.jpg", "b/c/3.jpeg"]
+    errors = [e for _, e in find_inputs([str(tmp_path / "x*"), str(tmp_path / "empty"), str(tmp_path / "a.mp4")])]
+    assert "no such file" in (errors[0] or "")
+    assert "no image or video" in (errors[1] or "")
+    assert errors[2] is None
+
+
+def _as_nobody(folder: str, queue: multiprocessing.Queue) -> None:
+    os.setuid(65534)
+    queue.put([(str(path), error) for path, error in find_inputs([folder])])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+def test_a_folder_without_permission_is_named_and_the_rest_goes_on() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        Path(folder, "ok.png").touch()
+        Path(folder, "locked").mkdir(mode=0o000)
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        process = context.Process(target=_as_nobody, args=(folder, queue))
+        process.start()
+        found = queue.get(timeout=60)
+        process.join()
+    assert [(Path(p).name, bool(e)) for p, e in found] == [("ok.png", False), ("locked", True)]
+    assert "Permission denied" in found[1][1]
+
+
+def test_grad_cam_by_its_formula(shards: Shards) -> None:
+    """Without gate and blocks the network is linear after the last ReLU but for the pooling, and the map is known."""
+    torch.manual_seed(0)
+    model = DTN(dataclasses.replace(SMALL, depth=0, num_experts=0)).eval()
+    model.head.weight.data.normal_()
+    crops = shards.get(np.arange(2))
+    heat = grad_cam(model, crops)
+    with torch.no_grad():
+        features = model.backbone[:-1](normalise(crops, model.config))
+        weights = model.head.weight[1] - model.head.weight[0]  # of fake over real
+        expected = F.interpolate(
+            (features * weights[:, None, None]).sum(1, keepdim=True).relu(), (64, 64), mode="bilinear"
+        )
+        expected = expected[:, 0] / expected.amax((2, 3))[:, 0, None, None]
+    assert heat == pytest.approx(expected.numpy(), abs=1e-4)
+    assert heat.max() == pytest.approx(1)
+    assert not model.training
+    assert all(p.grad is None for p in model.parameters())
+    laid = overlay(crops[0], heat[0])
+    assert np.array_equal(laid[heat[0] == 0], crops[0][heat[0] == 0])
+    assert not np.array_equal(laid, crops[0])
+    model.head.weight.data.zero_()
+    assert not grad_cam(model, crops).any()
+
+
+class Parsed(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_report_is_self_contained_and_escaped(small: DTN, detector: FaceDetector, tmp_path: Path) -> None:
+    face = data.astronaut()[:256, 96:352]
+    evil = tmp_path / "<script>alert(1)<"
+    evil.mkdir()
+    write_video(evil / "v.mp4", [face] * 3)
+    results = [
+        detect(evil / "v.mp4", Fixed(small, [0.9, 0.8, 0.1]), detector),
+        Result(Path("x<b>.png"), error="x<b>.png: no & such file"),
+    ]
+    write_report(tmp_path / "r.html", "Title & more", ["a <notice>"], None, results)
+    text = (tmp_path / "r.html").read_text()
+    page = Parsed(text)
+    assert not {"script", "link", "iframe", "b", "notice"} & {tag for tag, _ in page.tags}
+    sources = [a["src"] for tag, a in page.tags if tag == "img"]
+    assert len(sources) == 6
+    assert all(s.startswith("data:image/jpeg;base64,") for s in sources)
+    assert sum(tag == "circle" for tag, _ in page.tags) == 3
+    assert "http" not in text.replace("http://www.w3.org", "")
+    write_results(tmp_path / "r.json", results, "notice", 0.5)
+    stored = json.loads((tmp_path / "r.json").read_text())
+    assert stored["results"][0]["score"] == pytest.approx(0.6)
+    assert stored["results"][1]["verdict"] == "failed"
+    assert len(stored["results"][0]["frames"]) == 3

@@ -1,0 +1,140 @@
+"""The paper's protocols: what is measured, in its layout, its own figures beside."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from small import SMALL
+
+from dtn_fast import DTN
+from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.errors import UsageError
+from dtn_fast.evaluation import paper_numbers
+from dtn_fast.evaluation.evaluate import evaluate
+from dtn_fast.evaluation.paper_numbers import Pair
+from dtn_fast.evaluation.protocols import Entry, cross_dataset, cross_manipulation, names_of, within
+from dtn_fast.evaluation.tables import Cell, Row, Table
+from dtn_fast.runtime.torch_scorer import TorchScorer
+
+
+def result(steps: Iterator[str | Table]) -> tuple[Table, list[str]]:
+    *said, last = list(steps)
+    assert isinstance(last, Table)
+    return last, [str(s) for s in said]
+
+
+@pytest.fixture
+def scorers() -> dict[str, TorchScorer]:
+    made = {}
+    for seed, name in enumerate(("DTN", "a_b & c")):
+        torch.manual_seed(seed)
+        made[name] = TorchScorer(DTN(SMALL).eval())
+    return made
+
+
+def entries(scorers: dict[str, TorchScorer]) -> list[Entry]:
+    return [Entry(name, scorer) for name, scorer in scorers.items()]
+
+
+def test_table_1(scorers: dict[str, TorchScorer], shards: Shards, tmp_path: Path) -> None:
+    found, said = result(cross_dataset(entries(scorers), {"FF++": shards, "my_set": shards}))
+    assert said[0] == "DTN on FF++"
+    assert len(said) == 4
+    expected = evaluate(scorers["DTN"], shards, groups={"all": shards.methods}).rows[0]
+    for level, metrics, interval in (("frame", expected.frame, expected.frame_interval),
+                                     ("video", expected.video, expected.video_interval)):  # fmt: skip
+        assert found.rows[0].cells[level]["FF++"] == Cell(metrics.acc, metrics.auc, interval)
+    header, rows = found.text("frame")
+    assert header == ["model", "FF++ ACC", "FF++ AUC", "my_set ACC", "my_set AUC"]
+    assert rows[0][2].startswith(f"{100 * (expected.frame.auc or 0):.2f} (")
+    assert ["DTN (the paper's figures)", "97.13", "99.70", "-", "-"] in rows
+    made = found.write(tmp_path / "table1")
+    assert [path.name for path in made] == ["table1.json", "table1.md", "table1.tex", "table1.svg"]
+    text = made[2].read_text()
+    assert text.count(r"\begin{tabular}{lcccc}") == 2  # both levels
+    assert r"a\_b \& c & " in text
+    assert r"\multicolumn{2}{c}{my\_set}" in text
+    assert r"DTN$^{\ast}$ & 97.13 & 99.70 & - & - \\" in text
+    assert text.count("{") == text.count("}")
+    stored = json.loads(made[0].read_text())
+    assert stored["rows"][0]["cells"]["video"]["FF++"]["auc"] == expected.video.auc
+    assert [Row.from_json(row) for row in stored["rows"]] == found.rows
+    assert "10 videos" in made[1].read_text()
+    assert "In brackets" not in made[1].read_text()
+    ElementTree.fromstring(made[3].read_text())
+
+
+def test_one_model_on_one_dataset(scorers: dict[str, TorchScorer], shards: Shards) -> None:
+    measured = evaluate(scorers["DTN"], shards)
+    table, _ = result(cross_dataset(entries(scorers)[:1], {"DFD": shards}))
+    assert within("DTN", "DFD", measured).latex("video") == table.latex("video")
+    assert r"DTN$^{\ast}$ & 87.32 & 97.60" in table.latex("video")
+
+
+def test_table_2(scorers: dict[str, TorchScorer], shards: Shards) -> None:
+    renamed = dict(zip(shards.methods, ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures"), strict=True))
+    videos = [v._replace(method=renamed.get(v.method, "")) for v in shards.videos]
+    ff = dataclasses.replace(shards, videos=videos)
+    two = [entry._replace(trained_on="DF") for entry in entries(scorers)]  # of one forgery, in one table
+    found, said = result(cross_manipulation(two, ff))
+    assert said == ["DTN on the data", "a_b & c on the data"]
+    header, rows = found.text("video")
+    assert header == ["model", "trained on", "DF AUC", "F2F AUC", "FS AUC", "NT AUC"]
+    assert found.policies["FS"].startswith("test split, 4 videos (2 real, 2 fake), 3.0 frames each on average, ")
+    one = evaluate(scorers["DTN"], ff, groups={"FaceSwap": ("FaceSwap",)}).rows[0]
+    assert found.rows[0].cells["video"]["FS"].auc == one.video.auc
+    assert [row[:2] for row in rows[:2]] == [["DTN", "DF"], ["a_b & c", "DF"]]
+    assert ["DTN (the paper's figures)", "DF", "100.00", "97.23", "74.26", "98.53"] in rows
+    assert "F2F" not in {row[1] for row in rows}
+    assert r"Method & trained on & DF & F2F & FS & NT \\" in found.latex("frame")
+    assert r"DTN$^{\ast}$ & DF & 100.00 & 97.23 & 74.26 & 98.53 \\" in found.latex("frame")
+    real = dataclasses.replace(shards, videos=[v._replace(label=0, method="") for v in shards.videos])
+    with pytest.raises(UsageError, match="no forgery to test on"):
+        result(cross_manipulation(two, real))
+
+
+def test_the_papers_figures_stand_beside_ours() -> None:
+    cells = {"x": Cell(0.5, 0.75, (0.7, 0.8)), "y|z": Cell(0.25, None, None)}
+    row = Row("a<c", {"frame": cells, "video": cells}, after={"size": ("1.0", "2.0"), "other": ("3", "")},
+              paper={"x": Pair(60.0, 70.5), "elsewhere": Pair(1.0, 2.0)}, notice="careful")  # fmt: skip
+    table = Table("t", "T", ("x", "y|z"), [row, dataclasses.replace(row, name="b", after={}, paper={})])
+    header, rows = table.text("frame")
+    assert header == ["model", "x ACC", "x AUC", "y|z ACC", "y|z AUC", "size", "other"]
+    assert rows == [
+        ["a<c", "50.00 [60.00]", "75.00 (70.0-80.0) [70.50]", "25.00", "-", "1.0 [2.0]", "3"],
+        ["b", "50.00", "75.00 (70.0-80.0)", "25.00", "-", "", ""],
+    ]
+    text = table.markdown()
+    assert "In brackets the paper's own figures." in text
+    assert r"| y\|z ACC |" in text
+    assert "| a&lt;c | 50.00" in text
+    assert text.endswith("**careful**\n")
+    assert r"a<c$^{\ast}$ & 60.00 & 70.50 & - & - & 2.0 &  \\" in table.latex("frame")
+    assert "% careful\n" in table.latex("frame")
+    assert r"b$^" not in table.latex("frame")
+    assert "the paper" in table.chart()
+
+
+def test_the_papers_figures_are_in_range_and_named_alike() -> None:
+    for row in paper_numbers.TABLE1.values():
+        assert set(row) <= set(paper_numbers.DATASETS)
+        assert all(v is None or 0 < v <= 100 for pair in row.values() for v in pair)
+    for table in paper_numbers.TABLE2.values():
+        assert set(table) == set(paper_numbers.FORGERIES) == set(table["DF"])
+
+
+def test_names() -> None:
+    paths = [Path("a/run"), Path("b/run")]
+    assert names_of(paths, (), "x") == ["a/run", "b/run"]
+    assert names_of([Path("a/one"), Path("b/two")], (), "x") == ["one", "two"]
+    assert names_of(paths, ("p", "q"), "x") == ["p", "q"]
+    with pytest.raises(UsageError, match="--x: 1 names for 2"):
+        names_of(paths, ("p",), "x")
+    with pytest.raises(UsageError, match="each must be named once"):
+        names_of(paths, ("p", "p"), "x")

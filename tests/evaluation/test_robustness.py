@@ -1,0 +1,142 @@
+"""Corruption by level by model: figures against a direct computation, resumable, refused where it must be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small import SMALL
+
+from dtn_fast import DTN
+from dtn_fast.data.corrupt import LEVELS, corrupt
+from dtn_fast.data.crop_dataset import Crops, Shards
+from dtn_fast.errors import UsageError
+from dtn_fast.evaluation.metrics import by_video, evaluate_scores
+from dtn_fast.evaluation.robustness import KINDS, robustness
+from dtn_fast.runtime.torch_scorer import TorchScorer
+
+
+@pytest.fixture(scope="module")
+def scorers() -> dict[str, TorchScorer]:
+    models = {}
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models[f"model <{seed}>"] = TorchScorer(DTN(SMALL).eval())
+    return models
+
+
+def read(out: Path) -> dict:
+    return json.loads((out / "robustness.json").read_text())["auc"]
+
+
+def test_the_papers_corruptions() -> None:
+    assert KINDS == ("saturation", "contrast", "blocks", "uniform_noise", "blur", "pixelation", "video", "jpeg")
+
+
+def test_figures_are_those_of_corrupted_crops(scorers: dict, shards: Shards, tmp_path: Path) -> None:
+    states = list(robustness(scorers, shards, tmp_path, ("blocks", "jpeg"), (0, 2, 5)))
+    assert [s.name for s in states] == ["untouched", "blocks 2", "blocks 5", "jpeg 2", "jpeg 5", ""]
+    assert states[-1].done == states[-1].total == 5
+    got, rows = read(tmp_path), shards.select("test")
+    labels, videos = shards.labels[rows], shards.video[rows].astype(str)
+    for name, scorer in scorers.items():
+        assert set(got[name]) == {"untouched", "blocks 2", "blocks 5", "jpeg 2", "jpeg 5"}
+        for cell, kind, level in (("untouched", "", 0), ("blocks 5", "blocks", 5), ("jpeg 2", "jpeg", 2)):
+            crops = shards.get(rows)
+            if level:
+                place = list(LEVELS).index(kind)
+                crops = np.stack(
+                    [corrupt(c, kind, level, (0, int(r), place, level)) for c, r in zip(crops, rows, strict=True)]
+                )
+            scores = scorer.score(crops)
+            assert got[name][cell]["frame"] == evaluate_scores(labels, scores).auc
+            assert got[name][cell]["video"] == evaluate_scores(*by_video(videos, labels, scores)).auc
+    table = (tmp_path / "robustness.md").read_text()
+    value = got["model <0>"]["jpeg 5"]["frame"]
+    mean = (got["model <0>"]["blocks 5"]["frame"] + value) / 2
+    assert f"| {value:.4f} |\n| mean" in table
+    assert f"{mean:.4f} |" in table
+    picture = (tmp_path / "robustness.svg").read_text()
+    assert picture.count("<svg") == 1
+    assert "<!-- model &lt;1&gt; -->" in picture
+    assert "test split, 10 videos (2 real, 8 fake), 3.0 frames each on average, largest face;" in table
+    list(robustness(scorers, shards, tmp_path, ("blocks", "jpeg"), (0, 2, 5)))
+    assert (tmp_path / "robustness.svg").read_text() == picture
+
+
+def test_what_is_there_is_not_measured_again(scorers: dict, shards: Shards, tmp_path: Path) -> None:
+    whole, name = tmp_path / "whole", "model <0>"
+    list(robustness(scorers, shards, whole, ("jpeg",), (0, 1, 2)))
+    events = robustness({name: scorers[name]}, shards, tmp_path / "paused", ("jpeg",), (0, 1, 2))
+    for state in events:
+        if state.done == 2:
+            events.close()
+    before = read(tmp_path / "paused")
+    assert set(before[name]) == {"untouched", "jpeg 1"}
+
+    class Counting(TorchScorer):
+        asked = 0
+
+        def score(self, crops):
+            Counting.asked += 1
+            return super().score(crops)
+
+    counting = Counting(scorers[name].model)
+    list(robustness({name: counting}, shards, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
+    assert Counting.asked == 1, "the one cell that was missing"
+    list(robustness({name: scorers["model <1>"]}, shards, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
+    assert read(tmp_path / "paused")[name] == read(whole)["model <1>"], "another model under the same name"
+    list(robustness({name: counting}, shards, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
+    list(robustness(scorers, shards, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
+    assert read(tmp_path / "paused") == read(whole)
+
+
+def test_another_model_that_is_as_sure_is_another(shards: Shards, tmp_path: Path) -> None:
+    """Scores of a trained model are 0.0000 on easy crops; logits tell models apart."""
+    figures = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = DTN(SMALL).eval()
+        with torch.no_grad():
+            model.head.bias[0] += 30
+        scorer = TorchScorer(model)
+        assert scorer.score(shards.get(shards.select("test"))).max() < 1e-9
+        list(robustness({"same": scorer}, shards, tmp_path, ("jpeg",), (0,)))
+        figures.append(read(tmp_path)["same"])
+    assert figures[0] != figures[1]
+
+
+def test_other_pixels_are_other_data(scorers: dict, shards: Shards, tmp_path: Path) -> None:
+    list(robustness(scorers, shards, tmp_path, ("jpeg",), (0,)))
+    everything = np.arange(len(shards.video))
+    again = dataclasses.replace(shards, crops=Crops([255 - shards.get(everything)], shards.size))
+    with pytest.raises(UsageError, match="other data, split or seed"):
+        list(robustness(scorers, again, tmp_path, ("jpeg",), (0,)))
+
+
+def test_refusals(scorers: dict, shards: Shards, tmp_path: Path) -> None:
+    run = lambda **how: list(
+        robustness(**{"scorers": scorers, "shards": shards, "out": tmp_path, "levels": (0,), **how})
+    )
+    run(kinds=("jpeg",))
+    for how, message in (
+        ({"kinds": ("fog",)}, "unknown corruption"),
+        ({"levels": (6,)}, "level 6"),
+        ({"levels": ()}, "--levels : name at least one"),
+        ({"kinds": ("blur", "blur")}, "--kinds blur blur: name at least one, and each once"),
+        ({"split": "nowhere"}, "needs reals and fakes"),
+        ({"seed": 3}, "other data, split or seed"),
+        ({"split": "val"}, "other data, split or seed"),
+        ({"scorers": {"big": TorchScorer(DTN(SMALL.preset("tiny")).eval())}}, "big: takes 128 pixels"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(**how)
+    whole = json.loads((tmp_path / "robustness.json").read_text())
+    for damage in ([1], {**whole, "auc": [1]}, {**whole, "auc": {"model <0>": {"untouched": 0.5}}}):
+        (tmp_path / "robustness.json").write_text(json.dumps(damage))
+        with pytest.raises(UsageError, match="damaged"):
+            run()

@@ -1,0 +1,57 @@
+"""The search for launch values, with a clock that this test sets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtn_fast.kernels import launch_values, ops, tune
+
+
+def case() -> tune.Case:
+    def make():
+        qkv, scale = torch.randn(1, 16, 3, 1, 32), torch.zeros(1)
+        return lambda: [ops.mas_attention_packed(qkv, scale, path="triton")]
+
+    return tune.Case(("mas_small_forward",), {"N": 64, "bytes": 4}, make)
+
+
+def test_the_fastest_right_answer_wins_and_is_stored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    values = [{"num_warps": w, "num_stages": 1} for w in (1, 2, 4, 8)]
+    monkeypatch.setattr(tune, "candidates", lambda: {"mas_small_forward": values})
+
+    def timer(make) -> float:
+        now = launch_values.override.get("mas_small_forward")
+        if now is None:
+            return 10.0
+        if now["num_warps"] == 4:
+            raise RuntimeError("does not fit")
+        return {1: 0.5, 2: 3.0, 8: 9.0}[now["num_warps"]]
+
+    alike = tune._alike
+    monkeypatch.setattr(  # the fastest gives wrong answers: it must not be taken
+        launch_values,
+        "_alike",
+        lambda a, b: launch_values.override["mas_small_forward"]["num_warps"] != 1 and alike(a, b),
+    )
+    found = tune.search([case()], 60, timer)
+    assert found == {"mas_small_forward": [{"when": {"N": 64, "bytes": 4}, "num_warps": 2, "num_stages": 1}]}
+    assert not launch_values.override
+    path = tune.write("NVIDIA H200", found, tmp_path)
+    assert path.name == "nvidia-h200.json"
+    tune.write("NVIDIA H200", {"moe_forward": [{"num_warps": 4}]}, tmp_path)
+    assert set(json.loads(path.read_text())) == {"mas_small_forward", "moe_forward"}
+
+
+def test_an_empty_budget_writes_nothing_and_slower_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tune.search([case()], -1, lambda make: 1.0) == {}
+    assert tune.search([case()], 60, lambda make: 5.0 if launch_values.override else 1.0) == {}
+
+
+def test_without_a_gpu_the_search_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main([]) == 2
+    assert "no GPU" in capsys.readouterr().err

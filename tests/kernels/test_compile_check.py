@@ -1,0 +1,128 @@
+"""Every shipped kernel configuration compiled for every architecture: no spills, it fits, it uses the tensor cores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtn_fast.kernels import compile_check, launch_values, mas_attention_kernel
+
+ARCHS = sorted(compile_check.SHARED_LIMIT)
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[compile_check.Row]:
+    return compile_check.check_all(ARCHS)
+
+
+def test_nothing_spills_everything_fits_and_uses_tensor_cores(rows: list[compile_check.Row]) -> None:
+    assert {r.arch for r in rows} == set(ARCHS)
+    assert [(r, r.problems()) for r in rows if r.problems()] == []
+
+
+def test_every_kernel_is_compiled_for_every_architecture(rows: list[compile_check.Row]) -> None:
+    kernels = {r.kernel for r in rows}
+    expected = {
+        "mas_small_forward",
+        "mas_small_backward",
+        "mas_flash_forward",
+        "mas_flash_backward_dq",
+        "mas_flash_backward_dkdv",
+        "moe_forward",
+        "moe_backward_rows",
+        "moe_backward_weight",
+        "bn_stats",
+        "bn_merge",
+        "bn_apply",
+        "bn_backward_stats",
+        "bn_backward_apply",
+        "lc_forward",
+        "lc_backward",
+    }
+    for arch in ARCHS:
+        assert expected <= {r.kernel for r in rows if r.arch == arch}
+        assert ("mas_small_forward_persistent" in {r.kernel for r in rows if r.arch == arch}) == (arch >= 90)
+    assert kernels == expected | {"mas_small_forward_persistent"}
+
+
+def test_the_papers_shape_is_one_pass_everywhere(rows: list[compile_check.Row]) -> None:
+    for arch in ARCHS:
+        names = {r.kernel for r in rows if (r.arch, r.shape, r.dtype) == (arch, "N=64 D=64", "bfloat16")}
+        assert {"mas_small_forward", "mas_small_backward"} <= names
+        assert not {n for n in names if "flash" in n}
+
+
+def test_problems_are_seen(rows: list[compile_check.Row]) -> None:
+    """The check can fail: a spill, too much memory, a lost tensor core are each named."""
+    bad = rows[0]._replace(spill=8, shared=10**6, tensor_core=0, vector_load=0)
+    assert len(bad.problems()) == 4
+    with compile_check.target(80):  # and a real one: 128 positions in one pass do not fit sm_80's registers
+        before = dict(launch_values.override)
+        launch_values.override["mas_small_backward"] = {"num_warps": 4, "num_stages": 1}
+        try:
+            launches = compile_check.mas_launches(128, 64, torch.bfloat16)
+            row = compile_check.inspect(launches[-1], 80, "N=128 D=64", torch.bfloat16)
+        finally:
+            launch_values.override.clear()
+            launch_values.override.update(before)
+    assert any("spills" in problem for problem in row.problems())
+
+
+def test_dispatch_specialises_as_a_launch_would() -> None:
+    """Through Triton's own dispatch: packed strides are seen as multiples of 16, odd ones are not."""
+    with compile_check.target(90):
+        qkv = torch.empty(2, 64, 3, 8, 64, dtype=torch.bfloat16, device="meta")
+        parts = qkv.unbind(2)
+        (launch,) = mas_attention_kernel.forward(
+            *parts, torch.empty(8, device="meta"), torch.empty_like(parts[0]), parts[0]
+        )
+        assert launch.grid == (16,)
+        wide = launch.compile().asm["ptx"]
+        odd = torch.empty(2, 64, 3, 8, 65, dtype=torch.bfloat16, device="meta")[..., :64].unbind(2)
+        (launch,) = mas_attention_kernel.forward(
+            *odd, torch.empty(8, device="meta"), torch.empty_like(parts[0]), parts[0]
+        )
+        narrow = launch.compile().asm["ptx"]
+    assert len(compile_check.VECTOR_LOAD.findall(wide)) > len(compile_check.VECTOR_LOAD.findall(narrow))
+
+
+def test_command_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rows: list[compile_check.Row]
+) -> None:
+    monkeypatch.setattr(compile_check, "check_all", lambda archs, processes: [r for r in rows if r.arch in archs])
+    assert compile_check.main(["--arch", "80", "90", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert {r["arch"] for r in data["rows"]} == {80, 90}
+    assert data["triton"]
+    assert compile_check.main(["--arch", "90"]) == 0
+    assert "mas_small_forward" in capsys.readouterr().out
+    monkeypatch.setattr(compile_check, "check_all", lambda archs, processes: [rows[0]._replace(spill=4)])
+    assert compile_check.main(["--arch", "80"]) == 1
+    with pytest.raises(SystemExit):
+        compile_check.main(["--arch", "70"])
+
+
+def test_launch_values_cover_every_kernel_and_prefer_the_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = json.loads((launch_values.FOLDER / "default.json").read_text())
+    assert all("when" not in rows[-1] for rows in default.values()), "the default's last row fits any shape"
+    monkeypatch.setattr(launch_values, "FOLDER", tmp_path)
+    for name, warps in (("default", 4), ("sm90", 8), ("nvidia-h200", 16)):
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps({"k": [{"when": {"N": 64}, "num_warps": warps, "num_stages": 1}]})
+        )
+    try:
+        for gpu, n, expected in ((("nvidia-h200", 90), 64, 16), (("other", 90), 64, 8), (("other", 80), 49, 4)):
+            launch_values._read.cache_clear()
+            launch_values._lookup.cache_clear()
+            assert launch_values._lookup("k", gpu, 2, ("N", n))["num_warps"] == expected
+        with pytest.raises(KeyError, match="no launch values"):
+            launch_values._lookup("k", ("other", 80), 2, ("N", 65))
+    finally:
+        launch_values._read.cache_clear()
+        launch_values._lookup.cache_clear()
+    assert launch_values.slug("NVIDIA GeForce RTX 4090") == "nvidia-geforce-rtx-4090"

@@ -1,0 +1,145 @@
+"""The model against the paper's tables, its shapes, its errors, its files."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from small import SMALL
+
+from dtn_fast import DTN, DTNConfig
+from dtn_fast.errors import UsageError
+from dtn_fast.evaluation.mac_count import count
+
+PAPER = [  # depth, local connection, M parameters, GMAC at 256x256 (Tables 7 and 8)
+    (4, True, "23.590", 9.393),
+    (5, True, "26.751", 9.596),
+    (6, True, "29.912", 9.799),
+    (7, True, "33.073", 10.002),
+    (6, False, "29.876", 9.796),
+]
+
+
+@pytest.mark.parametrize(("depth", "local", "parameters", "gmac"), PAPER)
+def test_counts_of_the_paper(depth: int, local: bool, parameters: str, gmac: float) -> None:
+    counted = count(DTNConfig.preset("paper", depth=depth, local_connection=local))
+    assert f"{counted.layer_parameters / 1e6:.3f}" == parameters
+    assert counted.macs / 1e9 == pytest.approx(gmac, rel=0.002)
+
+
+def test_whole_count_and_backbone() -> None:
+    assert count(DTNConfig()).parameters == 29_945_206
+    with torch.device("meta"):
+        model = DTN()
+    assert sum(p.numel() for p in model.backbone.parameters()) == 10_813_248
+    assert sum(p.numel() for p in model.blocks[0].parameters()) == 3_161_088 + 8
+
+
+@pytest.mark.parametrize("side", [(64, 64), (32, 96), (128, 64)])
+def test_any_multiple_of_32(small: DTN, side: tuple[int, int]) -> None:
+    assert small(torch.randn(2, 3, *side)).shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("images", "word"),
+    [
+        (torch.zeros(1, 3, 65, 64), "65x64"),
+        (torch.zeros(1, 1, 64, 64), r"\(1, 1, 64, 64\)"),
+        (torch.zeros(3, 64, 64), r"\(3, 64, 64\)"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "uint8"),
+    ],
+)
+def test_wrong_input_is_named(small: DTN, images: torch.Tensor, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        small(images)
+
+
+def test_identical_images_get_identical_logits(small: DTN) -> None:
+    image = torch.randn(1, 3, 64, 64)
+    logits = small(image.expand(5, -1, -1, -1))
+    assert torch.allclose(logits, small(image).expand(5, -1), atol=1e-6)
+
+
+def test_noise_only_in_training(small: DTN) -> None:
+    x = torch.randn(2, 64, 2, 2)
+    assert torch.equal(small.gate(x), small.gate(x))
+    small.gate.train()
+    assert not torch.equal(small.gate(x), small.gate(x))
+
+
+def test_mas_is_a_scale_per_head(small: DTN) -> None:
+    """Gate by gate: a closed head adds nothing, and without MAS the gates are exactly one."""
+    attention = small.blocks[0].attention
+    tokens = torch.randn(1, 4, 64)
+    with torch.no_grad():
+        attention.head_scale.copy_(torch.tensor([-1e4, 1e4]))  # sigmoid: 0 and 1
+        half = attention(tokens)
+        attention.out.weight[:, :32] = 123.0  # the columns of the closed head
+        assert torch.equal(attention(tokens), half)
+    plain = DTN(dataclasses.replace(SMALL, mas=False)).eval()
+    assert not [name for name, _ in plain.named_parameters() if name.endswith("head_scale")]
+    assert plain.blocks[0].attention.head_scale.sigmoid().tolist() == [1.0, 1.0]
+    assert plain(torch.randn(1, 3, 64, 64)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_experts": 0}, {"expert_kernel": 3}, {"depth": 0}, {"local_connection": False}]
+)
+def test_every_variant_trains(change: dict[str, int]) -> None:
+    model = DTN(dataclasses.replace(SMALL, **change)).train()
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"image_size": 100}, {"num_heads": 3}, {"channels": (1, 2)}, {"expert_hidden": 20}, {"noise_std": -1.0}],
+)
+def test_wrong_configuration_is_named(change: dict) -> None:
+    with pytest.raises(UsageError, match=next(iter(change))):
+        dataclasses.replace(SMALL, **change)
+
+
+def test_save_and_load(small: DTN, tmp_path: Path) -> None:
+    small.notice = "a notice"
+    small.save_pretrained(tmp_path)
+    again = DTN.from_pretrained(tmp_path)
+    image = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again(image), small(image))
+    assert (again.config, again.notice, again.training) == (small.config, "a notice", False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_unfitting_files_are_named(small: DTN, tmp_path: Path) -> None:
+    small.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="another preset"):
+        DTN.from_pretrained(tmp_path, DTNConfig.preset("tiny"))
+    (tmp_path / "config.json").write_text(DTNConfig.preset("tiny").to_json())
+    with pytest.raises(UsageError, match=r"model\.safetensors.*another preset"):
+        DTN.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"colour": "red"}')
+    with pytest.raises(UsageError, match=r"config\.json.*colour"):
+        DTN.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(SMALL.to_json())
+    (tmp_path / "model.safetensors").write_bytes(b"\x80\x04 not weights")
+    with pytest.raises(UsageError, match="not a safetensors file"):
+        DTN.from_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"no model\.safetensors"):
+        DTN.from_pretrained(tmp_path / "nowhere")
+
+
+def test_timm_registry(tmp_path: Path) -> None:
+    from dtn_fast.model import timm_registry  # noqa: F401  (must come before timm: see its docstring)
+
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model("dtn_paper")
+    assert sum(p.numel() for p in model.parameters()) == 29_945_206
+    assert {"dtn_paper", "dtn_tiny"} <= set(timm.list_models("dtn*"))
+    tiny = timm.create_model("dtn_tiny", img_size=64, num_classes=3).eval()
+    assert tiny(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+    assert tiny.default_cfg["input_size"] == (3, 128, 128)
+    with pytest.raises(UsageError, match="no pretrained weights"):
+        timm.create_model("dtn_tiny", pretrained=True)

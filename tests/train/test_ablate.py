@@ -1,0 +1,323 @@
+"""Every ablation by name: its variants can be made, differ as the paper says, train and stand in its table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small import RECIPE, SMALL, changed
+
+from dtn_fast import DTN, DTNConfig
+from dtn_fast.data.crop_dataset import Crops, Shards
+from dtn_fast.errors import UsageError
+from dtn_fast.evaluation.mac_count import count
+from dtn_fast.evaluation.paper_numbers import TABLE1
+from dtn_fast.evaluation.tables import Row, Table
+from dtn_fast.model.build import TimmConfig, build_detector
+from dtn_fast.model.config import NOISES
+from dtn_fast.model.moe_gate import MoEGate, disturb
+from dtn_fast.train import ablate as ablations
+from dtn_fast.train.ablate import ablate, folder_of
+from dtn_fast.train.ablation_tables import ABLATIONS, GENERATIONS, configure, variants_of
+from dtn_fast.train.config import PRESETS, Execution, Recipe
+from dtn_fast.train.losses import contrastive_center, initial_loss
+from dtn_fast.train.step import TrainStep
+
+QUICK = changed(RECIPE, epochs=1, generations=1, min_generations=0, batch_size=32)
+
+
+BACKBONES = ("resnet34", "resnet50", "efficientnet_b0", "efficientnet_b4")
+TINY = DTNConfig.preset("tiny", image_size=64)
+
+
+def finish(steps: Iterator[Any]) -> Table:
+    *_, made = steps
+    assert isinstance(made, Table)
+    return made
+
+
+def test_no_two_ablations_share_a_run() -> None:
+    folders = [folder_of(Path("x", name), v) for name in ABLATIONS for v in variants_of(name, ("Deepfakes", "y"))]
+    assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_variant_can_be_made(name: str) -> None:
+    variants = variants_of(name, ("Deepfakes", "FaceSwap"))
+    assert len({v.label for v in variants}) == len(variants)
+    for variant in variants:
+        config, recipe = configure(variant, SMALL, Recipe())
+        if isinstance(config, TimmConfig):
+            assert config.timm == variant.model["timm"]
+        elif config.backbone == "vgg":
+            assert DTN(config).eval()(torch.randn(1, 3, 64, 64)).shape == (1, 2)
+        assert isinstance(recipe, Recipe)
+        assert all(0 < value <= 100 for pair in variant.paper.values() for value in pair if value is not None)
+
+
+CHANGES: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
+    "losses": {
+        "CE loss": ({}, {"initial_weights": (1.0, 0.0)}),
+        "KD + CE loss": ({}, {"initial_weights": (1.0, 0.0), "weights": (4.0, 0.4, 0.0)}),
+        "Ct-c + CE loss": ({}, {"initial_weights": (1.0, 1.0)}),
+        "DSD loss": ({}, {"initial_weights": (1.0, 1.0), "weights": (4.0, 0.4, 0.6)}),
+    },
+    "moe": {
+        "Vanilla MoE": ({"gate": "vanilla", "depth": 0, "noise": "none", "expert_scales": False}, {}),
+        "Ours": ({"gate": "max", "depth": 0, "noise": "gaussian", "expert_scales": True}, {}),
+    },
+    "local-connection": {
+        "DTN w/o LC": ({"local_connection": False}, {}), "DTN w/ LC": ({"local_connection": True}, {}),
+    },
+    "noise": {
+        "Gaussian noise": ({"noise": "gaussian"}, {}), "Gaussian blur": ({"noise": "blur"}, {}),
+        "compression": ({"noise": "compression"}, {}), "contrast": ({"noise": "contrast"}, {}),
+        "none": ({"noise": "none"}, {}),
+    },
+    "center-dimension": {
+        "vanilla Ct-c": ({}, {"center_on": "features"}), "low-dimensional Ct-c": ({}, {"center_on": "logits"}),
+    },
+    "mas": {
+        "Ours": ({"mas": False, "reattention": False, "expert_scales": False}, {}),
+        "Ours w/ Re-att": ({"mas": False, "reattention": True, "expert_scales": False}, {}),
+        "Ours w/ MAS": ({"mas": True, "reattention": False, "expert_scales": True}, {}),
+    },
+    "experts": {
+        f"n={n}{end}": ({"num_experts": n, "noise": noise}, {})
+        for n in range(1, 8) for end, noise in (("", "gaussian"), (" without noise", "none"))
+    },
+    "depth": {f"L={depth}": ({"depth": depth}, {}) for depth in (4, 5, 6, 7)},
+    "backbones": {
+        **{f"{n}": ({"backbone": n, "depth": 0, "num_experts": 0, "mas": False}, {}) for n in BACKBONES},
+        **{f"{n} + ours": ({"backbone": n, "depth": 6, "num_experts": 2, "mas": True}, {}) for n in BACKBONES},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_variants_differ_as_the_paper_says(name: str) -> None:
+    found = {v.name: configure(v, DTNConfig(), Recipe()) for v in ABLATIONS[name].variants}
+    for variant, (model, recipe) in CHANGES[name].items():
+        config, changed_recipe = found.pop(variant)
+        assert {k: getattr(config, k) for k in model} == model, variant
+        assert {k: getattr(changed_recipe, k) for k in recipe} == recipe, variant
+    assert all(isinstance(config, TimmConfig) for config, _ in found.values())  # the transformers compared with
+
+
+def test_the_papers_tables_agree_where_they_repeat_themselves() -> None:
+    """A figure typed wrongly would stand alone; the two places where the paper differs from itself are told."""
+    printed = lambda name, row: next(v.paper for v in ABLATIONS[name].variants if v.name == row)
+    four = lambda row: {c: row[c] for c in ("FF++", "Celeb-DF", "DFDC", "DF-1.0")}
+    student = [*GENERATIONS["DTN"][3]]
+    full = printed("losses", "DSD loss")
+    assert [v for pair in full.values() for v in pair] == student[:8]
+    assert [v for pair in printed("losses", "Ct-c + CE loss").values() for v in pair] == [*GENERATIONS["DTN"][0]][:8]
+    for name, row in (("depth", "L=6"), ("local-connection", "DTN w/ LC"), ("soft-labels", "DTN w/ STG"),
+                      ("mas", "Ours w/ MAS")):  # fmt: skip
+        assert printed(name, row) == full
+    whole = printed("components", "Baseline+LEVT+MoE+MAS")
+    assert whole == {c: full[c] for c in whole}
+    plain = printed("components", "Baseline+LEVT+MoE")
+    assert plain == {c: printed("mas", "Ours")[c] for c in plain}
+    assert printed("mas", "EViT") == four(TABLE1["EfficientViT"])
+    assert [v for pair in TABLE1["EfficientViT"].values() for v in pair] == [*GENERATIONS["EViT"][0]]
+    assert printed("mas", "CViT") == four(TABLE1["CViT"])
+    assert {**full, "Celeb-DF": (70.68, 75.32)} == four(TABLE1["DTN"])  # 66.68 in all other tables
+    assert {**printed("mas", "CEViT"), "DF-1.0": (62.16, 67.51)} == four(TABLE1["CrossEfficientViT"])  # there 62.61
+
+
+def test_components_are_the_papers() -> None:
+    parts = {v.name: configure(v, SMALL, Recipe())[0] for v in ABLATIONS["components"].variants}
+    has = {
+        name: (c.depth > 0, c.num_experts > 0, c.num_experts > 0 and c.expert_scales, c.depth > 0 and c.mas)
+        for name, c in parts.items() if not isinstance(c, TimmConfig)
+    }  # fmt: skip
+    assert has == {
+        "Baseline": (False, False, False, False),
+        "Baseline+LEVT": (True, False, False, False),
+        "Baseline+LEVT+MoE": (True, True, False, False),
+        "Baseline+LEVT+MoE*": (True, True, True, False),
+        "Baseline+LEVT*+MoE": (True, True, False, True),
+        "Baseline+LEVT+MoE+MAS": (True, True, True, True),
+    }
+    paper = {v.name: configure(v, dataclasses.replace(DTN().config), Recipe())[0] for v in ABLATIONS["depth"].variants}
+    millions = [round(count(c).layer_parameters / 1e6, 3) for c in paper.values() if not isinstance(c, TimmConfig)]
+    assert millions == [23.590, 26.751, 29.912, 33.073]
+
+
+@pytest.fixture(scope="session")
+def few(shards: Shards) -> Shards:
+    """The first frame of each video."""
+    keep = np.flatnonzero([frame == min(shards.frame[shards.video == video])
+                           for video, frame in zip(shards.video, shards.frame, strict=True)])  # fmt: skip
+    crops = Crops([shards.get(keep)], shards.size)
+    return dataclasses.replace(
+        shards, crops=crops, video=shards.video[keep], frame=shards.frame[keep], person=shards.person[keep],
+        landmarks=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_trains_measures_and_resumes(
+    name: str, few: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every variant of every name, on the synthetic set in miniature; of generations one student each."""
+    whole = ABLATIONS[name]
+    short = [dataclasses.replace(v, recipe={"generations": 1, "min_generations": 1}) if v.every_generation else v
+             for v in whole.variants]  # fmt: skip
+    monkeypatch.setitem(ABLATIONS, name, whole._replace(variants=tuple(short)))
+    how: dict[str, Any] = {"device": "cpu", "execution": Execution()}
+    steps = lambda: ablate(name, few, {"FF++": few}, tmp_path, TINY, QUICK, (), **how)
+    made = finish(steps())
+    variants = variants_of(name, few.methods)
+    if name == "generations":
+        titles = [f"{v.label}-{end}" for v in variants for end in ("Teacher", "Student 1")]
+        assert [(row.name, row.facts["generation"]) for row in made.rows] == list(zip(titles, [0, 1] * 3, strict=True))
+        assert made.rows[1].paper["DFD"] == (85.48, 96.34)
+    else:
+        assert [row.facts["variant"] for row in made.rows] == [v.label for v in variants]
+    for row in made.rows:
+        assert row.cells["frame"].keys() == ({*few.methods} if ABLATIONS[name].by_forgery else {"FF++"})
+        assert all(cell.auc is not None and 0 <= cell.auc <= 1 for cell in row.cells["video"].values())
+    header, body = made.text("frame")
+    printed = variants[0].paper.get("FF++")
+    if printed:
+        assert f"[{printed.auc:.2f}]" in body[0][2]
+    assert ("M params" in header) == (variants[0].size is not None)
+    assert "synthetic faces" in (tmp_path / f"{name}.md").read_text()
+    stored = json.loads((tmp_path / f"{name}.json").read_text())
+    assert [Row.from_json(row) for row in stored["rows"]] == made.rows
+    for row in made.rows:
+        distilled = next(v for v in variants if v.label == row.facts["variant"]).distil
+        if name != "generations":
+            assert row.after["generation"] == (str(row.facts["generation"]), "")
+            assert (row.facts["generation"] > 0) == distilled, "a distilled row is a student's"
+    weights = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
+    again = finish(steps())
+    assert again == made
+    assert weights == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}, "trained again"
+
+
+def test_only_some_variants_and_what_the_table_keeps(few: Shards, tmp_path: Path, monkeypatch) -> None:
+    measured: list[str] = []
+    original = ablations.measure
+
+    def counted(scorer: Any, tests: Any, by_forgery: bool = False) -> Any:
+        measured.append(" ".join(tests))
+        return original(scorer, tests, by_forgery)
+
+    monkeypatch.setattr(ablations, "measure", counted)
+
+    def run(only: tuple[str, ...], tests: tuple[str, ...] = ("FF++",), **fields: Any) -> Table:
+        recipe = changed(QUICK, **fields)
+        return finish(ablate("soft-labels", few, dict.fromkeys(tests, few), tmp_path, SMALL, recipe, only))
+
+    names = lambda table: [row.name for row in table.rows]
+    assert names(run(("DTN w/ STG",))) == ["DTN w/ STG"]
+    assert names(run(("DTN w/o STG",))) == ["DTN w/o STG", "DTN w/ STG"]  # in the order of the paper
+    assert measured == ["FF++"] * 2  # the first was not measured again
+    run(())
+    assert len(measured) == 2
+    assert names(run(("DTN w/ STG",), ("FF++", "DFD"))) == ["DTN w/o STG", "DTN w/ STG"]
+    assert measured[2:] == ["FF++ DFD"] * 2  # other tests: both again
+    with pytest.raises(UsageError, match="another recipe or model"):
+        run(("DTN w/ STG",), epochs=2)
+    shutil.rmtree(tmp_path / "soft-labels" / "DTN_w_o_STG")
+    assert names(run(("DTN w/ STG",))) == ["DTN w/ STG"]  # what is gone is not shown
+    whole = json.loads((tmp_path / "soft-labels.json").read_text())
+    whole["rows"][0]["facts"] = {}
+    halved = json.loads((tmp_path / "soft-labels.json").read_text())
+    halved["rows"][0]["cells"]["frame"] = {}
+    for damage in ("{", '{"rows": [{}]}', json.dumps(whole), json.dumps(halved)):
+        (tmp_path / "soft-labels.json").write_text(damage)
+        with pytest.raises(UsageError, match=r"soft-labels\.json: damaged .*; delete it"):
+            run(())
+
+
+def test_wrong_names_are_told(few: Shards, tmp_path: Path) -> None:
+    real = dataclasses.replace(few, videos=[v._replace(label=0, method="") for v in few.videos])
+    with pytest.raises(UsageError, match="holds no forgery to train on"):
+        finish(ablate("cross-manipulation", real, {"a": few}, tmp_path, SMALL, QUICK))
+    for recipe, said in (
+        (changed(QUICK, pretrained=True), "--pretrained: a table's models start alike"),
+        (changed(QUICK, self_blend=True), "--self-blend: cross-manipulation trains on the data's own"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            finish(ablate("cross-manipulation", few, {"a": few}, tmp_path, SMALL, recipe))
+    for name, tests, only, said in (
+        ("x", {}, (), "unknown ablation 'x'; there are cross-dataset"),
+        ("moe", {}, ("Nothing",), "--only Nothing: moe has Vanilla MoE, Ours"),
+        ("cross-manipulation", {"a": few, "b": few}, (), "of one dataset; --tests names 2"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            finish(ablate(name, few, tests, tmp_path, SMALL, QUICK, only))
+    assert not list(tmp_path.iterdir())
+
+
+def test_by_forgery_as_table_2() -> None:
+    made = variants_of("cross-manipulation", ("Deepfakes", "Unknown"))
+    assert [v.label for v in made] == ["Xception on DF", "Xception on Unknown", "DTN on DF", "DTN on Unknown"]
+    assert made[2].recipe == {"methods": ("Deepfakes",), "real_repeat": 0}
+    _, alone = configure(made[2], SMALL, PRESETS["ffpp-c23"].recipe)
+    assert alone.real_repeat == PRESETS["cross-manipulation"].recipe.real_repeat
+    assert made[2].paper["FS"] == (None, 74.26)
+    assert made[3].paper == {}
+
+
+def test_the_vanilla_gate_by_its_formula() -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, gate="vanilla", num_experts=3, expert_scales=False)
+    gate = MoEGate(config).eval()
+    x = torch.randn(2, 64, 4, 4)
+    assert gate.router is not None
+    hidden = [torch.einsum("mc,bchw->bmhw", gate.w1[e], x) + gate.b1[e][:, None, None] for e in range(3)]
+    experts = [(torch.einsum("m,bmhw->bhw", gate.w2[e], h.relu()) + gate.b2[e]).sigmoid() for e, h in enumerate(hidden)]
+    weights = gate.router(x.mean((2, 3))).softmax(1)
+    expected = x * torch.sigmoid(sum(weights[:, e, None, None] * a for e, a in enumerate(experts)))[:, None]
+    torch.testing.assert_close(gate(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NOISES if kind != "none"])
+def test_disturbances_disturb_and_pass_gradients(kind: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 8, 6, 6, requires_grad=True)
+    y = disturb(x, kind, 0.1)
+    assert y.shape == x.shape
+    assert 0 < float((y - x).detach().abs().mean()) < 0.5
+    assert torch.allclose(disturb(x, kind, 0.0), x, atol=1e-5)
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+    gate = MoEGate(dataclasses.replace(SMALL, noise=kind, noise_std=0.1)).train()
+    features = torch.randn(2, 64, 2, 2)
+    assert not torch.equal(gate(features), gate(features))
+    assert torch.equal(gate.eval()(features), gate(features))
+
+
+def test_losses_by_weight_and_by_features(shards: Shards) -> None:
+    torch.manual_seed(0)
+    logits, points, labels = torch.randn(4, 2), torch.randn(4, 7), torch.tensor([0, 1, 1, 0])
+    centers = torch.randn(2, 7)
+    found = initial_loss(logits, labels, centers, 1.0, (2.0, 0.5), points)
+    assert found["loss"] == pytest.approx(float(2 * found["ce"] + 0.5 * found["center"]))
+    assert found["center"] == pytest.approx(float(contrastive_center(points, labels, centers)))
+    recipe = changed(QUICK, center_on="features")
+    step = TrainStep(DTN(SMALL), recipe, Execution(), torch.device("cpu"))
+    assert step.centers.shape == (2, 64)
+    before = step.centers.detach().clone()
+    rows = shards.select("train")[:8]
+    step.set_epoch(0)
+    outcome = step(torch.from_numpy(shards.get(rows)), torch.from_numpy(shards.labels[rows]))
+    assert outcome.values.isfinite().all()
+    assert not torch.equal(step.centers, before)
+    with pytest.raises(UsageError, match="--center-on features: only a DTN"):
+        TrainStep(build_detector(TimmConfig("resnet10t", 64)), recipe, Execution(), torch.device("cpu"))
+    with pytest.raises(UsageError, match="initial_weights"):
+        Recipe(initial_weights=(-1.0, 0.0))

@@ -1,0 +1,317 @@
+"""The training loop and the chain: repeatable, resumable to the bit, exactly Algorithm 1."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import RECIPE, SMALL, changed
+
+from dtn_fast import DTN, DTNConfig
+from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.data.loader import epoch_order
+from dtn_fast.device import choose_precision
+from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.runtime.load import best_checkpoint, load_model
+from dtn_fast.runtime.torch_scorer import TorchScorer
+from dtn_fast.train import distill as chain
+from dtn_fast.train import loop
+from dtn_fast.train import step as step_module
+from dtn_fast.train.checkpoint import load_state, save_state
+from dtn_fast.train.config import Execution, Recipe
+from dtn_fast.train.log_lines import append_line, cut_lines, read_lines
+from dtn_fast.train.loop import Epoch, Step, Stopped, fit
+
+
+def train(out: Path, shards: Shards, recipe: Recipe = RECIPE, stop_after: int | None = None, **kwargs) -> list[Epoch]:
+    torch.manual_seed(1)
+    events = fit(DTN(SMALL), shards, recipe, out, **kwargs)
+    epochs = []
+    for event in events:
+        if isinstance(event, Epoch):
+            epochs.append(event)
+        elif stop_after is not None and event.epoch == stop_after and event.step == 1:
+            events.close()  # killed in the middle of an epoch
+            break
+    return epochs
+
+
+def test_same_seed_same_run_and_resume_to_the_bit(shards: Shards, tmp_path: Path) -> None:
+    recipe = changed(RECIPE, epochs=3)
+    whole = train(tmp_path / "a", shards, recipe)
+    train(tmp_path / "b", shards, recipe, stop_after=1)
+    resumed = train(tmp_path / "b", shards, recipe)
+    assert [e.epoch for e in resumed] == [1, 2]
+    a, b = (load_state(tmp_path / run / loop.STATE) for run in "ab")
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert torch.equal(a["centers"], b["centers"])
+    same = [
+        {k: row[k] for k in ("epoch", "losses", "val_auc", "lr")} for row in read_lines(tmp_path / "a" / loop.METRICS)
+    ]
+    other = [
+        {k: row[k] for k in ("epoch", "losses", "val_auc", "lr")} for row in read_lines(tmp_path / "b" / loop.METRICS)
+    ]
+    assert same == other
+    assert len(same) == len(whole) == 3
+    assert not train(tmp_path / "a", shards, recipe), "a finished run stays as it is"
+    different = train(tmp_path / "c", shards, changed(recipe, seed=5))
+    assert different[0].losses != whole[0].losses
+
+
+def test_paper_defaults() -> None:
+    recipe = Recipe()
+    assert (recipe.batch_size, recipe.lr, recipe.weight_decay, recipe.lr_step) == (32, 1e-4, 1e-4, 15)
+    assert recipe.weights == (4.0, 0.4, 0.6)
+
+
+def test_learning_rate_drops_by_ten(shards: Shards, tmp_path: Path) -> None:
+    epochs = train(tmp_path, shards, changed(RECIPE, epochs=3, lr_step=2))
+    assert [e.lr for e in epochs] == pytest.approx([1e-3, 1e-3, 1e-4])
+
+
+def test_best_epoch_is_kept_and_patience_stops(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    aucs = iter([0.6, 0.9, 0.9, 0.8, 0.95])  # of equals the first is kept
+    real = loop.evaluate_scores
+    monkeypatch.setattr(loop, "evaluate_scores", lambda y, s: real(y, s)._replace(auc=next(aucs)))
+    saved: list[int] = []
+    monkeypatch.setattr(DTN, "save_pretrained", lambda self, folder: saved.append(len(saved)))
+    epochs = train(tmp_path, shards, changed(RECIPE, epochs=9, patience=2))
+    assert [e.best_auc for e in epochs] == [0.6, 0.9, 0.9, 0.9]
+    assert len(saved) == 2
+
+
+def test_reals_are_repeated_to_balance(shards: Shards) -> None:
+    rows = shards.select("train")
+    for repeat, expected in ((0, 4), (1, 1), (7, 7)):
+        drawn = epoch_order(shards.labels, rows, repeat, 0)
+        counts = np.bincount(drawn, minlength=len(shards.labels))
+        assert set(counts[rows][shards.labels[rows] == 0]) == {expected}
+        assert set(counts[rows][shards.labels[rows] == 1]) == {1}
+        assert counts.sum() == len(drawn)
+
+
+def test_non_finite_loss_stops_with_advice(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls, bad = step_module.initial_loss, itertools.count(), {2, 5}
+    save = loop._Loop._save
+
+    def poison(*inputs):
+        losses = real(*inputs)
+        return {**losses, "loss": losses["loss"] * torch.nan} if next(calls) in bad else losses
+
+    monkeypatch.setattr(step_module, "initial_loss", poison)
+    epochs = train(tmp_path / "few", shards, changed(RECIPE, max_nonfinite=2))
+    assert epochs[-1].skipped == 2
+    assert all(np.isfinite(value) for e in epochs for value in e.losses.values())
+    lines = read_lines(tmp_path / "few" / loop.NONFINITE)
+    assert [(line["epoch"], line["step"]) for line in lines] == [(0, 2), (0, 5)]
+    assert all(len(line["rows"]) == len(line["videos"]) == RECIPE.batch_size for line in lines)
+    assert lines[0]["values"]["loss"] == "nan"
+    calls, stops = itertools.count(), iter([0] * 7 + [15])
+    monkeypatch.setattr(loop._Loop, "_save", lambda self: None)
+    how = {"stop": lambda: next(stops), "execution": Execution(save_every=0)}
+    with pytest.raises(Stopped):  # without a state: the bad steps are done and recorded again, once
+        train(tmp_path / "paused", shards, changed(RECIPE, max_nonfinite=2), **how)
+    monkeypatch.setattr(loop._Loop, "_save", save)
+    calls = itertools.count()
+    train(tmp_path / "paused", shards, changed(RECIPE, max_nonfinite=2))
+    assert read_lines(tmp_path / "paused" / loop.NONFINITE) == lines
+    bad.update(range(10**6))
+    with pytest.raises(DtnError, match=r"3 steps were not finite.*lower --lr"):
+        train(tmp_path / "many", shards, changed(RECIPE, max_nonfinite=2))
+    assert not (tmp_path / "many" / loop.STATE).exists()
+
+
+def test_wrong_crops_are_named(shards: Shards, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="crops are 64 pixels, the model takes 128"):
+        next(fit(DTN(DTNConfig.preset("tiny")), shards, RECIPE, tmp_path))
+    with pytest.raises(UsageError, match="needs reals and fakes"):
+        next(fit(DTN(SMALL), shards, changed(RECIPE, methods=("NoSuchMethod",)), tmp_path))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_precision_trains(shards: Shards, tmp_path: Path, precision: str) -> None:
+    (epoch,) = train(tmp_path, shards, changed(RECIPE, epochs=1, precision=precision))
+    assert np.isfinite(epoch.losses["loss"])
+
+
+def test_auto_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for flags, expected in (
+        ({}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags)
+        assert choose_precision("auto", cpu) == expected
+    for capability, expected in (((7, 0), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert choose_precision("auto", gpu) == expected
+    assert choose_precision("fp16", gpu) == torch.float16
+
+
+# --------------------------------------------------------------------------------------------- the chain
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_algorithm_1(trained: Path, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The student starts from its teacher, the teacher stays frozen, hard labels stay in, AUC decides when to stop."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    seen = []
+
+    def spy(model, shards_, recipe, out, teacher=None, generation=0, device="cpu"):
+        seen.append((generation, teacher))
+        assert teacher is not None
+        expected = weights(run / f"generation-{generation - 1}")
+        for part in (model, teacher):
+            state = part.state_dict()
+            assert all(torch.equal(state[k], expected[k]) for k in expected)
+        before = {k: v.clone() for k, v in teacher.state_dict().items()}
+        for event in fit(model, shards_, recipe, out, teacher, generation, device):
+            if isinstance(event, Step):
+                assert set(event.losses) == {"loss", "ce", "kd", "center"}
+                total = 4 * event.losses["ce"] + 0.4 * event.losses["kd"] + 0.6 * event.losses["center"]
+                assert event.losses["loss"] == pytest.approx(total, rel=1e-4)
+            yield event
+        assert not any(p.requires_grad for p in teacher.parameters())
+        assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+        moved = model.state_dict()
+        assert not torch.equal(moved["head.weight"], before["head.weight"])
+        assert not torch.equal(moved["backbone.1.running_mean"], before["backbone.1.running_mean"]), "BN trains too"
+
+    monkeypatch.setattr(chain, "fit", spy)
+    aucs = {0: 0.8, 1: 0.9, 2: 0.9}
+    monkeypatch.setattr(chain, "best_auc", lambda run_, generation: aucs[generation])
+    list(chain.distill(run, shards))
+    assert [g for g, _ in seen] == [1, 2]
+    assert json.loads((run / "summary.json").read_text())["best"] == 1
+
+
+@pytest.mark.parametrize(("minimum", "expected"), [(0, [1]), (2, [1, 2])])
+def test_the_chain_stops_without_improvement(
+    trained: Path, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minimum: int, expected: list[int]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / chain.RECIPE).unlink()
+    chain.start_run(run, changed(RECIPE, epochs=1, generations=4, min_generations=minimum), SMALL)
+    monkeypatch.setattr(chain, "best_auc", lambda run_, generation: 0.9 - generation / 100)
+    done = [e.generation for e in chain.distill(run, shards) if isinstance(e, Epoch)]
+    assert done == expected
+    assert best_checkpoint(run) == run / "generation-0"
+
+
+def test_the_chain_resumes(trained: Path, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chain, "best_auc", lambda run_, generation: generation / 10)
+    for name in ("whole", "paused"):
+        shutil.copytree(trained, tmp_path / name)
+    list(chain.distill(tmp_path / "whole", shards))
+    events = chain.distill(tmp_path / "paused", shards)
+    for event in events:
+        if isinstance(event, Epoch) and (event.generation, event.epoch) == (1, 0):
+            events.close()
+            break
+    list(chain.distill(tmp_path / "paused", shards))
+    for generation in (1, 2):
+        a, b = (load_state(tmp_path / n / f"generation-{generation}" / loop.STATE) for n in ("whole", "paused"))
+        assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+def test_run_folders_are_checked(trained: Path, shards: Shards, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no training run"):
+        list(chain.distill(tmp_path, shards))
+    chain.start_run(tmp_path / "new", RECIPE, SMALL)
+    with pytest.raises(UsageError, match="generation 0 is not trained"):
+        list(chain.distill(tmp_path / "new", shards))
+    chain.start_run(tmp_path / "new", changed(RECIPE, lr=2.0), SMALL)  # nothing has begun there
+    assert chain.load_run(tmp_path / "new")[0].lr == 2.0
+    (tmp_path / "new" / "generation-0").mkdir()
+    (tmp_path / "new" / "generation-0" / "last.pt").touch()
+    with pytest.raises(UsageError, match="another recipe"):
+        chain.start_run(tmp_path / "new", changed(RECIPE, lr=1.0), SMALL)
+    nan, inf = float("nan"), float("inf")
+    wrong = [
+        ("lr", 0),
+        ("lr", nan),
+        ("temperature", inf),
+        ("epochs", 0),
+        ("ema", 1.0),
+        ("patience", -1),
+        ("max_nonfinite", -1),
+    ]
+    for name, value in [*wrong, ("weights", (1.0, -1.0, 1.0)), ("weights", (1.0, nan, 1.0))]:
+        with pytest.raises(UsageError, match=name):
+            changed(RECIPE, **{name: value})
+    for restart in (0, -1, 7):
+        with pytest.raises(UsageError, match=f"--restart {restart}"):
+            chain.forget(trained, restart)
+    model = load_model(trained)
+    assert model.notice.startswith("synthetic")
+    rows = shards.select("val")
+    assert TorchScorer(model).score_rows(shards, rows).shape == rows.shape
+
+
+def test_state_files_never_execute(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save({"model": Evil()}, tmp_path / "last.pt")
+    with pytest.raises(UsageError, match="not a training state"):
+        load_state(tmp_path / "last.pt")
+    assert not (tmp_path / "executed").exists()
+    (tmp_path / "last.pt").write_bytes(b"")
+    with pytest.raises(UsageError, match="not a training state"):
+        load_state(tmp_path / "last.pt")
+    save_state(tmp_path / "last.pt", {"epoch": 3})
+    assert load_state(tmp_path / "last.pt") == {"epoch": 3}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_lines_of_what_is_done_again_are_cut(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    rows = [{"epoch": 0, "step": 3}, {"epoch": 0}, {"epoch": 1, "step": 3}, {"epoch": 1, "step": 9}, {"epoch": 1}]
+    for row in rows:
+        append_line(path, row)
+    with path.open("ab") as file:
+        file.write(b'{"epoch": 2\xff, "st')  # cut off by a crash
+    assert read_lines(path) == rows
+    cut_lines(path, 1, 9)
+    assert read_lines(path) == rows[:3], "an epoch's own line is of its end"
+    cut_lines(path, 1, 0)
+    assert read_lines(path) == rows[:2]
+    path.write_text('{"epoch": 0}\n{"epo\n{"epoch": 1}\n')
+    assert read_lines(path) == [{"epoch": 0}], "nothing after damage is trusted"
+    cut_lines(tmp_path / "none.jsonl", 0)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_restarting_forgets_that_generation_and_the_later_ones(trained: Path, shards: Shards, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    for generation in (1, 2, 3, 10):
+        shutil.copytree(run / "generation-0", run / f"generation-{generation}")
+    (run / "generation-notes").mkdir()
+    chain.forget(run, 2)
+    assert sorted(p.name for p in run.glob("generation-*")) == ["generation-0", "generation-1", "generation-notes"]
+    done = [e.generation for e in chain.distill(run, shards, restart=1) if isinstance(e, Epoch)]
+    assert done[0] == 1
+
+
+def test_published_weights_are_asked_for(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(chain, "build_detector", lambda config, pretrained: asked.append(pretrained) or DTN(config))
+    for pretrained in (True, False):
+        run = tmp_path / str(pretrained)
+        chain.start_run(run, changed(RECIPE, epochs=1, pretrained=pretrained), SMALL)
+        list(chain.train_initial(run, shards))
+    assert asked == [True, False]

@@ -1,0 +1,386 @@
+"""The training loop: one generation, from shards to its best checkpoint by validation AUC."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import resource
+import signal
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dtn_fast.data.augment import Augment, DeviceAugment
+from dtn_fast.data.blend import self_blended
+from dtn_fast.data.config import PRESETS
+from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.data.loader import Batch, Loader
+from dtn_fast.data.synthetic_marker import STAMP
+from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.evaluation.metrics import Metrics, evaluate_scores
+from dtn_fast.files import write_whole
+from dtn_fast.model.detector import Detector, check_state
+from dtn_fast.runtime.config import Runtime
+from dtn_fast.runtime.torch_scorer import TorchScorer
+from dtn_fast.train import distributed
+from dtn_fast.train.checkpoint import load_state, save_state
+from dtn_fast.train.config import Execution, Recipe
+from dtn_fast.train.log_lines import append_line, cut_lines
+from dtn_fast.train.run_folder import METRICS, NONFINITE, STATE, STEPS, VALIDATION
+from dtn_fast.train.step import TrainStep, batch_of_rank
+
+LAG = 4
+"""Steps after which a GPU's values are read: the host runs that far ahead, and never waits."""
+
+
+class Step(NamedTuple):
+    """What the loop reports of each step."""
+
+    generation: int
+    epoch: int
+    step: int
+    steps: int
+    """Updates in this epoch."""
+    losses: dict[str, float]
+    grad_norm: float | None
+    lr: float
+    images_per_second: float
+    """Since this process began the epoch, over all processes."""
+    data_wait: float
+    """Share of that time spent waiting for data."""
+    memory: float
+    """GB at the peak: of the GPU, or else of the process."""
+    skipped: int
+    """Steps of this generation left out because they were not finite."""
+
+
+class Epoch(NamedTuple):
+    """What the loop reports after each epoch, a line of metrics.jsonl."""
+
+    generation: int
+    epoch: int
+    lr: float
+    losses: dict[str, float]
+    """Means over the epoch."""
+    val_auc: float
+    val_acc: float
+    best_auc: float
+    images_per_second: float
+    data_wait: float
+    memory: float
+    skipped: int
+
+
+class Stopped(DtnError):
+    """The run was asked to stop by a signal, and its state is saved."""
+
+    def __init__(self, number: int, where: str) -> None:
+        super().__init__(f"{signal.Signals(number).name}: saved at {where}; the same command goes on from there")
+        self.exit_code = 128 + number
+
+
+@dataclass
+class Place:
+    """Where a generation stands: everything beside the weights that a resumed run needs."""
+
+    epoch: int = 0
+    step: int = 0
+    """Updates done in this epoch."""
+    best: float = -1.0
+    stale: int = 0
+    """Epochs since the best one."""
+    skipped: int = 0
+    counted: int = 0
+    """Finite steps of this epoch."""
+    sums: dict[str, float] = field(default_factory=dict)
+    """Of their values."""
+    recent: dict[str, float] = field(default_factory=dict)
+    """The same since the last line of steps.jsonl."""
+
+
+class SoftLabels:
+    """The teacher's logits for each of ``views`` views of each row, kept once computed."""
+
+    def __init__(self, rows: NDArray[np.int64], views: int, classes: int, device: torch.device) -> None:
+        self._rows = np.unique(rows)
+        self.table = torch.full((len(self._rows), views, classes), torch.nan, device=device)
+        self.known = np.zeros((len(self._rows), views), bool)
+
+    def get(self, batch: Batch) -> Tensor | None:
+        """[B, classes], or None unless all of the batch's are known."""
+        places = np.searchsorted(self._rows, batch.rows)
+        if not self.known[places, batch.views].all():
+            return None
+        return self.table[torch.from_numpy(places), torch.from_numpy(batch.views)]
+
+    def put(self, batch: Batch, soft: Tensor) -> None:
+        places = np.searchsorted(self._rows, batch.rows)
+        self.table[torch.from_numpy(places), torch.from_numpy(batch.views)] = soft
+        self.known[places, batch.views] = True
+
+    def load(self, table: Tensor) -> None:
+        self.table.copy_(table)
+        self.known = ~table.isnan().any(2).cpu().numpy()
+
+
+class Readback:
+    """Values on their way from the device, read ``lag`` steps after they were asked for."""
+
+    def __init__(self, lag: int) -> None:
+        self._lag = lag
+        self._waiting: collections.deque[tuple[Any, Tensor, torch.cuda.Event | None]] = collections.deque()
+
+    def push(self, key: Any, values: Tensor) -> None:
+        event = None
+        if values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            host.copy_(values, non_blocking=True)
+            event = torch.cuda.current_stream(values.device).record_event()
+            values = host
+        self._waiting.append((key, values, event))
+
+    def pop(self, everything: bool = False) -> Iterator[tuple[Any, list[float]]]:
+        while len(self._waiting) > (0 if everything else self._lag):
+            key, values, event = self._waiting.popleft()
+            if event is not None:
+                event.synchronize()
+            yield key, values.tolist()
+
+
+def fit(
+    model: Detector,
+    shards: Shards,
+    recipe: Recipe,
+    out: Path,
+    teacher: Detector | None = None,
+    generation: int = 0,
+    device: str | torch.device = "cpu",
+    execution: Execution = Execution(),
+    stop: Callable[[], int] = lambda: 0,
+) -> Generator[Step | Epoch, None, None]:
+    """Trains ``model`` into ``out``, yielding progress; with a ``teacher`` by DSD, else by CE + Ct-c.
+
+    ``out`` receives the best epoch's weights by validation AUC and its validation scores, metrics.jsonl, steps.jsonl
+    and the state to go on from: a call on a folder with an unfinished run resumes it, with the same result as without
+    the pause.  ``stop`` is asked after every step; a signal's number makes it save and raise Stopped.  In a process
+    group every process calls this alike and the first one writes.  Raises UsageError on an unfitting image size or
+    splits without both classes, DtnError when too many steps were not finite.
+    """
+    loop = _Loop(model, shards, recipe, out, teacher, generation, torch.device(device), execution, stop)
+    yield from loop.run()
+
+
+class _Loop:
+    def __init__(
+        self,
+        model: Detector,
+        shards: Shards,
+        recipe: Recipe,
+        out: Path,
+        teacher: Detector | None,
+        generation: int,
+        device: torch.device,
+        execution: Execution,
+        stop: Callable[[], int],
+    ) -> None:
+        self.recipe, self.execution, self.out, self.stop = recipe, execution, out, stop
+        self.generation, self.device, self.ranks = generation, device, distributed.ranks()
+        self.shards = shards = self_blended(shards, recipe.seed) if recipe.self_blend else shards
+        train_rows, self.val_rows = splits(shards, recipe, model)
+        model.notice = STAMP if shards.synthetic else ""
+        self.step = TrainStep(model, recipe, execution, device, teacher)
+        preset = PRESETS.get(recipe.augment)
+        where = recipe.augment_on if recipe.augment_on != "auto" else "device" if device.type == "cuda" else "cpu"
+        on_cpu = Augment(preset) if preset and where == "cpu" else None
+        self.augment = DeviceAugment(preset) if preset and where == "device" else None
+        batch = batch_of_rank(recipe, self.ranks.world)
+        self.loader = Loader(
+            shards, train_rows, batch, (recipe.seed, generation), recipe.real_repeat, *self.ranks, device=device,
+            resident=execution.resident, transform=on_cpu, views=recipe.cache_teacher if teacher is not None else 0,
+        )  # fmt: skip
+        if self.loader.total < recipe.batch_size and recipe.batch_size > batch // recipe.accumulate:
+            raise UsageError(
+                f"an epoch has {self.loader.total} crops, fewer than --batch-size {recipe.batch_size}, so it cannot be "
+                "shared out; lower it"
+            )
+        self.soft = None
+        if teacher is not None and recipe.cache_teacher:
+            self.soft = SoftLabels(train_rows, recipe.cache_teacher, model.config.num_classes, device)
+        self.place = Place()
+
+    def run(self) -> Generator[Step | Epoch, None, None]:
+        self._resume()
+        while self.place.epoch < self.recipe.epochs:
+            if self.recipe.patience and self.place.stale >= self.recipe.patience:
+                break
+            yield from self._epoch()
+        distributed.barrier()  # whoever reads the weights next finds them whole
+
+    def _resume(self) -> None:
+        if (self.out / STATE).is_file():
+            state = load_state(self.out / STATE)
+            where = str(self.out / STATE)
+            try:
+                check_state(self.step.model, state["model"], where)
+                self.step.load(state)
+                self.place = Place(**state["place"])
+                if self.soft is not None:
+                    self.soft.load(state["soft"])
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise UsageError(f"{where}: of another version or kind of run ({error!r}); delete it") from error
+        distributed.barrier()
+        if self.ranks.main:
+            for name in (METRICS, STEPS, NONFINITE):
+                cut_lines(self.out / name, self.place.epoch, self.place.step)
+
+    def _epoch(self) -> Generator[Step | Epoch, None, None]:
+        place, epoch = self.place, self.place.epoch
+        lr, steps = self.step.set_epoch(epoch), len(self.loader)
+        self.step.model.train()
+        readback = Readback(LAG if self.device.type == "cuda" else 0)
+        clock = _Clock(self.loader, self.recipe.batch_size, self.device)
+        first = place.step
+        for number, batch in enumerate(self.loader.epoch(epoch, first), first):
+            # everything random in a step comes from its own numbers, so a resumed run repeats it
+            torch.manual_seed(seed_of(self.recipe.seed, self.generation, epoch, number, self.ranks.rank))
+            crops = self.augment(batch.crops, batch.seeds) if self.augment else batch.crops
+            outcome = self.step(crops, batch.labels, self.soft.get(batch) if self.soft else None)
+            if self.soft is not None and outcome.soft is not None:
+                self.soft.put(batch, outcome.soft)
+            asked = torch.full((1,), float(self.stop()), device=self.device)
+            readback.push((number, batch.rows), torch.cat((outcome.values, distributed.largest(asked))))
+            save = self.execution.save_every and (number + 1) % self.execution.save_every == 0 and number + 1 < steps
+            signalled = 0
+            for (done, rows), (*values, flag) in readback.pop(everything=bool(save)):
+                yield self._account(done, steps, rows, values, lr, clock)
+                signalled = signalled or int(flag)
+            if signalled:
+                for (done, rows), (*values, _) in readback.pop(everything=True):
+                    yield self._account(done, steps, rows, values, lr, clock)
+            if save or signalled:
+                place.step = number + 1
+                self._save()
+            if signalled:
+                raise Stopped(signalled, f"generation {self.generation}, epoch {epoch + 1}, step {number + 1}")
+        for (done, rows), (*values, _) in readback.pop(everything=True):
+            yield self._account(done, steps, rows, values, lr, clock)
+        yield self._close(lr, clock)
+
+    def _account(
+        self, number: int, steps: int, rows: NDArray[np.int64], values: list[float], lr: float, clock: _Clock
+    ) -> Step:
+        """Adds a step's values to the sums, or records that they are not finite."""
+        place, named = self.place, dict(zip(self.step.names, values, strict=True))
+        clock.steps += 1
+        if np.isfinite(values).all():
+            place.counted += 1
+            for sums in (place.sums, place.recent):
+                for name, value in named.items():
+                    sums[name] = sums.get(name, 0.0) + value
+            place.recent["steps"] = place.recent.get("steps", 0) + 1
+        else:
+            self._skip(number, rows, named)
+        if (number + 1) % self.execution.log_every == 0 or number + 1 == steps:
+            if self.ranks.main and (counted := place.recent.pop("steps", 0)):
+                means = {name: value / counted for name, value in place.recent.items()}
+                append_line(self.out / STEPS, {"epoch": place.epoch, "step": number, "lr": lr, **means})
+            place.recent = {}
+        losses = {name: value for name, value in named.items() if name != "grad_norm"}
+        return Step(self.generation, place.epoch, number, steps, losses, named.get("grad_norm"), lr, *clock.read(),
+                    place.skipped)  # fmt: skip
+
+    def _skip(self, number: int, rows: NDArray[np.int64], values: dict[str, float]) -> None:
+        self.place.skipped += 1
+        rows = np.concatenate(distributed.gather(rows))
+        if self.ranks.main:
+            videos = [self.shards.videos[v].path for v in self.shards.video[rows]]
+            row = {"epoch": self.place.epoch, "step": number, "rows": rows.tolist(), "videos": [str(v) for v in videos]}
+            append_line(self.out / NONFINITE, {**row, "values": {k: str(v) for k, v in values.items()}})
+        if self.place.skipped > self.recipe.max_nonfinite:
+            raise DtnError(
+                f"{self.place.skipped} steps were not finite, the last at epoch {self.place.epoch + 1}, step "
+                f"{number + 1} ({', '.join(f'{k} {v:.4g}' for k, v in values.items())}); their crops are in "
+                f"{self.out / NONFINITE}; lower --lr or use --precision fp32 in a new --out, or raise --max-nonfinite"
+            )
+
+    def _close(self, lr: float, clock: _Clock) -> Epoch:
+        """Validates, keeps the weights if they are the best so far, saves, and turns to the next epoch."""
+        place, rate = self.place, clock.read()
+        metrics, scores = self._validate()
+        assert metrics.auc is not None, "both classes are in the validation split, checked at the start"
+        assert metrics.acc is not None
+        place.stale += 1
+        if metrics.auc > place.best:
+            place.best, place.stale = metrics.auc, 0
+            if self.ranks.main:
+                self.step.judged().save_pretrained(self.out)
+                labels = self.shards.labels[self.val_rows]
+                write_whole(self.out / VALIDATION, lambda file: np.savez(file, labels=labels, scores=scores))
+        means = {name: value / max(place.counted, 1) for name, value in place.sums.items() if name != "grad_norm"}
+        report = Epoch(
+            self.generation, place.epoch, lr, means, metrics.auc, metrics.acc, place.best, *rate, place.skipped
+        )
+        if self.ranks.main:
+            append_line(self.out / METRICS, report._asdict())
+        place.epoch, place.step, place.counted, place.sums, place.recent = place.epoch + 1, 0, 0, {}, {}
+        self._save()
+        return report
+
+    def _validate(self) -> tuple[Metrics, NDArray[np.float64]]:
+        """Frame-level metrics over all processes' shares: exactly those of one process."""
+        share = self.val_rows[self.ranks.rank :: self.ranks.world]
+        mine = TorchScorer(self.step.judged(), runtime=Runtime(mode="eager")).score_rows(self.shards, share)
+        scores = distributed.interleave(distributed.gather(mine))
+        return evaluate_scores(self.shards.labels[self.val_rows], scores), scores
+
+    def _save(self) -> None:
+        if self.ranks.main:
+            state = {**self.step.state(), "place": dataclasses.asdict(self.place)}
+            if self.soft is not None:
+                state["soft"] = self.soft.table
+            save_state(self.out / STATE, state)
+
+
+class _Clock:
+    """Speed since the epoch began in this process."""
+
+    def __init__(self, loader: Loader, batch: int, device: torch.device) -> None:
+        self._loader, self._batch, self._device = loader, batch, device
+        self._start, self._waited, self.steps = time.perf_counter(), loader.waited, 0
+
+    def read(self) -> tuple[float, float, float]:
+        """Images per second, share of the time spent waiting for data, GB at the peak."""
+        passed = time.perf_counter() - self._start
+        if self._device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self._device) / 1e9
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        return self.steps * self._batch / passed, (self._loader.waited - self._waited) / passed, memory
+
+
+def splits(shards: Shards, recipe: Recipe, model: Detector) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The rows to train and to validate on.  Raises UsageError when they don't fit the task or the model."""
+    methods = () if recipe.self_blend else recipe.methods
+    train_rows, val_rows = shards.select("train", methods), shards.select("val", methods)
+    for name, rows in (("train", train_rows), ("val", val_rows)):
+        if set(shards.labels[rows]) != {0, 1}:
+            raise UsageError(f"the {name} split needs reals and fakes; it has {len(rows)} crops of labels "
+                             f"{sorted(set(shards.labels[rows].tolist()))}; "
+                             "--self-blend makes fakes of reals")  # fmt: skip
+    if shards.size != model.config.image_size:
+        raise UsageError(
+            f"the crops are {shards.size} pixels, the model takes {model.config.image_size}; prepare again"
+        )
+    return train_rows, val_rows
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed from many numbers, unlike that of any others."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,114 @@
+"""Runs and results on one self-contained page: curves, tables beside the paper's, pictures, the command of each."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dtn_fast.errors import UsageError
+from dtn_fast.files import write_whole
+from dtn_fast.model.detector import WEIGHTS
+from dtn_fast.provenance import commands
+from dtn_fast.train.run_folder import RECIPE, generation_folder
+from dtn_fast.train.run_report import Plot, notice_of, plots_of, read_generations
+from dtn_fast.version import __version__
+
+PAGE = "results_page.html"
+LARGEST = 8 * 2**20
+"""Bytes of a picture or text that goes into the page."""
+LINKS = (
+    "reference",
+    "link",
+    "image_link",
+    "image_reference",
+    "short_reference",
+    "short_image_ref",
+    "autolink",
+    "automail",
+)
+"""Of Markdown; a page of untrusted texts has none."""
+PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}
+
+
+class Section(NamedTuple):
+    """One folder's results."""
+
+    title: str
+    path: str
+    notice: str
+    commands: list[dict[str, Any]]
+    generations: list[list[str]]
+    plots: list[Plot]
+    tables: list[tuple[str, str, str]]
+    """File name, its text as HTML, and the data: URI of the chart of the same name, if there is one."""
+    pictures: list[tuple[str, str]]
+    """File name and data: URI."""
+    left_out: list[str]
+
+
+def write_report(paths: list[Path], out: Path) -> None:
+    """Writes the page of ``paths`` (runs, or folders of evaluate, robustness, ablate or explain) to ``out``.
+
+    Every text from a file is escaped.  Raises UsageError where a path holds nothing to show.
+    """
+    import jinja2
+
+    sections = [section(path) for path in paths]
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = Path(__file__).with_name(PAGE).read_text(encoding="utf-8")
+    page = environment.from_string(template).render(sections=sections, version=__version__)
+    write_whole(out, page)
+
+
+def section(path: Path) -> Section:
+    """What a folder holds.  Raises UsageError when that is nothing."""
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such folder; give runs, or folders that other verbs wrote")
+    generations, plots, notice = [], [], ""
+    if (path / RECIPE).is_file():
+        read = list(read_generations(path))
+        done = [g for g in read if g.epochs]
+        plots = list(plots_of(read))
+        best = max(done, key=lambda g: g.best["val_auc"], default=None)
+        for g in done:
+            mark = "best" if g is best else ""
+            generations.append([g.name, f"{g.best['val_auc']:.4f}", str(len(g.epochs)), mark])
+        notice = notice_of(generation_folder(path, best.number) / WEIGHTS) if best else ""
+    texts, images, left_out = [], {}, []
+    for file in _files(path):
+        if file.stat().st_size > LARGEST:
+            left_out.append(f"{file.name}: over {LARGEST // 2**20} MiB")
+        elif file.suffix == ".md":
+            texts.append(file)
+        else:
+            data = base64.b64encode(file.read_bytes()).decode()
+            images[file.name] = f"data:{PICTURES[file.suffix]};base64,{data}"
+    tables = [(file.name, _html(file), images.pop(file.with_suffix(".svg").name, "")) for file in texts]
+    pictures = list(images.items())
+    made = Section(
+        path.resolve().name, str(path), notice, commands(path), generations, plots, tables, pictures, left_out
+    )
+    if not (generations or tables or pictures or left_out):
+        raise UsageError(f"{path}: no run, table or picture in it; give runs, or folders that other verbs wrote")
+    return made
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".md", *PICTURES) and file.is_file() and not file.name.startswith("."):
+            yield file
+
+
+def _html(file: Path) -> str:
+    """Markdown as HTML, any HTML, link or picture inside it as text."""
+    import jinja2
+    import markdown
+
+    text = html.escape(html.unescape(file.read_text(encoding="utf-8", errors="replace")), quote=False)
+    reader = markdown.Markdown(extensions=["tables", "sane_lists"])
+    for name in LINKS:
+        reader.inlinePatterns.deregister(name)
+    return jinja2.utils.markupsafe.Markup(reader.convert(text))

@@ -1,0 +1,254 @@
+"""A training run on one self-contained HTML page (no script, no network), finished or in the middle."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import math
+import statistics
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dtn_fast.errors import UsageError
+from dtn_fast.evaluation.metrics import evaluate_scores, roc
+from dtn_fast.files import write_whole
+from dtn_fast.model.detector import WEIGHTS
+from dtn_fast.train.log_lines import read_lines
+from dtn_fast.train.run_folder import METRICS, NONFINITE, STEPS, VALIDATION, generation_folder, load_run
+from dtn_fast.version import __version__
+
+PAGE = "report.html"
+THRESHOLD = 0.5
+NO_WEIGHTS = f"The best generation's {WEIGHTS} cannot be read, so what must be said of this model is not known."
+DOTTED = 100
+"""Points up to which each of a curve's has its dot."""
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito, for color-blind eyes
+DASHES = ("-", "--", "-.", ":")
+QUIET = "#7b818c"  # legible on white as on black
+STYLE = {
+    "svg.hashsalt": "dtn_fast", "svg.fonttype": "path", "text.parse_math": False, "font.size": 10,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.2,
+    "grid.color": QUIET, "text.color": QUIET, "axes.labelcolor": QUIET, "axes.edgecolor": QUIET, "xtick.color": QUIET,
+    "ytick.color": QUIET,
+}  # fmt: skip
+Curves = dict[int, list[tuple[float, dict[str, float]]]]
+"""By generation: places on an axis, and the values by name there."""
+
+
+class Validation(NamedTuple):
+    """How the best epoch's weights scored the validation crops."""
+
+    labels: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    auc: float
+
+    def confusion(self) -> NDArray[np.int64]:
+        """[2, 2] counts: rows are what crops are (real, fake), columns what they are taken for at THRESHOLD."""
+        return np.bincount(2 * self.labels + (self.scores >= THRESHOLD), minlength=4).reshape(2, 2)
+
+
+class Generation(NamedTuple):
+    """What a generation's folder holds."""
+
+    number: int
+    epochs: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
+    skipped: int
+    validation: Validation | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.number} ({'student' if self.number else 'teacher'})"
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The epoch whose weights were kept: the first among equals."""
+        return max(self.epochs, key=lambda epoch: epoch["val_auc"])
+
+    @property
+    def speed(self) -> float:
+        return statistics.median(epoch["images_per_second"] for epoch in self.epochs)
+
+
+class Plot(NamedTuple):
+    title: str
+    image: str
+    """An SVG as data: URI."""
+    alt: str
+
+
+def write_run_report(run: Path) -> Path:
+    """Writes ``run``/report.html and returns its path.  Every text from files is escaped.
+
+    All figures come from the generations' own files: summary.json does not know the one in training.  Raises
+    UsageError where there is no run, or no matplotlib.
+    """
+    import jinja2
+
+    recipe, config = load_run(run)
+    generations = list(read_generations(run))
+    best = max((g for g in generations if g.epochs), key=lambda g: g.best["val_auc"], default=None)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    page = environment.from_string(Path(__file__).with_name(PAGE).read_text(encoding="utf-8")).render(
+        run=run.resolve().name,
+        notice=notice_of(generation_folder(run, best.number) / WEIGHTS) if best else "",
+        generations=generations,
+        best=best,
+        planned=recipe.epochs,
+        plots=list(plots_of(generations)),
+        threshold=THRESHOLD,
+        settings={"Recipe": list(_settings(recipe)), "Model": list(_settings(config))},
+        versions=f"dtn_fast {__version__}, torch {torch.__version__}",
+    )
+    write_whole(run / PAGE, page)
+    return run / PAGE
+
+
+def read_generations(run: Path) -> Iterator[Generation]:
+    """The generations of a run, finished or not."""
+    number = 0
+    while (folder := generation_folder(run, number)).is_dir():
+        epochs, steps, skipped = (read_lines(folder / name) for name in (METRICS, STEPS, NONFINITE))
+        if not all(isinstance(row, dict) and "val_auc" in row for row in epochs):
+            raise UsageError(f"{folder / METRICS}: damaged, a line without val_auc; delete that line")
+        yield Generation(number, epochs, steps, len(skipped), _validation(folder / VALIDATION))
+        number += 1
+
+
+def _validation(path: Path) -> Validation | None:
+    """None where the file is absent, damaged or of one class."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            labels, scores = file["labels"], file["scores"]
+        auc = evaluate_scores(labels, scores).auc
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return None if auc is None else Validation(labels.astype(np.int64), scores, auc)
+
+
+def notice_of(weights: Path) -> str:
+    """What every report of these weights must say."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, "pt") as file:
+            notice = (file.metadata() or {}).get("notice", "")
+    except (OSError, SafetensorError):
+        return NO_WEIGHTS
+    return f"This model was trained on {notice}." if notice else ""
+
+
+def _settings(config: Any) -> Iterator[tuple[str, str, str | None]]:
+    """Every field: name, value, and the default where it is another."""
+    text = lambda value: (", ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        same = field.default in (dataclasses.MISSING, value)
+        yield field.name, text(value), None if same else text(field.default)
+
+
+def plots_of(generations: list[Generation]) -> Iterator[Plot]:
+    """What there is to draw of a run.  Raises UsageError without matplotlib."""
+    done = [g for g in generations if g.epochs]
+    epochs = lambda values: {g.number: [(e["epoch"] + 1, values(e)) for e in g.epochs] for g in done}
+    if done:
+        yield generations_plot(done)
+    if any(g.validation for g in generations):
+        yield roc_plot(generations)
+    if done:
+        yield curves_plot("Validation AUC by epoch", "epoch", epochs(lambda e: {"AUC": e["val_auc"]}))
+        yield curves_plot("Training loss and its terms by epoch", "epoch", epochs(lambda e: e["losses"]), log=True)
+    if any(g.steps for g in generations):
+        length = max(s["step"] + 1 for g in generations for s in g.steps)
+        after = lambda g: [(s["epoch"] * length + s["step"] + 1, {"loss": s["loss"]}) for s in g.steps]
+        yield curves_plot("Training loss by update", "update", {g.number: after(g) for g in generations}, log=True)
+    if done:
+        yield curves_plot("Learning rate by epoch", "epoch", epochs(lambda e: {"lr": e["lr"]}), log=True)
+
+
+def generations_plot(generations: list[Generation]) -> Plot:
+    """The validation AUC of each generation's best epoch."""
+    aucs = {g.number: g.best["val_auc"] for g in generations}
+
+    def draw(axes: Any) -> None:
+        axes.plot(list(aucs), list(aucs.values()), "o-", color=COLORS[0])
+        axes.set_xticks(list(aucs), [f"{number}\n{auc:.4f}" for number, auc in aucs.items()])
+        axes.set_xlabel("generation and its AUC")
+        axes.margins(0.1)
+
+    alt = "; ".join(f"generation {number}: AUC {auc:.4f}" for number, auc in aucs.items())
+    return Plot("Validation AUC by generation", _svg(draw), alt)
+
+
+def roc_plot(generations: list[Generation]) -> Plot:
+    """The ROC curve of each generation's best epoch."""
+    scored = {g.number: g.validation for g in generations if g.validation}
+    names = {number: f"generation {number}: AUC {v.auc:.4f}" for number, v in scored.items()}
+
+    def draw(axes: Any) -> None:
+        axes.plot([0, 1], [0, 1], color=QUIET, linewidth=0.8)
+        for number, v in scored.items():
+            axes.plot(*roc(v.labels, v.scores), label=names[number], **_look(number))
+        axes.set(xlabel="false positive rate", ylabel="true positive rate")
+        axes.legend(loc="lower right")
+
+    return Plot("ROC of the best epochs", _svg(draw), "; ".join(names.values()))
+
+
+def curves_plot(title: str, unit: str, curves: Curves, log: bool = False) -> Plot:
+    """Values along the epochs or updates of each generation, the generations side by side."""
+    curves = {number: points for number, points in curves.items() if points}
+    names = list(dict.fromkeys(name for points in curves.values() for _, values in points for name in values))
+    marker = "." if sum(map(len, curves.values())) <= DOTTED else ""
+
+    def draw(axes: Any) -> None:
+        start = 0.0
+        middles: list[float] = []
+        for points in curves.values():
+            x = [start + at for at, _ in points]
+            for i, name in enumerate(names):
+                y = [values.get(name, math.nan) for _, values in points]
+                axes.plot(x, y, marker=marker, label=None if middles else name, **_look(i))
+            middles.append((start + 1 + x[-1]) / 2)
+            start = x[-1]
+            axes.axvline(start + 0.5, color=QUIET, linewidth=0.8, alpha=0.5)
+        axes.set(xlabel=f"{unit} (top: generation)", xlim=(0.5, start + 0.5))
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1, nbins=6)
+        axes.secondary_xaxis("top").set_xticks(middles, [str(number) for number in curves])
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.get_major_locator().set_params(subs=(1, 2, 3, 5))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
+        if len(names) > 1:
+            axes.figure.legend(loc="outside lower center", ncols=len(names))
+
+    ends = {number: ", ".join(f"{k} {v:.4g}" for k, v in points[-1][1].items()) for number, points in curves.items()}
+    return Plot(title, _svg(draw), "; ".join(f"end of generation {number}: {end}" for number, end in ends.items()))
+
+
+def _look(number: int) -> dict[str, str]:
+    """Told apart by color and by dashes."""
+    return {"color": COLORS[number % len(COLORS)], "linestyle": DASHES[number % len(DASHES)]}
+
+
+def _svg(draw: Callable[[Any], None]) -> str:
+    """The data: URI of a plot that ``draw`` makes on its axes, the same for the same values."""
+    try:
+        from matplotlib import style
+        from matplotlib.figure import Figure  # pyplot would look for a display and keep state
+    except ImportError as error:
+        raise UsageError(f"the report's plots need matplotlib ({error}); run: pip install matplotlib") from error
+    file = io.BytesIO()
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(5, 3.2), layout="constrained")
+        draw(figure.add_subplot())
+        figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
+    return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
