@@ -20,8 +20,8 @@ from dtn_fast.bench.measure import Case
 from dtn_fast.data.augment import Augment, DeviceAugment
 from dtn_fast.data.blend import self_blended
 from dtn_fast.data.config import PRESETS
-from dtn_fast.data.crop_dataset import Crops, Shards
-from dtn_fast.data.faces import Box, FaceDetector, FaceTracker, crop_face
+from dtn_fast.data.crop_dataset import CropDataset, Crops
+from dtn_fast.data.faces import Box, FaceFinder, FaceTracker, crop_face
 from dtn_fast.data.loader import Loader
 from dtn_fast.data.open import open_data
 from dtn_fast.data.randomness import sample_seeds
@@ -64,7 +64,7 @@ def film(folder: Path, count: int) -> tuple[Path, list[Box]]:
     from skimage import data
 
     face = data.astronaut()[:280, 90:370]
-    true = FaceDetector()(face)[0]
+    true = FaceFinder()(face)[0]
     rng, frames, boxes = np.random.default_rng(0), [], []
     back = cv2.resize(rng.integers(60, 140, (18, 32, 3), np.uint8), (1280, 720), interpolation=cv2.INTER_CUBIC)
     for index in range(count):
@@ -81,7 +81,7 @@ def film(folder: Path, count: int) -> tuple[Path, list[Box]]:
 
 def _fast(path: Path) -> dict[int, Box]:
     """What prepare does for each video."""
-    tracker, found = FaceTracker(FaceDetector()), {}
+    tracker, found = FaceTracker(FaceFinder()), {}
     for frame in read_frames(path, SAMPLED, threads=1):
         if faces := tracker(frame.image):
             crop_face(frame.image, faces[0].box, 256)
@@ -135,7 +135,7 @@ def decode_case(path: Path, true: list[Box]) -> Case:
 
 def detect_case(path: Path, true: list[Box]) -> Case:
     frames = list(read_frames(path, SAMPLED, threads=1))
-    detector = FaceDetector()
+    detector = FaceFinder()
 
     def track() -> list[Box]:
         tracker = FaceTracker(detector)
@@ -145,7 +145,7 @@ def detect_case(path: Path, true: list[Box]) -> Case:
         SUITE, "Detect, 1280x720, one core",
         {
             "dlib HOG at full size": lambda: [detector._detect(frame.image, 0) for frame in frames],
-            "FaceDetector (640 pixels)": lambda: [detector(frame.image) for frame in frames],
+            "FaceFinder (640 pixels)": lambda: [detector(frame.image) for frame in frames],
             "FaceTracker": track,
         },
         "FaceTracker", "dlib HOG at full size", len(frames), rounds=3,
@@ -165,7 +165,7 @@ class _Jpegs(Dataset):
         return torch.from_numpy(np.array(Image.open(self.paths[index]).convert("RGB")))
 
 
-def stored(root: Path, count: int) -> tuple[np.ndarray, Shards, Path]:
+def stored(root: Path, count: int) -> tuple[np.ndarray, CropDataset, Path]:
     """The same 256x256 pictures as one memory map, as shards of 256, and as JPEGs of quality 95."""
     rng = np.random.default_rng(0)
     face = cv2.resize(rng.integers(0, 255, (32, 32, 3), np.uint8), (256, 256), interpolation=cv2.INTER_CUBIC)
@@ -181,31 +181,31 @@ def stored(root: Path, count: int) -> tuple[np.ndarray, Shards, Path]:
         cv2.imwrite(str(path), crop[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
     zeros = np.zeros(count, np.int64)
     videos = [Video("real", 0, "real", "train"), Video("fake", 1, "Swap", "train")]
-    shards = Shards(Crops(parts, 256), np.arange(count) % 2, zeros, zeros, videos, [{}, {}], False)
-    return np.load(root / "all.npy", mmap_mode="r"), shards, root / "jpeg"
+    dataset = CropDataset(Crops(parts, 256), np.arange(count) % 2, zeros, zeros, videos, [{}, {}], False)
+    return np.load(root / "all.npy", mmap_mode="r"), dataset, root / "jpeg"
 
 
-def reading_case(flat: np.ndarray, shards: Shards, jpegs: Path) -> Case:
+def reading_case(flat: np.ndarray, dataset: CropDataset, jpegs: Path) -> Case:
     """A shuffled epoch in batches of 64; the limit is a bare gather from one memory map."""
     order = np.random.default_rng(1).permutation(len(flat))
     batches = order.reshape(-1, BATCH)
-    pictures, buffer = open_data(jpegs, 256), np.empty((BATCH, 256, 256, 3), np.uint8)
-    dataset = _Jpegs(sorted(jpegs.rglob("*.jpg")))
+    folder, buffer = open_data(jpegs, 256), np.empty((BATCH, 256, 256, 3), np.uint8)
+    pictures = _Jpegs(sorted(jpegs.rglob("*.jpg")))
 
-    def drain(loader) -> None:
-        for _ in loader:
-            pass
+    def drain(loader: Loader) -> None:
+        for batch in loader.epoch(0):
+            loader.release(batch)
 
     contenders: dict[str, Callable[[], object]] = {
-        "DataLoader + PIL, JPEG q95": lambda: drain(DataLoader(dataset, BATCH, sampler=order.tolist())),
-        "Loader, folder of JPEGs (2 threads)": lambda: drain(Loader(pictures, order, BATCH).epoch(0)),
-        "Shards.get": lambda: [shards.get(rows) for rows in batches],
-        "Loader, shards": lambda: drain(Loader(shards, order, BATCH).epoch(0)),
+        "DataLoader + PIL, JPEG q95": lambda: list(map(len, DataLoader(pictures, BATCH, sampler=order.tolist()))),
+        "Loader, folder of JPEGs (2 threads)": lambda: drain(Loader(folder, order, BATCH)),
+        "CropDataset.get": lambda: [dataset.get(rows) for rows in batches],
+        "Loader, shards": lambda: drain(Loader(dataset, order, BATCH)),
         "bare numpy gather, one memory map": lambda: [flat[rows] for rows in batches],
         "the same into one buffer": lambda: [np.take(flat, rows, 0, buffer, "clip") for rows in batches],
     }
     if torch.cuda.is_available():
-        contenders["Loader, shards to the GPU"] = lambda: drain(Loader(shards, order, BATCH, device="cuda").epoch(0))
+        contenders["Loader, shards to the GPU"] = lambda: drain(Loader(dataset, order, BATCH, device="cuda"))
     return Case(
         SUITE, f"Reading 256x256 crops from the page cache, batches of {BATCH}", contenders,
         "Loader, shards", "bare numpy gather, one memory map", len(flat), bytes=2.0 * flat.nbytes,
@@ -231,15 +231,15 @@ def augment_case(flat: np.ndarray, preset: str) -> Case:
                 rounds=5)  # fmt: skip
 
 
-def blend_case(shards: Shards) -> Case:
-    blended = self_blended(shards)
+def blend_case(dataset: CropDataset) -> Case:
+    blended = self_blended(dataset)
     rows = np.arange(BATCH) + len(blended.crops) // 2
     return Case(SUITE, "Self-blending, 256x256, all cores", {"self_blended": lambda: blended.get(rows)}, "self_blended",
                 "self_blended", BATCH, rounds=5)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[np.ndarray, Shards, Path]]:
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[np.ndarray, CropDataset, Path]]:
     with one_core():
         yield stored(tmp_path_factory.mktemp("stored"), CROPS)
 
@@ -255,14 +255,14 @@ def bench_video(compare, video: tuple[Path, list[Box]], case: Callable[..., Case
     compare(case(*video))
 
 
-def bench_reading(compare, kept: tuple[np.ndarray, Shards, Path]) -> None:
+def bench_reading(compare, kept: tuple[np.ndarray, CropDataset, Path]) -> None:
     compare(reading_case(*kept))
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-def bench_augment(compare, kept: tuple[np.ndarray, Shards, Path], preset: str) -> None:
+def bench_augment(compare, kept: tuple[np.ndarray, CropDataset, Path], preset: str) -> None:
     compare(augment_case(kept[0], preset))
 
 
-def bench_self_blend(compare, kept: tuple[np.ndarray, Shards, Path]) -> None:
+def bench_self_blend(compare, kept: tuple[np.ndarray, CropDataset, Path]) -> None:
     compare(blend_case(kept[1]))

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from dtn_fast.bench.measure import Case, Row, lines, measure
+from dtn_fast.bench.measure import Case, Measurement, lines, measure
 
-ROWS = pytest.StashKey[list[tuple[Case, list[Row]]]]()
+ROWS = pytest.StashKey[list[tuple[Case, list[Measurement]]]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:

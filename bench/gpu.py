@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from dtn_fast.bench import results, roofline
-from dtn_fast.bench.measure import Row, seconds
+from dtn_fast.bench.measure import Measurement, seconds
 from dtn_fast.model.config import DTNConfig
 
 SHARES = {
@@ -113,7 +113,7 @@ def convolutions(out: Path, quick: bool) -> None:
             print(f"{conv.name:24s} {direction:8s} {seconds(taken):>9s}  {conv.floor / taken:4.0%} of the floor")
             case = f"The backbone's convolutions alone, batch {batch}, {machine.dtype}, channels_last: best of several"
             name = f"{conv.name} {direction}"
-            rows.append(Row("convolutions", case, name, taken, taken, taken, 1.0, share=conv.floor / taken))
+            rows.append(Measurement("convolutions", case, name, taken, taken, taken, 1.0, share=conv.floor / taken))
     results.store(out, "convolutions", rows, machine, results.environment(), {})
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from dtn_fast.cuda_graph import capture, warm_up
+from dtn_fast.timing import in_turns
 
 FLUSH = 256 * 2**20
 """Bytes written between calls so that the next finds a cold L2 (an H200 has 50 MiB)."""
@@ -44,7 +46,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """One contender's figures; what results files hold."""
 
     suite: str
@@ -72,26 +74,26 @@ class Row:
     """Largest memory that the call took on the GPU, MiB."""
 
 
-def measure(case: Case, rounds: int | None = None) -> list[Row]:
+def measure(case: Case, rounds: int | None = None) -> list[Measurement]:
     """Times every contender of ``case``: once to warm up, then ``rounds`` times in turns."""
-    times: dict[str, list[float]] = {name: [] for name in case.contenders}
     peaks: dict[str, float] = {}
-    for turn in range((rounds or case.rounds) + 1):
-        for name, call in case.contenders.items():
-            if turn == 0 and torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
-            seconds = _time(call, case.cold)
-            if turn:
-                times[name].append(seconds)
-            elif torch.cuda.is_available():
-                peaks[name] = torch.cuda.max_memory_allocated() / 2**20
+    gpu = torch.cuda.is_available()
+    for name, call in case.contenders.items():  # the warm-up
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        call()
+        if gpu:
+            torch.cuda.synchronize()
+            peaks[name] = torch.cuda.max_memory_allocated() / 2**20
+    before = flush if gpu and case.cold else lambda: None
+    times = in_turns(case.contenders, rounds or case.rounds, 0, before)
     base = statistics.median(times[case.baseline])
     return [_row(case, name, values, base, peaks.get(name)) for name, values in times.items()]
 
 
-def _row(case: Case, name: str, times: list[float], base: float, peak: float | None) -> Row:
+def _row(case: Case, name: str, times: list[float], base: float, peak: float | None) -> Measurement:
     low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
-    return Row(
+    return Measurement(
         case.suite, case.title, name, median, low, high, base / median,
         images_per_second=case.images / median if case.images else None,
         tflops=case.flops / median / 1e12 if case.flops else None,
@@ -102,39 +104,27 @@ def _row(case: Case, name: str, times: list[float], base: float, peak: float | N
     )  # fmt: skip
 
 
-def _time(call: Callable[[], Any], cold: bool) -> float:
-    """Seconds of one call; on a GPU between events on the stream, so that launches overlap as in use."""
-    if not torch.cuda.is_available():
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    if cold:
-        torch.empty(FLUSH, dtype=torch.uint8, device="cuda").zero_()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+def flush() -> None:
+    """Fills the L2 cache with other data."""
+    torch.empty(FLUSH, dtype=torch.uint8, device="cuda").zero_()
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     """``call`` as a CUDA graph's replay: what small shapes cost without launching; on a CPU ``call`` itself."""
     if not torch.cuda.is_available():
         return call
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    warm_up(call)
+    replay, result = capture(call)
+    kept = (call, result)  # the graph reads and writes what both hold
+
+    def run() -> Any:
+        replay()
+        return kept[1]
+
+    return run
 
 
-def lines(rows: list[Row]) -> Iterator[str]:
+def lines(rows: list[Measurement]) -> Iterator[str]:
     """The figures of one case as aligned text."""
     for row in rows:
         parts = [f"{row.contender:44s} {seconds(row.median):>9s} ({seconds(row.low)} - {seconds(row.high)})"]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dtn_fast.bench.machine import Machine, cpu_name
-from dtn_fast.bench.measure import Row
+from dtn_fast.bench.measure import Measurement
 from dtn_fast.errors import UsageError
 from dtn_fast.files import write_whole
 from dtn_fast.provenance import commit
@@ -67,7 +67,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         for suite in data["suites"].values():
-            suite["rows"] = [Row(**row) for row in suite["rows"]]
+            suite["rows"] = [Measurement(**row) for row in suite["rows"]]
         return data
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
@@ -76,7 +76,12 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def store(
-    folder: Path, suite: str, rows: list[Row], machine: Machine, env: dict[str, Any], notes: dict[str, list[str]]
+    folder: Path,
+    suite: str,
+    rows: list[Measurement],
+    machine: Machine,
+    env: dict[str, Any],
+    notes: dict[str, list[str]],
 ) -> Path:
     """Puts a suite's rows into the machine's file, whole or not at all; other suites there stay."""
     path = folder / file_name(env)
@@ -94,7 +99,7 @@ def write_json(path: Path, data: Any) -> None:
     write_whole(path, text + "\n")
 
 
-def _rounded(row: Row) -> dict[str, Any]:
+def _rounded(row: Measurement) -> dict[str, Any]:
     values = dataclasses.asdict(row)
     return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in values.items() if v is not None}
 
@@ -102,7 +107,7 @@ def _rounded(row: Row) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ what moved
 
 
-def moved(before: Path, after: Path) -> list[tuple[Row, Row]]:
+def moved(before: Path, after: Path) -> list[tuple[Measurement, Measurement]]:
     """Figures of two files whose quartiles do not overlap, largest change first."""
     rows = [
         {(name, row.case, row.contender): row for name, suite in load(path)["suites"].items() for row in suite["rows"]}

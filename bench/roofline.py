@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from dtn_fast.bench.machine import Machine, best_seconds, measure_machine
+from dtn_fast.evaluation.plotting import drawing, save
+from dtn_fast.files import write_whole
 from dtn_fast.model.config import STRIDE, DTNConfig
 
 
@@ -224,29 +226,24 @@ def table(parts: list[Part], batch: int, machine: Machine, layers: bool = False)
 
 def plot(path: Path, config: DTNConfig, batch: int, machine: Machine) -> None:
     """The roofline with every part of the model on it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5))
-    ridge = machine.flops / machine.bandwidth
-    xs = [0.5, ridge, 4096]
-    axes.loglog(xs, [min(x * machine.bandwidth, machine.flops) / 1e12 for x in xs], "k-", label="measured ceilings")
-    groups: dict[str, list[Part]] = {}
-    for part in inference(config, batch):
-        groups.setdefault(part.group, []).append(part)
-    for name, parts in groups.items():
-        x = [part.flops / part.bytes for part in parts]
-        axes.loglog(x, [min(v * machine.bandwidth, machine.flops) / 1e12 for v in x], "o", label=name, alpha=0.7)
-    axes.set(
-        xlabel="FLOP per byte", ylabel="attainable TFLOP/s", title=f"{machine.name}, {machine.dtype}, batch {batch}"
-    )
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+    with drawing() as Figure:
+        figure = Figure(figsize=(8, 5))
+        axes = figure.add_subplot()
+        ridge = machine.flops / machine.bandwidth
+        xs = [0.5, ridge, 4096]
+        axes.loglog(xs, [min(x * machine.bandwidth, machine.flops) / 1e12 for x in xs], "k-", label="measured ceilings")
+        groups: dict[str, list[Part]] = {}
+        for part in inference(config, batch):
+            groups.setdefault(part.group, []).append(part)
+        for name, parts in groups.items():
+            x = [part.flops / part.bytes for part in parts]
+            axes.loglog(x, [min(v * machine.bandwidth, machine.flops) / 1e12 for v in x], "o", label=name, alpha=0.7)
+        axes.set(
+            xlabel="FLOP per byte", ylabel="attainable TFLOP/s", title=f"{machine.name}, {machine.dtype}, batch {batch}"
+        )
+        axes.legend(fontsize=8)
+        figure.tight_layout()
+        write_whole(path, lambda file: save(figure, file, path.suffix[1:]))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dtn_fast.bench import results, roofline
-from dtn_fast.bench.measure import Row, lines, measure, seconds
+from dtn_fast.bench.measure import Measurement, lines, measure, seconds
 from dtn_fast.device import choose_precision
 from dtn_fast.errors import DtnError, UsageError
 
@@ -24,7 +24,7 @@ def run_suite(name: str, folder: Path, machine: roofline.Machine, quick: bool, b
     """Measures a suite case by case, storing after each, until ``budget`` seconds are spent."""
     module = importlib.import_module(f"dtn_fast.bench.bench_{name}")
     env, deadline = results.environment(), time.monotonic() + budget
-    rows: list[Row] = []
+    rows: list[Measurement] = []
     notes: dict[str, list[str]] = {}
     path = None
     for case in module.cases(machine, quick):

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dtn_fast.bench.machine import Machine
-from dtn_fast.bench.measure import Row, seconds
+from dtn_fast.bench.measure import Measurement, seconds
 from dtn_fast.bench.results import FOLDER, STRUCTURE, SUITES, load
 from dtn_fast.errors import UsageError
+from dtn_fast.evaluation.plotting import drawing, svg_text
+from dtn_fast.files import write_whole
 
 REPOSITORY = FOLDER.resolve().parent.parent
 NOT_RUN = "not run"
@@ -19,7 +21,7 @@ NOT_RUN = "not run"
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def markdown(rows: Iterable[Row]) -> str:
+def markdown(rows: Iterable[Measurement]) -> str:
     """The figures of one case as a table; this project's own row is in bold."""
     rows = list(rows)
     columns = {
@@ -40,8 +42,8 @@ def markdown(rows: Iterable[Row]) -> str:
     return "\n".join(out)
 
 
-def by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    cases: dict[str, list[Row]] = {}
+def by_case(rows: Iterable[Measurement]) -> dict[str, list[Measurement]]:
+    cases: dict[str, list[Measurement]] = {}
     for row in rows:
         cases.setdefault(row.case, []).append(row)
     return cases
@@ -128,18 +130,12 @@ def readme_table(folder: Path = FOLDER) -> str:
 
 def plot(data: dict[str, Any], path: Path) -> None:
     """Bars of a machine's model and training figures, the baseline of each case at 1; the same bytes each time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     suites = (data["suites"].get(name, {}).get("rows", []) for name in ("model", "train"))
     cases = {case: rows for rows in suites for case, rows in by_case(rows).items() if not case.startswith("timm")}
     heights = [len(rows) + 1.2 for rows in cases.values()]
-    with matplotlib.rc_context({"svg.hashsalt": "dtn_fast", "font.size": 8, "svg.fonttype": "path"}):
-        figure, axes = plt.subplots(
-            len(cases), 1, figsize=(8, 0.28 * sum(heights)), height_ratios=heights, squeeze=False
-        )
+    with drawing({"font.size": 8, "svg.fonttype": "path"}) as Figure:
+        figure = Figure(figsize=(8, 0.28 * sum(heights)))
+        axes = figure.subplots(len(cases), 1, height_ratios=heights, squeeze=False)
         for axis, (case, rows) in zip(axes[:, 0], cases.items(), strict=True):
             colors = ["tab:green" if row.ours else "0.75" for row in rows]
             bars = axis.barh([row.contender for row in rows], [row.ratio for row in rows], color=colors)
@@ -150,9 +146,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
             axis.xaxis.set_visible(False)
             axis.spines[["top", "right", "bottom"]].set_visible(False)
         figure.tight_layout()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None})
-        plt.close(figure)
+        write_whole(path, svg_text(figure))
 
 
 def plots(folder: Path = FOLDER) -> dict[Path, dict[str, Any]]:

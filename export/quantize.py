@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.evaluation.metrics import evaluate_scores
 from dtn_fast.export.config import QuantizeConfig, Width
@@ -61,7 +61,7 @@ class Sensitivity(NamedTuple):
     mean: float
 
 
-class Gate(NamedTuple):
+class AccuracyCheck(NamedTuple):
     """What quantisation costs on the validation split."""
 
     images: int
@@ -143,10 +143,10 @@ def grid_of(values: NDArray[np.float32], kind: Literal["int8", "uint8", "fp8"]) 
     else:
         full = max(-low, high) / most
     grids = [Grid(kind, full * part, round(-low / full) if kind == "uint8" else 0) for part in np.linspace(0.3, 1, 29)]
-    return min(grids, key=lambda grid: float(np.square(rounded(values, grid) - values).mean()))
+    return min(grids, key=lambda grid: float(np.square(fake_quantize(values, grid) - values).mean()))
 
 
-def rounded(values: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
+def fake_quantize(values: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
     """Stored and read again."""
     stored = np.clip(values / grid.scale + grid.zero, *RANGE[grid.kind])
     if grid.kind == "fp8":
@@ -275,17 +275,19 @@ def _logits(proto: Any, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
     return OnnxScorer(runnable(proto).SerializeToString(), batch_size=16, optimise=False).logits(crops)
 
 
-def gate(reference: Scorer, proto: Any, shards: Shards, config: QuantizeConfig, split: str = "val") -> Gate:
+def check_accuracy(
+    reference: Scorer, proto: Any, dataset: CropDataset, config: QuantizeConfig, split: str = "val"
+) -> AccuracyCheck:
     """Both models on a split: AUC and logits.  Raises DtnError past the configuration's limits."""
-    rows = shards.select(split)
+    rows = dataset.select(split)
     if not len(rows):
         raise UsageError(f"--calibrate {config.calibrate}: no crop in its {split} split to judge by")
     scorer = OnnxScorer(runnable(proto).SerializeToString(), batch_size=16, optimise=False)
-    exact, got = reference.logits_rows(shards, rows), scorer.logits_rows(shards, rows)
-    labels = shards.labels[rows]
+    exact, got = reference.logits_rows(dataset, rows), scorer.logits_rows(dataset, rows)
+    labels = dataset.labels[rows]
     areas = [evaluate_scores(labels, probability(logits)).auc for logits in (exact, got)]
     change = np.abs(exact - got)
-    result = Gate(len(rows), areas[0], areas[1], float(change.max()), float(change.mean()))
+    result = AccuracyCheck(len(rows), areas[0], areas[1], float(change.max()), float(change.mean()))
     if not result.worst <= config.max_logit_change:
         raise DtnError(f"the quantised model moves a logit by {result.worst:.3g}, over the limit of "
                        f"{config.max_logit_change}; see --sensitivity and --keep its worst layers")  # fmt: skip

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.errors import DtnError
 from dtn_fast.export.config import OnnxConfig
 from dtn_fast.export.to_onnx import Parity, example_inputs, to_proto, weights_hash
 from dtn_fast.files import write_whole
 from dtn_fast.model.detector import Detector
 from dtn_fast.model.preprocess import normalise
-from dtn_fast.runtime.export_manifest import Manifest, file_hash
+from dtn_fast.runtime import mnn
+from dtn_fast.runtime.export_manifest import ExportManifest, file_hash
 from dtn_fast.runtime.mnn import MnnScorer
 
 TOLERANCE = 2e-3
@@ -36,7 +37,7 @@ def export_mnn(model: Detector, path: Path, batches: tuple[int, ...] = (1, 2, 7)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder, "model.mnn")
         made.write_bytes(convert(model, str(path)))
-        manifest = Manifest(
+        manifest = ExportManifest(
             "mnn",
             importlib.metadata.version("MNN"),
             file_hash(made),
@@ -58,8 +59,7 @@ def export_mnn(model: Detector, path: Path, batches: tuple[int, ...] = (1, 2, 7)
 
 def convert(model: Detector, name: str = "the model") -> bytes:
     """The MNN file of ``model``, input ``images`` float32 [B, 3, S, S], output ``logits``; not compared yet."""
-    if importlib.util.find_spec("MNN") is None:
-        raise UsageError("MNN is not installed; run: pip install MNN")
+    mnn.package()
     proto = to_proto(model, OnnxConfig("fp32", "images", nodes=False))  # it knows neither functions nor other domains
     with tempfile.TemporaryDirectory() as folder:
         source, made = Path(folder, "model.onnx"), Path(folder, "model.mnn")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dtn_fast.device import PRECISIONS
-from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.errors import DtnError
 from dtn_fast.export.config import Input, OnnxConfig
 from dtn_fast.files import write_whole
 from dtn_fast.kernels import onnx_nodes
@@ -28,6 +28,7 @@ from dtn_fast.kernels.ops import tracing
 from dtn_fast.model.detector import Detector
 from dtn_fast.model.dtn import DTN
 from dtn_fast.model.fold import fold
+from dtn_fast.packages import require
 from dtn_fast.runtime.onnx import session_of
 from dtn_fast.version import __version__
 
@@ -213,13 +214,9 @@ def _images(x: Tensor, config: Any) -> Tensor:
 
 def require_onnx() -> Any:
     """The onnx package.  Raises UsageError naming what is missing."""
-    try:
-        import onnx
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"{error.name} is not installed; run: pip install onnx onnxscript onnxruntime") from error
-    return onnx
+    for name in ("onnxruntime", "onnxscript"):
+        require(name, "onnx onnxscript onnxruntime")
+    return require("onnx", "onnx onnxscript onnxruntime")
 
 
 @contextmanager

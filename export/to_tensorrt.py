@@ -21,7 +21,7 @@ from dtn_fast.export.config import EngineConfig
 from dtn_fast.export.to_onnx import require_onnx
 from dtn_fast.files import write_whole
 from dtn_fast.kernels.onnx_nodes import DOMAIN
-from dtn_fast.runtime.export_manifest import Manifest, read_manifest
+from dtn_fast.runtime.export_manifest import ExportManifest, read_export_manifest
 from dtn_fast.runtime.tensorrt import KINDS, check_fits, load_backend, open_engine
 
 RTX_ARCHS = (75, 80, 86, 89, 120)
@@ -39,7 +39,7 @@ class Built(NamedTuple):
     """Of the network before the builder fuses it."""
     attention: str
     archs: tuple[int, ...]
-    race: dict[str, float]
+    times: dict[str, float]
     """Seconds a batch of each kind of attention, when they were compared."""
 
 
@@ -179,12 +179,12 @@ def _gpu_slug() -> str:
 
 def _fastest(trt: Any, data: bytes, meta: dict[str, str], config: EngineConfig) -> tuple[bytes, int, dict[str, float]]:
     """Both kinds timed in turns at the best batch: the faster engine, its layers, seconds of each."""
-    from dtn_fast.runtime.tensorrt import race
+    from dtn_fast.runtime.tensorrt import time_engines
 
     made = {
         name: build(trt, data, meta["input"], replace(config, attention=name), False) for name in ("native", "plugin")
     }
-    times = race(trt, {name: engine for name, (engine, _) in made.items()}, config.batches[1], meta["input"])
+    times = time_engines(trt, {name: engine for name, (engine, _) in made.items()}, config.batches[1], meta["input"])
     return *made[min(times, key=lambda name: times[name])], times
 
 
@@ -193,7 +193,7 @@ def _refitted(trt: Any, data: bytes, meta: dict[str, str], source: Path, path: P
 
     Raises UsageError when the two are not of one shape and precision.
     """
-    old = read_manifest(source, "tensorrt")
+    old = read_export_manifest(source, "tensorrt")
     check_fits(old, trt.__version__, str(source))
     mine = (json.loads(meta["dtn_config"]), meta["precision"], meta["input"], meta.get("quantized", ""))
     if mine != (old.config, old.precision, old.input, old.quantized):
@@ -280,11 +280,11 @@ def _manifest(
     config: EngineConfig,
     attention: str,
     archs: tuple[int, ...],
-) -> Manifest:
+) -> ExportManifest:
     options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
     if kind == "tensorrt":
         options["gpu"] = torch.cuda.get_device_name()
-    return Manifest(
+    return ExportManifest(
         kind, trt.__version__, hashlib.sha256(engine).hexdigest(), meta["weights"], meta["precision"], meta["input"],
         json.loads(meta["dtn_config"]), meta.get("notice", ""), config.batches, archs, attention,
         meta.get("quantized", ""), options,

@@ -10,7 +10,7 @@ from string import Template
 from dtn_fast.errors import UsageError
 from dtn_fast.export.config import RepositoryConfig
 from dtn_fast.files import write_whole
-from dtn_fast.runtime.export_manifest import read_manifest
+from dtn_fast.runtime.export_manifest import read_export_manifest
 from dtn_fast.runtime.onnx import metadata
 
 MODEL = Template("""name: "$name"
@@ -123,7 +123,7 @@ def write_repository(model: Path, out: Path, config: RepositoryConfig = Reposito
         )
         least, most, optimization = 1, config.max_batch, ""
     elif model.suffix == ".engine":
-        manifest = read_manifest(model, "tensorrt")
+        manifest = read_export_manifest(model, "tensorrt")
         meta = {"notice": manifest.notice, "weights": manifest.weights}
         takes, side_of, file, backend = manifest.input, manifest.config, "model.plan", 'platform: "tensorrt_plan"'
         least, _, most = manifest.batches

@@ -22,7 +22,7 @@ from dtn_fast.runtime.onnx import OnnxScorer
 from dtn_fast.runtime.scorer import Scorer, probability
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
-Taps = Callable[[NDArray[np.uint8]], dict[str, NDArray[np.float32]]]
+LayerOutputs = Callable[[NDArray[np.uint8]], dict[str, NDArray[np.float32]]]
 
 
 class Agreement(NamedTuple):
@@ -68,7 +68,7 @@ def compare(
     )  # fmt: skip
 
 
-def compare_layers(first: Taps, second: Taps, crops: NDArray[np.uint8]) -> list[LayerError]:
+def compare_layers(first: LayerOutputs, second: LayerOutputs, crops: NDArray[np.uint8]) -> list[LayerError]:
     """Every layer that both show, in the network's order."""
     expected, got = first(crops), second(crops)
     common = [name for name in expected if name in got and expected[name].shape == got[name].shape]
@@ -82,7 +82,7 @@ def compare_layers(first: Taps, second: Taps, crops: NDArray[np.uint8]) -> list[
     return rows
 
 
-def taps(scorer: Scorer, path: Path, other: Path) -> Taps:
+def layer_outputs(scorer: Scorer, path: Path, other: Path) -> LayerOutputs:
     """What shows the layers of ``scorer``, loaded from ``path``: output by module name, such as blocks.0.qkv.
 
     A checkpoint folds as ``other``, what it is compared with: 1/sqrt(d) is in W_q or in the attention node.

@@ -43,7 +43,7 @@ TENSOR_CORE = re.compile(r"wgmma\.mma_async|\bmma\.sync|tcgen05\.mma")
 VECTOR_LOAD = re.compile(r"ld\.global[\w.:]*\.v[24]|cp\.async\.c[ag]\.shared\.global[^;]*0x10|cp\.async\.bulk\.tensor")
 
 
-class Row(NamedTuple):
+class CompiledKernel(NamedTuple):
     arch: int
     kernel: str
     shape: str
@@ -222,7 +222,7 @@ def shipped(arch: int) -> Iterator[tuple[str, torch.dtype, list[Launch]]]:
         yield f"LC C={channels} {side}x{side}", dtype, lc_launches(channels, side, dtype)
 
 
-def inspect(launch: Launch, arch: int, shape: str, dtype: torch.dtype) -> Row:
+def inspect(launch: Launch, arch: int, shape: str, dtype: torch.dtype) -> CompiledKernel:
     """Compiles ``launch`` within :func:`target` and reads the result."""
     compiled = launch.compile()
     ptx = compiled.asm["ptx"]
@@ -236,7 +236,7 @@ def inspect(launch: Launch, arch: int, shape: str, dtype: torch.dtype) -> Row:
     registers = re.search(r"Used (\d+) registers", log)
     assert spill, log
     assert registers, log
-    return Row(
+    return CompiledKernel(
         arch=arch,
         kernel=launch.name,
         shape=shape,
@@ -258,13 +258,13 @@ def _ptxas(arch: int) -> str:
     return get_ptxas(arch).path
 
 
-def check(arch: int) -> list[Row]:
+def check(arch: int) -> list[CompiledKernel]:
     """Compiles everything shipped for ``arch``."""
     with target(arch):
         return [inspect(one, arch, shape, dtype) for shape, dtype, launches in shipped(arch) for one in launches]
 
 
-def check_all(archs: list[int], processes: int = 2) -> list[Row]:
+def check_all(archs: list[int], processes: int = 2) -> list[CompiledKernel]:
     """:func:`check` for each architecture, in processes of their own."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         return [row for rows in pool.imap(check, archs, chunksize=1) for row in rows]

@@ -18,7 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dtn_fast.cuda_graph import capture, warm_up
+from dtn_fast.files import write_whole
 from dtn_fast.kernels.launch_values import FOLDER, override, slug
+from dtn_fast.timing import in_turns
 
 # ------------------------------------------------------------------------------------------------ the search
 
@@ -142,24 +145,10 @@ def measure(make: Callable[[], Callable[[], list[Tensor]]], replays: int = 20) -
     calls = [make()]
     size = sum(t.numel() * t.element_size() for t in calls[0]())
     calls += [make() for _ in range(min(32, int(180e6 // max(size, 1))))]
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(calls))
-    return statistics.median(times)
+    every = lambda: [call() for call in calls]
+    warm_up(every, 1)
+    replay, _ = capture(every)
+    return statistics.median(in_turns({"": replay}, replays, 0)[""]) / len(calls)
 
 
 def search(todo: list[Case], budget: float, timer: Callable = measure) -> dict[str, list[dict[str, Any]]]:
@@ -209,9 +198,7 @@ def write(name: str, found: dict[str, list[dict[str, Any]]], folder: Path = FOLD
     parts = [
         f"  {json.dumps(k)}: [\n" + ",\n".join(f"    {json.dumps(r)}" for r in v) + "\n  ]" for k, v in rows.items()
     ]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "{\n" + ",\n".join(parts) + "\n}\n")
     return path
 
 

@@ -10,7 +10,7 @@ from small import RECIPE, SET, SMALL
 
 from dtn_fast import DTN
 from dtn_fast.data.config import PrepareConfig
-from dtn_fast.data.crop_dataset import Shards, open_shards
+from dtn_fast.data.crop_dataset import CropDataset, open_crop_dataset
 from dtn_fast.data.datasets.ffpp import read_ffpp
 from dtn_fast.data.prepare import prepare
 from dtn_fast.data.synthetic_faces import make_synthetic
@@ -36,7 +36,7 @@ def own_backends() -> None:
 
 
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def video_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("synthetic") / "set"
     for _ in make_synthetic(root, SET):
         pass
@@ -44,24 +44,24 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def crops(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def crops(video_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("crops")
-    for _ in prepare(read_ffpp(dataset), out, SMALL.image_size, PrepareConfig(frames=3)):
+    for _ in prepare(read_ffpp(video_set), out, SMALL.image_size, PrepareConfig(frames=3)):
         pass
     return out
 
 
 @pytest.fixture(scope="session")
-def shards(crops: Path) -> Shards:
-    return open_shards(crops)
+def dataset(crops: Path) -> CropDataset:
+    return open_crop_dataset(crops)
 
 
 @pytest.fixture(scope="session")
-def trained(shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(dataset: CropDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose generation 0 is done."""
     run = tmp_path_factory.mktemp("run")
     start_run(run, RECIPE, SMALL)
-    for _ in train_initial(run, shards):
+    for _ in train_initial(run, dataset):
         pass
     return run
 

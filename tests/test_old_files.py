@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dtn_fast.data.crop_dataset import open_shards
+from dtn_fast.data.crop_dataset import open_crop_dataset
 from dtn_fast.runtime.load import load_scorer
 from dtn_fast.train.distill import distill
 from dtn_fast.train.log_lines import read_lines
@@ -20,7 +20,7 @@ DIGITS = 2e-5  # another processor sums in another order; the same one gives the
 
 
 def test_old_crops_hold_what_they_held() -> None:
-    crops = open_shards(DATA / "crops", verify=True)
+    crops = open_crop_dataset(DATA / "crops", verify=True)
     assert crops.fingerprint(np.arange(len(crops.video))) == THEN["fingerprint"]
     assert crops.labels.tolist() == THEN["labels"]
     assert crops.synthetic
@@ -28,7 +28,7 @@ def test_old_crops_hold_what_they_held() -> None:
 
 @pytest.mark.parametrize("name", ["run", "run/generation-0", "model.onnx", "model.mnn"])
 def test_an_old_model_answers_as_it_did(name: str) -> None:
-    crops = open_shards(DATA / "crops")
+    crops = open_crop_dataset(DATA / "crops")
     scorer = load_scorer(DATA / name)
     logits = scorer.logits(crops.get(np.arange(len(crops.video))))
     assert np.abs(logits - np.array(THEN["logits"][name])).max() < DIGITS
@@ -42,7 +42,7 @@ def test_an_old_run_is_resumed(tmp_path: Path) -> None:
     recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
     recipe["recipe"]["epochs"] += 1
     (run / "recipe.json").write_text(json.dumps(recipe, indent=2), encoding="utf-8")
-    for _ in distill(run, open_shards(DATA / "crops")):
+    for _ in distill(run, open_crop_dataset(DATA / "crops")):
         pass
     after = read_lines(run / "generation-1" / "metrics.jsonl")
     assert after[:-1] == before

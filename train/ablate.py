@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.mac_count import count
 from dtn_fast.evaluation.protocols import TRAINED_ON, Measured, measure
-from dtn_fast.evaluation.tables import Row, Table
+from dtn_fast.evaluation.tables import ResultTable, TableRow
 from dtn_fast.model.build import TimmConfig, load_detector
 from dtn_fast.model.config import DTNConfig
 from dtn_fast.model.detector import WEIGHTS, place
@@ -47,9 +47,9 @@ def folder_of(out: Path, variant: Variant) -> Path:
 
 
 def ablate(
-    name: str, data: Shards, tests: dict[str, Shards], out: Path, model: DTNConfig, recipe: Recipe,
+    name: str, data: CropDataset, tests: dict[str, CropDataset], out: Path, model: DTNConfig, recipe: Recipe,
     only: tuple[str, ...] = (), **how: Any,
-) -> Iterator[Working | Table]:  # fmt: skip
+) -> Iterator[Working | ResultTable]:  # fmt: skip
     """Trains the variants of ABLATIONS[name] in ``out`` and measures each on the test split of ``tests``.
 
     Yields progress, then the table of every variant so far, also in ``out``/<name>.json, .md, .tex and .svg.  What is
@@ -93,26 +93,26 @@ def ablate(
     yield found.table(variants)
 
 
-FACTS = ("variant", "generation", "tests", "digest", "weights", "policies")
+FACTS = ("variant", "generation", "tests", "digest", "weights", "column_notes")
 """Of a row, besides its figures: whose weights, measured on what."""
 
 
 class _Rows:
     """The rows of a table so far, those of an earlier call too."""
 
-    def __init__(self, out: Path, name: str, tests: dict[str, Shards]) -> None:
-        self._name, self._tests, self._rows = name, tests, list[Row]()
-        split = {column: shards.select("test") for column, shards in tests.items()}
+    def __init__(self, out: Path, name: str, tests: dict[str, CropDataset]) -> None:
+        self._name, self._tests, self._rows = name, tests, list[TableRow]()
+        split = {column: dataset.select("test") for column, dataset in tests.items()}
         self._crops = {c: f"{len(split[c])} of {s.size}, {s.fingerprint(split[c])}" for c, s in tests.items()}
         path = out / f"{name}.json"
         if path.is_file():
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))
-                rows = [Row.from_json(row) for row in stored["rows"]]
+                rows = [TableRow.from_json(row) for row in stored["rows"]]
                 for row in rows:
                     for key in FACTS:
                         row.facts[key]
-                    for column in row.facts["policies"]:
+                    for column in row.facts["column_notes"]:
                         row.cells["frame"][column], row.cells["video"][column]
                 self._rows = [row for row in rows if (out / row.facts["weights"]).is_file()]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -141,23 +141,27 @@ class _Rows:
             before = {TRAINED_ON: variant.trained_on} if variant.trained_on else {}
             self._rows.append(dataclasses.replace(row, before=before, after=shown, paper=printed))
 
-    def _measured(self, title: str, folder: Path, facts: dict[str, Any], device: str) -> Row:
+    def _measured(self, title: str, folder: Path, facts: dict[str, Any], device: str) -> TableRow:
         scorer = _Shared(place(load_detector(folder), device))
         for step in measure(scorer, self._tests, ABLATIONS[self._name].by_forgery):
             if isinstance(step, Measured):
-                return Row(title, step.cells, notice=scorer.notice, facts={**facts, "policies": step.policies})
+                facts = {**facts, "column_notes": step.column_notes}
+                return TableRow(title, step.cells, notice=scorer.notice, facts=facts)
         raise AssertionError("measure ends with its figures")
 
-    def table(self, variants: tuple[Variant, ...]) -> Table:
+    def table(self, variants: tuple[Variant, ...]) -> ResultTable:
         """Rows measured on these tests, in the order of ``variants``."""
         ablation, order = ABLATIONS[self._name], [v.label for v in variants]
         rows = [row for row in self._rows if row.facts["tests"] == self._crops and row.facts["variant"] in order]
         rows.sort(key=lambda row: (order.index(row.facts["variant"]), row.facts["generation"]))
-        policies = rows[0].facts["policies"] if rows else {}
+        column_notes = rows[0].facts["column_notes"] if rows else {}
         notes = [GENERATION] if any("generation" in row.after for row in rows) else []
         notes += [SIZES] if any("GMAC" in row.after for row in rows) else []
-        return Table(self._name, ablation.title, tuple(policies), rows, not ablation.by_forgery, policies=policies,
-                     notes=(*notes, made_by()))  # fmt: skip
+        columns, acc = tuple(column_notes), not ablation.by_forgery
+        notes = [*notes, made_by()]
+        return ResultTable(
+            self._name, ablation.title, columns, rows, acc, column_notes=column_notes, notes=tuple(notes)
+        )
 
 
 class _Shared(TorchScorer):

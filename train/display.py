@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dtn_fast.errors import UsageError
+from dtn_fast.packages import require
 from dtn_fast.train.distributed import ranks
 from dtn_fast.train.loop import Epoch, Step
 
@@ -179,10 +179,7 @@ class _Wandb:
     """Weights & Biases, resumed by the run folder's name."""
 
     def __init__(self, project: str, run: Path, every: int) -> None:
-        try:
-            self._wandb = importlib.import_module("wandb")
-        except ImportError as error:
-            raise UsageError("--wandb: wandb is not installed; run: pip install wandb") from error
+        self._wandb = require("wandb", "wandb")
         self._every = every
         self._run = self._wandb.init(project=project, name=run.name, id=run.name, resume="allow", dir=str(run))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import UsageError
 from dtn_fast.model.build import build_detector, load_detector
 from dtn_fast.model.detector import WEIGHTS
@@ -17,15 +17,17 @@ from dtn_fast.train.loop import Epoch, Step, fit
 from dtn_fast.train.run_folder import best_auc, forget, generation_folder, load_run, summarise
 
 
-def train_initial(run: Path, shards: Shards, **how: Any) -> Generator[Step | Epoch, None, None]:
+def train_initial(run: Path, dataset: CropDataset, **how: Any) -> Generator[Step | Epoch, None, None]:
     """Generation 0: CE + Ct-c.  ``how``: device, execution and stop, as ``fit`` takes them."""
     recipe, config = load_run(run)
     torch.manual_seed(recipe.seed)
-    yield from fit(build_detector(config, recipe.pretrained), shards, recipe, generation_folder(run, 0), **how)
+    yield from fit(build_detector(config, recipe.pretrained), dataset, recipe, generation_folder(run, 0), **how)
     summarise(run)
 
 
-def distill(run: Path, shards: Shards, restart: int | None = None, **how: Any) -> Generator[Step | Epoch, None, None]:
+def distill(
+    run: Path, dataset: CropDataset, restart: int | None = None, **how: Any
+) -> Generator[Step | Epoch, None, None]:
     """Generations 1, 2, ...: each starts from its frozen teacher and learns by DSD, until AUC stops improving.
 
     Finished generations are kept, an unfinished one goes on; ``restart`` first deletes that generation and the later
@@ -39,7 +41,7 @@ def distill(run: Path, shards: Shards, restart: int | None = None, **how: Any) -
     for generation in range(1, recipe.generations + 1):
         teacher = load_detector(generation_folder(run, generation - 1)).requires_grad_(False)
         student = copy.deepcopy(teacher).requires_grad_(True)
-        yield from fit(student, shards, recipe, generation_folder(run, generation), teacher, generation, **how)
+        yield from fit(student, dataset, recipe, generation_folder(run, generation), teacher, generation, **how)
         summarise(run)
         better = best_auc(run, generation) > best_auc(run, generation - 1)
         if not better and generation >= recipe.min_generations:

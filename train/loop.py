@@ -20,7 +20,7 @@ from torch import Tensor
 from dtn_fast.data.augment import Augment, DeviceAugment
 from dtn_fast.data.blend import self_blended
 from dtn_fast.data.config import PRESETS
-from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.loader import Batch, Loader
 from dtn_fast.data.synthetic_marker import STAMP
 from dtn_fast.errors import DtnError, UsageError
@@ -156,7 +156,7 @@ class Readback:
 
 def fit(
     model: Detector,
-    shards: Shards,
+    dataset: CropDataset,
     recipe: Recipe,
     out: Path,
     teacher: Detector | None = None,
@@ -173,7 +173,7 @@ def fit(
     group every process calls this alike and the first one writes.  Raises UsageError on an unfitting image size or
     splits without both classes, DtnError when too many steps were not finite.
     """
-    loop = _Loop(model, shards, recipe, out, teacher, generation, torch.device(device), execution, stop)
+    loop = _Loop(model, dataset, recipe, out, teacher, generation, torch.device(device), execution, stop)
     yield from loop.run()
 
 
@@ -181,7 +181,7 @@ class _Loop:
     def __init__(
         self,
         model: Detector,
-        shards: Shards,
+        dataset: CropDataset,
         recipe: Recipe,
         out: Path,
         teacher: Detector | None,
@@ -192,9 +192,9 @@ class _Loop:
     ) -> None:
         self.recipe, self.execution, self.out, self.stop = recipe, execution, out, stop
         self.generation, self.device, self.ranks = generation, device, distributed.ranks()
-        self.shards = shards = self_blended(shards, recipe.seed) if recipe.self_blend else shards
-        train_rows, self.val_rows = splits(shards, recipe, model)
-        model.notice = STAMP if shards.synthetic else ""
+        self.dataset = dataset = self_blended(dataset, recipe.seed) if recipe.self_blend else dataset
+        train_rows, self.val_rows = splits(dataset, recipe, model)
+        model.notice = STAMP if dataset.synthetic else ""
         self.step = TrainStep(model, recipe, execution, device, teacher)
         preset = PRESETS.get(recipe.augment)
         where = recipe.augment_on if recipe.augment_on != "auto" else "device" if device.type == "cuda" else "cpu"
@@ -202,7 +202,7 @@ class _Loop:
         self.augment = DeviceAugment(preset) if preset and where == "device" else None
         batch = batch_of_rank(recipe, self.ranks.world)
         self.loader = Loader(
-            shards, train_rows, batch, (recipe.seed, generation), recipe.real_repeat, *self.ranks, device=device,
+            dataset, train_rows, batch, (recipe.seed, generation), recipe.real_repeat, *self.ranks, device=device,
             resident=execution.resident, transform=on_cpu, views=recipe.cache_teacher if teacher is not None else 0,
         )  # fmt: skip
         if self.loader.total < recipe.batch_size and recipe.batch_size > batch // recipe.accumulate:
@@ -254,6 +254,7 @@ class _Loop:
             outcome = self.step(crops, batch.labels, self.soft.get(batch) if self.soft else None)
             if self.soft is not None and outcome.soft is not None:
                 self.soft.put(batch, outcome.soft)
+            self.loader.release(batch)
             asked = torch.full((1,), float(self.stop()), device=self.device)
             readback.push((number, batch.rows), torch.cat((outcome.values, distributed.largest(asked))))
             save = self.execution.save_every and (number + 1) % self.execution.save_every == 0 and number + 1 < steps
@@ -300,7 +301,7 @@ class _Loop:
         self.place.skipped += 1
         rows = np.concatenate(distributed.gather(rows))
         if self.ranks.main:
-            videos = [self.shards.videos[v].path for v in self.shards.video[rows]]
+            videos = [self.dataset.videos[v].path for v in self.dataset.video[rows]]
             row = {"epoch": self.place.epoch, "step": number, "rows": rows.tolist(), "videos": [str(v) for v in videos]}
             append_line(self.out / NONFINITE, {**row, "values": {k: str(v) for k, v in values.items()}})
         if self.place.skipped > self.recipe.max_nonfinite:
@@ -320,8 +321,8 @@ class _Loop:
         if metrics.auc > place.best:
             place.best, place.stale = metrics.auc, 0
             if self.ranks.main:
-                self.step.judged().save_pretrained(self.out)
-                labels = self.shards.labels[self.val_rows]
+                self.step.eval_model().save_pretrained(self.out)
+                labels = self.dataset.labels[self.val_rows]
                 write_whole(self.out / VALIDATION, lambda file: np.savez(file, labels=labels, scores=scores))
         means = {name: value / max(place.counted, 1) for name, value in place.sums.items() if name != "grad_norm"}
         report = Epoch(
@@ -336,9 +337,9 @@ class _Loop:
     def _validate(self) -> tuple[Metrics, NDArray[np.float64]]:
         """Frame-level metrics over all processes' shares: exactly those of one process."""
         share = self.val_rows[self.ranks.rank :: self.ranks.world]
-        mine = TorchScorer(self.step.judged(), runtime=Runtime(mode="eager")).score_rows(self.shards, share)
+        mine = TorchScorer(self.step.eval_model(), runtime=Runtime(mode="eager")).score_rows(self.dataset, share)
         scores = distributed.interleave(distributed.gather(mine))
-        return evaluate_scores(self.shards.labels[self.val_rows], scores), scores
+        return evaluate_scores(self.dataset.labels[self.val_rows], scores), scores
 
     def _save(self) -> None:
         if self.ranks.main:
@@ -365,18 +366,18 @@ class _Clock:
         return self.steps * self._batch / passed, (self._loader.waited - self._waited) / passed, memory
 
 
-def splits(shards: Shards, recipe: Recipe, model: Detector) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def splits(dataset: CropDataset, recipe: Recipe, model: Detector) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The rows to train and to validate on.  Raises UsageError when they don't fit the task or the model."""
     methods = () if recipe.self_blend else recipe.methods
-    train_rows, val_rows = shards.select("train", methods), shards.select("val", methods)
+    train_rows, val_rows = dataset.select("train", methods), dataset.select("val", methods)
     for name, rows in (("train", train_rows), ("val", val_rows)):
-        if set(shards.labels[rows]) != {0, 1}:
+        if set(dataset.labels[rows]) != {0, 1}:
             raise UsageError(f"the {name} split needs reals and fakes; it has {len(rows)} crops of labels "
-                             f"{sorted(set(shards.labels[rows].tolist()))}; "
+                             f"{sorted(set(dataset.labels[rows].tolist()))}; "
                              "--self-blend makes fakes of reals")  # fmt: skip
-    if shards.size != model.config.image_size:
+    if dataset.size != model.config.image_size:
         raise UsageError(
-            f"the crops are {shards.size} pixels, the model takes {model.config.image_size}; prepare again"
+            f"the crops are {dataset.size} pixels, the model takes {model.config.image_size}; prepare again"
         )
     return train_rows, val_rows
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from dtn_fast.dataclass_json import from_fields
 from dtn_fast.errors import UsageError
 from dtn_fast.files import write_whole
 from dtn_fast.model.build import TimmConfig, parse_config
@@ -53,8 +54,7 @@ def load_run(run: Path) -> tuple[Recipe, DTNConfig | TimmConfig]:
     path = run / RECIPE
     try:
         asked = json.loads(path.read_text(encoding="utf-8"))
-        recipe: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in asked["recipe"].items()}
-        return Recipe(**recipe), parse_config(json.dumps(asked["model"]), str(path))
+        return from_fields(Recipe, asked["recipe"], str(path)), parse_config(json.dumps(asked["model"]), str(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{run}: no training run there ({error}); run dtn-fast train first") from error
 

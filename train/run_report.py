@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import io
 import math
 import statistics
 import zipfile
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.metrics import evaluate_scores, roc
+from dtn_fast.evaluation.plotting import DASHES, drawing, svg_text
 from dtn_fast.files import write_whole
 from dtn_fast.model.detector import WEIGHTS
 from dtn_fast.train.log_lines import read_lines
@@ -30,10 +30,9 @@ NO_WEIGHTS = f"The best generation's {WEIGHTS} cannot be read, so what must be s
 DOTTED = 100
 """Points up to which each of a curve's has its dot."""
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito, for color-blind eyes
-DASHES = ("-", "--", "-.", ":")
 QUIET = "#7b818c"  # legible on white as on black
 STYLE = {
-    "svg.hashsalt": "dtn_fast", "svg.fonttype": "path", "text.parse_math": False, "font.size": 10,
+    "svg.fonttype": "path", "font.size": 10,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.2,
     "grid.color": QUIET, "text.color": QUIET, "axes.labelcolor": QUIET, "axes.edgecolor": QUIET, "xtick.color": QUIET,
     "ytick.color": QUIET,
@@ -241,14 +240,8 @@ def _look(number: int) -> dict[str, str]:
 
 def _svg(draw: Callable[[Any], None]) -> str:
     """The data: URI of a plot that ``draw`` makes on its axes, the same for the same values."""
-    try:
-        from matplotlib import style
-        from matplotlib.figure import Figure  # pyplot would look for a display and keep state
-    except ImportError as error:
-        raise UsageError(f"the report's plots need matplotlib ({error}); run: pip install matplotlib") from error
-    file = io.BytesIO()
-    with style.context(["default", STYLE]):
+    with drawing(STYLE) as Figure:
         figure = Figure(figsize=(5, 3.2), layout="constrained")
         draw(figure.add_subplot())
-        figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
-    return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
+        text = svg_text(figure, transparent=True)
+    return f"data:image/svg+xml;base64,{base64.b64encode(text.encode()).decode()}"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dtn_fast.cuda_graph import WARM_UP, capture, warm_up
 from dtn_fast.device import choose_precision
 from dtn_fast.errors import UsageError
 from dtn_fast.model.backbone import Backbone
@@ -25,9 +26,6 @@ from dtn_fast.model.preprocess import normalise
 from dtn_fast.train.config import Execution, Recipe
 from dtn_fast.train.distributed import mean, ranks, synchronise_bn
 from dtn_fast.train.losses import dsd_loss, initial_centers, initial_loss
-
-WARM_UP = 3
-"""Steps done as they come before one is captured: compilation, cuDNN's search and lazy initialisation need them."""
 
 
 class Outcome(NamedTuple):
@@ -111,7 +109,7 @@ class TrainStep:
             group["lr"] = self.lr if isinstance(self.lr, Tensor) else lr
         return lr
 
-    def judged(self) -> Detector:
+    def eval_model(self) -> Detector:
         """The weights to validate and keep: their moving average where there is one."""
         if self.ema is None:
             return self.model
@@ -287,34 +285,22 @@ class _Graph:
 
     def __init__(self, compute: Callable[..., Outcome]) -> None:
         self._compute, self._calls, self._side = compute, 0, torch.cuda.Stream()
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._replay: Callable[[], None] | None = None
 
     def __call__(self, *inputs: Tensor | None) -> Outcome:
         self._calls += 1
         if self._calls <= WARM_UP:
-            return self._aside(inputs)
-        if self._graph is None:
+            return warm_up(lambda: self._compute(*inputs), 1, self._side)
+        if self._replay is None:
             self._inputs = [None if x is None else x.clone() for x in inputs]
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the loader's thread copies meanwhile
-                self._outcome = self._compute(*self._inputs)
-            self._graph = graph
+            self._replay, self._outcome = capture(lambda: self._compute(*self._inputs))
         for own, new in zip(self._inputs, inputs, strict=True):
             if own is not None and new is not None:
                 if own.shape != new.shape:
                     raise ValueError(f"a captured step takes {tuple(own.shape)}, got {tuple(new.shape)}")
                 own.copy_(new)
-        self._graph.replay()
+        self._replay()
         return Outcome(*(None if x is None else x.clone() for x in self._outcome))  # type: ignore[arg-type]
-
-    def _aside(self, inputs: tuple[Tensor | None, ...]) -> Outcome:
-        """On another stream than the default one, which capture excludes."""
-        current = torch.cuda.current_stream()
-        self._side.wait_stream(current)
-        with torch.cuda.stream(self._side):
-            outcome = self._compute(*inputs)
-        current.wait_stream(self._side)
-        return outcome
 
 
 def set_backends(execution: Execution) -> None:

@@ -15,17 +15,18 @@ from dtn_fast.cli.prepare import prepare, synthesize
 from dtn_fast.cli.terminal import print_table
 from dtn_fast.cli.train import distill, train
 from dtn_fast.data.config import SyntheticConfig
-from dtn_fast.data.crop_dataset import open_shards
-from dtn_fast.data.faces import FaceDetector
+from dtn_fast.data.crop_dataset import open_crop_dataset
+from dtn_fast.data.faces import FaceFinder
 from dtn_fast.data.prepare import finished
 from dtn_fast.data.synthetic_faces import film
 from dtn_fast.data.synthetic_marker import HELD_OUT, METHODS, STAMP
 from dtn_fast.data.video import read_image, write_video
 from dtn_fast.detect.pipeline import detect
-from dtn_fast.detect.report import Table, trained_on, write_report, write_results
-from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.detect.report import ReportTable, trained_on, write_report, write_results
+from dtn_fast.errors import DtnError
 from dtn_fast.evaluation.evaluate import evaluate
 from dtn_fast.export.to_onnx import export_onnx
+from dtn_fast.packages import require
 from dtn_fast.runtime.load import load_model, load_scorer
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train.config import PRESETS, Recipe
@@ -57,12 +58,12 @@ def run(out: Path, workers: int = 2, size: SyntheticConfig = SyntheticConfig(), 
         train(crops, training, recipe, preset="demo")
     with _stage(4, "Distilling students (DSD)"):
         distill(crops, training)
-    shards, summary = open_shards(crops), summarise(training)
+    dataset, summary = open_crop_dataset(crops), summarise(training)
     with _stage(5, f"Evaluating on unseen identities; {HELD_OUT} was never trained on"):
         groups, rows = {"trained on": recipe.methods, "held out": (HELD_OUT,)}, []
         for row in summary["generations"]:
             generation = row["generation"]
-            measured = evaluate(load_scorer(generation_folder(training, generation)), shards, groups=groups)
+            measured = evaluate(load_scorer(generation_folder(training, generation)), dataset, groups=groups)
             seen, unseen = measured.rows
             rows.append([
                 f"student {generation}" if generation else "teacher",
@@ -70,7 +71,7 @@ def run(out: Path, workers: int = 2, size: SyntheticConfig = SyntheticConfig(), 
                 "best on validation" if generation == summary["best"] else "",
             ])  # fmt: skip
         header = ["model", "frame AUC", f"{HELD_OUT}, frame", "video AUC", f"{HELD_OUT}, video", ""]
-        quality = Table(f"Test identities ({STAMP})", header, rows, measured.policy())
+        quality = ReportTable(f"Test identities ({STAMP})", header, rows, measured.note())
         print_table(*quality[:3])
     model = load_model(training)
     with _stage(6, "Exporting to ONNX and comparing with torch"):
@@ -79,7 +80,7 @@ def run(out: Path, workers: int = 2, size: SyntheticConfig = SyntheticConfig(), 
         print(f"largest logit error {worst.error:.2e} over batch sizes {', '.join(str(p.batch) for p in parity)}")
     with _stage(7, "Detecting in videos"):
         videos = make_videos(out / "videos", size.train + size.val, size.seed)
-        scorer, detector = TorchScorer(model), FaceDetector()
+        scorer, detector = TorchScorer(model), FaceFinder()
         results = [detect(path, scorer, detector, 24, THRESHOLD) for path in videos]
         onnx = [detect(path, load_scorer(out / "dtn.onnx"), detector, 24, THRESHOLD) for path in videos]
         for a, b in zip(results, onnx, strict=True):
@@ -87,10 +88,10 @@ def run(out: Path, workers: int = 2, size: SyntheticConfig = SyntheticConfig(), 
                 raise DtnError(f"{a.path}: torch says {a.score}, the exported model {b.score}; please report this")
         verdicts = [[str(r.path), r.verdict, f"{r.score:.3f}" if r.ok else r.error or ""] for r in results]
         print_table("Verdicts (the ONNX file gives the same)", ["input", "verdict", "P(fake)"], verdicts)
-    generations = Table("Generations", ["generation", "epochs", "validation frame AUC"], [
+    generations = ReportTable("Generations", ["generation", "epochs", "validation frame AUC"], [
         [str(r["generation"]), str(r["epochs"]), f"{r['val_auc']:.4f}"] for r in summary["generations"]
     ])  # fmt: skip
-    export_table = Table("ONNX against torch", ["batch", "largest logit error"], [
+    export_table = ReportTable("ONNX against torch", ["batch", "largest logit error"], [
         [str(p.batch), f"{p.error:.2e}"] for p in parity
     ])  # fmt: skip
     notice = trained_on(model.notice)
@@ -135,10 +136,7 @@ def make_videos(folder: Path, identity: int, seed: int) -> list[Path]:
 
 
 def _astronaut() -> NDArray[np.uint8]:
-    try:
-        from skimage import data
-    except ImportError as error:
-        raise UsageError("scikit-image is not installed; run: pip install 'dtn-fast[demo]'") from error
+    data = require("skimage.data", "dtn-fast[demo]")
     return data.astronaut()
 
 

@@ -43,7 +43,7 @@ def detect(
         annotate: Also write each video with faces framed and forged spans marked.
         runtime: How the model runs.
     """
-    from dtn_fast.data.faces import FaceDetector
+    from dtn_fast.data.faces import FaceFinder
     from dtn_fast.data.video import VIDEOS
     from dtn_fast.detect.annotate import annotate as write_annotated
     from dtn_fast.detect.inputs import find_inputs
@@ -56,7 +56,7 @@ def detect(
         raise UsageError(f"--frames {frames}, --rate {rate}: not below 0")
     if not inputs:
         raise UsageError("no inputs; example: dtn-fast detect clip.mp4 --model runs/first")
-    scorer, detector = load_scorer(model, runtime), FaceDetector()
+    scorer, detector = load_scorer(model, runtime), FaceFinder()
     paths, results, timing, written, unwritten = list(find_inputs(inputs)), [], Timing(), [], 0
     with progress() as bar:
         task = bar.add_task("detecting", total=len(paths), note="")

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from dtn_fast.cli.terminal import print_table, progress
-from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.open import open_data
 from dtn_fast.device import Device, choose_device
 from dtn_fast.errors import UsageError
-from dtn_fast.evaluation.tables import LEVELS, Table
+from dtn_fast.evaluation.tables import LEVELS, ResultTable
 from dtn_fast.files import write_whole
 from dtn_fast.model.detector import place
 from dtn_fast.provenance import made_by, record
@@ -90,12 +90,12 @@ def evaluate(
     scorers = [load_scorer(path, runtime) for path in model]
     sets = [open_data(folder, scorers[0].config.image_size) for folder in data]
     for path, scorer in zip(model, scorers, strict=True):
-        for folder, shards in zip(data, sets, strict=True):
-            if scorer.config.image_size != shards.size:
+        for folder, dataset in zip(data, sets, strict=True):
+            if scorer.config.image_size != dataset.size:
                 raise UsageError(f"{path}: takes {scorer.config.image_size} pixels, the crops of {folder} have "
-                                 f"{shards.size}; models of one table take crops of one size")  # fmt: skip
+                                 f"{dataset.size}; models of one table take crops of one size")  # fmt: skip
     if self_blend:  # not the paper's test sets any more
-        sets, columns = [self_blended(shards) for shards in sets], [f"{name}, self-blended" for name in columns]
+        sets, columns = [self_blended(dataset) for dataset in sets], [f"{name}, self-blended" for name in columns]
     if protocol == "within":
         _within(scorers[0], sets[0], split, names[0], columns[0], out)
         return
@@ -105,7 +105,7 @@ def evaluate(
     with progress() as bar:
         task = bar.add_task("scoring", total=len(model) * len(data), note="")
         for number, step in enumerate(steps):
-            if isinstance(step, Table):
+            if isinstance(step, ResultTable):
                 table = step
             else:
                 bar.update(task, completed=number, note=step)
@@ -116,15 +116,15 @@ def evaluate(
         record(out.parent)
 
 
-def _within(scorer: Scorer, shards: Shards, split: str, name: str, dataset: str, out: Path | None) -> None:
+def _within(scorer: Scorer, dataset: CropDataset, split: str, name: str, title: str, out: Path | None) -> None:
     from dtn_fast.evaluation.evaluate import evaluate as run
     from dtn_fast.evaluation.protocols import within
 
-    result = run(scorer, shards, split)
+    result = run(scorer, dataset, split)
     print_table(f"{name} on {dataset}", *result.table())
-    print(result.policy() + (f"\n{result.notice}" if result.notice else ""))
+    print(result.note() + (f"\n{result.notice}" if result.notice else ""))
     if out is not None:
-        table = within(name, dataset, result)
+        table = within(name, title, result)
         texts = {".json": json.dumps(result.to_json(), indent=1), ".md": result.markdown(),
                  ".tex": "\n".join(map(table.latex, LEVELS))}  # fmt: skip
         for suffix, text in texts.items():
@@ -182,10 +182,10 @@ def robustness(
     if not models or workers < 1:
         raise UsageError("--models and --workers: at least one")
     scorers = {str(path): load_scorer(path, runtime) for path in models}
-    shards = open_data(data, next(iter(scorers.values())).config.image_size)
+    dataset = open_data(data, next(iter(scorers.values())).config.image_size)
     with progress() as bar:
         task = bar.add_task("corrupting and scoring", total=None, note="")
-        for state in run(scorers, shards, out, kinds or KINDS, levels, split, seed, workers):
+        for state in run(scorers, dataset, out, kinds or KINDS, levels, split, seed, workers):
             bar.update(task, completed=state.done, total=state.total, note=state.name)
     record(out)
     print((out / "robustness.md").read_text(encoding="utf-8") + f"plot: {out / 'robustness.svg'}")

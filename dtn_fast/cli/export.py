@@ -107,12 +107,12 @@ def _parity(title: str, rows: list[Any], out: Path) -> None:
 def _quantized(detector: Any, proto: Any, config: QuantizeConfig) -> Any:
     """Calibrates, prints what was asked, passes the gate."""
     from dtn_fast.data.open import open_data
-    from dtn_fast.export.quantize import gate, quantize, sensitivity, widths
+    from dtn_fast.export.quantize import check_accuracy, quantize, sensitivity, widths
     from dtn_fast.runtime.torch_scorer import TorchScorer
 
     assert config.calibrate is not None
-    shards = open_data(config.calibrate, detector.config.image_size)
-    crops = shards.get(shards.spread("train", config.images))
+    dataset = open_data(config.calibrate, detector.config.image_size)
+    crops = dataset.get(dataset.evenly_spaced("train", config.images))
     if config.sensitivity:
         total, table = len(widths(proto, config)), []
         with progress() as bar:
@@ -125,7 +125,7 @@ def _quantized(detector: Any, proto: Any, config: QuantizeConfig) -> Any:
         print_table("Each layer quantised alone, most sensitive first", header,
                     [[row.layer, row.width, f"{row.worst:.4f}", f"{row.mean:.4f}"] for row in table])  # fmt: skip
     made = quantize(proto, crops, config)
-    result = gate(TorchScorer(detector), made, shards, config)
+    result = check_accuracy(TorchScorer(detector), made, dataset, config)
     area = "undefined (one class)" if result.auc is None else f"{result.auc:.4f} -> {result.auc_quantized:.4f}"
     print(f"validation split, {result.images} crops: frame AUC {area}; logits move by {result.mean:.4f} on average, "
           f"{result.worst:.4f} at worst")  # fmt: skip
@@ -137,8 +137,8 @@ def _engine(source: Path | bytes, out: Path, config: EngineConfig) -> None:
 
     print(f"building {out} ...", flush=True)
     built = export_engine(source, out, config)
-    if built.race:
-        print("attention: " + ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in built.race.items()))
+    if built.times:
+        print("attention: " + ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in built.times.items()))
     archs = ", ".join(f"{arch // 10}.{arch % 10}" for arch in built.archs) or "from 8.0 up"
     print(f"{out}: {built.size / 2**20:.1f} MiB, batches {'/'.join(map(str, config.batches))}, compute capability "
           f"{archs}, attention {built.attention}; manifest {out.name}.json")  # fmt: skip
@@ -174,7 +174,7 @@ def verify(
     """
     from dtn_fast.data.open import open_data
     from dtn_fast.export.to_onnx import example_inputs
-    from dtn_fast.export.verify import compare, compare_layers, taps
+    from dtn_fast.export.verify import compare, compare_layers, layer_outputs
     from dtn_fast.runtime.load import load_scorer
 
     a, b = load_scorer(first, runtime), load_scorer(second, runtime)
@@ -182,14 +182,14 @@ def verify(
     if data is None:
         crops = example_inputs(a.config, "crops", images, seed=0).numpy()
     else:
-        shards = open_data(data, a.config.image_size)
-        rows = shards.spread(split, images)
+        dataset = open_data(data, a.config.image_size)
+        rows = dataset.evenly_spaced(split, images)
         if not len(rows):
             raise UsageError(f"--data {data}: no crop in its {split} split")
-        crops, labels = shards.get(rows), shards.labels[rows]
+        crops, labels = dataset.get(rows), dataset.labels[rows]
     found = compare(a, b, crops, labels)
     if layers:
-        errors = compare_layers(taps(a, first, second), taps(b, second, first), crops[:8])
+        errors = compare_layers(layer_outputs(a, first, second), layer_outputs(b, second, first), crops[:8])
         print_table("Layer by layer", ["layer", "relative error", "largest difference"],
                     [[row.layer, f"{row.relative:.2e}", f"{row.worst:.2e}"] for row in errors])  # fmt: skip
     weights = {getattr(s, "weights", "") for s in (a, b)} - {""}

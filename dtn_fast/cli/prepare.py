@@ -69,7 +69,7 @@ def prepare(
         verify: Compare checksums of what is already there, and make damaged parts again.
         audit_only: Check the dataset against its lists and published counts, then stop.
     """
-    from dtn_fast.data.crop_dataset import open_shards
+    from dtn_fast.data.crop_dataset import open_crop_dataset
     from dtn_fast.data.datasets import read
     from dtn_fast.data.prepare import finished
     from dtn_fast.data.prepare import prepare as run
@@ -80,8 +80,8 @@ def prepare(
         raise UsageError(f"--shard {shard}: i/n was expected, for example 1/4")
     if size is not None and size < 16:
         raise UsageError(f"--size {size}: at least 16 pixels")
-    manifest = read(root, source)
-    print("\n".join(f"{root}: {note}" for note in manifest.notes))
+    table = read(root, source)
+    print("\n".join(f"{root}: {note}" for note in table.notes))
     if audit_only:
         return
     side = size or DTNConfig.preset(preset).image_size
@@ -89,7 +89,7 @@ def prepare(
     first = None
     with progress() as bar:
         task = bar.add_task("cropping faces", total=None, note="")
-        for state in run(manifest, out, side, config, workers, (int(number), int(shards)), verify):
+        for state in run(table, out, side, config, workers, (int(number), int(shards)), verify):
             now = time.monotonic()
             first = state.done if first is None else first
             rate = (state.done - first) / max(now - begin, 1e-3)
@@ -101,7 +101,7 @@ def prepare(
     if not finished(out):
         print(f"shard {shard} is done: {state.faces} faces of {state.total} videos; the last shard writes the index")
         return
-    made = open_shards(out)
+    made = open_crop_dataset(out)
     bad = [state["error"] for state in made.status if state["error"]]
     empty = sum(bool(state["reason"]) for state in made.status)
     short = sum(0 < state["frames"] < state["asked"] for state in made.status)

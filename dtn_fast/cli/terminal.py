@@ -16,15 +16,14 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dtn_fast.evaluation.tables import LEVELS
-from dtn_fast.evaluation.tables import Table as PaperTable
+from dtn_fast.evaluation.tables import LEVELS, ResultTable
 
 
-def print_paper_table(table: PaperTable) -> None:
+def print_paper_table(table: ResultTable) -> None:
     """Both levels, then all that must be said of them."""
     for level in LEVELS:
         print_table(f"{table.title}, {level} level, percent", *table.text(level))
-    print("\n".join([*(f"{c}: {p}" for c, p in table.policies.items()), *table.notes, *table.notices]))
+    print("\n".join([*(f"{c}: {p}" for c, p in table.column_notes.items()), *table.notes, *table.notices]))
 
 
 def console() -> Console:

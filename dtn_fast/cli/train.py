@@ -13,7 +13,7 @@ from dtn_fast.cli.terminal import print_table, progress
 from dtn_fast.data.open import open_data
 from dtn_fast.device import Device, choose_device
 from dtn_fast.errors import UsageError
-from dtn_fast.evaluation.tables import Table
+from dtn_fast.evaluation.tables import ResultTable
 from dtn_fast.provenance import record
 from dtn_fast.runtime.load import best_checkpoint
 from dtn_fast.train.config import PRESETS, Execution, Recipe, RunPreset
@@ -68,7 +68,7 @@ def train(
     with connect(choose_device(device)) as where:
         start_run(out, recipe, model)
         _record(out)
-        events = lambda shards, **how: train_initial(out, shards, **how)
+        events = lambda dataset, **how: train_initial(out, dataset, **how)
         _run_training(events, data, out, recipe, model.image_size, execution, where, wandb)
 
 
@@ -101,7 +101,7 @@ def distill(
     with connect(choose_device(device)) as where:
         _record(run)
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun repeats the command after a crash
-        events = lambda shards, **how: chain(run, shards, None if again else restart, **how)
+        events = lambda dataset, **how: chain(run, dataset, None if again else restart, **how)
         _run_training(events, data, run, recipe, model.image_size, execution, where, wandb)
         if ranks().main:
             print_generations(summarise(run))
@@ -189,15 +189,15 @@ def ablate(
     model = read_config(config) if config else DTNConfig.preset(PRESETS[preset].model)
     if not isinstance(model, DTNConfig):
         raise UsageError(f"--config {config}: variants are changes to a DTN; it describes another detector")
-    shards = open_data(data, model.image_size)
+    dataset = open_data(data, model.image_size)
     folders = tests or (data,)
     names = names_of(folders, test_names, "test-names")
-    sets = {n: shards if f == data else open_data(f, model.image_size) for n, f in zip(names, folders, strict=True)}
+    sets = {n: dataset if f == data else open_data(f, model.image_size) for n, f in zip(names, folders, strict=True)}
     with connect(choose_device(device)) as where, signals() as stop:
         if ranks().main:
             record(out)
         how = {"device": where, "execution": execution, "stop": stop}
-        steps = run(name, shards, sets, out, model, recipe, only, **how)
+        steps = run(name, dataset, sets, out, model, recipe, only, **how)
         if not ranks().main:
             for _ in steps:
                 pass
@@ -207,13 +207,13 @@ def ablate(
         print(out / f"{name}.md")
 
 
-def _watch(name: str, steps: Iterator[Working | Table]) -> Table:
+def _watch(name: str, steps: Iterator[Working | ResultTable]) -> ResultTable:
     """Drives the training of a table and shows where it stands."""
     said = ""
     with progress() as bar:
         task = bar.add_task(name, total=None, note="")
         for step in steps:
-            if isinstance(step, Table):
+            if isinstance(step, ResultTable):
                 return step
             event = step.event
             note = step.variant + (f", generation {event.generation}, epoch {event.epoch + 1}" if event else ", tests")

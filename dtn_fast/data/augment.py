@@ -16,6 +16,7 @@ from torch import Tensor
 from dtn_fast.data.config import AugmentPreset
 from dtn_fast.data.randomness import uniform
 from dtn_fast.errors import UsageError
+from dtn_fast.packages import require
 
 
 class Augment:
@@ -27,10 +28,7 @@ class Augment:
 
     def __init__(self, preset: AugmentPreset) -> None:
         os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for a newer version
-        try:
-            import albumentations as A
-        except ImportError as error:
-            raise UsageError("albumentations is not installed; run: pip install albumentations==2.0.8") from error
+        A = require("albumentations", "albumentations==2.0.8")
         p = preset
         self._pipeline = A.Compose(
             [

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.crop_dataset import CropSource, Shards
+from dtn_fast.data.crop_dataset import CropDataset, CropSource
 from dtn_fast.data.video_table import Video
 from dtn_fast.errors import UsageError
 
@@ -114,30 +114,30 @@ class BlendedCrops:
         list(self._pool.map(change, range(len(rows))))
 
 
-def self_blended(shards: Shards, seed: int = 0) -> Shards:
-    """The reals of ``shards``, and as many self-blended fakes of them in the same splits; its own fakes are left out.
+def self_blended(dataset: CropDataset, seed: int = 0) -> CropDataset:
+    """The reals of ``dataset``, and as many self-blended fakes of them in the same splits; its own fakes are left out.
 
     Raises UsageError when there is no real.
     """
-    rows = np.flatnonzero(shards.labels == 0)
+    rows = np.flatnonzero(dataset.labels == 0)
     if not len(rows):
         raise UsageError("self-blending needs real faces; there are none in these crops")
-    points = shards.landmarks[rows] if shards.landmarks is not None else None
-    reals = [number for number, video in enumerate(shards.videos) if not video.label]
-    place = np.zeros(len(shards.videos), np.int64)
+    points = dataset.landmarks[rows] if dataset.landmarks is not None else None
+    reals = [number for number, video in enumerate(dataset.videos) if not video.label]
+    place = np.zeros(len(dataset.videos), np.int64)
     place[reals] = np.arange(len(reals))
-    video, count = place[shards.video[rows]], len(reals)
-    sources = [shards.videos[number] for number in reals]
+    video, count = place[dataset.video[rows]], len(reals)
+    sources = [dataset.videos[number] for number in reals]
     fakes = [
         Video(f"{v.path}#{METHOD}", 1, METHOD, v.split, v.identities, v.compression, target=v.path) for v in sources
     ]
     return replace(
-        shards,
-        crops=BlendedCrops(shards.crops, rows, points, seed),
+        dataset,
+        crops=BlendedCrops(dataset.crops, rows, points, seed),
         video=np.concatenate([video, video + count]),
-        frame=np.tile(shards.frame[rows], 2),
-        person=np.tile(shards.person[rows], 2),
+        frame=np.tile(dataset.frame[rows], 2),
+        person=np.tile(dataset.person[rows], 2),
         videos=[*sources, *fakes],
-        status=[shards.status[number] for number in reals] * 2,
+        status=[dataset.status[number] for number in reals] * 2,
         landmarks=None if points is None else np.tile(points, (2, 1, 1)),
     )

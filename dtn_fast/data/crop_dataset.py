@@ -52,7 +52,7 @@ class Crops:
 
 
 @dataclass(frozen=True)
-class Shards:
+class CropDataset:
     """The crops of a prepared dataset; row i of every array belongs to crop i."""
 
     crops: CropSource
@@ -91,7 +91,7 @@ class Shards:
         good = np.array([v.split == split and (not v.label or not methods or v.method in methods) for v in self.videos])
         return np.flatnonzero(good[self.video]) if len(self.videos) else np.empty(0, np.int64)
 
-    def spread(self, split: str, count: int) -> NDArray[np.int64]:
+    def evenly_spaced(self, split: str, count: int) -> NDArray[np.int64]:
         """``count`` crop numbers of a split (or all, when it has fewer), evenly from the first to the last."""
         rows = self.select(split)
         return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
@@ -117,7 +117,7 @@ class Shards:
         return tuple(sorted({v.method for v in self.videos if v.label}))
 
 
-def open_shards(folder: Path, verify: bool = False) -> Shards:
+def open_crop_dataset(folder: Path, verify: bool = False) -> CropDataset:
     """Opens what :func:`dtn_fast.data.prepare.prepare` wrote; ``verify`` reads it all and compares checksums.
 
     Raises UsageError when it is missing, unfinished, damaged or of another version.
@@ -137,7 +137,7 @@ def open_shards(folder: Path, verify: bool = False) -> Shards:
         video, frame, person = (np.array(index[name], np.int64) for name in ("video", "frame", "person"))
         videos, marks = [video_of(row) for row in index["videos"]], np.concatenate(points) if points else None
         status, notes = index["status"], index["notes"]
-        return Shards(Crops(parts, size), video, frame, person, videos, status, index["synthetic"], notes, marks)
+        return CropDataset(Crops(parts, size), video, frame, person, videos, status, index["synthetic"], notes, marks)
     except FileNotFoundError as error:
         what = f"{folder}: no prepared crops there ({Path(error.filename).name} is missing)"
         if (folder / PARTS).is_dir():

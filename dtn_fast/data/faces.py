@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.config import MARGIN
-from dtn_fast.errors import UsageError
+from dtn_fast.packages import require
 
 DETECT_SIDE = 640
 """Frames are shrunk to this longest side before detection; dlib's smallest face is 80 pixels, 40 when upsampled."""
@@ -40,14 +40,11 @@ class Box(NamedTuple):
         return both / max(self.area + other.area - both, 1)
 
 
-class FaceDetector:
+class FaceFinder:
     """dlib's frontal face detector.  Raises UsageError when dlib is not installed."""
 
     def __init__(self) -> None:
-        try:
-            import dlib
-        except ImportError as error:
-            raise UsageError("dlib is not installed; run: pip install dlib-bin") from error
+        dlib = require("dlib", "dlib-bin")
         self._detect = dlib.get_frontal_face_detector()
 
     def __call__(self, image: NDArray[np.uint8]) -> list[Box]:
@@ -89,7 +86,7 @@ class FaceTracker:
     for ``memory`` frames more: who is then seen in the same place is the same person.
     """
 
-    def __init__(self, detector: FaceDetector, every: int = 8, memory: int = 8) -> None:
+    def __init__(self, detector: FaceFinder, every: int = 8, memory: int = 8) -> None:
         self._detector, self._every, self._memory = detector, every, memory
         self._last: list[Tracked] = []
         self._lost: list[tuple[int, Tracked]] = []

@@ -10,16 +10,14 @@ from numpy.typing import NDArray
 
 from dtn_fast.data.video import decode_image
 from dtn_fast.errors import MediaError, UsageError
+from dtn_fast.packages import require
 
 
 class Lmdb:
     """Pictures by their relative path, as DeepfakeBench stores them; opened read-only."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            import lmdb
-        except ImportError as error:
-            raise UsageError("lmdb is not installed; run: pip install lmdb") from error
+        lmdb = require("lmdb", "lmdb")
         self.path = path
         try:
             self._open = lmdb.open(str(path), readonly=True, lock=False, subdir=path.is_dir())

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import queue
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -14,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.randomness import sample_seeds
 from dtn_fast.errors import UsageError
+from dtn_fast.producer import produced
 
 Transform = Callable[[NDArray[np.uint8], NDArray[np.uint64]], NDArray[np.uint8]]
 """Crops [n, S, S, 3] and a seed for each to augmented crops: what runs on the CPU, in the loader's thread."""
@@ -33,6 +32,8 @@ class Batch(NamedTuple):
     """[n] a seed per sample from (seed, epoch, place in the epoch): for augmentation on the device."""
     views: NDArray[np.int64]
     """[n] which view of its crop a sample is, of those that the loader has; 0 where every one is new."""
+    buffer: Tensor | None = None
+    """Host memory that ``crops`` lies in, which :meth:`Loader.release` gives back."""
 
 
 def epoch_order(labels: NDArray[np.int64], rows: NDArray[np.int64], real_repeat: int, seed: int) -> NDArray[np.int64]:
@@ -40,6 +41,10 @@ def epoch_order(labels: NDArray[np.int64], rows: NDArray[np.int64], real_repeat:
     fake = labels[rows] == 1
     repeat = real_repeat or max(1, round(int(fake.sum()) / max(int((~fake).sum()), 1)))
     return np.random.default_rng(seed).permutation(np.concatenate([rows[fake], np.tile(rows[~fake], repeat)]))
+
+
+_Places = tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.int64]]
+"""Rows, seeds and views of a batch's samples."""
 
 
 class Loader:
@@ -55,7 +60,7 @@ class Loader:
 
     def __init__(
         self,
-        shards: Shards,
+        dataset: CropDataset,
         rows: NDArray[np.int64],
         batch_size: int,
         seed: tuple[int, ...] = (0,),
@@ -70,12 +75,13 @@ class Loader:
     ) -> None:
         if len(rows) < world:
             raise UsageError(f"{len(rows)} crops cannot be shared by {world} processes; prepare more, or use fewer")
-        self.shards, self.rows, self.batch_size, self.seed, self.repeat = shards, rows, batch_size, seed, real_repeat
+        self.dataset, self.rows, self.batch_size, self.seed, self.repeat = dataset, rows, batch_size, seed, real_repeat
         self.rank, self.world, self.device = rank, world, torch.device(device)
         self.transform, self.prefetch, self.views = transform, max(prefetch, 1), views
         self.waited = 0.0
         """Seconds that the consumer has waited for data so far."""
-        self._labels = shards.labels
+        self._labels = dataset.labels
+        self._free: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] = queue.SimpleQueue()
         self._view_seed = int(np.random.SeedSequence((*seed, 1 << 32)).generate_state(1, np.uint64)[0])
         self.total = len(epoch_order(self._labels, rows, real_repeat, 0))
         """Places in an epoch, over all ranks."""
@@ -108,97 +114,77 @@ class Loader:
             yield from self._prefetched(plan, epoch)
 
     def _read(self, rows: NDArray[np.int64], seeds: NDArray[np.uint64], epoch: int, out: NDArray[np.uint8]) -> None:
-        self.shards.crops.fill(rows, out, epoch)
+        self.dataset.crops.fill(rows, out, epoch)
         if self.transform is not None:
             out[...] = self.transform(out, seeds)
 
-    def _prefetched(self, plan: list[tuple], epoch: int) -> Iterator[Batch]:
-        ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException] = queue.Queue(self.prefetch)
-        stop = threading.Event()
-        thread = threading.Thread(target=self._produce, args=(plan, epoch, ready, stop), daemon=True)
-        thread.start()
+    def release(self, batch: Batch) -> None:
+        """Says that ``batch`` is done with, so that its host memory is used again; without it, it is simply freed."""
+        if batch.buffer is not None:
+            self._free.put((batch.buffer, None))
+
+    def _prefetched(self, plan: list[_Places], epoch: int) -> Iterator[Batch]:
+        batches = produced(lambda check: self._made(plan, epoch), self.prefetch, "loading")
         try:
-            for _ in plan:
+            while True:
                 asked = time.perf_counter()
-                item = ready.get()
+                item = next(batches, None)
                 self.waited += time.perf_counter() - asked
-                if isinstance(item, BaseException):
-                    raise item
+                if item is None:
+                    return
                 batch, event = item
                 if event is not None:
                     torch.cuda.current_stream(self.device).wait_event(event)
-                    for tensor in batch[:2]:
+                    for tensor in (batch.crops, batch.labels):
                         tensor.record_stream(torch.cuda.current_stream(self.device))
                 yield batch
         finally:
-            stop.set()
-            thread.join()
+            batches.close()
 
-    def _produce(self, plan, epoch: int, ready: queue.Queue, stop: threading.Event) -> None:
-        cuda = self.device.type == "cuda"
-        shape = (self.batch_size, self.shards.size, self.shards.size, 3)
-        stream = torch.cuda.Stream(self.device) if cuda else None
-        pinned = [torch.empty(shape, dtype=torch.uint8, pin_memory=True) for _ in range(2)] if cuda else []
-        memory = _Memory(shape, self.prefetch + 2)
-        copied: list[torch.cuda.Event | None] = [None, None]
+    def _made(self, plan: list[_Places], epoch: int) -> Iterator[tuple[Batch, torch.cuda.Event | None]]:
+        """The batches of a plan, for a GPU with the event of their copy to it."""
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        for rows, seeds, views in plan:
+            buffer = self._buffer()
+            crops, labels = buffer[: len(rows)], torch.from_numpy(self._labels[rows])
+            self._read(rows, seeds, epoch, crops.numpy())
+            if stream is None:
+                yield Batch(crops, labels, rows, seeds, views, buffer), None
+                continue
+            with torch.cuda.stream(stream):
+                crops = crops.to(self.device, non_blocking=True)
+                labels = labels.to(self.device, non_blocking=True)
+                event = stream.record_event()
+            self._free.put((buffer, event))  # free again once the copy out of it has ended
+            yield Batch(crops, labels, rows, seeds, views), event
+
+    def _buffer(self) -> Tensor:
+        """Host memory of a batch that nobody uses, pinned for a GPU: fresh memory costs more in page faults than the
+        copy into it."""
         try:
-            for step, (rows, seeds, views) in enumerate(plan):
-                turn = step % 2
-                if (before := copied[turn]) is not None:
-                    before.synchronize()  # the copy out of this buffer, two batches ago
-                crops = pinned[turn][: len(rows)] if cuda else torch.from_numpy(memory.get()[: len(rows)])
-                self._read(rows, seeds, epoch, crops.numpy())
-                labels, event = torch.from_numpy(self._labels[rows]), None
-                if stream is not None:
-                    with torch.cuda.stream(stream):
-                        crops = crops.to(self.device, non_blocking=True)
-                        labels = labels.to(self.device, non_blocking=True)
-                        event = copied[turn] = stream.record_event()
-                _put(ready, (Batch(crops, labels, rows, seeds, views), event), stop)
-                if stop.is_set():
-                    return
-        except BaseException as error:  # an unreadable picture, a vanished file: the consumer raises it
-            _put(ready, error, stop)
+            buffer, event = self._free.get_nowait()
+        except queue.Empty:
+            side = self.dataset.size
+            return torch.empty(
+                (self.batch_size, side, side, 3), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
+            )
+        if event is not None:
+            event.synchronize()
+        return buffer
 
     def _upload(self) -> Tensor:
         """All crops of the rows on the device, in chunks."""
-        size = len(self.rows) * self.shards.size**2 * 3
+        size = len(self.rows) * self.dataset.size**2 * 3
         if self.device.type == "cuda" and size > 0.8 * torch.cuda.mem_get_info(self.device)[0]:
             raise UsageError(
                 f"{size / 1e9:.1f} GB of crops do not fit {self.device}'s free memory; leave --resident out"
             )
         self._sorted = np.unique(self.rows)
-        store = torch.empty((len(self._sorted), *(self.shards.size,) * 2, 3), dtype=torch.uint8, device=self.device)
+        store = torch.empty((len(self._sorted), *(self.dataset.size,) * 2, 3), dtype=torch.uint8, device=self.device)
         for first in range(0, len(self._sorted), 256):
             part = self._sorted[first : first + 256]
-            store[first : first + len(part)] = torch.from_numpy(self.shards.get(part)).to(self.device)
+            store[first : first + len(part)] = torch.from_numpy(self.dataset.get(part)).to(self.device)
         return store
 
     def _place_of(self, rows: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(np.searchsorted(self._sorted, rows)).to(self.device)
-
-
-class _Memory:
-    """Arrays that are handed out again once nobody holds them: fresh ones cost more in page faults than the copy."""
-
-    def __init__(self, shape: tuple[int, ...], keep: int) -> None:
-        self._shape, self._keep, self._arrays = shape, keep, list[NDArray[np.uint8]]()
-
-    def get(self) -> NDArray[np.uint8]:
-        for array in self._arrays:
-            if sys.getrefcount(array) == 3:  # the list, the loop's name and the call itself
-                return array
-        array = np.empty(self._shape, np.uint8)
-        if len(self._arrays) < self._keep:
-            self._arrays.append(array)
-        return array
-
-
-def _put(ready: queue.Queue, item: object, stop: threading.Event) -> None:
-    """Waits for room unless nobody reads any more."""
-    while not stop.is_set():
-        try:
-            ready.put(item, timeout=0.1)
-            return
-        except queue.Full:
-            continue

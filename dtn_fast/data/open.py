@@ -10,11 +10,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.crop_dataset import INDEX, PARTS, Shards, open_shards
+from dtn_fast.data.crop_dataset import INDEX, PARTS, CropDataset, open_crop_dataset
 from dtn_fast.data.datasets.folder import read_folder, read_reals
 from dtn_fast.data.faces import resize_square
 from dtn_fast.data.video import read_image
-from dtn_fast.data.video_table import SPLITS, Manifest
+from dtn_fast.data.video_table import SPLITS, VideoTable
 from dtn_fast.errors import UsageError
 
 
@@ -40,32 +40,32 @@ class Pictures:
         return resize_square(image, self.size)
 
 
-def open_pictures(manifest: Manifest, size: int) -> Shards:
+def open_pictures(table: VideoTable, size: int) -> CropDataset:
     """The pictures of a manifest as crops, without preparing: decoded and resized each time they are asked for.
 
     Raises UsageError when the manifest holds videos, which must be prepared.
     """
     names: list[str] = []
     video: list[int] = []
-    for number, row in enumerate(manifest.videos):
-        if not row.frames or manifest.lmdb:
-            raise UsageError(f"{manifest.root}: {row.path} is no folder of pictures; run dtn-fast prepare on it")
+    for number, row in enumerate(table.videos):
+        if not row.frames or table.lmdb:
+            raise UsageError(f"{table.root}: {row.path} is no folder of pictures; run dtn-fast prepare on it")
         names += row.frames
         video += [number] * len(row.frames)
     status = [{"asked": len(v.frames), "frames": len(v.frames), "faces": len(v.frames), "boxes": "whole", "error": None,
-               "reason": None} for v in manifest.videos]  # fmt: skip
-    frame = np.concatenate([np.arange(len(v.frames)) for v in manifest.videos])
-    return Shards(Pictures(manifest.root, names, size), np.array(video), frame, np.zeros(len(names), np.int64),
-                  manifest.videos, status, manifest.synthetic, manifest.notes)  # fmt: skip
+               "reason": None} for v in table.videos]  # fmt: skip
+    frame = np.concatenate([np.arange(len(v.frames)) for v in table.videos])
+    return CropDataset(Pictures(table.root, names, size), np.array(video), frame, np.zeros(len(names), np.int64),
+                  table.videos, status, table.synthetic, table.notes)  # fmt: skip
 
 
-def open_data(folder: Path, size: int) -> Shards:
+def open_data(folder: Path, size: int) -> CropDataset:
     """Prepared crops, or else the face pictures in ``folder``: <split>/<real or a forgery's name>/, or reals alone.
 
     size: side in pixels that pictures are resized to.  Raises UsageError when there is neither.
     """
     if (folder / INDEX).is_file() or (folder / PARTS).is_dir() or not folder.is_dir():
-        return open_shards(folder)
+        return open_crop_dataset(folder)
     try:
         read_pictures = read_folder if any((folder / split).is_dir() for split in SPLITS) else read_reals
         return open_pictures(read_pictures(folder), size)

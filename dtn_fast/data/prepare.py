@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from dtn_fast.data.config import PrepareConfig
 from dtn_fast.data.crop_dataset import INDEX, PARTS, VERSION, open_part
-from dtn_fast.data.faces import Box, FaceDetector, FaceTracker, Tracked, crop_face, resize_square
+from dtn_fast.data.faces import Box, FaceFinder, FaceTracker, Tracked, crop_face, resize_square
 from dtn_fast.data.frames import landmarks, video_frames
-from dtn_fast.data.video_table import Manifest, Video
+from dtn_fast.data.video_table import Video, VideoTable
 from dtn_fast.errors import DtnError, MediaError, UsageError
 from dtn_fast.files import load_array, write_whole
 
@@ -35,17 +35,17 @@ PART_CROPS = 256
 """Crops that a part is meant to hold: what an interruption can cost each worker."""
 
 
-class Progress(NamedTuple):
+class PrepareProgress(NamedTuple):
     done: int
     """Videos of this shard that are done."""
     total: int
     faces: int
 
 
-class Job(NamedTuple):
+class PrepareJob(NamedTuple):
     """All that a worker needs besides the number of the part."""
 
-    manifest: Manifest
+    table: VideoTable
     out: Path
     size: int
     config: PrepareConfig
@@ -53,14 +53,14 @@ class Job(NamedTuple):
 
 
 def prepare(
-    manifest: Manifest,
+    table: VideoTable,
     out: Path,
     size: int,
     config: PrepareConfig = PrepareConfig(),
     workers: int = 2,
     shard: tuple[int, int] = (1, 1),
     verify: bool = False,
-) -> Iterator[Progress]:
+) -> Iterator[PrepareProgress]:
     """Crops the faces of every video of ``manifest`` to ``size`` pixels into ``out``, yielding progress.
 
     The work is cut into parts, each a real with the fakes made from it or several such; a part appears whole or not
@@ -75,7 +75,7 @@ def prepare(
         raise UsageError(f"--shard {number}/{shards}: the first number runs from 1 to the second")
     if workers < 1:
         raise UsageError(f"--workers {workers}: at least 1")
-    job = Job(manifest, out, size, config, _parts(manifest, config))
+    job = PrepareJob(table, out, size, config, _parts(table, config))
     try:
         (out / PARTS).mkdir(parents=True, exist_ok=True)
         _claim(job)
@@ -83,7 +83,7 @@ def prepare(
         total = sum(len(job.parts[k]) for k in mine)
         states = {k: state for k in mine if (state := _state(out, k, size, verify)) is not None}
         done, faces = sum(len(job.parts[k]) for k in states), sum(state["rows"] for state in states.values())
-        yield Progress(done, total, faces)
+        yield PrepareProgress(done, total, faces)
         missing = [k for k in mine if k not in states]
         context = multiprocessing.get_context("spawn")
         size_of_pool = min(workers, max(len(missing), 1))
@@ -93,7 +93,7 @@ def prepare(
                 for future in as_completed(running):
                     faces += future.result()
                     done += len(job.parts[running[future]])
-                    yield Progress(done, total, faces)
+                    yield PrepareProgress(done, total, faces)
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -112,25 +112,25 @@ def finished(out: Path) -> bool:
     return (out / INDEX).is_file()
 
 
-def _parts(manifest: Manifest, config: PrepareConfig) -> list[list[int]]:
+def _parts(table: VideoTable, config: PrepareConfig) -> list[list[int]]:
     """Videos by number, cut into parts: a real and the fakes made from it stay together, the real first."""
     groups: dict[tuple[str, tuple[tuple[str, int], ...]], list[int]] = {}
-    for number, video in enumerate(manifest.videos):
+    for number, video in enumerate(table.videos):
         groups.setdefault((video.target or video.path, video.corruptions), []).append(number)
     parts: list[list[int]] = []
     for group in groups.values():
-        group.sort(key=lambda number: manifest.videos[number].label)
+        group.sort(key=lambda number: table.videos[number].label)
         if not parts or len(parts[-1]) * config.frames >= PART_CROPS:
             parts.append([])
         parts[-1] += group
     return parts
 
 
-def _claim(job: Job) -> None:
+def _claim(job: PrepareJob) -> None:
     """Writes down what is being made here.  Raises UsageError when that is something else."""
-    rows = json.dumps([_portable(video)._asdict() for video in job.manifest.videos]).encode()
-    asked = {"version": VERSION, "size": job.size, **asdict(job.config), "dataset": job.manifest.dataset,
-             "videos": len(job.manifest.videos), "manifest": hashlib.sha256(rows).hexdigest()}  # fmt: skip
+    rows = json.dumps([_portable(video)._asdict() for video in job.table.videos]).encode()
+    asked = {"version": VERSION, "size": job.size, **asdict(job.config), "dataset": job.table.dataset,
+             "videos": len(job.table.videos), "manifest": hashlib.sha256(rows).hexdigest()}  # fmt: skip
     path = job.out / JOB
     if path.is_file():
         try:
@@ -186,11 +186,11 @@ class Cropped(NamedTuple):
     state: dict[str, Any]
 
 
-_current: Job
+_current: PrepareJob
 """A worker's job, sent once and not with every part."""
 
 
-def _begin(job: Job) -> None:
+def _begin(job: PrepareJob) -> None:
     global _current
     _current = job
     if (parent := multiprocessing.parent_process()) is not None:
@@ -210,7 +210,7 @@ def _make_part(part: int) -> int:
     done: list[Cropped] = []
     reals: dict[str, Boxes] = {}
     for number in job.parts[part]:
-        done.append(_crop_video(job, job.manifest.videos[number], reals))
+        done.append(_crop_video(job, job.table.videos[number], reals))
     crops = [crop for video in done for crop in video.crops]
     points = [point for video in done for point in video.points]
     array = np.array(crops, np.uint8).reshape(-1, job.size, job.size, 3)
@@ -240,8 +240,8 @@ Boxes = dict[int, tuple[tuple[int, ...], list[Tracked]]]
 """Frame number -> (shape of the frame, the faces there)."""
 
 
-def _crop_video(job: Job, video: Video, reals: dict[str, Boxes]) -> Cropped:
-    config, manifest = job.config, job.manifest
+def _crop_video(job: PrepareJob, video: Video, reals: dict[str, Boxes]) -> Cropped:
+    config, table = job.config, job.table
     state: dict[str, Any] = {
         "asked": config.frames, "frames": 0, "faces": 0, "boxes": "own", "error": None, "reason": None
     }  # fmt: skip
@@ -249,10 +249,10 @@ def _crop_video(job: Job, video: Video, reals: dict[str, Boxes]) -> Cropped:
     rows: list[tuple[int, int, Box]] = []
     known = reals.get(video.target) if config.reuse_boxes and video.label else None
     found: Boxes = {}
-    tracker = None if manifest.crops else FaceTracker(_detector(), config.every)
+    tracker = None if table.crops else FaceTracker(_detector(), config.every)
     names = {int(Path(name).stem): name for name in video.frames if Path(name).stem.isdecimal()}
     try:
-        for frame in video_frames(manifest.root, video, config.frames, manifest.lmdb):
+        for frame in video_frames(table.root, video, config.frames, table.lmdb):
             state["frames"] += 1
             shape = frame.image.shape
             if tracker is None:
@@ -282,19 +282,19 @@ def _crop_video(job: Job, video: Video, reals: dict[str, Boxes]) -> Cropped:
     return Cropped(crops, rows, points, state)
 
 
-def _points(job: Job, name: str | None, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
-    if name is None or job.manifest.lmdb:
+def _points(job: PrepareJob, name: str | None, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
+    if name is None or job.table.lmdb:
         return None
-    points = landmarks(job.manifest.root, name)
+    points = landmarks(job.table.root, name)
     return None if points is None else points * np.array([job.size / shape[1], job.size / shape[0]], np.float32)
 
 
 @functools.cache
-def _detector() -> FaceDetector:
-    return FaceDetector()
+def _detector() -> FaceFinder:
+    return FaceFinder()
 
 
-def _write_index(job: Job) -> None:
+def _write_index(job: PrepareJob) -> None:
     """Joins the parts' status files into the index, when every part of every shard is there."""
     states = []
     for part in range(len(job.parts)):
@@ -304,25 +304,25 @@ def _write_index(job: Job) -> None:
         states.append(state)
     joined = {name: [v for state in states for v in state[name]] for name in ("video", "frame", "person", "box")}
     if not joined["video"]:
-        raise UsageError(f"{job.manifest.root}: no face was found in any of the {len(job.manifest.videos)} videos")
-    status: list[dict[str, Any]] = [{}] * len(job.manifest.videos)
+        raise UsageError(f"{job.table.root}: no face was found in any of the {len(job.table.videos)} videos")
+    status: list[dict[str, Any]] = [{}] * len(job.table.videos)
     for numbers, state in zip(job.parts, states, strict=True):
         for number, video in zip(numbers, state["status"], strict=True):
             status[number] = video
     index = {
         "version": VERSION,
         "size": job.size,
-        "synthetic": job.manifest.synthetic,
-        "dataset": job.manifest.dataset,
+        "synthetic": job.table.synthetic,
+        "dataset": job.table.dataset,
         **asdict(job.config),
         "landmarks": len(marks := {state["landmarks"] for state in states if state["rows"]}) == 1 and 0 not in marks,
-        "notes": job.manifest.notes,
+        "notes": job.table.notes,
         "parts": [
             {"name": _name(k), "rows": state["rows"], "crc32": state["crc32"]}
             for k, state in enumerate(states)
             if state["rows"]
         ],
-        "videos": [video._asdict() for video in job.manifest.videos],
+        "videos": [video._asdict() for video in job.table.videos],
         "status": status,
         **joined,
     }

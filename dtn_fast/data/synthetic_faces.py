@@ -234,10 +234,10 @@ def film(
 # ------------------------------------------------------------------------------------------------- the FF++ tree
 
 
-Job = tuple[Path, int, int | None, str | None]  # path under the root, target, source, method
+RenderJob = tuple[Path, int, int | None, str | None]  # path under the root, target, source, method
 
 
-def _write(root: Path, config: SyntheticConfig, job: Job) -> None:
+def _write(root: Path, config: SyntheticConfig, job: RenderJob) -> None:
     path, target, source, method = job
     cv2.setNumThreads(1)  # the pool already uses every core
     # the quality is a draw seeded by the file's name: it knows nothing of the label
@@ -262,7 +262,7 @@ def make_synthetic(root: Path, config: SyntheticConfig, workers: int = 2) -> Ite
     root.mkdir(parents=True, exist_ok=True)
     marker.write_text(stamp, encoding="utf-8")
 
-    jobs: list[Job] = []
+    jobs: list[RenderJob] = []
     start = 0
     for split in ("train", "val", "test"):
         people = list(range(start, start + getattr(config, split)))

@@ -39,7 +39,7 @@ class Video(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Manifest:
+class VideoTable:
     """The videos of one dataset."""
 
     root: Path
@@ -60,12 +60,12 @@ class Problem(NamedTuple):
 
 
 def audit(
-    manifest: Manifest,
+    table: VideoTable,
     published: Mapping[tuple[str, str], int],
     allow: Collection[Allowance] = (),
     problems: Collection[Problem] = (),
     exists: Callable[[Video], bool] | None = None,
-) -> Manifest:
+) -> VideoTable:
     """The manifest without missing videos, notes filled; refuses one that would give wrong figures.
 
     published: (split, method) -> number of videos, from the dataset's paper or its official lists.  ``problems``: what
@@ -74,13 +74,13 @@ def audit(
     Raises UsageError naming every problem of a kind not in ``allow``; wrong labels and repeated videos are never
     allowed.
     """
-    found = [*problems, *_repeated(manifest.videos)]
-    there = exists or (lambda video: _is_there(manifest.root, video))
-    present = [video for video in manifest.videos if there(video)]
-    if gone := len(manifest.videos) - len(present):
+    found = [*problems, *_repeated(table.videos)]
+    there = exists or (lambda video: _is_there(table.root, video))
+    present = [video for video in table.videos if there(video)]
+    if gone := len(table.videos) - len(present):
         kept = {id(video) for video in present}
-        first = next(video.path for video in manifest.videos if id(video) not in kept)
-        found.append(Problem("counts", f"{gone} of {len(manifest.videos)} videos are missing, the first is {first}"))
+        first = next(video.path for video in table.videos if id(video) not in kept)
+        found.append(Problem("counts", f"{gone} of {len(table.videos)} videos are missing, the first is {first}"))
     counts = Counter((video.split, video.method) for video in present)
     found += [
         Problem("counts", f"{split}/{method} has {counts[split, method]} videos, published are {count}")
@@ -92,14 +92,14 @@ def audit(
     if wrong:
         remedies = sorted({problem.kind for problem in wrong} & {"counts", "leaks"})
         remedy = f" (--allow {' '.join(remedies)} accepts that)" if {p.kind for p in wrong} == set(remedies) else ""
-        raise UsageError(f"{manifest.root}: {'; '.join(problem.text for problem in wrong)}{remedy}")
+        raise UsageError(f"{table.root}: {'; '.join(problem.text for problem in wrong)}{remedy}")
     if not present:
-        raise UsageError(f"{manifest.root}: no video of the asked splits is there")
-    table = ", ".join(f"{split}/{method} {count}" for (split, method), count in sorted(counts.items()))
-    notes = [*manifest.notes, f"{len(present)} videos: {table}", *(f"accepted: {problem.text}" for problem in found)]
+        raise UsageError(f"{table.root}: no video of the asked splits is there")
+    counted = ", ".join(f"{split}/{method} {count}" for (split, method), count in sorted(counts.items()))
+    notes = [*table.notes, f"{len(present)} videos: {counted}", *(f"accepted: {problem.text}" for problem in found)]
     if not published:
         notes.append("counts not checked: none are published for this selection")
-    return Manifest(manifest.root, present, manifest.dataset, manifest.synthetic, manifest.crops, manifest.lmdb, notes)
+    return VideoTable(table.root, present, table.dataset, table.synthetic, table.crops, table.lmdb, notes)
 
 
 def _is_there(root: Path, video: Video) -> bool:

@@ -7,8 +7,6 @@ with its length and the three overlap.
 from __future__ import annotations
 
 import functools
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,13 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.faces import FaceDetector, FaceTracker, Tracked, crop_face
+from dtn_fast.data.faces import FaceFinder, FaceTracker, Tracked, crop_face
 from dtn_fast.data.video import Check, Frame
 from dtn_fast.detect.inputs import frames_of
 from dtn_fast.detect.verdict import Face, FrameResult, Picture, Result, Timing, aggregate, people_of
 from dtn_fast.errors import MediaError
 from dtn_fast.explain.heatmap import grad_cam
 from dtn_fast.model.detector import Detector
+from dtn_fast.producer import produced
 from dtn_fast.runtime.scorer import Scorer
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
@@ -39,7 +38,7 @@ TOP = 4
 def detect(
     path: Path,
     scorer: Scorer,
-    detector: FaceDetector,
+    detector: FaceFinder,
     frames: int = 32,
     threshold: float = 0.5,
     rate: float = 0.0,
@@ -87,61 +86,22 @@ def detect(
     return result
 
 
-class _Stopped(Exception):
-    """Nobody wants the frames any more."""
-
-
 def _ahead(
-    source: Callable[[Check], Iterator[Frame]], timing: Timing, waiting_for: Callable[[], object]
+    source: Callable[[Check], Iterator[Frame]], timing: Timing, waiting: Callable[[], object]
 ) -> Iterator[Frame]:
-    """The frames of ``source`` taken on another thread, at most AHEAD of them early; its errors are raised here.
+    """The frames of ``source`` decoded on another thread, at most AHEAD of them early."""
 
-    ``waiting_for`` is called twice a second while none comes.
-    """
-    waiting: queue.Queue[Frame | BaseException | None] = queue.Queue(AHEAD)
-    stopped = threading.Event()
-
-    def put(item: Frame | BaseException | None) -> None:
-        while not stopped.is_set():
-            try:
-                return waiting.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def check() -> None:
-        if stopped.is_set():
-            raise _Stopped
-
-    def decode() -> None:
+    def timed(check: Check) -> Iterator[Frame]:
         frames = source(check)
-        try:
-            while not stopped.is_set():
-                start = time.perf_counter()
-                frame = next(frames, None)
-                timing.decode += time.perf_counter() - start
-                put(frame)
-                if frame is None:
-                    return
-        except BaseException as error:  # raised again where the frames are used
-            put(error)
-
-    thread = threading.Thread(target=decode, name="decoding", daemon=True)
-    thread.start()
-    try:
         while True:
-            try:
-                item = waiting.get(timeout=0.5)
-            except queue.Empty:
-                waiting_for()
-                continue
-            if item is None:
+            start = time.perf_counter()
+            frame = next(frames, None)
+            timing.decode += time.perf_counter() - start
+            if frame is None:
                 return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join()
+            yield frame
+
+    return produced(timed, AHEAD, "decoding", waiting)
 
 
 class _Scoring:

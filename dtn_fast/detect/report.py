@@ -20,7 +20,7 @@ DETAILS = 50
 """Inputs shown with timeline and faces; the rest have their row in the table."""
 
 
-class Table(NamedTuple):
+class ReportTable(NamedTuple):
     title: str
     header: list[str]
     rows: list[list[str]]
@@ -31,7 +31,7 @@ def write_report(
     path: Path,
     title: str,
     notices: list[str],
-    tables: list[Table] | None = None,
+    tables: list[ReportTable] | None = None,
     results: list[Result] | None = None,
     threshold: float = 0.5,
 ) -> None:

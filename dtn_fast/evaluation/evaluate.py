@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.metrics import Metrics, auc_interval, by_video, evaluate_scores
 from dtn_fast.evaluation.tables import markdown_table
 from dtn_fast.runtime.scorer import Scorer
 
 
-class Row(NamedTuple):
+class EvaluationRow(NamedTuple):
     fakes: str
     """The forgery measured against all reals of the split, or "all"."""
     frame: Metrics
@@ -23,13 +23,13 @@ class Row(NamedTuple):
     frame_interval: tuple[float, float] | None
     """95 % of the frame AUC, by bootstrap over videos; None where there is no AUC."""
     video_interval: tuple[float, float] | None
-    policy: str
+    note: str
     """How the figures came about, one sentence."""
 
 
 class Evaluation(NamedTuple):
     split: str
-    rows: list[Row]
+    rows: list[EvaluationRow]
     videos: int
     no_face: int
     """Videos of the split in which no face was found; they are counted here and scored nowhere."""
@@ -37,9 +37,9 @@ class Evaluation(NamedTuple):
     frames_per_video: float
     notice: str
 
-    def policy(self) -> str:
+    def note(self) -> str:
         """That of the first row, over all."""
-        return self.rows[0].policy
+        return self.rows[0].note
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows as text."""
@@ -55,12 +55,12 @@ class Evaluation(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         rows = [{**r._asdict(), "frame": r.frame._asdict(), "video": r.video._asdict()} for r in self.rows]
-        return {**self._asdict(), "rows": rows, "policy": self.policy()}
+        return {**self._asdict(), "rows": rows, "note": self.note()}
 
     def markdown(self) -> str:
         header, body = self.table()
         text = "\n".join(markdown_table(header, body))
-        return f"{text}\n\n{self.policy()}.{' **' + self.notice + '**' if self.notice else ''}\n"
+        return f"{text}\n\n{self.note()}.{' **' + self.notice + '**' if self.notice else ''}\n"
 
 
 def _text(interval: tuple[float, float] | None) -> str:
@@ -69,7 +69,7 @@ def _text(interval: tuple[float, float] | None) -> str:
 
 def evaluate(
     scorer: Scorer,
-    shards: Shards,
+    dataset: CropDataset,
     split: str = "test",
     groups: Mapping[str, tuple[str, ...]] | None = None,
     chunk: int = 256,
@@ -79,27 +79,28 @@ def evaluate(
     groups: row title -> forgeries; default all of them together, then one by one.  Raises UsageError when the split
     is empty or the crops are of another size than the model's.
     """
-    rows = shards.select(split)
+    rows = dataset.select(split)
     if not len(rows):
         raise UsageError(f"the {split} split holds no crops")
-    if shards.size != scorer.config.image_size:
+    if dataset.size != scorer.config.image_size:
         raise UsageError(
-            f"the crops are {shards.size} pixels, the model takes {scorer.config.image_size}; prepare again"
+            f"the crops are {dataset.size} pixels, the model takes {scorer.config.image_size}; prepare again"
         )
-    parts = [scorer.score(shards.get(rows[i : i + chunk])) for i in range(0, len(rows), chunk)]
+    parts = [scorer.score(dataset.get(rows[i : i + chunk])) for i in range(0, len(rows), chunk)]
     scores: NDArray[np.float64] = np.concatenate(parts)
-    labels, names = shards.labels[rows], shards.video[rows].astype(str)
-    kinds = np.array([v.method for v in shards.videos])[shards.video[rows]]
+    labels, names = dataset.labels[rows], dataset.video[rows].astype(str)
+    kinds = np.array([v.method for v in dataset.videos])[dataset.video[rows]]
     table = []
-    for title, group in (groups or {"all": shards.methods, **{m: (m,) for m in shards.methods}}).items():
+    for title, group in (groups or {"all": dataset.methods, **{m: (m,) for m in dataset.methods}}).items():
         keep = (labels == 0) | np.isin(kinds, group)
         frame = evaluate_scores(labels[keep], scores[keep])
         frames = (labels[keep], scores[keep], names[keep].tolist())
         y, s = by_video(frames[2], *frames[:2])
         whole = [str(number) for number in range(len(y))]
         intervals = auc_interval(*frames), auc_interval(y, s, whole)
-        table.append(Row(title, frame, evaluate_scores(y, s), *intervals, policy(shards, split, group)))
-    states = [state for video, state in zip(shards.videos, shards.status, strict=True) if video.split == split]
+        note = protocol_note(dataset, split, group)
+        table.append(EvaluationRow(title, frame, evaluate_scores(y, s), *intervals, note))
+    states = [state for video, state in zip(dataset.videos, dataset.status, strict=True) if video.split == split]
     return Evaluation(
         split=split,
         rows=table,
@@ -111,17 +112,17 @@ def evaluate(
     )
 
 
-def policy(shards: Shards, split: str, forgeries: tuple[str, ...], intervals: bool = True) -> str:
+def protocol_note(dataset: CropDataset, split: str, forgeries: tuple[str, ...], intervals: bool = True) -> str:
     """How figures on ``split``, its reals and the fakes of ``forgeries``, come about: one sentence."""
-    chosen = [(video, state) for video, state in zip(shards.videos, shards.status, strict=True)
+    chosen = [(video, state) for video, state in zip(dataset.videos, dataset.status, strict=True)
               if video.split == split and (not video.label or video.method in forgeries)]  # fmt: skip
     fakes = sum(video.label for video, _ in chosen)
     faceless = sum(not state["faces"] and not state["error"] for _, state in chosen)
     unreadable = sum(bool(state["error"]) for _, state in chosen)
-    frames = len(shards.select(split, forgeries)) / max(len(chosen) - faceless - unreadable, 1)
+    frames = len(dataset.select(split, forgeries)) / max(len(chosen) - faceless - unreadable, 1)
     drawn = "; intervals by 1,000 bootstrap draws of videos" if intervals else ""
     return (
         f"{split} split, {len(chosen)} videos ({len(chosen) - fakes} real, {fakes} fake), {frames:.1f} frames each on "
-        f"average, {shards.faces}; video score = mean of its frames; {faceless} videos without a face and {unreadable} "
-        f"unreadable ones not scored{drawn}"
+        f"average, {dataset.faces}; video score = mean of its frames; {faceless} videos without a face and "
+        f"{unreadable} unreadable ones not scored{drawn}"
     )

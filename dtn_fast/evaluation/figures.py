@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import UsageError
-from dtn_fast.evaluation.tables import legible
+from dtn_fast.evaluation.plotting import MARKERS, drawing, legible, save
 from dtn_fast.explain.heatmap import feature_map, grad_cam, overlay
 from dtn_fast.explain.internals import (
     TEMPERATURE,
@@ -31,10 +31,10 @@ from dtn_fast.explain.internals import (
 from dtn_fast.files import write_whole
 from dtn_fast.model.detector import Detector
 from dtn_fast.model.dtn import DTN
+from dtn_fast.packages import require
 
 KINDS = ("grad-cam", "attention", "scales", "collapse", "feature-maps", "t-sne", "soft-labels")
 FIGURES = "figures.json"
-MARKERS = "osD^vP*X"
 
 
 class Faces(NamedTuple):
@@ -47,17 +47,17 @@ class Faces(NamedTuple):
     """Of ``many``: real, or the forgery's name."""
 
 
-def choose(shards: Shards, split: str, count: int) -> Faces:
+def choose(dataset: CropDataset, split: str, count: int) -> Faces:
     """A real and a fake of each forgery, and ``count`` crops spread over the split.  Raises UsageError on none."""
-    rows = shards.select(split)
+    rows = dataset.select(split)
     if not len(rows):
         raise UsageError(f"the {split} split holds no crops")
-    kinds = np.array([video.method or "real" for video in shards.videos])[shards.video[rows]]
+    kinds = np.array([video.method or "real" for video in dataset.videos])[dataset.video[rows]]
     names = sorted(set(kinds.tolist()), key=lambda name: (name != "real", name))
     few = np.array([rows[np.flatnonzero(kinds == name)[0]] for name in names])
-    many = shards.spread(split, count)
-    of = np.array([video.method or "real" for video in shards.videos])[shards.video[many]]
-    return Faces(shards.get(few), names, shards.get(many), of.tolist())
+    many = dataset.evenly_spaced(split, count)
+    of = np.array([video.method or "real" for video in dataset.videos])[dataset.video[many]]
+    return Faces(dataset.get(few), names, dataset.get(many), of.tolist())
 
 
 def draw(
@@ -100,9 +100,11 @@ def draw(
         figures.pop(kind, None)
         figures["left out"][kind] = [name for name in models if name not in drawn]
         if drawn:
-            figure = make(drawn, faces, figures)
-            figure.supxlabel(notice, fontsize=7, color="0.4")
-            write_whole(picture, functools.partial(_save, figure, suffix))
+            with drawing():
+                figure = make(drawn, faces, figures)
+                figure.supxlabel(notice, fontsize=7, color="0.4")
+                # tight: long names stick out of what the layout keeps free
+                write_whole(picture, lambda file: save(figure, file, suffix, dpi=110, bbox_inches="tight"))  # noqa: B023
     write_whole(out / FIGURES, json.dumps(figures, indent=1))
 
 
@@ -117,21 +119,8 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _save(figure: Any, suffix: str, file: Any) -> None:
-    from matplotlib import rc_context
-
-    with rc_context({"svg.hashsalt": "dtn_fast"}):
-        # tight: long names stick out of what the layout keeps free
-        figure.savefig(
-            file, format=suffix, dpi=110, bbox_inches="tight", metadata={"Date": None} if suffix == "svg" else None
-        )
-
-
 def _canvas(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("matplotlib is not installed; run: pip install matplotlib") from error
+    Figure = require("matplotlib.figure", "matplotlib").Figure
     figure = Figure(figsize=(width * columns, height * rows + 0.3), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
@@ -161,7 +150,7 @@ def _grid(
 def _plain(text: str, width: int = 22) -> str:
     """A name as it is, not as mathematics, in lines that fit above a picture."""
     lines = [line for part in text.split("\n") for line in textwrap.wrap(part.replace("_", "_ "), width)]
-    return "\n".join(lines).replace("_ ", "_").replace("$", r"\$")
+    return "\n".join(lines).replace("_ ", "_")
 
 
 def _grad_cam(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
@@ -239,10 +228,7 @@ def _feature_maps(dtns: Mapping[str, DTN], faces: Faces, figures: dict[str, Any]
 
 
 def _check_tsne(faces: Faces) -> None:
-    try:
-        import sklearn.manifold  # noqa: F401
-    except ImportError as error:
-        raise UsageError("scikit-learn is not installed; run: pip install scikit-learn") from error
+    require("sklearn.manifold", "scikit-learn")
     if len(faces.many) < 4:
         raise UsageError(f"{len(faces.many)} crops are too few for t-SNE; give a larger split, or other --kinds")
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation import paper_numbers
 from dtn_fast.evaluation.evaluate import Evaluation, evaluate
 from dtn_fast.evaluation.paper_numbers import Pair
-from dtn_fast.evaluation.tables import Cell, Cells, PaperRow, Row, Table
+from dtn_fast.evaluation.tables import Cell, Cells, PaperRow, ResultTable, TableRow
 from dtn_fast.runtime.scorer import Scorer
 
 TRAINED_ON = "trained on"
@@ -32,26 +32,26 @@ class Entry(NamedTuple):
 
 class Measured(NamedTuple):
     cells: Cells
-    policies: dict[str, str]
+    column_notes: dict[str, str]
     """By column."""
 
 
 def measure(
-    scorer: Scorer, tests: Mapping[str, Shards], by_forgery: bool = False, split: str = "test"
+    scorer: Scorer, tests: Mapping[str, CropDataset], by_forgery: bool = False, split: str = "test"
 ) -> Iterator[str | Measured]:
     """One model on every test set: each one's name before it, then the figures; ``by_forgery``: on each forgery in it.
 
     Raises UsageError as ``evaluate``, and where there is no forgery to test on.
     """
     found = Measured({"frame": {}, "video": {}}, {})
-    for name, shards in tests.items():
+    for name, dataset in tests.items():
         yield name
         groups = (
-            {paper_numbers.FF_NAMES.get(m, m): (m,) for m in shards.methods} if by_forgery else {name: shards.methods}
+            {paper_numbers.FF_NAMES.get(m, m): (m,) for m in dataset.methods} if by_forgery else {name: dataset.methods}
         )
         if not groups:
             raise UsageError(f"{name}: holds no forgery to test on")
-        _fill(found, evaluate(scorer, shards, split, groups))
+        _fill(found, evaluate(scorer, dataset, split, groups))
     yield found
 
 
@@ -60,19 +60,19 @@ def _fill(found: Measured, result: Evaluation) -> None:
     for row in result.rows:
         found.cells["frame"][row.fakes] = Cell(row.frame.acc, row.frame.auc, row.frame_interval)
         found.cells["video"][row.fakes] = Cell(row.video.acc, row.video.auc, row.video_interval)
-        found.policies[row.fakes] = row.policy
+        found.column_notes[row.fakes] = row.note
 
 
-def within(name: str, dataset: str, result: Evaluation) -> Table:
+def within(name: str, dataset: str, result: Evaluation) -> ResultTable:
     """The overall row of an evaluation as Table 1 shows one model on one dataset."""
     found = Measured({"frame": {}, "video": {}}, {})
     _fill(found, result._replace(rows=[result.rows[0]._replace(fakes=dataset)]))
-    return cross_dataset_table([Row(name, found.cells, notice=result.notice)], found.policies)
+    return cross_dataset_table([TableRow(name, found.cells, notice=result.notice)], found.column_notes)
 
 
 def cross_dataset(
-    entries: Sequence[Entry], datasets: Mapping[str, Shards], split: str = "test"
-) -> Iterator[str | Table]:
+    entries: Sequence[Entry], datasets: Mapping[str, CropDataset], split: str = "test"
+) -> Iterator[str | ResultTable]:
     """Every model on every dataset (Table 1): what is being measured, then the table.
 
     Raises UsageError as ``evaluate``.
@@ -81,52 +81,56 @@ def cross_dataset(
         yield step if isinstance(step, str) else cross_dataset_table(*step)
 
 
-def cross_dataset_table(rows: list[Row], policies: dict[str, str]) -> Table:
+def cross_dataset_table(rows: list[TableRow], column_notes: dict[str, str]) -> ResultTable:
     """Rows in Table 1's layout, the paper's below."""
     printed = [
-        PaperRow(name, {c: row[c] for c in policies if c in row})
+        PaperRow(name, {c: row[c] for c in column_notes if c in row})
         for name, row in paper_numbers.TABLE1.items()
-        if set(row) & set(policies)
+        if set(row) & set(column_notes)
     ]
     title = "Within-dataset and cross-dataset evaluation (Table 1)"
-    return Table("cross-dataset", title, tuple(policies), rows, paper=printed, policies=policies)
+    return ResultTable("cross-dataset", title, tuple(column_notes), rows, paper=printed, column_notes=column_notes)
 
 
-def cross_manipulation(entries: Sequence[Entry], shards: Shards, split: str = "test") -> Iterator[str | Table]:
+def cross_manipulation(
+    entries: Sequence[Entry], dataset: CropDataset, split: str = "test"
+) -> Iterator[str | ResultTable]:
     """Models each trained on one forgery, on each forgery of one dataset (Table 2).
 
     Raises UsageError as ``measure``.
     """
-    for step in _measure_all(entries, {"the data": shards}, True, split):
+    for step in _measure_all(entries, {"the data": dataset}, True, split):
         yield step if isinstance(step, str) else cross_manipulation_table(*step)
 
 
-def cross_manipulation_table(rows: list[Row], policies: dict[str, str]) -> Table:
+def cross_manipulation_table(rows: list[TableRow], column_notes: dict[str, str]) -> ResultTable:
     """Rows in Table 2's layout, below them the paper's that were trained on the same forgeries."""
     trained = {row.before[TRAINED_ON] for row in rows}
     printed = [
-        PaperRow(model, {c: Pair(None, v) for c, v in row.items() if c in policies}, {TRAINED_ON: on})
+        PaperRow(model, {c: Pair(None, v) for c, v in row.items() if c in column_notes}, {TRAINED_ON: on})
         for model, table in paper_numbers.TABLE2.items()
         for on, row in table.items()
         if on in trained
     ]
     title = "Generalisation to forgeries not trained on (Table 2)"
-    return Table("cross-manipulation", title, tuple(policies), rows, acc=False, paper=printed, policies=policies)
+    return ResultTable(
+        "cross-manipulation", title, tuple(column_notes), rows, acc=False, paper=printed, column_notes=column_notes
+    )
 
 
 def _measure_all(
-    entries: Sequence[Entry], tests: Mapping[str, Shards], by_forgery: bool, split: str
-) -> Iterator[str | tuple[list[Row], dict[str, str]]]:
-    rows, policies = [], {}
+    entries: Sequence[Entry], tests: Mapping[str, CropDataset], by_forgery: bool, split: str
+) -> Iterator[str | tuple[list[TableRow], dict[str, str]]]:
+    rows, column_notes = [], {}
     for entry in entries:
         for step in measure(entry.scorer, tests, by_forgery, split):
             if isinstance(step, str):
                 yield f"{entry.name} on {step}"
                 continue
-            policies.update(step.policies)
+            column_notes.update(step.column_notes)
             before = {TRAINED_ON: entry.trained_on} if by_forgery else {}
-            rows.append(Row(entry.name, step.cells, before, notice=entry.scorer.notice))
-    yield rows, policies
+            rows.append(TableRow(entry.name, step.cells, before, notice=entry.scorer.notice))
+    yield rows, column_notes
 
 
 def names_of(paths: Sequence[Path], names: Sequence[str], what: str, once: bool = True) -> list[str]:

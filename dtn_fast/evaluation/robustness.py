@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.corrupt import LEVELS, PERTURBATIONS, check, corrupt
-from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import UsageError
-from dtn_fast.evaluation.evaluate import policy
+from dtn_fast.evaluation.evaluate import protocol_note
 from dtn_fast.evaluation.metrics import by_video, evaluate_scores
-from dtn_fast.evaluation.tables import legible, markdown_table
+from dtn_fast.evaluation.plotting import DASHES, MARKERS, drawing, legible, svg_text
+from dtn_fast.evaluation.tables import markdown_table
 from dtn_fast.files import write_whole
 from dtn_fast.runtime.scorer import Scorer
 
@@ -26,7 +27,7 @@ CHUNK = 256
 RULE = "corruptions of the face crops themselves; frame AUC over all forgeries"
 
 
-class Progress(NamedTuple):
+class RobustnessProgress(NamedTuple):
     done: int
     total: int
     """Cells: a corruption at a level, for all models."""
@@ -35,14 +36,14 @@ class Progress(NamedTuple):
 
 def robustness(
     scorers: Mapping[str, Scorer],
-    shards: Shards,
+    dataset: CropDataset,
     out: Path,
     kinds: Sequence[str] = KINDS,
     levels: Sequence[int] = (0, 1, 2, 3, 4, 5),
     split: str = "test",
     seed: int = 0,
     workers: int = 2,
-) -> Iterator[Progress]:
+) -> Iterator[RobustnessProgress]:
     """Fills ``out``/robustness.json, .md and .svg, yielding progress; a call on a started folder does what is missing.
 
     Level 0, the crops as they are, is measured once.  Noise and blocks depend on ``seed``, the crop, the corruption
@@ -55,42 +56,42 @@ def robustness(
     for kind in kinds:
         for level in levels:
             check(kind, level)
-    rows = shards.select(split)
-    labels = shards.labels[rows]
+    rows = dataset.select(split)
+    labels = dataset.labels[rows]
     if set(labels.tolist()) != {0, 1}:
         raise UsageError(f"the {split} split needs reals and fakes; it has {len(rows)} crops")
     for name, scorer in scorers.items():
-        if scorer.config.image_size != shards.size:
-            raise UsageError(f"{name}: takes {scorer.config.image_size} pixels, the crops have {shards.size}")
+        if scorer.config.image_size != dataset.size:
+            raise UsageError(f"{name}: takes {scorer.config.image_size} pixels, the crops have {dataset.size}")
     cells = [(kind, level) for kind in kinds for level in levels if level]
     cells = [("", 0), *cells] if 0 in levels else cells
-    found = _Results(out / "robustness.json", _identity(shards, rows, split, seed))
-    few = shards.get(shards.spread(split, 16))
+    found = _Results(out / "robustness.json", _identity(dataset, rows, split, seed))
+    few = dataset.get(dataset.evenly_spaced(split, 16))
     for name, scorer in scorers.items():
         found.recognise(name, scorer.logits(few))
     with ThreadPoolExecutor(workers) as pool:
         for number, (kind, level) in enumerate(cells):
-            yield Progress(number, len(cells), _key(kind, level))
+            yield RobustnessProgress(number, len(cells), _key(kind, level))
             missing = {name: s for name, s in scorers.items() if not found.has(name, kind, level)}
             if not missing:
                 continue
             scores: dict[str, list[NDArray[np.float64]]] = {name: [] for name in missing}
             for start in range(0, len(rows), CHUNK):
                 part = rows[start : start + CHUNK]
-                crops = _corrupted(shards.get(part), part, kind, level, seed, pool)
+                crops = _corrupted(dataset.get(part), part, kind, level, seed, pool)
                 for name, scorer in missing.items():
                     scores[name].append(scorer.score(crops))
             for name, parts in scores.items():
-                found.add(name, kind, level, _auc(shards, rows, labels, np.concatenate(parts)))
-    yield Progress(len(cells), len(cells), "")
+                found.add(name, kind, level, _auc(dataset, rows, labels, np.concatenate(parts)))
+    yield RobustnessProgress(len(cells), len(cells), "")
     notice = " ".join(sorted({s.notice for s in scorers.values()} - {""}))
-    said = f"{RULE}; {policy(shards, split, shards.methods, intervals=False)}"
+    said = f"{RULE}; {protocol_note(dataset, split, dataset.methods, intervals=False)}"
     write_whole(out / "robustness.md", markdown(found.cells, tuple(scorers), kinds, levels, said, notice))
     write_whole(out / "robustness.svg", plot(found.cells, tuple(scorers), kinds, levels, notice))
 
 
-Cell = dict[str, float]
-Cells = dict[str, dict[str, Cell]]
+LevelAuc = dict[str, float]
+LevelAucs = dict[str, dict[str, LevelAuc]]
 """By model, then by "kind level": frame and video AUC."""
 
 
@@ -103,7 +104,7 @@ class _Results:
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self._path, self._identity = path, identity
-        self.cells: Cells = {}
+        self.cells: LevelAucs = {}
         self._probes: dict[str, list[list[float]]] = {}
         if path.is_file():
             try:
@@ -127,20 +128,20 @@ class _Results:
     def has(self, name: str, kind: str, level: int) -> bool:
         return _key(kind, level) in self.cells.get(name, {})
 
-    def add(self, name: str, kind: str, level: int, cell: Cell) -> None:
+    def add(self, name: str, kind: str, level: int, cell: LevelAuc) -> None:
         self.cells.setdefault(name, {})[_key(kind, level)] = cell
         fixed = {"data": self._identity, "rule": RULE}
         write_whole(self._path, json.dumps({**fixed, "probes": self._probes, "auc": self.cells}, indent=1))
 
 
-def _identity(shards: Shards, rows: NDArray[np.int64], split: str, seed: int) -> dict[str, Any]:
+def _identity(dataset: CropDataset, rows: NDArray[np.int64], split: str, seed: int) -> dict[str, Any]:
     """What figures in one folder must share."""
     return {
         "split": split,
         "seed": seed,
         "crops": len(rows),
-        "size": shards.size,
-        "videos": shards.fingerprint(rows),
+        "size": dataset.size,
+        "videos": dataset.fingerprint(rows),
     }
 
 
@@ -154,16 +155,18 @@ def _corrupted(
     return np.stack(list(pool.map(one, crops, rows.tolist())))
 
 
-def _auc(shards: Shards, rows: NDArray[np.int64], labels: NDArray[np.int64], scores: NDArray[np.float64]) -> Cell:
+def _auc(
+    dataset: CropDataset, rows: NDArray[np.int64], labels: NDArray[np.int64], scores: NDArray[np.float64]
+) -> LevelAuc:
     frame = evaluate_scores(labels, scores).auc
-    video = evaluate_scores(*by_video(shards.video[rows].astype(str).tolist(), labels, scores)).auc
+    video = evaluate_scores(*by_video(dataset.video[rows].astype(str).tolist(), labels, scores)).auc
     assert frame is not None
     assert video is not None
     return {"frame": frame, "video": video}
 
 
 def markdown(
-    cells: Cells, models: Sequence[str], kinds: Sequence[str], levels: Sequence[int], said: str, notice: str
+    cells: LevelAucs, models: Sequence[str], kinds: Sequence[str], levels: Sequence[int], said: str, notice: str
 ) -> str:
     """A table a model: corruptions by levels, and the mean over corruptions."""
     lines = []
@@ -176,24 +179,17 @@ def markdown(
     return "\n".join([*lines, f"{said}.{f' **{notice}**' if notice else ''}", ""])
 
 
-def plot(cells: Cells, models: Sequence[str], kinds: Sequence[str], levels: Sequence[int], notice: str) -> str:
+def plot(cells: LevelAucs, models: Sequence[str], kinds: Sequence[str], levels: Sequence[int], notice: str) -> str:
     """SVG: a panel a corruption and one for their mean, a line a model.  Raises UsageError without matplotlib."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("matplotlib is not installed; run: pip install matplotlib") from error
-    import io
-
     across = 3
     down = -(-(len(kinds) + 1) // across)
-    with rc_context({"svg.hashsalt": "dtn_fast", "text.parse_math": False}):
+    with drawing() as Figure:
         figure = Figure(figsize=(3 * across, 2.6 * down), layout="constrained")
         panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
         for panel, title in zip(panels, [*kinds, "mean"], strict=False):
             for number, model in enumerate(models):
                 curves = [[cells[model][_key(k, v)]["frame"] for v in levels] for k in kinds if title in (k, "mean")]
-                style = {"marker": "osD^vP*X"[number % 8], "linestyle": ("-", "--", "-.", ":")[number % 4]}
+                style = {"marker": MARKERS[number % len(MARKERS)], "linestyle": DASHES[number % len(DASHES)]}
                 panel.plot(levels, np.mean(curves, 0), label=legible(model), markersize=4, **style)
             panel.set_title(title, fontsize=10)
             panel.grid(alpha=0.3)
@@ -202,6 +198,4 @@ def plot(cells: Cells, models: Sequence[str], kinds: Sequence[str], levels: Sequ
         figure.supxlabel("\n".join(filter(None, ("level", notice))), fontsize=10)
         figure.supylabel("frame AUC")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(models), 4))
-        page = io.StringIO()
-        figure.savefig(page, format="svg", metadata={"Date": None})
-    return page.getvalue()
+        return svg_text(figure)

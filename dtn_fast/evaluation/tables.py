@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.paper_numbers import Pair
+from dtn_fast.evaluation.plotting import drawing, svg_text
 from dtn_fast.files import write_whole
 
 Level = Literal["frame", "video"]
@@ -31,7 +30,7 @@ Cells = dict[Level, dict[str, Cell]]
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """What was measured of one model."""
 
     name: str
@@ -47,7 +46,7 @@ class Row:
     """Only for the JSON."""
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> Row:
+    def from_json(cls, stored: Mapping[str, Any]) -> TableRow:
         """What :meth:`Table.to_json` made of a row.  Raises KeyError, TypeError or AttributeError on anything else."""
         cells = {level: {c: Cell(v["acc"], v["auc"], v["interval"] and tuple(v["interval"]))
                          for c, v in stored["cells"][level].items()} for level in LEVELS}  # fmt: skip
@@ -65,18 +64,18 @@ class PaperRow(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Table:
+class ResultTable:
     """A table of the paper, measured here."""
 
     name: str
     title: str
     columns: tuple[str, ...]
-    rows: list[Row]
+    rows: list[TableRow]
     acc: bool = True
     """Whether ACC stands beside AUC."""
     paper: list[PaperRow] = field(default_factory=list)
     """The paper's rows that none of ours stands beside."""
-    policies: dict[str, str] = field(default_factory=dict)
+    column_notes: dict[str, str] = field(default_factory=dict)
     """How each column's figures came about."""
     notes: tuple[str, ...] = ()
 
@@ -109,12 +108,12 @@ class Table:
 
     def _around(self) -> tuple[list[str], list[str]]:
         """Titles of what stands before and after the figures, in the order met."""
-        rows: Sequence[Row | PaperRow] = [*self.rows, *self.paper]
+        rows: Sequence[TableRow | PaperRow] = [*self.rows, *self.paper]
         return list(dict.fromkeys(k for r in rows for k in r.before)), list(
             dict.fromkeys(k for r in self.rows for k in r.after)
         )
 
-    def _compared(self) -> list[Row]:
+    def _compared(self) -> list[TableRow]:
         """Our rows that have figures of the paper beside them."""
         sized = lambda row: any(theirs for _, theirs in row.after.values())
         return [row for row in self.rows if set(row.paper) & set(self.columns) or sized(row)]
@@ -130,7 +129,7 @@ class Table:
             lines += ["In brackets the paper's own figures.", ""]
         for level in LEVELS:
             lines += [f"**{level.capitalize()} level, percent**", "", *markdown_table(*self.text(level)), ""]
-        lines += [*(f"- {column}: {policy}" for column, policy in self.policies.items()),
+        lines += [*(f"- {column}: {note}" for column, note in self.column_notes.items()),
                   *(f"- {note}" for note in self.notes)]  # fmt: skip
         lines += ["", *(f"**{notice}**" for notice in self.notices)]
         return "\n".join(lines).rstrip() + "\n"
@@ -141,7 +140,7 @@ class Table:
         before, after = self._around()
         each = 2 if self.acc else 1
         shape = "l" * (1 + len(before)) + "c" * (each * len(self.columns) + len(after))
-        said = [f"{column}: {policy}" for column, policy in self.policies.items()]
+        said = [f"{column}: {note}" for column, note in self.column_notes.items()]
         comments = [f"{self.title}, {level} level", *said, *self.notes, *self.notices]
         lines = [*(f"% {comment}" for comment in comments), rf"\begin{{tabular}}{{{shape}}}", r"\toprule"]
         first = ["Method", *before]
@@ -172,13 +171,8 @@ class Table:
 
         Raises UsageError without matplotlib.
         """
-        try:
-            from matplotlib import rc_context
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise UsageError("matplotlib is not installed; run: pip install matplotlib") from error
         titles = [" ".join([row.name, *(f"({v})" for v in row.before.values())]) for row in self.rows]
-        with rc_context({"svg.hashsalt": "dtn_fast", "text.parse_math": False}):
+        with drawing() as Figure:
             size = (1.6 + 2.3 * len(self.columns), 1.3 + 0.3 * len(self.rows))
             figure = Figure(figsize=size, layout="constrained")
             for panel, column in zip(
@@ -199,9 +193,7 @@ class Table:
             ring = "; ring: the paper" if any(set(row.paper) & set(self.columns) for row in self.rows) else ""
             words = [f"{level} AUC, percent; bar: 95 %{ring}", *self.notices]
             figure.supxlabel("\n".join(words), fontsize=9)
-            page = io.StringIO()
-            figure.savefig(page, format="svg", metadata={"Date": None})
-        return page.getvalue()
+            return svg_text(figure)
 
     def to_json(self) -> dict[str, Any]:
         cells = lambda of: {level: {c: cell._asdict() for c, cell in row.items()} for level, row in of.items()}
@@ -210,7 +202,7 @@ class Table:
                  "notice": r.notice, "facts": r.facts} for r in self.rows]  # fmt: skip
         paper = [{"name": r.name, "before": r.before, "cells": pairs(r.cells)} for r in self.paper]
         return {"name": self.name, "title": self.title, "columns": self.columns, "rows": rows, "paper_percent": paper,
-                "policies": self.policies, "notes": self.notes}  # fmt: skip
+                "column_notes": self.column_notes, "notes": self.notes}  # fmt: skip
 
     def write(self, out: Path) -> list[Path]:
         """OUT.json, OUT.md, OUT.tex and OUT.svg; returns them."""
@@ -230,11 +222,6 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
     """The lines of a table, whatever is in its cells."""
     safe = lambda cells: [cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells]
     return ["| " + " | ".join(cells) + " |" for cells in (safe(header), ["---"] * len(header), *map(safe, rows))]
-
-
-def legible(name: str) -> str:
-    """A name for a legend: matplotlib leaves those out that start with an underscore."""
-    return " " + name if name.startswith("_") else name
 
 
 def _percent(value: float | None) -> str:

@@ -6,11 +6,11 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dtn_fast.dataclass_json import from_json
 from dtn_fast.errors import UsageError
 from dtn_fast.model.config import DTNConfig
 from dtn_fast.model.detector import CONFIG, Detector, check_folder, device_of
@@ -42,11 +42,7 @@ class TimmConfig:
     @classmethod
     def from_json(cls, text: str, where: str = "config") -> TimmConfig:
         """Inverse of :meth:`to_json`.  Raises UsageError naming ``where``."""
-        try:
-            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
-            return cls(**fields)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UsageError(f"{where}: not a timm configuration ({error})") from error
+        return from_json(cls, text, where)
 
 
 class TimmDetector(Detector):

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from dtn_fast.dataclass_json import from_json
 from dtn_fast.errors import UsageError
 
 NOISES = ("gaussian", "blur", "contrast", "compression", "none")
@@ -113,14 +114,7 @@ class DTNConfig:
     @classmethod
     def from_json(cls, text: str, where: str = "config") -> DTNConfig:
         """Inverse of :meth:`to_json`.  Raises UsageError naming ``where`` on bad JSON, unknown or wrong fields."""
-        try:
-            data = json.loads(text)
-            if not isinstance(data, dict):
-                raise TypeError(f"expected an object, got {type(data).__name__}")
-            data = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-            return cls(**data)
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"{where}: not a DTN configuration ({error})") from error
+        return from_json(cls, text, where)
 
 
 PRESETS = {

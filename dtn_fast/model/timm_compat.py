@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dtn_fast.errors import UsageError
+from dtn_fast.packages import require
 
 
 @functools.cache
@@ -26,10 +26,7 @@ def import_timm() -> Any:
         if "operator torchvision::" not in str(error):
             raise
         _declare_torchvision_operators()
-    try:
-        return importlib.import_module("timm")
-    except ImportError as error:
-        raise UsageError(f"timm is not installed ({error}); run: pip install timm") from error
+    return require("timm", "timm")
 
 
 _torchvision_library: torch.library.Library | None = None

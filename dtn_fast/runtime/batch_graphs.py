@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dtn_fast.cuda_graph import capture, warm_up
 
 
 class BatchGraphs:
@@ -19,7 +22,7 @@ class BatchGraphs:
     def __init__(self, function: Any, largest: int, smallest: int = 1) -> None:
         self._function, self._largest, self._smallest = function, largest, smallest
         self._lock = threading.Lock()
-        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._captured: dict[int, tuple[Callable[[], None], Tensor, Tensor]] = {}
 
     def __call__(self, batch: Tensor) -> Tensor:
         """``function`` of a host batch [B, ...]; the result is the caller's own."""
@@ -27,20 +30,13 @@ class BatchGraphs:
         with self._lock:
             if size not in self._captured:
                 self._captured[size] = self._capture(batch, size)
-            graph, given, result = self._captured[size]
+            replay, given, result = self._captured[size]
             given[: len(batch)].copy_(batch, non_blocking=True)
-            graph.replay()
+            replay()
             return result[: len(batch)].clone()
 
-    def _capture(self, batch: Tensor, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def _capture(self, batch: Tensor, size: int) -> tuple[Callable[[], None], Tensor, Tensor]:
         given = torch.zeros(size, *batch.shape[1:], dtype=batch.dtype, device="cuda")
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # libraries choose and allocate
-                self._function(given)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
-            result = self._function(given)
-        return graph, given, result
+        warm_up(lambda: self._function(given))
+        replay, result = capture(lambda: self._function(given))
+        return replay, given, result

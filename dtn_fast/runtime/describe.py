@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from dtn_fast.errors import UsageError
-from dtn_fast.runtime.export_manifest import read_manifest
+from dtn_fast.runtime.export_manifest import read_export_manifest
 
 
 def describe(path: Path) -> dict[str, str]:
@@ -23,6 +23,6 @@ def describe(path: Path) -> dict[str, str]:
     kinds = {".mnn": "mnn", ".engine": "tensorrt", ".rtx": "tensorrt_rtx"}
     if path.suffix not in kinds:
         raise UsageError(f"{path}: not an .onnx, .mnn, .engine or .rtx file")
-    fields = dataclasses.asdict(read_manifest(path, kinds[path.suffix]))
+    fields = dataclasses.asdict(read_export_manifest(path, kinds[path.suffix]))
     nested = {f"{k}.{name}": v for k in ("config", "options") for name, v in fields.pop(k).items()}
     return {k: str(v) for k, v in {**fields, **nested}.items()}

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dtn_fast.dataclass_json import from_json
 from dtn_fast.errors import UsageError
 from dtn_fast.files import write_whole
 from dtn_fast.model.build import parse_config
 
 
 @dataclass(frozen=True)
-class Manifest:
+class ExportManifest:
     """Written beside ``dtn.engine`` as ``dtn.engine.json``, checked when the file is loaded."""
 
     kind: str
@@ -55,18 +56,18 @@ def beside(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def read_manifest(path: Path, kind: str) -> Manifest:
+def read_export_manifest(path: Path, kind: str) -> ExportManifest:
     """The manifest of the file ``path``.  Raises UsageError when it is missing, damaged, or of another file or kind."""
     where = beside(path)
+    again = f"; export {path.name} again"
     try:
-        data = json.loads(where.read_text(encoding="utf-8"))
-        data = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        manifest = Manifest(**data)
-        manifest.detector_config()
+        text = where.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UsageError(f"{where}: missing; it is written with {path.name} and must travel with it") from error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{where}: damaged ({error}); export {path.name} again") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{where}: cannot be read ({error}){again}") from error
+    manifest = from_json(ExportManifest, text, str(where), again)
+    manifest.detector_config()
     if manifest.kind != kind:
         raise UsageError(f"{path}: built by {manifest.kind}, not {kind}; its suffix and manifest do not fit")
     if manifest.sha256 != file_hash(path):

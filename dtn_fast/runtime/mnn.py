@@ -15,15 +15,16 @@ from numpy.typing import NDArray
 
 from dtn_fast.errors import UsageError
 from dtn_fast.model.preprocess import normalise
+from dtn_fast.packages import require
 from dtn_fast.runtime.config import Runtime
-from dtn_fast.runtime.export_manifest import Manifest, read_manifest
+from dtn_fast.runtime.export_manifest import ExportManifest, read_export_manifest
 from dtn_fast.runtime.scorer import Scorer
 
 
 class MnnScorer(Scorer):
     """A .mnn file; calls wait for one another, each takes all cores."""
 
-    def __init__(self, path: Path, manifest: Manifest, batch_size: int = 8) -> None:
+    def __init__(self, path: Path, manifest: ExportManifest, batch_size: int = 8) -> None:
         super().__init__(manifest.detector_config(), manifest.notice, "MNN", batch_size)
         self.weights = manifest.weights
         self._net, self._lock = open_module(path), threading.Lock()
@@ -36,14 +37,14 @@ class MnnScorer(Scorer):
 
 def forward(net: Any, images: NDArray[np.float32]) -> NDArray[np.float32]:
     """The logits [B, 2] of images [B, 3, S, S]; one call at a time."""
-    expr = _mnn().expr
+    expr = package().expr
     out = net.forward([expr.const(images, list(images.shape), expr.NCHW, expr.float)])
     return np.array(out[0].read())  # a copy: MNN uses the memory again
 
 
 def open_module(path: Path) -> Any:
     """images [B, 3, S, S] -> logits.  Raises UsageError when MNN is missing or refuses the file."""
-    nn = _mnn().nn
+    nn = package().nn
     threads = min(torch.get_num_threads(), os.cpu_count() or 1)
     manager = nn.create_runtime_manager(({"backend": "CPU", "precision": "normal", "numThread": threads},))
     try:
@@ -56,18 +57,15 @@ def open_module(path: Path) -> Any:
 
 
 @functools.cache
-def _mnn() -> Any:
+def package() -> Any:
     """The package, imported without the line that its library prints."""
     sys.stdout.flush()
     kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     try:
-        import MNN.expr
-        import MNN.nn
-
-        return MNN
-    except ImportError as error:
-        raise UsageError("MNN is not installed; run: pip install MNN") from error
+        require("MNN.expr", "MNN")
+        require("MNN.nn", "MNN")
+        return require("MNN", "MNN")
     finally:
         os.dup2(kept, 1)
         os.close(kept)
@@ -75,4 +73,4 @@ def _mnn() -> Any:
 
 
 def load(path: Path, runtime: Runtime) -> MnnScorer:
-    return MnnScorer(path, read_manifest(path, "mnn"))
+    return MnnScorer(path, read_export_manifest(path, "mnn"))

@@ -12,6 +12,7 @@ from dtn_fast.device import choose_device
 from dtn_fast.errors import UsageError
 from dtn_fast.model.build import parse_config
 from dtn_fast.model.preprocess import normalise
+from dtn_fast.packages import require
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.scorer import Scorer
 
@@ -27,10 +28,7 @@ NEEDED = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu", "tensorrt": "onnxrunt
 def session_of(model: str | bytes, name: str, provider: Provider = "cpu", optimise: bool = True) -> Any:
     """An onnxruntime session of a file or of serialized bytes.  ``optimise``: rewrite the graph, which also changes how
     quantised values round.  Raises UsageError naming ``name``."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UsageError(f"onnxruntime is not installed; run: pip install {NEEDED[provider]}") from error
+    onnxruntime = require("onnxruntime", NEEDED[provider])
     wanted = PROVIDERS[provider]
     if wanted[0] not in onnxruntime.get_available_providers():
         raise UsageError(

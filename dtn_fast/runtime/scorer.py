@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import DtnError, UsageError
 
 
@@ -48,13 +48,13 @@ class Scorer(ABC):
         """P(fake) of the crops: [B]."""
         return probability(self.logits(crops))
 
-    def score_rows(self, shards: Shards, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    def score_rows(self, dataset: CropDataset, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """P(fake) of the crops ``rows`` without reading them all into memory."""
-        return probability(self.logits_rows(shards, rows))
+        return probability(self.logits_rows(dataset, rows))
 
-    def logits_rows(self, shards: Shards, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    def logits_rows(self, dataset: CropDataset, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """Logits [n, classes] of the crops ``rows``."""
-        return self._gather(shards.get(rows[part]) for part in _parts(len(rows), self.batch_size))
+        return self._gather(dataset.get(rows[part]) for part in _parts(len(rows), self.batch_size))
 
     def _gather(self, batches: Iterable[NDArray[np.uint8]]) -> NDArray[np.float64]:
         parts = [self._logits(batch) for batch in batches]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import statistics
 import threading
 from collections.abc import Callable, Mapping
@@ -17,10 +16,12 @@ from torch import Tensor
 
 from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.model.preprocess import normalise
+from dtn_fast.packages import require
 from dtn_fast.runtime.batch_graphs import BatchGraphs
 from dtn_fast.runtime.config import Runtime
-from dtn_fast.runtime.export_manifest import Manifest, read_manifest
+from dtn_fast.runtime.export_manifest import ExportManifest, read_export_manifest
 from dtn_fast.runtime.scorer import Scorer
+from dtn_fast.timing import in_turns
 
 KINDS = {".engine": "tensorrt", ".rtx": "tensorrt_rtx"}
 PACKAGES = {"tensorrt": "tensorrt>=10.13.3,<12", "tensorrt_rtx": "tensorrt-rtx"}
@@ -28,14 +29,10 @@ PACKAGES = {"tensorrt": "tensorrt>=10.13.3,<12", "tensorrt_rtx": "tensorrt-rtx"}
 
 def load_backend(kind: str) -> Any:
     """The module ``tensorrt`` or ``tensorrt_rtx``.  Raises UsageError with the install command."""
-    try:
-        return importlib.import_module(kind)
-    except ImportError as error:
-        reason = str(error) if getattr(error, "name", None) not in (kind, None) else "not installed"
-        raise UsageError(f"{kind} cannot be imported ({reason}); run: pip install '{PACKAGES[kind]}'") from error
+    return require(kind, PACKAGES[kind])
 
 
-def check_fits(manifest: Manifest, version: str, name: str) -> None:
+def check_fits(manifest: ExportManifest, version: str, name: str) -> None:
     """Raises UsageError when the GPU at hand or the library's version is not what the engine was built for."""
     if not torch.cuda.is_available():
         raise UsageError(f"{name}: an engine needs an NVIDIA GPU and torch sees none; use a checkpoint or .onnx")
@@ -79,7 +76,7 @@ class EngineScorer(Scorer):
     TensorRT-RTX compiles better kernels while it runs, which a graph would never see, so it runs without.
     """
 
-    def __init__(self, trt: Any, path: Path, manifest: Manifest) -> None:
+    def __init__(self, trt: Any, path: Path, manifest: ExportManifest) -> None:
         low, _, high = manifest.batches
         super().__init__(manifest.detector_config(), manifest.notice, trt.__name__, high)
         self.manifest, self.weights = manifest, manifest.weights
@@ -127,7 +124,9 @@ class Contexts:
         return outputs["logits"]
 
 
-def race(trt: Any, engines: Mapping[str, bytes], batch: int, kind_of_input: str, rounds: int = 50) -> dict[str, float]:
+def time_engines(
+    trt: Any, engines: Mapping[str, bytes], batch: int, kind_of_input: str, rounds: int = 50
+) -> dict[str, float]:
     """Median seconds of each engine at one batch size, replayed in turns."""
     calls: dict[str, Callable[[], Any]] = {}
     for name, data in engines.items():
@@ -137,16 +136,7 @@ def race(trt: Any, engines: Mapping[str, bytes], batch: int, kind_of_input: str,
         graphs = BatchGraphs(Contexts(engine, kind_of_input), batch, batch)
         given = torch.zeros(batch, *rest, dtype=dtype)
         calls[name] = functools.partial(graphs, given)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 3):
-        for name, call in calls.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            if turn >= 3:
-                times[name].append(begin.elapsed_time(end) / 1e3)
+    times = in_turns(calls, rounds, 3)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -154,7 +144,7 @@ def layers(path: Path, batch: int | None = None, rounds: int = 20) -> list[tuple
     """The engine's layers in order, each with its median milliseconds at ``batch`` when one is given."""
     import json
 
-    manifest = read_manifest(path, KINDS[path.suffix])
+    manifest = read_export_manifest(path, KINDS[path.suffix])
     trt = load_backend(manifest.kind)
     check_fits(manifest, trt.__version__, str(path))
     engine = open_engine(trt, path, bool(manifest.options.get("version_compatible")))
@@ -183,7 +173,7 @@ def layers(path: Path, batch: int | None = None, rounds: int = 20) -> list[tuple
 
 def load(path: Path, runtime: Runtime) -> EngineScorer:
     """Raises UsageError when the engine is not for this machine."""
-    manifest = read_manifest(path, KINDS[path.suffix])
+    manifest = read_export_manifest(path, KINDS[path.suffix])
     if not torch.cuda.is_available():
         check_fits(manifest, manifest.version, str(path))
     trt = load_backend(manifest.kind)

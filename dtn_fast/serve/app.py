@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.packages import require
 from dtn_fast.runtime.scorer import Scorer
 from dtn_fast.serve.batching import MicroBatcher
 from dtn_fast.serve.config import ServeConfig
 from dtn_fast.version import __version__
 
+EXTRA = "dtn-fast[serve]"
 DRAIN = 32_000_000
 """Bytes of a refused upload that are still read."""
 
@@ -41,13 +43,12 @@ class Refused(DtnError):
 
 def create_app(scorer: Scorer, config: ServeConfig = ServeConfig()) -> Any:
     """The ASGI application.  Raises UsageError when its packages are not installed."""
-    try:
-        from starlette.applications import Starlette
-        from starlette.requests import Request
-        from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-        from starlette.routing import Route
-    except ImportError as error:
-        raise UsageError("starlette is not installed; run: pip install 'dtn-fast[serve]'") from error
+    require("starlette", EXTRA)
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+    from starlette.routing import Route
+
     judge = Judge(scorer, config)
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     headers = _headers(page)
@@ -129,22 +130,23 @@ class Metrics:
     """Prometheus counters of one application."""
 
     def __init__(self, judge: Judge) -> None:
-        import prometheus_client as prometheus
+        prometheus = require("prometheus_client", EXTRA)
 
         self._registry = prometheus.CollectorRegistry()
         where = {"registry": self._registry}
         self.requests = prometheus.Counter("dtn_requests", "Uploads by the status they were answered with",
-                                           ["status"], **where)  # type: ignore[arg-type]  # fmt: skip
-        self.frames = prometheus.Counter("dtn_frames", "Frames looked at", **where)  # type: ignore[arg-type]
-        self.faces = prometheus.Counter("dtn_faces", "Faces scored", **where)  # type: ignore[arg-type]
-        self.verdicts = prometheus.Counter("dtn_verdicts", "Verdicts", ["verdict"], **where)  # type: ignore[arg-type]
-        self.seconds = prometheus.Histogram("dtn_judge_seconds", "From the upload's end to its verdict",
-                                            buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120), **where)  # type: ignore[arg-type]  # fmt: skip
+                                           ["status"], **where)  # fmt: skip
+        self.frames = prometheus.Counter("dtn_frames", "Frames looked at", **where)
+        self.faces = prometheus.Counter("dtn_faces", "Faces scored", **where)
+        self.verdicts = prometheus.Counter("dtn_verdicts", "Verdicts", ["verdict"], **where)
+        buckets = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+        help_text = "From the upload's end to its verdict"
+        self.seconds = prometheus.Histogram("dtn_judge_seconds", help_text, buckets=buckets, **where)
         for name, text, value in (
             ("dtn_uploads_inside", "Uploads arriving, waiting or being judged", lambda: judge.inside),
             ("dtn_batches", "Batches run", lambda: judge.batcher.batches),
         ):
-            prometheus.Gauge(name, text, **where).set_function(value)  # type: ignore[arg-type]
+            prometheus.Gauge(name, text, **where).set_function(value)
         self._write = prometheus.generate_latest
 
     def text(self) -> bytes:
@@ -165,10 +167,7 @@ class Judge:
         self._own = threading.local()
         self._folder = tempfile.TemporaryDirectory(prefix="dtn-fast-")
         self._model = getattr(scorer, "model", None)
-        try:
-            self.metrics = Metrics(self)
-        except ImportError as error:
-            raise UsageError("prometheus-client is not installed; run: pip install 'dtn-fast[serve]'") from error
+        self.metrics = Metrics(self)
         self._detector()  # says at once when dlib is missing
 
     @contextlib.contextmanager
@@ -226,10 +225,10 @@ class Judge:
 
     def _detector(self) -> Any:
         """One for each worker thread."""
-        from dtn_fast.data.faces import FaceDetector
+        from dtn_fast.data.faces import FaceFinder
 
         if not hasattr(self._own, "detector"):
-            self._own.detector = FaceDetector()
+            self._own.detector = FaceFinder()
         return self._own.detector
 
     def _judge(self, path: Path, name: str, begin: float) -> dict[str, Any]:
@@ -267,10 +266,7 @@ class Judge:
 def run(scorer: Scorer, config: ServeConfig) -> None:
     """Serves until interrupted; uploads inside are still answered."""
     app = create_app(scorer, config)
-    try:
-        import uvicorn
-    except ImportError as error:
-        raise UsageError("uvicorn is not installed; run: pip install 'dtn-fast[serve]'") from error
+    uvicorn = require("uvicorn", EXTRA)
     try:
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         listening = socket.create_server((config.host, config.port), family=family)

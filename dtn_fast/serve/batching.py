@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dtn_fast.errors import UsageError
 from dtn_fast.runtime.scorer import Scorer
 
-_Job = tuple[NDArray[np.uint8], "Future[NDArray[np.float64]]"]
+_Request = tuple[NDArray[np.uint8], "Future[NDArray[np.float64]]"]
 
 
 class MicroBatcher(Scorer):
@@ -29,7 +29,7 @@ class MicroBatcher(Scorer):
         self.scorer, self.wait = scorer, wait
         self.batches = self.crops = 0
         """Batches run and crops scored so far."""
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._closed = False
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
@@ -44,7 +44,7 @@ class MicroBatcher(Scorer):
         return future.result()
 
     def _work(self) -> None:
-        held: _Job | None = None
+        held: _Request | None = None
         while True:
             job = held or self._jobs.get()
             if job is None:
@@ -64,7 +64,7 @@ class MicroBatcher(Scorer):
             if ended:
                 return
 
-    def _together(self, first: _Job) -> tuple[list[_Job], _Job | None, bool]:
+    def _together(self, first: _Request) -> tuple[list[_Request], _Request | None, bool]:
         """Jobs of one batch; a job that did not fit; whether the end was met."""
         batch, size, until = [first], len(first[0]), time.monotonic() + self.wait
         while size < self.batch_size:

@@ -18,7 +18,7 @@ from dtn_fast.bench import run as runner
 from dtn_fast.bench.bench_kernels import attention_cases, gate_cases
 from dtn_fast.bench.bench_train import techniques, train_case
 from dtn_fast.bench.machine import Machine
-from dtn_fast.bench.measure import Case, Row, lines, measure, seconds
+from dtn_fast.bench.measure import Case, Measurement, lines, measure, seconds
 from dtn_fast.bench.roofline import floor, inference, training_floor
 from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.evaluation.mac_count import count
@@ -135,7 +135,8 @@ def test_results_are_stored_by_machine_and_suite(tmp_path: Path) -> None:
     data = results.load(path)
     assert set(data["suites"]) == {"model", "data"}
     assert data["suites"]["model"]["rows"][0] == dataclasses.replace(rows[0], **{
-        f.name: float(f"{v:.5g}") for f in dataclasses.fields(Row) if isinstance(v := getattr(rows[0], f.name), float)
+        f.name: float(f"{v:.5g}") for f in dataclasses.fields(Measurement)
+        if isinstance(v := getattr(rows[0], f.name), float)
     })  # fmt: skip
     gpu_env = {**ENV, "gpu": "NVIDIA H200", "cuda": "13.0"}
     assert results.file_name(gpu_env) == "nvidia-h200-2.13.0-13.0.json"
@@ -148,7 +149,7 @@ def test_results_are_stored_by_machine_and_suite(tmp_path: Path) -> None:
 
 def test_compare_shows_what_moved_beyond_the_spread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def file(name: str, *medians: float) -> Path:
-        rows = [Row("model", "case", str(i), m, 0.95 * m, 1.05 * m, 1.0) for i, m in enumerate(medians)]
+        rows = [Measurement("model", "case", str(i), m, 0.95 * m, 1.05 * m, 1.0) for i, m in enumerate(medians)]
         return results.store(tmp_path / name, "model", rows, H200, ENV, {})
 
     before, after = file("a", 1.0, 1.0, 1.0), file("b", 0.5, 1.04, 1.5)
@@ -313,7 +314,7 @@ def test_committed_structure_is_this_triton_s(tmp_path: Path) -> None:
 
 
 def test_occupancy() -> None:
-    row = compile_check.Row(
+    row = compile_check.Measurement(
         90, "k", "", "", 4, 1, registers=128, spill=0, stack=0, shared=32 * 1024, tensor_core=1, vector_load=1
     )
     assert row.occupancy() == 16 / 64  # 65,536 registers / (128 a thread * 128 threads) = 4 blocks of 4 warps

@@ -69,11 +69,11 @@ def test_usage_errors_exit_2(run, tmp_path: Path) -> None:
             assert err.count("\n") == 1
 
 
-def test_the_whole_path(run, dataset: Path, tmp_path: Path) -> None:
+def test_the_whole_path(run, video_set: Path, tmp_path: Path) -> None:
     """prepare, train, resume, distill, evaluate, export, detect with the checkpoint and with the ONNX file."""
     (tmp_path / "small.json").write_text(SMALL.to_json())
     crops, training, onnx = tmp_path / "crops", tmp_path / "run", tmp_path / "m.onnx"
-    code, _, err = run("prepare", dataset, "--out", crops, "--preset", "tiny", "--frames", "2")
+    code, _, err = run("prepare", video_set, "--out", crops, "--preset", "tiny", "--frames", "2")
     assert code == 0, err
     (tmp_path / "tiny.json").write_text(SMALL.to_json().replace('"image_size": 64', '"image_size": 128'))
     flags = [
@@ -107,8 +107,8 @@ def test_the_whole_path(run, dataset: Path, tmp_path: Path) -> None:
     Image.fromarray(data.astronaut()).save(tmp_path / "face.png")
     scores = []
     for model in (training, onnx):
-        code, out, err = run("detect", tmp_path / "face.png", dataset / "original_sequences", "--model", model, "--out",
-                             tmp_path / "out", "--frames", "2")  # fmt: skip
+        inputs = tmp_path / "face.png", video_set / "original_sequences"
+        code, out, err = run("detect", *inputs, "--model", model, "--out", tmp_path / "out", "--frames", "2")
         assert code == 0, err
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         assert len(results["results"]) == 9
@@ -117,7 +117,7 @@ def test_the_whole_path(run, dataset: Path, tmp_path: Path) -> None:
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
-def test_deployment_from_the_command_line(run, trained: Path, crops: Path, dataset: Path, tmp_path: Path) -> None:
+def test_deployment_from_the_command_line(run, trained: Path, crops: Path, video_set: Path, tmp_path: Path) -> None:
     """export in every form, inspect, verify, repository, detect with each file that this machine runs."""
     file = lambda name: tmp_path / name
     quantized = ["--linears", "int8", "--calibrate", crops, "--images", "8", "--max-auc-drop", "1"]
@@ -147,7 +147,7 @@ def test_deployment_from_the_command_line(run, trained: Path, crops: Path, datas
     code, out, _ = run("repository", file("m.onnx"), "--out", file("models"))
     assert (code, out.count("config.pbtxt")) == (0, 3)
     scores = {}
-    video = next((dataset / "original_sequences").rglob("*.mp4"))
+    video = next((video_set / "original_sequences").rglob("*.mp4"))
     for model in (trained, file("m.mnn"), file("q.onnx")):
         code, out, err = run("detect", video, "--model", model, "--out", file("out"), "--annotate", "--rate", "100")
         assert code == 0, err
@@ -281,7 +281,7 @@ def test_checkpoint_of_another_preset_is_named(run, trained: Path, tmp_path: Pat
     assert "another preset" in err
 
 
-def test_corrupt_and_bench(run, dataset: Path, tmp_path: Path) -> None:
+def test_corrupt_and_bench(run, video_set: Path, tmp_path: Path) -> None:
     Image.fromarray(data.astronaut()).save(tmp_path / "face.png")
     code, _, err = run(
         "corrupt", tmp_path / "face.png", "--out", tmp_path / "o" / "grey.png", "--kind", "saturation", "--level", 5
@@ -289,7 +289,7 @@ def test_corrupt_and_bench(run, dataset: Path, tmp_path: Path) -> None:
     assert code == 0, err
     grey = np.asarray(Image.open(tmp_path / "o" / "grey.png")).astype(int)
     assert np.abs(grey - grey[..., :1]).max() <= 2
-    video = next(dataset.rglob("*.mp4"))
+    video = next(video_set.rglob("*.mp4"))
     code, _, err = run("corrupt", video, "--out", tmp_path / "v.mp4", "--kind", "video", "--level", 5)
     assert code == 0, err
     assert (tmp_path / "v.mp4").stat().st_size < video.stat().st_size
@@ -298,14 +298,14 @@ def test_corrupt_and_bench(run, dataset: Path, tmp_path: Path) -> None:
         (["corrupt", video, "--out", tmp_path / "v.mp4", "--kind", "fog"], "unknown corruption 'fog'"),
         (["bench", "everything"], "unknown suite 'everything'"),
         (["bench", "compare", tmp_path / "a.json", tmp_path / "b.json"], "a.json: No such file"),
-        (["prepare", dataset, "--out", tmp_path / "c", "--shard", "5/4"], "--shard 5/4"),
-        (["prepare", dataset, "--out", tmp_path / "c", "--shard", "half"], "i/n was expected"),
-        (["prepare", dataset, "--out", tmp_path / "c", "--dataset", "dfd"], "with DFD in it"),
+        (["prepare", video_set, "--out", tmp_path / "c", "--shard", "5/4"], "--shard 5/4"),
+        (["prepare", video_set, "--out", tmp_path / "c", "--shard", "half"], "i/n was expected"),
+        (["prepare", video_set, "--out", tmp_path / "c", "--dataset", "dfd"], "with DFD in it"),
     ):
         code, _, err = run(*words)
         assert code == 2, words
         assert word in err
-    code, out, _ = run("prepare", dataset, "--out", tmp_path / "c", "--audit-only")
+    code, out, _ = run("prepare", video_set, "--out", tmp_path / "c", "--audit-only")
     assert code == 0
     assert "40 videos: test/SynthBlend 2" in out
     assert not (tmp_path / "c").exists()

@@ -15,7 +15,7 @@ from skimage import data
 from dtn_fast.data.augment import Augment, DeviceAugment, jpeg
 from dtn_fast.data.blend import METHOD, BlendedCrops, self_blend, self_blended
 from dtn_fast.data.config import PRESETS, AugmentPreset
-from dtn_fast.data.crop_dataset import Crops, Shards
+from dtn_fast.data.crop_dataset import CropDataset, Crops
 from dtn_fast.data.randomness import sample_seeds, uniform
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.metrics import evaluate_scores
@@ -166,25 +166,25 @@ def test_landmarks_give_the_mask_and_unknown_ones_do_not() -> None:
     )
 
 
-def test_self_blended_shards_double_the_reals(shards: Shards) -> None:
-    made = self_blended(shards, seed=3)
-    reals = int((shards.labels == 0).sum())
+def test_self_blended_shards_double_the_reals(dataset: CropDataset) -> None:
+    made = self_blended(dataset, seed=3)
+    reals = int((dataset.labels == 0).sum())
     assert len(made.crops) == 2 * reals == len(made.video)
     assert made.methods == (METHOD,)
     assert set(made.labels[:reals]) == {0}
     assert set(made.labels[reals:]) == {1}
     for split in ("train", "val", "test"):
         rows = made.select(split)
-        count = (shards.labels[shards.select(split)] == 0).sum()
+        count = (dataset.labels[dataset.select(split)] == 0).sum()
         assert [(made.labels[rows] == label).sum() for label in (0, 1)] == [count, count]
     rows = np.arange(2 * reals)
     first, second = made.get(rows, epoch=0), made.get(rows, epoch=1)
     assert np.array_equal(first, made.get(rows[::-1].copy(), epoch=0)[::-1])
     assert (np.abs(first.astype(int) - second)[reals:].max((1, 2, 3)) > 0).all(), "another fake each epoch"
-    source = shards.get(np.flatnonzero(shards.labels == 0))
+    source = dataset.get(np.flatnonzero(dataset.labels == 0))
     kept = (np.abs(first[:reals].astype(int) - source).max((1, 2, 3)) == 0).mean()
     assert 0.2 < kept < 0.8, "about half of the reals are recoloured"
-    no_reals = dataclasses.replace(shards, videos=[v._replace(label=1, method="x") for v in shards.videos])
+    no_reals = dataclasses.replace(dataset, videos=[v._replace(label=1, method="x") for v in dataset.videos])
     with pytest.raises(UsageError, match="needs real faces"):
         self_blended(no_reals)
 

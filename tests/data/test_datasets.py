@@ -28,7 +28,7 @@ from dtn_fast.data.datasets.ffpp import DFD, FFPP_METHODS
 from dtn_fast.data.datasets.parsing import safe_path
 from dtn_fast.data.frames import landmarks, video_frames
 from dtn_fast.data.video import read_frames, write_video
-from dtn_fast.data.video_table import SPLITS, Manifest, Video, audit
+from dtn_fast.data.video_table import SPLITS, Video, VideoTable, audit
 from dtn_fast.errors import MediaError, UsageError
 
 DISTORTED = tuple(variant for variant in VARIANTS if variant not in ("end_to_end", "reenact_postprocess"))
@@ -102,7 +102,7 @@ def dfd(root: Path) -> Miniature:
     return Source("dfd", compression="c40"), rows, "test/DeepFakeDetection has 2 videos, published are 3068"
 
 
-def celebdf(root: Path, dataset: Any = "celebdf-v2", inside: str = "") -> Miniature:
+def celebdf(root: Path, video_set: Any = "celebdf-v2", inside: str = "") -> Miniature:
     rows = []  # id1, id2 and 00005 fall to val
     for kind, names in {
         "Celeb-real": {"id0_0000": "test", "id0_0001": "train", "id1_0000": "val"},
@@ -117,10 +117,10 @@ def celebdf(root: Path, dataset: Any = "celebdf-v2", inside: str = "") -> Miniat
     put(root, *(row.path for row in rows), f"Celeb-synthesis/{inside}id0_id1_0000.mp4", "other/id7_0000.mp4")
     listed = "1 Celeb-real/id0_0000.mp4\n1 YouTube-real/00001.mp4\n0 Celeb-synthesis/id4_id0_0002.mp4\n"
     put(root, "List_of_testing_videos.txt", data=listed)
-    return Source(dataset, SPLITS), rows, {
+    return Source(video_set, SPLITS), rows, {
         "celebdf-v1": "10 videos in all, published are 408 reals and 795 fakes",
         "celebdf-v2": "test/real has 2 videos, published are 178",
-    }[dataset]  # fmt: skip
+    }[video_set]  # fmt: skip
 
 
 def dfdc(root: Path) -> Miniature:
@@ -222,7 +222,7 @@ def reals(root: Path) -> Miniature:
 MINIATURES: dict[str, Callable[[Path], Miniature]] = {
     "ffpp": ffpp,
     "dfd": dfd,
-    "celebdf-v1": functools.partial(celebdf, dataset="celebdf-v1"),
+    "celebdf-v1": functools.partial(celebdf, video_set="celebdf-v1"),
     "celebdf-v2": celebdf,
     "celebdf-v2 under videos": functools.partial(celebdf, inside="videos/"),
     "dfdc": dfdc,
@@ -242,16 +242,16 @@ def test_rows_and_their_frames(tmp_path: Path, name: str) -> None:
     source, rows, published = MINIATURES[name](tmp_path)
     if published:
         assert "(--allow counts accepts that)" in refused(tmp_path, source, published)
-    manifest = read(tmp_path, replace(source, allow=("counts",) if published else ()))
-    assert sorted(manifest.videos) == sorted(rows)
-    assert (manifest.crops, manifest.lmdb) == (source.dataset == "deepfakebench", source.lmdb)
-    assert any(note.startswith("accepted: ") and published in note for note in manifest.notes) == bool(published)
-    for row in manifest.videos:
-        frames = list(video_frames(tmp_path, row, 2, manifest.lmdb))
+    table = read(tmp_path, replace(source, allow=("counts",) if published else ()))
+    assert sorted(table.videos) == sorted(rows)
+    assert (table.crops, table.lmdb) == (source.dataset == "deepfakebench", source.lmdb)
+    assert any(note.startswith("accepted: ") and published in note for note in table.notes) == bool(published)
+    for row in table.videos:
+        frames = list(video_frames(tmp_path, row, 2, table.lmdb))
         assert [frame.number > 0 for frame in frames] == [False, True][: len(row.frames) or 2]
         assert np.abs(frames[0].image.astype(int) - picture()).mean() < 8
     if source.dataset in ("celebdf-v1", "celebdf-v2", "dfdc-preview"):
-        assert "1 videos left out: their people are in both train and val" in manifest.notes
+        assert "1 videos left out: their people are in both train and val" in table.notes
     if source.dataset in ("celebdf-v1", "celebdf-v2", "dfdc"):
         unasked = read(tmp_path, replace(source, splits=(), allow=("counts",)))
         assert sorted(unasked.videos) == sorted(row for row in rows if row.split == "test")
@@ -265,7 +265,7 @@ def test_selection_and_unknown_choices(tmp_path: Path) -> None:
     refused(tmp_path, replace(source, methods=("FaceSwap",)), "no videos of FaceSwap; there are Deepfakes, Face2Face")
     refused(tmp_path, replace(source, compression="c40"), "manipulated_sequences")
     refused(tmp_path, replace(source, splits=("dev",)), "--splits dev: known are train, val, test")
-    refused(tmp_path, replace(source, dataset="nope"), "--dataset nope: known are ffpp, dfd")
+    refused(tmp_path, replace(source, video_set="nope"), "--dataset nope: known are ffpp, dfd")
     refused(tmp_path / "nowhere", source, "no such folder")
 
 
@@ -313,11 +313,11 @@ def test_deeperforensics_reals_are_perturbed(tmp_path: Path, variant: str) -> No
     refused(tmp_path, replace(source, ffpp=None), "--ffpp")
 
 
-def complete(root: Path, dataset: Any) -> tuple[Source, dict[str, int], str]:
+def complete(root: Path, video_set: Any) -> tuple[Source, dict[str, int], str]:
     """How to read it, its counts, and one of its fakes."""
-    source, thousand, files = Source(dataset), [f"{n:03d}" for n in range(1000)], []
+    source, thousand, files = Source(video_set), [f"{n:03d}" for n in range(1000)], []
     counts: dict[str, int] = {}
-    if dataset == "ffpp":
+    if video_set == "ffpp":
         pairs = [*zip(thousand[::2], thousand[1::2], strict=True)]
         for split, some in zip(SPLITS, (pairs[:360], pairs[360:430], pairs[430:]), strict=True):
             put(root, f"splits/{split}.json", data=some)
@@ -325,19 +325,19 @@ def complete(root: Path, dataset: Any) -> tuple[Source, dict[str, int], str]:
         files = [f"{YOUTUBE}/{name}.mp4" for name in thousand]
         files += [f"manipulated_sequences/{method}/c23/videos/{x}_{y}.mp4"
                   for a, b in pairs for x, y in ((a, b), (b, a)) for method in FFPP_METHODS]  # fmt: skip
-    elif dataset == "dfd":
+    elif video_set == "dfd":
         files = [f"original_sequences/actors/c23/videos/{n % 28:02d}__scene_{n // 28}.mp4" for n in range(363)]
         files += [f"manipulated_sequences/{DFD}/c23/videos/{n % 28:02d}_{(n + 1) % 28:02d}__scene__{n:08X}.mp4"
                   for n in range(3068)]  # fmt: skip
         counts = {"test/real": 363, f"test/{DFD}": 3068}
-    elif dataset == "celebdf-v2":
+    elif video_set == "celebdf-v2":
         files = [f"Celeb-real/id{n % 59}_{n // 59:04d}.mp4" for n in range(590)]
         files += [f"YouTube-real/{n:05d}.mp4" for n in range(300)]
         files += [f"Celeb-synthesis/id{n % 59}_id{(n + 1) % 59}_{n // 59:04d}.mp4" for n in range(5639)]
         listed = [f"1 {name}" for name in files[500:678]] + [f"0 {name}" for name in files[-340:]]
         put(root, "List_of_testing_videos.txt", data="\n".join(listed))
         counts = {"test/real": 178, "test/Celeb-synthesis": 340}
-    elif dataset == "dfdc":
+    elif video_set == "dfdc":
         files = [f"test/videos/v{n:04d}.mp4" for n in range(5000)]
         rows = [f"v{n:04d}.mp4,{n % 2}" for n in range(5000)]
         put(root, "test/labels.csv", data="\r\n".join(["filename,label", *rows]))
@@ -354,28 +354,28 @@ def complete(root: Path, dataset: Any) -> tuple[Source, dict[str, int], str]:
 
 
 @pytest.mark.parametrize("dataset", ["ffpp", "dfd", "celebdf-v2", "dfdc", "deeperforensics"])
-def test_published_counts(tmp_path: Path, dataset: str) -> None:
-    source, counts, victim = complete(tmp_path, dataset)
-    manifest, total = read(tmp_path, source), sum(counts.values())
-    assert Counter(f"{v.split}/{v.method}" for v in manifest.videos) == counts
-    assert not any(re.search("accepted|not there|not checked", note) for note in manifest.notes)
+def test_published_counts(tmp_path: Path, video_set: str) -> None:
+    source, counts, victim = complete(tmp_path, video_set)
+    table, total = read(tmp_path, source), sum(counts.values())
+    assert Counter(f"{v.split}/{v.method}" for v in table.videos) == counts
+    assert not any(re.search("accepted|not there|not checked", note) for note in table.notes)
     (tmp_path / victim).unlink()
     missing = f"1 of {total} videos are missing, the first is (?i:{victim})"
-    missing = "has 3067 videos, published are 3068" if dataset == "dfd" else missing  # no list names its videos
+    missing = "has 3067 videos, published are 3068" if video_set == "dfd" else missing  # no list names its videos
     refused(tmp_path, source, missing)
-    manifest = read(tmp_path, replace(source, allow=("counts",)))
-    assert len(manifest.videos) == total - 1
-    assert any(re.search(f"accepted: .*{missing}", note) for note in manifest.notes)
+    table = read(tmp_path, replace(source, allow=("counts",)))
+    assert len(table.videos) == total - 1
+    assert any(re.search(f"accepted: .*{missing}", note) for note in table.notes)
 
 
 def test_celebdf_test_videos_never_reach_training(tmp_path: Path) -> None:
     source = replace(complete(tmp_path, "celebdf-v2")[0], splits=("train", "val"))
     path = tmp_path / "List_of_testing_videos.txt"
     lines = path.read_text().splitlines()
-    names, manifest = {line[2:] for line in lines}, read(tmp_path, source)
-    assert not names & {video.path for video in manifest.videos}
-    (note,) = (note for note in manifest.notes if "left out" in note)
-    assert len(manifest.videos) + int(note.split()[0]) == 890 + 5639 - 518
+    names, table = {line[2:] for line in lines}, read(tmp_path, source)
+    assert not names & {video.path for video in table.videos}
+    (note,) = (note for note in table.notes if "left out" in note)
+    assert len(table.videos) + int(note.split()[0]) == 890 + 5639 - 518
     path.write_text("\n".join(lines[1:]))  # cut short, the list would leave a test video to the training set
     refused(tmp_path, source, path.name)
     path.write_text("\n".join(lines))
@@ -401,7 +401,7 @@ A, B = Video("a.mp4", 0, "real", "train", ("1",)), Video("b.mp4", 1, "X", "train
 )  # fmt: skip
 @pytest.mark.parametrize("allow", [(), ("counts",), ("leaks",), ("counts", "leaks")])
 def test_audit(tmp_path: Path, videos: list[Video], kind: str, text: str, allow: Any) -> None:
-    check = functools.partial(audit, Manifest(tmp_path, videos), {}, allow, exists=lambda video: True)
+    check = functools.partial(audit, VideoTable(tmp_path, videos), {}, allow, exists=lambda video: True)
     if not kind or (kind == "leaks" and "leaks" in allow):
         assert any(re.search(f"accepted: .*{text}", note) for note in check().notes) == bool(kind)
         return

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from skimage import data
 
-from dtn_fast.data.faces import Box, FaceDetector, crop_face
+from dtn_fast.data.faces import Box, FaceFinder, crop_face
 
 
 @pytest.fixture(scope="module")
-def detector() -> FaceDetector:
-    return FaceDetector()
+def detector() -> FaceFinder:
+    return FaceFinder()
 
 
 @pytest.mark.parametrize("scale", [1, 3])
-def test_finds_the_astronaut_at_any_resolution(detector: FaceDetector, scale: int) -> None:
+def test_finds_the_astronaut_at_any_resolution(detector: FaceFinder, scale: int) -> None:
     image = np.repeat(np.repeat(data.astronaut(), scale, 0), scale, 1)
     (box,) = detector(image)
     x, y = (box.left + box.right) / 2 / scale, (box.top + box.bottom) / 2 / scale
@@ -23,7 +23,7 @@ def test_finds_the_astronaut_at_any_resolution(detector: FaceDetector, scale: in
     assert box.area > 0
 
 
-def test_several_faces_largest_first_and_none(detector: FaceDetector) -> None:
+def test_several_faces_largest_first_and_none(detector: FaceFinder) -> None:
     face = data.astronaut()[:256, 96:352]
     canvas = np.zeros((512, 800, 3), np.uint8)
     canvas[:256, 500:756] = face

@@ -17,7 +17,7 @@ from small import RECIPE, SMALL, changed
 from dtn_fast import DTN
 from dtn_fast.data.augment import Augment
 from dtn_fast.data.config import PRESETS
-from dtn_fast.data.crop_dataset import Crops, Shards
+from dtn_fast.data.crop_dataset import CropDataset, Crops
 from dtn_fast.data.loader import Loader, epoch_order
 from dtn_fast.data.open import open_data
 from dtn_fast.data.video_table import Video
@@ -26,14 +26,14 @@ from dtn_fast.train.config import Execution
 from dtn_fast.train.loop import Epoch, fit
 
 
-def numbered(count: int = 40, fakes: int = 30, side: int = 16) -> Shards:
+def numbered(count: int = 40, fakes: int = 30, side: int = 16) -> CropDataset:
     """Crops that are their own number everywhere, the last ``fakes`` of them fake, in three parts."""
     crops = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, side, side, 3)).copy()
     videos = [Video("real", 0, "real", "train"), Video("fake", 1, "F", "train")]
     video = (np.arange(count) >= count - fakes).astype(np.int64)
     zeros = np.zeros(count, np.int64)
     parts = [crops[:7], crops[7:8], crops[8:]]
-    return Shards(Crops(parts, side), video, zeros, zeros, videos, [{}, {}], False)
+    return CropDataset(Crops(parts, side), video, zeros, zeros, videos, [{}, {}], False)
 
 
 def rows_of(loader: Loader, epoch: int = 0, start: int = 0) -> list[list[int]]:
@@ -41,8 +41,8 @@ def rows_of(loader: Loader, epoch: int = 0, start: int = 0) -> list[list[int]]:
 
 
 def test_batches_hold_the_crops_and_labels_of_their_rows() -> None:
-    shards = numbered()
-    for batch in Loader(shards, np.arange(40), 8).epoch(0):
+    dataset = numbered()
+    for batch in Loader(dataset, np.arange(40), 8).epoch(0):
         assert batch.crops.dtype == torch.uint8
         assert batch.crops.shape == (8, 16, 16, 3)
         assert torch.equal(batch.crops[:, 3, 5, 1], torch.from_numpy(batch.rows))
@@ -51,15 +51,15 @@ def test_batches_hold_the_crops_and_labels_of_their_rows() -> None:
 
 
 def test_epochs_are_shuffled_balanced_and_repeat() -> None:
-    shards = numbered(40, 30)
-    loader = Loader(shards, np.arange(40), 6, seed=(3,))
+    dataset = numbered(40, 30)
+    loader = Loader(dataset, np.arange(40), 6, seed=(3,))
     first = rows_of(loader)
-    assert first == rows_of(Loader(shards, np.arange(40), 6, seed=(3,)))
+    assert first == rows_of(Loader(dataset, np.arange(40), 6, seed=(3,)))
     assert first != rows_of(loader, 1)
-    assert first != rows_of(Loader(shards, np.arange(40), 6, seed=(4,)))
+    assert first != rows_of(Loader(dataset, np.arange(40), 6, seed=(4,)))
     everything = [row for batch in first for row in batch]
     assert sorted(everything) == sorted([*range(10, 40), *list(range(10)) * 3]), "10 reals three times, 30 fakes once"
-    batch, *_ = Loader(shards, np.arange(40), 60).epoch(0)
+    batch, *_ = Loader(dataset, np.arange(40), 60).epoch(0)
     real = batch.rows < 10
     assert len(set(batch.seeds[real].tolist())) == 30, "each copy of a real is augmented on its own"
 
@@ -70,29 +70,29 @@ def test_epochs_are_shuffled_balanced_and_repeat() -> None:
     repeat=st.integers(0, 4), epoch=st.integers(0, 5),
 )  # fmt: skip
 def test_ranks_share_the_global_batch_without_overlap(count, fakes, size, world, repeat, epoch) -> None:
-    shards = numbered(count, min(fakes, count - 1))
+    dataset = numbered(count, min(fakes, count - 1))
     rows = np.arange(count)
     if count < world:
         with pytest.raises(UsageError, match="cannot be shared"):
-            Loader(shards, rows, size, world=world)
+            Loader(dataset, rows, size, world=world)
         return
-    whole = rows_of(Loader(shards, rows, size * world, real_repeat=repeat), epoch)
-    ranks = [rows_of(Loader(shards, rows, size, real_repeat=repeat, rank=r, world=world), epoch) for r in range(world)]
+    whole = rows_of(Loader(dataset, rows, size * world, real_repeat=repeat), epoch)
+    ranks = [rows_of(Loader(dataset, rows, size, real_repeat=repeat, rank=r, world=world), epoch) for r in range(world)]
     for step, expected in enumerate(whole):
         together = [ranks[r][step] for r in range(world)]
         joined = [together[i % world][i // world] for i in range(len(expected))]
         assert joined == expected
-    order = epoch_order(shards.labels, rows, repeat, 0)
+    order = epoch_order(dataset.labels, rows, repeat, 0)
     assert sum(map(len, whole)) == min(len(order), max(len(order) // (size * world), 1) * size * world)
 
 
 def test_the_rest_of_an_epoch_is_the_same_after_resuming() -> None:
-    shards = numbered()
+    dataset = numbered()
 
     def mark(crops: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         return crops ^ (seeds & np.uint64(255)).astype(np.uint8)[:, None, None, None]
 
-    loader = Loader(shards, np.arange(40), 7, transform=mark)
+    loader = Loader(dataset, np.arange(40), 7, transform=mark)
     whole = list(loader.epoch(2))
     rest = list(loader.epoch(2, start=3))
     assert len(rest) == len(loader) - 3
@@ -102,10 +102,10 @@ def test_the_rest_of_an_epoch_is_the_same_after_resuming() -> None:
 
 
 def test_resident_crops_are_the_same_batches() -> None:
-    shards = numbered()
+    dataset = numbered()
     rows = np.array([3, 9, 11, 12, 30, 39])
-    plain, resident = (Loader(shards, rows, 4, resident=r) for r in (False, True))
-    shards.crops.fill = None  # type: ignore[method-assign, assignment]
+    plain, resident = (Loader(dataset, rows, 4, resident=r) for r in (False, True))
+    dataset.crops.fill = None  # type: ignore[method-assign, assignment]
     with pytest.raises(TypeError):
         next(plain.epoch(0))
     for batch in resident.epoch(0):
@@ -131,9 +131,9 @@ class Slow:
         out[...] = 0
 
 
-def slow_shards(source: Slow) -> Shards:
+def slow_shards(source: Slow) -> CropDataset:
     zeros = np.zeros(64, np.int64)
-    return Shards(source, zeros, zeros, zeros, [Video("a", 0, "real", "train")], [{}], False)
+    return CropDataset(source, zeros, zeros, zeros, [Video("a", 0, "real", "train")], [{}], False)
 
 
 def test_the_readers_error_reaches_the_consumer_and_threads_end() -> None:
@@ -157,34 +157,34 @@ def test_rows_outside_are_an_error() -> None:
 
 
 @pytest.fixture
-def pictures(shards: Shards, tmp_path: Path) -> Path:
+def pictures(dataset: CropDataset, tmp_path: Path) -> Path:
     """The shards' crops as a folder of JPEGs."""
     for split in ("train", "val", "test"):
-        rows = shards.select(split)
-        for row, crop in zip(rows, shards.get(rows), strict=True):
-            video = shards.videos[shards.video[row]]
-            path = tmp_path / split / video.method / Path(video.path).stem / f"{shards.frame[row]:03d}.jpg"
+        rows = dataset.select(split)
+        for row, crop in zip(rows, dataset.get(rows), strict=True):
+            video = dataset.videos[dataset.video[row]]
+            path = tmp_path / split / video.method / Path(video.path).stem / f"{dataset.frame[row]:03d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             cv2.imwrite(str(path), crop[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 98])
     return tmp_path
 
 
-def test_a_folder_of_jpegs_is_as_good_as_shards(shards: Shards, pictures: Path) -> None:
+def test_a_folder_of_jpegs_is_as_good_as_shards(dataset: CropDataset, pictures: Path) -> None:
     data = open_data(pictures, 64)
     for split in ("train", "val", "test"):
-        a, b = shards.select(split), data.select(split)
+        a, b = dataset.select(split), data.select(split)
         assert sorted(data.videos[v].method for v in data.video[b]) == sorted(
-            shards.videos[v].method for v in shards.video[a]
+            dataset.videos[v].method for v in dataset.video[a]
         )
     row = data.select("train")[0]
     video = data.videos[data.video[row]]
     twin = next(
-        r for r in shards.select("train")
-        if shards.videos[shards.video[r]].method == video.method
-        and Path(shards.videos[shards.video[r]].path).stem == Path(video.path).name
-        and shards.frame[r] == data.frame[row]
+        r for r in dataset.select("train")
+        if dataset.videos[dataset.video[r]].method == video.method
+        and Path(dataset.videos[dataset.video[r]].path).stem == Path(video.path).name
+        and dataset.frame[r] == data.frame[row]
     )  # fmt: skip
-    assert np.abs(data.get(np.array([row])).astype(int) - shards.get(np.array([twin]))).mean() < 4
+    assert np.abs(data.get(np.array([row])).astype(int) - dataset.get(np.array([twin]))).mean() < 4
     assert open_data(pictures, 32).get(np.arange(3)).shape == (3, 32, 32, 3)
     (pictures / video.frames[0]).write_bytes(b"no picture")
     with pytest.raises(MediaError, match=r"\.jpg: cannot read this image"):
@@ -203,10 +203,10 @@ def test_a_folder_of_jpegs_is_as_good_as_shards(shards: Shards, pictures: Path) 
         ({"self_blend": True, "augment": "light"}, {}),
     ],
 )
-def test_training_on_every_path_of_the_data(shards: Shards, tmp_path: Path, fields: dict, how: dict) -> None:
+def test_training_on_every_path_of_the_data(dataset: CropDataset, tmp_path: Path, fields: dict, how: dict) -> None:
     def losses(out: Path) -> list[float]:
         torch.manual_seed(1)
-        events = fit(DTN(SMALL), shards, changed(RECIPE, epochs=1, **fields), out, execution=Execution(**how))
+        events = fit(DTN(SMALL), dataset, changed(RECIPE, epochs=1, **fields), out, execution=Execution(**how))
         return [event.losses["loss"] for event in events if isinstance(event, Epoch)]
 
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
@@ -233,9 +233,9 @@ def test_a_broken_picture_stops_training_by_name(pictures: Path, tmp_path: Path)
         list(fit(DTN(SMALL), data, RECIPE, tmp_path / "run"))
 
 
-def test_cpu_augmentation_gets_the_samples_seeds(shards: Shards) -> None:
-    rows = shards.select("train")
-    loader = Loader(shards, rows, 8, transform=Augment(PRESETS["forensic"]))
+def test_cpu_augmentation_gets_the_samples_seeds(dataset: CropDataset) -> None:
+    rows = dataset.select("train")
+    loader = Loader(dataset, rows, 8, transform=Augment(PRESETS["forensic"]))
     batch = next(loader.epoch(4))
-    expected = Augment(PRESETS["forensic"])(shards.get(batch.rows), batch.seeds)
+    expected = Augment(PRESETS["forensic"])(dataset.get(batch.rows), batch.seeds)
     assert np.array_equal(batch.crops.numpy(), expected)

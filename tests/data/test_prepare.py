@@ -28,13 +28,13 @@ from small import SMALL
 from dtn_fast.data import prepare as P
 from dtn_fast.data import video
 from dtn_fast.data.config import PrepareConfig, Source
-from dtn_fast.data.crop_dataset import open_shards
+from dtn_fast.data.crop_dataset import open_crop_dataset
 from dtn_fast.data.datasets import read
 from dtn_fast.data.datasets.ffpp import read_ffpp
-from dtn_fast.data.faces import Box, FaceDetector, FaceTracker
+from dtn_fast.data.faces import Box, FaceFinder, FaceTracker
 from dtn_fast.data.prepare import Progress, prepare
 from dtn_fast.data.video import read_frames, write_video
-from dtn_fast.data.video_table import Manifest, Video
+from dtn_fast.data.video_table import Video, VideoTable
 from dtn_fast.errors import MediaError, UsageError
 from dtn_fast.files import write_whole
 
@@ -89,18 +89,18 @@ def inline() -> Iterator[None]:
     cv2.setNumThreads(threads)
 
 
-def run(manifest: Manifest, out: Path, config: PrepareConfig = PrepareConfig(), **more: Any) -> dict[str, Any]:
+def run(table: VideoTable, out: Path, config: PrepareConfig = PrepareConfig(), **more: Any) -> dict[str, Any]:
     """Prepares, and reads the index."""
-    for _ in prepare(manifest, out, SIZE, config, **more):
+    for _ in prepare(table, out, SIZE, config, **more):
         pass
     return json.loads((out / "index.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def many(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+def many(video_set: Path, tmp_path_factory: pytest.TempPathFactory) -> VideoTable:
     """60 short videos, each a part."""
     root = tmp_path_factory.mktemp("many")
-    for number, source in enumerate(sorted(dataset.rglob("*.mp4")) + sorted(dataset.rglob("00[0-3]*.mp4"))):
+    for number, source in enumerate(sorted(video_set.rglob("*.mp4")) + sorted(video_set.rglob("00[0-3]*.mp4"))):
         folder = root / "test" / ("real" if "youtube" in source.parts else "forged")
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, folder / f"{number:03d}.mp4")
@@ -108,7 +108,7 @@ def many(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 @pytest.fixture(scope="module")
-def whole(many: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(many: VideoTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The crops of ``many``, made without interruption."""
     out = tmp_path_factory.mktemp("whole")
     run(many, out, EACH)
@@ -148,18 +148,20 @@ def rows(*names: str, label: int = 0, target: str = "") -> list[Video]:
     return [Video(name, label, "X" if label else "real", "test", target=target) for name in names]
 
 
-def test_every_video_has_its_rows_or_a_reason(dataset, crops, shards, tmp_path: Path, monkeypatch) -> None:
+def test_every_video_has_its_rows_or_a_reason(video_set, crops, dataset, tmp_path: Path, monkeypatch) -> None:
     good = [v._replace(path=f"{dataset}/{v.path}", target=v.target and f"{dataset}/{v.target}")
-            for v in read_ffpp(dataset).videos]  # fmt: skip
+            for v in read_ffpp(video_set).videos]  # fmt: skip
     (tmp_path / "text.mp4").write_text("no video")
     write_video(tmp_path / "blank.mp4", [np.full((200, 200, 3), 90, np.uint8)] * 4)
     monkeypatch.setattr(P, "PART_CROPS", 1)
     out = tmp_path / "out"
-    index = run(Manifest(tmp_path, [good[0], *rows("text.mp4", "blank.mp4"), *good[1:]]), out, PrepareConfig(frames=3))
+    index = run(
+        VideoTable(tmp_path, [good[0], *rows("text.mp4", "blank.mp4"), *good[1:]]), out, PrepareConfig(frames=3)
+    )
     for folder, parts in ((out, 10), (crops, 1)):  # a real and its fakes stay together
         assert {path.name for path in folder.iterdir()} == {"index.json", "job.json", "parts"}
         assert len(finished(folder)) == parts
-    some = open_shards(out, verify=True)
+    some = open_crop_dataset(out, verify=True)
     order = np.lexsort((some.frame, some.video))
     assert some.video[order].tolist() == [number for number in (0, *range(3, 42)) for _ in range(3)]
     assert some.frame[order].tolist() == [0, 1, 2] * 40
@@ -168,11 +170,11 @@ def test_every_video_has_its_rows_or_a_reason(dataset, crops, shards, tmp_path: 
     assert len(some.select("test")) == 30
     pictures = some.get(order)
     assert (pictures.shape, pictures.dtype) == ((120, SIZE, SIZE, 3), np.uint8)
-    assert np.array_equal(pictures, shards.get(np.lexsort((shards.frame, shards.video)))), "whatever the parts"
+    assert np.array_equal(pictures, dataset.get(np.lexsort((dataset.frame, dataset.video)))), "whatever the parts"
     assert all(40 < box[2] - box[0] == pytest.approx(box[3] - box[1], abs=2) for box in index["box"])
     fine = {"asked": 3, "frames": 3, "faces": 3, "boxes": "own", "error": None, "reason": None}
     text, blank = some.status[1:3]
-    assert [some.status[0], *some.status[3:]] == shards.status == [fine] * 40
+    assert [some.status[0], *some.status[3:]] == dataset.status == [fine] * 40
     assert (text["frames"], text["faces"], text["reason"]) == (0, 0, None)
     assert "text.mp4: cannot read this video" in text["error"]
     assert blank == {**fine, "faces": 0, "reason": "no face in 3 frames"}
@@ -181,9 +183,9 @@ def test_every_video_has_its_rows_or_a_reason(dataset, crops, shards, tmp_path: 
 def test_no_face_anywhere_is_a_usage_error(tmp_path: Path) -> None:
     write_video(tmp_path / "blank.mp4", [np.full((200, 200, 3), 90, np.uint8)] * 2)
     with pytest.raises(UsageError, match="no face was found in any of the 1 videos"):
-        run(Manifest(tmp_path, rows("blank.mp4")), tmp_path / "out")
+        run(VideoTable(tmp_path, rows("blank.mp4")), tmp_path / "out")
     with pytest.raises(UsageError, match="unfinished prepare"):
-        open_shards(tmp_path / "out")
+        open_crop_dataset(tmp_path / "out")
 
 
 @pytest.mark.parametrize("content", [b"", b"text"])
@@ -198,19 +200,19 @@ def test_damaged_landmarks_leave_the_rows_in_step(tmp_path: Path, content: bytes
         pictures = tuple(f"set/frames/{name}/{i}.png" for i in range(3))
         videos.append(Video(name, 0, "real", "train", frames=pictures))
     (tmp_path / "set/landmarks/a/1.npy").write_bytes(content)
-    index = run(Manifest(tmp_path, videos, crops=True), tmp_path / "out")
-    some = open_shards(tmp_path / "out")
+    index = run(VideoTable(tmp_path, videos, crops=True), tmp_path / "out")
+    some = open_crop_dataset(tmp_path / "out")
     assert "1.npy: cannot read these landmarks" in some.status[0]["error"]
     assert some.landmarks is not None
     assert len(index["box"]) == len(some.frame) == len(some.video) == len(some.landmarks) == len(some.crops)
     assert [*zip(some.video.tolist(), some.frame.tolist(), strict=True)][-3:] == [(1, 0), (1, 1), (1, 2)]
     assert some.status[0]["faces"] == np.count_nonzero(some.video == 0)
     (tmp_path / "out/parts/000000.landmarks.npy").unlink()
-    run(Manifest(tmp_path, videos, crops=True), tmp_path / "out")
-    open_shards(tmp_path / "out")
+    run(VideoTable(tmp_path, videos, crops=True), tmp_path / "out")
+    open_crop_dataset(tmp_path / "out")
 
 
-def test_killed_at_any_moment_it_resumes_to_the_same_bytes(many: Manifest, whole: Path, tmp_path: Path) -> None:
+def test_killed_at_any_moment_it_resumes_to_the_same_bytes(many: VideoTable, whole: Path, tmp_path: Path) -> None:
     done: dict[Path, int] = {}
     for part in (1, 20, 40):
         process = start(many.root, "--out", tmp_path, *FLAGS)
@@ -247,7 +249,7 @@ def workers_of(process: int) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 @pytest.mark.parametrize("victim", ["worker", "parent"])
-def test_a_dead_process_ends_the_others(many: Manifest, whole: Path, tmp_path: Path, victim: str) -> None:
+def test_a_dead_process_ends_the_others(many: VideoTable, whole: Path, tmp_path: Path, victim: str) -> None:
     process = start(many.root, "--out", tmp_path, *FLAGS)
     try:
         assert wait_until(lambda: len(finished(tmp_path)) > 2)
@@ -269,11 +271,11 @@ def test_a_dead_process_ends_the_others(many: Manifest, whole: Path, tmp_path: P
     assert files(tmp_path) == files(whole)
 
 
-def test_shards_on_several_machines_fill_one_folder(many: Manifest, whole: Path, tmp_path: Path) -> None:
+def test_shards_on_several_machines_fill_one_folder(many: VideoTable, whole: Path, tmp_path: Path) -> None:
     both = [start(many.root, "--out", tmp_path, *FLAGS, "--shard", f"{n}/3", "--workers", n) for n in (3, 1)]
     assert [ended(process) for process in both] == [(0, "")] * 2
     with pytest.raises(UsageError, match=r"index\.json is missing.*unfinished prepare"):
-        open_shards(tmp_path)
+        open_crop_dataset(tmp_path)
     assert files(tmp_path).items() < files(whole).items()
     steps = [*prepare(many, tmp_path, SIZE, EACH, shard=(2, 3))]
     assert (steps[0], steps[-1].done) == (Progress(0, 20, 0), 20)
@@ -303,7 +305,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", tmp_path], check=True)
 
 
-def test_a_full_disk_is_one_line_and_more_space_ends_it(many: Manifest, whole: Path, small_disk: Path) -> None:
+def test_a_full_disk_is_one_line_and_more_space_ends_it(many: VideoTable, whole: Path, small_disk: Path) -> None:
     out = small_disk / "out"
     code, err = ended(start(many.root, "--out", out, *FLAGS))
     assert (code, err.count("\n")) == (1, 1)
@@ -335,7 +337,7 @@ DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes], bool]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_only_the_damaged_part_is_made_again(many: Manifest, whole: Path, tmp_path: Path, kind: str) -> None:
+def test_only_the_damaged_part_is_made_again(many: VideoTable, whole: Path, tmp_path: Path, kind: str) -> None:
     suffix, damage, hidden = DAMAGE[kind]
     out = tmp_path / "out"
     shutil.copytree(whole, out)
@@ -343,16 +345,16 @@ def test_only_the_damaged_part_is_made_again(many: Manifest, whole: Path, tmp_pa
     victim.write_bytes(damage(victim.read_bytes()))
     if suffix == "npy":
         with pytest.raises(UsageError, match=r"damaged crops .*--verify") as error:
-            open_shards(out, verify=hidden)
+            open_crop_dataset(out, verify=hidden)
         assert "\n" not in str(error.value)
     before = finished(out)
     run(many, out, EACH, verify=hidden)
     assert files(out) == files(whole)
     assert [path.name for path, when in finished(out).items() if before[path] != when] == ["000003.json"]
-    open_shards(out, verify=True)
+    open_crop_dataset(out, verify=True)
 
 
-def test_a_lost_or_damaged_index_is_written_again(many: Manifest, whole: Path, tmp_path: Path) -> None:
+def test_a_lost_or_damaged_index_is_written_again(many: VideoTable, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     index, good = out / "index.json", (whole / "index.json").read_bytes()
@@ -361,22 +363,22 @@ def test_a_lost_or_damaged_index_is_written_again(many: Manifest, whole: Path, t
         index.unlink() if content is None else index.write_bytes(content)
         match = "index.json is missing" if content is None else "version 1" if content == version else "damaged crops"
         with pytest.raises(UsageError, match=match) as error:
-            open_shards(out)
+            open_crop_dataset(out)
         assert "\n" not in str(error.value)
         run(many, out, EACH)
         assert index.read_bytes() == good
     assert files(out) == files(whole)
 
 
-def test_another_job_in_the_same_folder_is_refused(many: Manifest, whole: Path, tmp_path: Path) -> None:
+def test_another_job_in_the_same_folder_is_refused(many: VideoTable, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "out")
-    for manifest, size, config, match in [
+    for table, size, config, match in [
         (many, SIZE, PrepareConfig(frames=9, every=1), "frames 256 .asked: 9."),
         (many, 32, EACH, "size 64 .asked: 32."),
-        (Manifest(many.root, many.videos[1:], "folder"), SIZE, EACH, "videos 60 .asked: 59."),
+        (VideoTable(many.root, many.videos[1:], "folder"), SIZE, EACH, "videos 60 .asked: 59."),
     ]:
         with pytest.raises(UsageError, match=f"made otherwise: {match}") as error:
-            next(prepare(manifest, tmp_path / "out", size, config))
+            next(prepare(table, tmp_path / "out", size, config))
         assert "\n" not in str(error.value)
     assert files(tmp_path / "out") == files(whole)
     job = tmp_path / "out" / "job.json"
@@ -451,11 +453,11 @@ def test_people_who_cross_keep_their_numbers_and_newcomers_get_their_own() -> No
 def test_two_people_keep_numbers_and_good_boxes_between_whole_searches(tmp_path: Path, monkeypatch) -> None:
     places = [((6 * i, 10, 240), (440 - 5 * i, 100, 180)) for i in range(20)]
     write_video(tmp_path / "two.mp4", [scene(*pair) for pair in places])
-    manifest, search, searched = Manifest(tmp_path, rows("two.mp4")), FaceDetector.__call__, [0]
-    monkeypatch.setattr(FaceDetector, "__call__", lambda *a: searched.append(searched.pop() + 1) or search(*a))
+    table, search, searched = VideoTable(tmp_path, rows("two.mp4")), FaceFinder.__call__, [0]
+    monkeypatch.setattr(FaceFinder, "__call__", lambda *a: searched.append(searched.pop() + 1) or search(*a))
     boxes = {}
     for every, times in ((1, 20), (8, 23)):
-        index = run(manifest, tmp_path / f"{every}", PrepareConfig(frames=20, faces="all", every=every))
+        index = run(table, tmp_path / f"{every}", PrepareConfig(frames=20, faces="all", every=every))
         assert searched == [times]
         assert index["frame"] == [frame for frame in range(20) for _ in range(2)]
         assert index["person"] == [0, 1] * 20
@@ -464,7 +466,7 @@ def test_two_people_keep_numbers_and_good_boxes_between_whole_searches(tmp_path:
             middle = (box.left + box.right) / 2, (box.top + box.bottom) / 2
             assert middle == pytest.approx((x + 0.5 * side, y + 0.44 * side), abs=25)
     assert min(a.overlap(b) for a, b in zip(boxes[1], boxes[8], strict=True)) > 0.6
-    index = run(manifest, tmp_path / "largest", PrepareConfig(frames=20))
+    index = run(table, tmp_path / "largest", PrepareConfig(frames=20))
     assert index["box"] == [list(box) for box in boxes[8][::2]]
 
 
@@ -474,14 +476,14 @@ def test_fakes_are_cropped_where_their_real_is(tmp_path: Path) -> None:
     write_video(tmp_path / "faceless.mp4", [np.full_like(frame, 60) for frame in frames])
     write_video(tmp_path / "small.mp4", [cv2.resize(frame, (480, 240)) for frame in frames])
     fakes = rows("faceless.mp4", "small.mp4", label=1, target="real.mp4")
-    manifest = Manifest(tmp_path, [*fakes, *rows("real.mp4")])
-    index = run(manifest, tmp_path / "out", PrepareConfig(frames=4, reuse_boxes=True))
+    table = VideoTable(tmp_path, [*fakes, *rows("real.mp4")])
+    index = run(table, tmp_path / "out", PrepareConfig(frames=4, reuse_boxes=True))
     assert [state["boxes"] for state in index["status"]] == ["real", "own", "own"]
     boxes = [np.array([b for b, v in zip(index["box"], index["video"], strict=True) if v == n]) for n in range(3)]
     assert np.array_equal(boxes[0], boxes[2])
     assert np.abs(boxes[1] / 0.75 - boxes[2]).max() < 25
     assert boxes[2].shape == (4, 4)
-    index = run(manifest, tmp_path / "own", PrepareConfig(frames=4))
+    index = run(table, tmp_path / "own", PrepareConfig(frames=4))
     assert [state["boxes"] for state in index["status"]] == ["own"] * 3
     assert index["status"][0]["reason"] == "no face in 4 frames"
 
@@ -577,7 +579,7 @@ def test_one_bad_input_does_not_stop_the_others(tmp_path: Path) -> None:
     unknown = encode(tmp_path / "unknown.mp4", faces)
     unknown.write_bytes(unknown.read_bytes().replace(b"avc1", b"zzzz"))
     bad, good = ["zero.mp4", "unknown.mp4"], ["portrait.mp4", "deep.mp4", "alpha.mov", "uneven.mkv", "cut.mkv"]
-    index = run(Manifest(tmp_path, rows(*bad, *good)), tmp_path / "out", PrepareConfig(frames=4))
+    index = run(VideoTable(tmp_path, rows(*bad, *good)), tmp_path / "out", PrepareConfig(frames=4))
     for name, state in zip(bad, index["status"][:2], strict=True):
         assert f"{name}: " in state["error"]
         assert "\n" not in state["error"]

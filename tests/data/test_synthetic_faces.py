@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from small import SET
 
 from dtn_fast.data.config import PrepareConfig, SyntheticConfig
-from dtn_fast.data.crop_dataset import Shards, open_shards
+from dtn_fast.data.crop_dataset import CropDataset, open_crop_dataset
 from dtn_fast.data.datasets.ffpp import read_ffpp
 from dtn_fast.data.prepare import prepare
 from dtn_fast.data.synthetic_faces import film, make_synthetic
@@ -23,20 +23,20 @@ from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.metrics import evaluate_scores
 
 
-def test_the_tree_is_that_of_ffpp(dataset: Path) -> None:
-    manifest = read_ffpp(dataset)
-    assert manifest.synthetic
+def test_the_tree_is_that_of_ffpp(video_set: Path) -> None:
+    table = read_ffpp(video_set)
+    assert table.synthetic
     count = SET.train + SET.val + SET.test
-    assert len(manifest.videos) == count * (1 + len(METHODS))
-    assert sum(v.label == 0 for v in manifest.videos) == count
-    fake = next(v for v in manifest.videos if v.label)
+    assert len(table.videos) == count * (1 + len(METHODS))
+    assert sum(v.label == 0 for v in table.videos) == count
+    fake = next(v for v in table.videos if v.label)
     assert fake.path == f"manipulated_sequences/{fake.method}/c23/videos/{'_'.join(fake.identities)}.mp4"
     by_identity: dict[str, set[str]] = {}
-    for video in manifest.videos:
+    for video in table.videos:
         for identity in video.identities:
             by_identity.setdefault(identity, set()).add(video.split)
     assert all(len(splits) == 1 for splits in by_identity.values()), "identities are disjoint between splits"
-    with av.open(str(dataset / fake.path)) as container:
+    with av.open(str(video_set / fake.path)) as container:
         assert container.streams.video[0].codec_context.name == "h264"
 
 
@@ -52,9 +52,9 @@ def test_rendering_repeats_and_every_method_changes_the_face_only() -> None:
         assert changed[:, -8:].max() <= 1, method
 
 
-def test_generation_resumes_and_refuses_other_folders(dataset: Path, tmp_path: Path) -> None:
+def test_generation_resumes_and_refuses_other_folders(video_set: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(dataset, copy)
+    shutil.copytree(video_set, copy)
     victim = next(copy.glob("manipulated_sequences/*/c23/videos/*.mp4"))
     before = victim.read_bytes()
     victim.unlink()
@@ -72,14 +72,14 @@ def test_generation_resumes_and_refuses_other_folders(dataset: Path, tmp_path: P
 
 
 @pytest.fixture(scope="module")
-def larger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Shards]:
+def larger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CropDataset]:
     """A set of short videos with enough identities for statistics."""
     root = tmp_path_factory.mktemp("larger")
     for _ in make_synthetic(root / "set", SyntheticConfig(train=24, val=2, test=24, frames=1)):
         pass
     for _ in prepare(read_ffpp(root / "set"), root / "crops", 128, PrepareConfig(frames=1)):
         pass
-    return root / "set", open_shards(root / "crops")
+    return root / "set", open_crop_dataset(root / "crops")
 
 
 def _auc(features: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray) -> float:
@@ -90,22 +90,22 @@ def _auc(features: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.n
     return auc
 
 
-def _traces(shards: Shards) -> np.ndarray:
+def _traces(dataset: CropDataset) -> np.ndarray:
     """High-frequency energy of a crop, inside and outside the face: what most forgeries disturb."""
-    x = shards.get(np.arange(len(shards.video))).astype(np.float32).mean(3)
+    x = dataset.get(np.arange(len(dataset.video))).astype(np.float32).mean(3)
     detail = np.abs(4 * x[:, 1:-1, 1:-1] - x[:, :-2, 1:-1] - x[:, 2:, 1:-1] - x[:, 1:-1, :-2] - x[:, 1:-1, 2:])
     inside, outside = detail[:, 32:96, 40:88].mean((1, 2)), detail[:, :8].mean((1, 2))
     return np.log(np.stack([inside, outside, inside / outside], 1))
 
 
-def test_controls_score_chance(larger: tuple[Path, Shards]) -> None:
+def test_controls_score_chance(larger: tuple[Path, CropDataset]) -> None:
     """Neither the files' metadata nor shuffled labels predict anything; the pixels do."""
-    root, shards = larger
-    split = np.array([v.split for v in shards.videos])
-    labels = np.array([v.label for v in shards.videos])
+    root, dataset = larger
+    split = np.array([v.split for v in dataset.videos])
+    labels = np.array([v.label for v in dataset.videos])
     train, test = np.flatnonzero(split == "train"), np.flatnonzero(split == "test")
     metadata = []
-    for video in shards.videos:
+    for video in dataset.videos:
         path = root / video.path
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
@@ -114,11 +114,11 @@ def test_controls_score_chance(larger: tuple[Path, Shards]) -> None:
     deviation = ((24 + 96 + 1) / (12 * 24 * 96)) ** 0.5  # of the AUC of 24 reals and 96 fakes under chance
     assert _auc(np.array(metadata), labels, train, test) == pytest.approx(0.5, abs=3 * deviation)
 
-    traces, rows = _traces(shards), {s: np.flatnonzero(split[shards.video] == s) for s in ("train", "test")}
-    assert _auc(traces, shards.labels, rows["train"], rows["test"]) > 0.5 + 3 * deviation
-    shuffled = shards.labels.copy()
+    traces, rows = _traces(dataset), {s: np.flatnonzero(split[dataset.video] == s) for s in ("train", "test")}
+    assert _auc(traces, dataset.labels, rows["train"], rows["test"]) > 0.5 + 3 * deviation
+    shuffled = dataset.labels.copy()
     rng = np.random.default_rng(0)
     shuffled[rows["train"]] = rng.permutation(shuffled[rows["train"]])
     scores = [_auc(traces, np.where(np.isin(np.arange(len(shuffled)), rows["train"]), rng.permutation(shuffled),
-                                    shards.labels), rows["train"], rows["test"]) for _ in range(8)]  # fmt: skip
+                                    dataset.labels), rows["train"], rows["test"]) for _ in range(8)]  # fmt: skip
     assert np.mean(scores) == pytest.approx(0.5, abs=0.15)

@@ -24,8 +24,8 @@ from skimage import data
 from small import SMALL
 
 from dtn_fast import DTN
-from dtn_fast.data.crop_dataset import Shards
-from dtn_fast.data.faces import Box, FaceDetector
+from dtn_fast.data.crop_dataset import CropDataset
+from dtn_fast.data.faces import Box, FaceFinder
 from dtn_fast.data.video import Frame, read_frames, write_video
 from dtn_fast.detect.annotate import annotate
 from dtn_fast.detect.inputs import find_inputs
@@ -38,8 +38,8 @@ from dtn_fast.runtime.torch_scorer import TorchScorer
 
 
 @pytest.fixture(scope="module")
-def detector() -> FaceDetector:
-    return FaceDetector()
+def detector() -> FaceFinder:
+    return FaceFinder()
 
 
 class Fixed(TorchScorer):
@@ -54,7 +54,7 @@ class Fixed(TorchScorer):
         return np.array(taken)
 
 
-def test_image_with_two_faces_takes_the_higher(small: DTN, detector: FaceDetector, tmp_path: Path) -> None:
+def test_image_with_two_faces_takes_the_higher(small: DTN, detector: FaceFinder, tmp_path: Path) -> None:
     face = data.astronaut()[:256, 96:352]
     Image.fromarray(np.hstack([face, face])).save(tmp_path / "two.png")
     result = detect(tmp_path / "two.png", Fixed(small, [0.2, 0.9]), detector)
@@ -63,7 +63,7 @@ def test_image_with_two_faces_takes_the_higher(small: DTN, detector: FaceDetecto
     assert all(p.heat is not None for p in result.pictures)
 
 
-def test_video_score_is_the_mean_over_frames_with_a_face(small: DTN, detector: FaceDetector, tmp_path: Path) -> None:
+def test_video_score_is_the_mean_over_frames_with_a_face(small: DTN, detector: FaceFinder, tmp_path: Path) -> None:
     face = data.astronaut()[:256, 96:352]
     blank = np.zeros_like(face)
     write_video(tmp_path / "v.mp4", [face, face, blank, face], fps=2)
@@ -93,7 +93,7 @@ def test_people_have_scores_and_spans_and_the_highest_regular_one_decides() -> N
     assert aggregate(people_of(cuts, 0.5), cuts) == pytest.approx(0.15)
 
 
-def test_two_people_are_told_apart_in_a_video(small: DTN, detector: FaceDetector, tmp_path: Path) -> None:
+def test_two_people_are_told_apart_in_a_video(small: DTN, detector: FaceFinder, tmp_path: Path) -> None:
     face = data.astronaut()[:256, 96:352]
     write_video(tmp_path / "two.mp4", [np.hstack([face, face // 2])] * 5, fps=1, crf=10)
 
@@ -110,7 +110,7 @@ def test_two_people_are_told_apart_in_a_video(small: DTN, detector: FaceDetector
     assert {f["person"] for frame in stored["frames"] for f in frame["faces"]} == {0, 1}
 
 
-def test_frames_by_count_rate_or_all(small: DTN, detector: FaceDetector, tmp_path: Path) -> None:
+def test_frames_by_count_rate_or_all(small: DTN, detector: FaceFinder, tmp_path: Path) -> None:
     face = data.astronaut()[:256, 96:352]
     write_video(tmp_path / "v.mp4", [face] * 40, fps=10)
     scorer = TorchScorer(small)
@@ -165,7 +165,7 @@ def test_a_long_video_streams(small: DTN, tmp_path: Path, monkeypatch: pytest.Mo
     assert not [t for t in threading.enumerate() if t.name.startswith(("decoding", "scoring"))]
 
 
-def test_the_annotated_video_frames_faces_and_marks_spans(small: DTN, detector: FaceDetector, tmp_path: Path) -> None:
+def test_the_annotated_video_frames_faces_and_marks_spans(small: DTN, detector: FaceFinder, tmp_path: Path) -> None:
     face = cv2.resize(data.astronaut()[:256, 96:352], (480, 480))
     write_video(tmp_path / "v.mp4", [face] * 12, fps=4)
     result = detect(tmp_path / "v.mp4", Fixed(small, [0.9] * 2 + [0.1] * 4), detector, frames=6)
@@ -183,7 +183,7 @@ def test_the_annotated_video_frames_faces_and_marks_spans(small: DTN, detector: 
     assert bar[300].max() < 100
 
 
-def test_bad_inputs_are_verdicts_not_crashes(small: DTN, detector: FaceDetector, tmp_path: Path) -> None:
+def test_bad_inputs_are_verdicts_not_crashes(small: DTN, detector: FaceFinder, tmp_path: Path) -> None:
     Image.fromarray(np.zeros((100, 80, 3), np.uint8)).save(tmp_path / "blank.png")
     (tmp_path / "text.mp4").write_text("hello")
     (tmp_path / "notes.txt").write_text("hello")
@@ -241,12 +241,12 @@ def test_a_folder_without_permission_is_named_and_the_rest_goes_on() -> None:
     assert "Permission denied" in found[1][1]
 
 
-def test_grad_cam_by_its_formula(shards: Shards) -> None:
+def test_grad_cam_by_its_formula(dataset: CropDataset) -> None:
     """Without gate and blocks the network is linear after the last ReLU but for the pooling, and the map is known."""
     torch.manual_seed(0)
     model = DTN(dataclasses.replace(SMALL, depth=0, num_experts=0)).eval()
     model.head.weight.data.normal_()
-    crops = shards.get(np.arange(2))
+    crops = dataset.get(np.arange(2))
     heat = grad_cam(model, crops)
     with torch.no_grad():
         features = model.backbone[:-1](normalise(crops, model.config))
@@ -276,7 +276,7 @@ class Parsed(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
 
-def test_report_is_self_contained_and_escaped(small: DTN, detector: FaceDetector, tmp_path: Path) -> None:
+def test_report_is_self_contained_and_escaped(small: DTN, detector: FaceFinder, tmp_path: Path) -> None:
     face = data.astronaut()[:256, 96:352]
     evil = tmp_path / "<script>alert(1)<"
     evil.mkdir()

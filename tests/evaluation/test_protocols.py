@@ -13,19 +13,19 @@ import torch
 from small import SMALL
 
 from dtn_fast import DTN
-from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation import paper_numbers
 from dtn_fast.evaluation.evaluate import evaluate
 from dtn_fast.evaluation.paper_numbers import Pair
 from dtn_fast.evaluation.protocols import Entry, cross_dataset, cross_manipulation, names_of, within
-from dtn_fast.evaluation.tables import Cell, Row, Table
+from dtn_fast.evaluation.tables import Cell, ResultTable, TableRow
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
 
-def result(steps: Iterator[str | Table]) -> tuple[Table, list[str]]:
+def result(steps: Iterator[str | ResultTable]) -> tuple[ResultTable, list[str]]:
     *said, last = list(steps)
-    assert isinstance(last, Table)
+    assert isinstance(last, ResultTable)
     return last, [str(s) for s in said]
 
 
@@ -42,11 +42,11 @@ def entries(scorers: dict[str, TorchScorer]) -> list[Entry]:
     return [Entry(name, scorer) for name, scorer in scorers.items()]
 
 
-def test_table_1(scorers: dict[str, TorchScorer], shards: Shards, tmp_path: Path) -> None:
-    found, said = result(cross_dataset(entries(scorers), {"FF++": shards, "my_set": shards}))
+def test_table_1(scorers: dict[str, TorchScorer], dataset: CropDataset, tmp_path: Path) -> None:
+    found, said = result(cross_dataset(entries(scorers), {"FF++": dataset, "my_set": dataset}))
     assert said[0] == "DTN on FF++"
     assert len(said) == 4
-    expected = evaluate(scorers["DTN"], shards, groups={"all": shards.methods}).rows[0]
+    expected = evaluate(scorers["DTN"], dataset, groups={"all": dataset.methods}).rows[0]
     for level, metrics, interval in (("frame", expected.frame, expected.frame_interval),
                                      ("video", expected.video, expected.video_interval)):  # fmt: skip
         assert found.rows[0].cells[level]["FF++"] == Cell(metrics.acc, metrics.auc, interval)
@@ -64,29 +64,29 @@ def test_table_1(scorers: dict[str, TorchScorer], shards: Shards, tmp_path: Path
     assert text.count("{") == text.count("}")
     stored = json.loads(made[0].read_text())
     assert stored["rows"][0]["cells"]["video"]["FF++"]["auc"] == expected.video.auc
-    assert [Row.from_json(row) for row in stored["rows"]] == found.rows
+    assert [TableRow.from_json(row) for row in stored["rows"]] == found.rows
     assert "10 videos" in made[1].read_text()
     assert "In brackets" not in made[1].read_text()
     ElementTree.fromstring(made[3].read_text())
 
 
-def test_one_model_on_one_dataset(scorers: dict[str, TorchScorer], shards: Shards) -> None:
-    measured = evaluate(scorers["DTN"], shards)
-    table, _ = result(cross_dataset(entries(scorers)[:1], {"DFD": shards}))
+def test_one_model_on_one_dataset(scorers: dict[str, TorchScorer], dataset: CropDataset) -> None:
+    measured = evaluate(scorers["DTN"], dataset)
+    table, _ = result(cross_dataset(entries(scorers)[:1], {"DFD": dataset}))
     assert within("DTN", "DFD", measured).latex("video") == table.latex("video")
     assert r"DTN$^{\ast}$ & 87.32 & 97.60" in table.latex("video")
 
 
-def test_table_2(scorers: dict[str, TorchScorer], shards: Shards) -> None:
-    renamed = dict(zip(shards.methods, ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures"), strict=True))
-    videos = [v._replace(method=renamed.get(v.method, "")) for v in shards.videos]
-    ff = dataclasses.replace(shards, videos=videos)
+def test_table_2(scorers: dict[str, TorchScorer], dataset: CropDataset) -> None:
+    renamed = dict(zip(dataset.methods, ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures"), strict=True))
+    videos = [v._replace(method=renamed.get(v.method, "")) for v in dataset.videos]
+    ff = dataclasses.replace(dataset, videos=videos)
     two = [entry._replace(trained_on="DF") for entry in entries(scorers)]  # of one forgery, in one table
     found, said = result(cross_manipulation(two, ff))
     assert said == ["DTN on the data", "a_b & c on the data"]
     header, rows = found.text("video")
     assert header == ["model", "trained on", "DF AUC", "F2F AUC", "FS AUC", "NT AUC"]
-    assert found.policies["FS"].startswith("test split, 4 videos (2 real, 2 fake), 3.0 frames each on average, ")
+    assert found.column_notes["FS"].startswith("test split, 4 videos (2 real, 2 fake), 3.0 frames each on average, ")
     one = evaluate(scorers["DTN"], ff, groups={"FaceSwap": ("FaceSwap",)}).rows[0]
     assert found.rows[0].cells["video"]["FS"].auc == one.video.auc
     assert [row[:2] for row in rows[:2]] == [["DTN", "DF"], ["a_b & c", "DF"]]
@@ -94,16 +94,16 @@ def test_table_2(scorers: dict[str, TorchScorer], shards: Shards) -> None:
     assert "F2F" not in {row[1] for row in rows}
     assert r"Method & trained on & DF & F2F & FS & NT \\" in found.latex("frame")
     assert r"DTN$^{\ast}$ & DF & 100.00 & 97.23 & 74.26 & 98.53 \\" in found.latex("frame")
-    real = dataclasses.replace(shards, videos=[v._replace(label=0, method="") for v in shards.videos])
+    real = dataclasses.replace(dataset, videos=[v._replace(label=0, method="") for v in dataset.videos])
     with pytest.raises(UsageError, match="no forgery to test on"):
         result(cross_manipulation(two, real))
 
 
 def test_the_papers_figures_stand_beside_ours() -> None:
     cells = {"x": Cell(0.5, 0.75, (0.7, 0.8)), "y|z": Cell(0.25, None, None)}
-    row = Row("a<c", {"frame": cells, "video": cells}, after={"size": ("1.0", "2.0"), "other": ("3", "")},
+    row = TableRow("a<c", {"frame": cells, "video": cells}, after={"size": ("1.0", "2.0"), "other": ("3", "")},
               paper={"x": Pair(60.0, 70.5), "elsewhere": Pair(1.0, 2.0)}, notice="careful")  # fmt: skip
-    table = Table("t", "T", ("x", "y|z"), [row, dataclasses.replace(row, name="b", after={}, paper={})])
+    table = ResultTable("t", "T", ("x", "y|z"), [row, dataclasses.replace(row, name="b", after={}, paper={})])
     header, rows = table.text("frame")
     assert header == ["model", "x ACC", "x AUC", "y|z ACC", "y|z AUC", "size", "other"]
     assert rows == [

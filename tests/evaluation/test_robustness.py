@@ -13,7 +13,7 @@ from small import SMALL
 
 from dtn_fast import DTN
 from dtn_fast.data.corrupt import LEVELS, corrupt
-from dtn_fast.data.crop_dataset import Crops, Shards
+from dtn_fast.data.crop_dataset import CropDataset, Crops
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.metrics import by_video, evaluate_scores
 from dtn_fast.evaluation.robustness import KINDS, robustness
@@ -37,16 +37,16 @@ def test_the_papers_corruptions() -> None:
     assert KINDS == ("saturation", "contrast", "blocks", "uniform_noise", "blur", "pixelation", "video", "jpeg")
 
 
-def test_figures_are_those_of_corrupted_crops(scorers: dict, shards: Shards, tmp_path: Path) -> None:
-    states = list(robustness(scorers, shards, tmp_path, ("blocks", "jpeg"), (0, 2, 5)))
+def test_figures_are_those_of_corrupted_crops(scorers: dict, dataset: CropDataset, tmp_path: Path) -> None:
+    states = list(robustness(scorers, dataset, tmp_path, ("blocks", "jpeg"), (0, 2, 5)))
     assert [s.name for s in states] == ["untouched", "blocks 2", "blocks 5", "jpeg 2", "jpeg 5", ""]
     assert states[-1].done == states[-1].total == 5
-    got, rows = read(tmp_path), shards.select("test")
-    labels, videos = shards.labels[rows], shards.video[rows].astype(str)
+    got, rows = read(tmp_path), dataset.select("test")
+    labels, videos = dataset.labels[rows], dataset.video[rows].astype(str)
     for name, scorer in scorers.items():
         assert set(got[name]) == {"untouched", "blocks 2", "blocks 5", "jpeg 2", "jpeg 5"}
         for cell, kind, level in (("untouched", "", 0), ("blocks 5", "blocks", 5), ("jpeg 2", "jpeg", 2)):
-            crops = shards.get(rows)
+            crops = dataset.get(rows)
             if level:
                 place = list(LEVELS).index(kind)
                 crops = np.stack(
@@ -64,14 +64,14 @@ def test_figures_are_those_of_corrupted_crops(scorers: dict, shards: Shards, tmp
     assert picture.count("<svg") == 1
     assert "<!-- model &lt;1&gt; -->" in picture
     assert "test split, 10 videos (2 real, 8 fake), 3.0 frames each on average, largest face;" in table
-    list(robustness(scorers, shards, tmp_path, ("blocks", "jpeg"), (0, 2, 5)))
+    list(robustness(scorers, dataset, tmp_path, ("blocks", "jpeg"), (0, 2, 5)))
     assert (tmp_path / "robustness.svg").read_text() == picture
 
 
-def test_what_is_there_is_not_measured_again(scorers: dict, shards: Shards, tmp_path: Path) -> None:
+def test_what_is_there_is_not_measured_again(scorers: dict, dataset: CropDataset, tmp_path: Path) -> None:
     whole, name = tmp_path / "whole", "model <0>"
-    list(robustness(scorers, shards, whole, ("jpeg",), (0, 1, 2)))
-    events = robustness({name: scorers[name]}, shards, tmp_path / "paused", ("jpeg",), (0, 1, 2))
+    list(robustness(scorers, dataset, whole, ("jpeg",), (0, 1, 2)))
+    events = robustness({name: scorers[name]}, dataset, tmp_path / "paused", ("jpeg",), (0, 1, 2))
     for state in events:
         if state.done == 2:
             events.close()
@@ -86,16 +86,16 @@ def test_what_is_there_is_not_measured_again(scorers: dict, shards: Shards, tmp_
             return super().score(crops)
 
     counting = Counting(scorers[name].model)
-    list(robustness({name: counting}, shards, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
+    list(robustness({name: counting}, dataset, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
     assert Counting.asked == 1, "the one cell that was missing"
-    list(robustness({name: scorers["model <1>"]}, shards, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
+    list(robustness({name: scorers["model <1>"]}, dataset, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
     assert read(tmp_path / "paused")[name] == read(whole)["model <1>"], "another model under the same name"
-    list(robustness({name: counting}, shards, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
-    list(robustness(scorers, shards, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
+    list(robustness({name: counting}, dataset, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
+    list(robustness(scorers, dataset, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
     assert read(tmp_path / "paused") == read(whole)
 
 
-def test_another_model_that_is_as_sure_is_another(shards: Shards, tmp_path: Path) -> None:
+def test_another_model_that_is_as_sure_is_another(dataset: CropDataset, tmp_path: Path) -> None:
     """Scores of a trained model are 0.0000 on easy crops; logits tell models apart."""
     figures = []
     for seed in range(2):
@@ -104,23 +104,23 @@ def test_another_model_that_is_as_sure_is_another(shards: Shards, tmp_path: Path
         with torch.no_grad():
             model.head.bias[0] += 30
         scorer = TorchScorer(model)
-        assert scorer.score(shards.get(shards.select("test"))).max() < 1e-9
-        list(robustness({"same": scorer}, shards, tmp_path, ("jpeg",), (0,)))
+        assert scorer.score(dataset.get(dataset.select("test"))).max() < 1e-9
+        list(robustness({"same": scorer}, dataset, tmp_path, ("jpeg",), (0,)))
         figures.append(read(tmp_path)["same"])
     assert figures[0] != figures[1]
 
 
-def test_other_pixels_are_other_data(scorers: dict, shards: Shards, tmp_path: Path) -> None:
-    list(robustness(scorers, shards, tmp_path, ("jpeg",), (0,)))
-    everything = np.arange(len(shards.video))
-    again = dataclasses.replace(shards, crops=Crops([255 - shards.get(everything)], shards.size))
+def test_other_pixels_are_other_data(scorers: dict, dataset: CropDataset, tmp_path: Path) -> None:
+    list(robustness(scorers, dataset, tmp_path, ("jpeg",), (0,)))
+    everything = np.arange(len(dataset.video))
+    again = dataclasses.replace(dataset, crops=Crops([255 - dataset.get(everything)], dataset.size))
     with pytest.raises(UsageError, match="other data, split or seed"):
         list(robustness(scorers, again, tmp_path, ("jpeg",), (0,)))
 
 
-def test_refusals(scorers: dict, shards: Shards, tmp_path: Path) -> None:
+def test_refusals(scorers: dict, dataset: CropDataset, tmp_path: Path) -> None:
     run = lambda **how: list(
-        robustness(**{"scorers": scorers, "shards": shards, "out": tmp_path, "levels": (0,), **how})
+        robustness(**{"scorers": scorers, "shards": dataset, "out": tmp_path, "levels": (0,), **how})
     )
     run(kinds=("jpeg",))
     for how, message in (

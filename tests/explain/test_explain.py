@@ -12,7 +12,7 @@ import torch
 from small import SMALL
 
 from dtn_fast import DTN
-from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.figures import KINDS, choose, draw
 from dtn_fast.explain.heatmap import feature_map
@@ -31,8 +31,8 @@ from dtn_fast.train.config import Recipe
 
 
 @pytest.fixture
-def faces(shards: Shards) -> np.ndarray:
-    return shards.get(np.arange(3))
+def faces(dataset: CropDataset) -> np.ndarray:
+    return dataset.get(np.arange(3))
 
 
 def test_attention_maps_are_those_that_the_output_is_made_of(small: DTN, faces: np.ndarray) -> None:
@@ -130,14 +130,14 @@ def test_features_are_what_the_classifier_sees(small: DTN, faces: np.ndarray) ->
     assert (maps.min(), maps.max()) == (0, 1)
 
 
-def test_every_picture_is_drawn(small: DTN, shards: Shards, tmp_path: Path) -> None:
+def test_every_picture_is_drawn(small: DTN, dataset: CropDataset, tmp_path: Path) -> None:
     torch.manual_seed(1)
     plain = DTN(dataclasses.replace(SMALL, mas=False)).eval()
     small.notice = "synthetic faces"
     models = {"with $MAS": small, "plain": plain, "cnn": build_detector(TimmConfig("resnet10t", 64)).eval()}
-    faces = choose(shards, "test", 12)
+    faces = choose(dataset, "test", 12)
     assert faces.titles[0] == "real"
-    assert len(faces.few) == 1 + len(shards.methods)
+    assert len(faces.few) == 1 + len(dataset.methods)
     assert list(draw(models, faces, tmp_path)) == list(KINDS)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"grad-cam.png", "attention.png", "scales.svg", "collapse.svg", "feature-maps.png", "t-sne.svg",
@@ -170,4 +170,4 @@ def test_every_picture_is_drawn(small: DTN, shards: Shards, tmp_path: Path) -> N
     with pytest.raises(UsageError, match="unknown picture 'portrait'"):
         list(draw(models, faces, tmp_path, ("portrait",)))
     with pytest.raises(UsageError, match="holds no crops"):
-        choose(shards, "nowhere", 3)
+        choose(dataset, "nowhere", 3)

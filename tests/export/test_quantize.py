@@ -15,10 +15,10 @@ from onnx.reference import ReferenceEvaluator
 from small import SMALL
 
 from dtn_fast import DTN
-from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.export.config import OnnxConfig, QuantizeConfig
-from dtn_fast.export.quantize import Grid, gate, grid_of, layers, quantize, rounded, sensitivity
+from dtn_fast.export.quantize import Grid, check_accuracy, fake_quantize, grid_of, layers, quantize, sensitivity
 from dtn_fast.export.to_onnx import runnable, to_proto
 from dtn_fast.export.to_tensorrt import export_engine
 from dtn_fast.runtime.load import load_model
@@ -41,8 +41,8 @@ def lively() -> DTN:
 
 
 @pytest.fixture(scope="module")
-def faces(shards: Shards) -> np.ndarray:
-    return shards.get(shards.spread("train", 12))
+def faces(dataset: CropDataset) -> np.ndarray:
+    return dataset.get(dataset.evenly_spaced("train", 12))
 
 
 def scorer(proto: Any, optimise: bool = False) -> OnnxScorer:
@@ -100,7 +100,7 @@ def test_what_is_quantised_and_what_is_kept(lively: DTN, faces: np.ndarray) -> N
 def test_the_grid_loses_least() -> None:
     values = np.random.default_rng(0).laplace(size=100_000).astype(np.float32)
     largest = float(np.abs(values).max())
-    loss = lambda grid: np.square(rounded(values, grid) - values).mean()
+    loss = lambda grid: np.square(fake_quantize(values, grid) - values).mean()
     chosen = grid_of(values, "int8")
     assert loss(chosen) < 0.9 * loss(Grid("int8", largest / 127))  # the rare large values may be cut
     assert loss(chosen) < 1.05 * min(loss(Grid("int8", top / 127)) for top in np.linspace(0.2, 1, 81) * largest)
@@ -111,9 +111,9 @@ def test_the_grid_loses_least() -> None:
     assert grid_of(np.zeros(4, np.float32), "int8") == Grid("int8", 1.0)
     with pytest.raises(DtnError, match="not finite"):
         grid_of(np.array([np.nan], np.float32), "int8")
-    assert rounded(np.array([1.0, 500.0], np.float32), Grid("fp8", 1.0)).tolist() == [1, 448]
-    assert rounded(np.array([-300.0, 0.4], np.float32), Grid("int8", 1.0)).tolist() == [-127, 0]
-    assert rounded(np.array([-3.0, 300.0], np.float32), Grid("uint8", 1.0, 2)).tolist() == [-2, 253]
+    assert fake_quantize(np.array([1.0, 500.0], np.float32), Grid("fp8", 1.0)).tolist() == [1, 448]
+    assert fake_quantize(np.array([-300.0, 0.4], np.float32), Grid("int8", 1.0)).tolist() == [-127, 0]
+    assert fake_quantize(np.array([-3.0, 300.0], np.float32), Grid("uint8", 1.0, 2)).tolist() == [-2, 253]
 
 
 def test_int8_for_a_cpu_runs_in_integers_and_stays_near(lively: DTN, faces: np.ndarray, tmp_path: Path) -> None:
@@ -145,22 +145,22 @@ def test_sensitivity_is_of_each_layer_alone(lively: DTN, faces: np.ndarray) -> N
     assert rows[0].worst == pytest.approx(change.max(), rel=0.2)
 
 
-def test_the_gate_measures_and_fails_past_its_limits(trained: Path, shards: Shards, faces: np.ndarray) -> None:
+def test_the_gate_measures_and_fails_past_its_limits(trained: Path, dataset: CropDataset, faces: np.ndarray) -> None:
     model = load_model(trained)
     reference, proto = TorchScorer(model), to_proto(model, OnnxConfig("fp32"))
     loose = replace(BOTH, max_auc_drop=1.0, max_logit_change=10.0)
     made = quantize(proto, faces, BOTH)
-    result = gate(reference, made, shards, loose)
-    rows = shards.select("val")
-    change = np.abs(scorer(made).logits_rows(shards, rows) - reference.logits_rows(shards, rows))
+    result = check_accuracy(reference, made, dataset, loose)
+    rows = dataset.select("val")
+    change = np.abs(scorer(made).logits_rows(dataset, rows) - reference.logits_rows(dataset, rows))
     assert result.images == len(rows)
     assert result.worst == pytest.approx(change.max())
     assert result.auc is not None
     with pytest.raises(DtnError, match="moves a logit by"):
-        gate(reference, made, shards, replace(loose, max_logit_change=result.worst / 2))
+        check_accuracy(reference, made, dataset, replace(loose, max_logit_change=result.worst / 2))
     unlike = to_proto(DTN(SMALL).eval(), OnnxConfig("fp32"))  # other weights: another AUC
-    drop = result.auc - (gate(reference, unlike, shards, loose).auc_quantized or 0)
+    drop = result.auc - (check_accuracy(reference, unlike, dataset, loose).auc_quantized or 0)
     with pytest.raises(DtnError, match="AUC, over the limit"):
-        gate(reference, unlike, shards, replace(loose, max_auc_drop=drop - 1e-6))
+        check_accuracy(reference, unlike, dataset, replace(loose, max_auc_drop=drop - 1e-6))
     with pytest.raises(UsageError, match="no crop in its nowhere split"):
-        gate(reference, made, shards, loose, "nowhere")
+        check_accuracy(reference, made, dataset, loose, "nowhere")

@@ -14,13 +14,13 @@ from small import SMALL
 from torch import nn
 
 from dtn_fast import DTN
-from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.evaluation.evaluate import evaluate
 from dtn_fast.export.config import OnnxConfig
 from dtn_fast.export.to_mnn import export_mnn
 from dtn_fast.export.to_onnx import export_onnx
-from dtn_fast.export.verify import compare, compare_layers, taps
+from dtn_fast.export.verify import compare, compare_layers, layer_outputs
 from dtn_fast.kernels import ops, reference
 from dtn_fast.kernels.onnx_nodes import body
 from dtn_fast.runtime.config import Runtime
@@ -70,11 +70,11 @@ def test_the_bodies_mean_what_the_operators_mean() -> None:
     assert gated == pytest.approx(reference.moe_gate(x, *weights, 0.0, None).numpy(), abs=1e-5)
 
 
-def test_mnn_answers_as_torch_and_is_checked(trained: Path, shards: Shards, tmp_path: Path) -> None:
+def test_mnn_answers_as_torch_and_is_checked(trained: Path, dataset: CropDataset, tmp_path: Path) -> None:
     model = load_model(trained)
     assert all(p.error < 1e-4 for p in export_mnn(model, tmp_path / "m.mnn"))
     scorer = load_scorer(tmp_path / "m.mnn")
-    crops = shards.get(np.arange(19))
+    crops = dataset.get(np.arange(19))
     assert scorer.score(crops) == pytest.approx(TorchScorer(model).score(crops), abs=1e-4)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for got in pool.map(lambda _: scorer.score(crops), range(8)):
@@ -90,14 +90,16 @@ def test_mnn_answers_as_torch_and_is_checked(trained: Path, shards: Shards, tmp_
     assert not (tmp_path / "bad.mnn").exists()
 
 
-def test_two_models_are_compared_layer_by_layer(exported: Path, trained: Path, shards: Shards, tmp_path: Path) -> None:
-    crops, labels = shards.get(np.arange(12)), shards.labels[:12]
+def test_two_models_are_compared_layer_by_layer(
+    exported: Path, trained: Path, dataset: CropDataset, tmp_path: Path
+) -> None:
+    crops, labels = dataset.get(np.arange(12)), dataset.labels[:12]
     a, b = load_scorer(trained), load_scorer(exported)
     found = compare(a, b, crops, labels)
     assert found.worst_logit < 1e-5
     assert (found.crops, found.verdicts) == (12, 12)
     assert found.auc[0] == found.auc[1]
-    rows = compare_layers(taps(a, trained, exported), taps(b, exported, trained), crops)
+    rows = compare_layers(layer_outputs(a, trained, exported), layer_outputs(b, exported, trained), crops)
     assert [r.layer for r in rows][:2] == ["backbone.0", "backbone.3"]
     assert {"blocks.0.qkv", "blocks.0.local", "head"} <= {r.layer for r in rows}
     assert max(r.relative for r in rows) < 1e-4
@@ -105,19 +107,19 @@ def test_two_models_are_compared_layer_by_layer(exported: Path, trained: Path, s
     model.blocks[0].mlp[0].weight.data.mul_(1.1)  # from here on they part
     export_onnx(model, tmp_path / "other.onnx")
     other = load_scorer(tmp_path / "other.onnx")
-    apart = {r.layer: r.relative for r in compare_layers(
-        taps(a, trained, exported), taps(other, tmp_path / "other.onnx", trained), crops)}  # fmt: skip
+    outputs = layer_outputs(a, trained, exported), layer_outputs(other, tmp_path / "other.onnx", trained)
+    apart = {r.layer: r.relative for r in compare_layers(*outputs, crops)}
     assert apart["blocks.0.out"] < 1e-4 < 1e-2 < apart["blocks.0.expand"]
     export_mnn(model, tmp_path / "m.mnn")
     with pytest.raises(UsageError, match="MNN shows no layers"):
-        taps(load_scorer(tmp_path / "m.mnn"), tmp_path / "m.mnn", trained)
+        layer_outputs(load_scorer(tmp_path / "m.mnn"), tmp_path / "m.mnn", trained)
     with pytest.raises(UsageError, match="cannot be compared on the same crops"):
         compare(a, TorchScorer(DTN(SMALL.preset("tiny")).eval()), crops)
 
 
 @pytest.mark.parametrize("fields", [{"precision": "bf16"}, {"mode": "compile"}, {"device": "cpu", "mode": "eager"}])
-def test_a_checkpoint_runs_in_every_way(fields: dict, trained: Path, shards: Shards) -> None:
-    crops = shards.get(np.arange(5))
+def test_a_checkpoint_runs_in_every_way(fields: dict, trained: Path, dataset: CropDataset) -> None:
+    crops = dataset.get(np.arange(5))
     exact = load_scorer(trained).score(crops)
     close = 2e-2 if "precision" in fields else 1e-5
     assert load_scorer(trained, Runtime(**fields)).score(crops) == pytest.approx(exact, abs=close)
@@ -145,7 +147,7 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_file_stands_alone(exported: Path, trained: Path, shards: Shards) -> None:
+def test_the_file_stands_alone(exported: Path, trained: Path, dataset: CropDataset) -> None:
     model = onnx.load(exported)
     assert model.opset_import[0].version == 20
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
@@ -154,7 +156,7 @@ def test_the_file_stands_alone(exported: Path, trained: Path, shards: Shards) ->
     assert isinstance(scorer, OnnxScorer)
     assert scorer.config == SMALL
     assert scorer.notice.startswith("synthetic")
-    crops = shards.get(np.arange(5))
+    crops = dataset.get(np.arange(5))
     assert scorer.score(crops) == pytest.approx(load_scorer(trained).score(crops), abs=1e-5)
     assert scorer.score(crops[:0]).shape == (0,)
 
@@ -173,13 +175,13 @@ def test_a_wrong_export_is_not_kept(tmp_path: Path, small: DTN, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
-def test_scoring_leaves_the_model_as_it_was(small: DTN, shards: Shards) -> None:
+def test_scoring_leaves_the_model_as_it_was(small: DTN, dataset: CropDataset) -> None:
     small.train()
     before = {k: v.clone() for k, v in small.state_dict().items()}
-    first = TorchScorer(small, batch_size=2).score(shards.get(np.arange(5)))
+    first = TorchScorer(small, batch_size=2).score(dataset.get(np.arange(5)))
     assert small.training
     assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
-    assert first == pytest.approx(TorchScorer(small, batch_size=5).score(shards.get(np.arange(5))), abs=1e-6)
+    assert first == pytest.approx(TorchScorer(small, batch_size=5).score(dataset.get(np.arange(5))), abs=1e-6)
 
 
 def test_unusable_models_are_named(tmp_path: Path, trained: Path) -> None:
@@ -201,27 +203,27 @@ def test_unusable_models_are_named(tmp_path: Path, trained: Path) -> None:
     assert load_scorer(trained).name == "torch"
 
 
-def test_evaluation_counts_and_agrees(exported: Path, trained: Path, shards: Shards) -> None:
-    torch_result, onnx_result = (evaluate(load_scorer(p), shards) for p in (trained, exported))
-    assert [r.fakes for r in torch_result.rows] == ["all", *shards.methods]
+def test_evaluation_counts_and_agrees(exported: Path, trained: Path, dataset: CropDataset) -> None:
+    torch_result, onnx_result = (evaluate(load_scorer(p), dataset) for p in (trained, exported))
+    assert [r.fakes for r in torch_result.rows] == ["all", *dataset.methods]
     whole = torch_result.rows[0]
     assert (whole.frame.reals + whole.frame.fakes, whole.video.reals, whole.video.fakes) == (
-        len(shards.select("test")),
+        len(dataset.select("test")),
         2,
         8,
     )
     for a, b in zip(torch_result.rows, onnx_result.rows, strict=True):
         assert a.frame.auc == pytest.approx(b.frame.auc, abs=1e-9)
     assert torch_result.videos == 10
-    assert "10 videos" in torch_result.policy()
+    assert "10 videos" in torch_result.note()
     text = torch_result.markdown()
-    assert text.count("\n| ") == 2 + len(shards.methods)
+    assert text.count("\n| ") == 2 + len(dataset.methods)
     assert "**synthetic faces" in text
     with pytest.raises(UsageError, match="crops are 64 pixels"):
-        evaluate(TorchScorer(DTN(SMALL.__class__(**{**SMALL.__dict__, "image_size": 96}))), shards)
+        evaluate(TorchScorer(DTN(SMALL.__class__(**{**SMALL.__dict__, "image_size": 96}))), dataset)
 
 
-def test_one_class_evaluation_says_undefined(trained: Path, shards: Shards) -> None:
-    result = evaluate(load_scorer(trained), shards, groups={"nothing": ()})
+def test_one_class_evaluation_says_undefined(trained: Path, dataset: CropDataset) -> None:
+    result = evaluate(load_scorer(trained), dataset, groups={"nothing": ()})
     header, rows = result.table()
     assert rows[0][header.index("frame AUC")] == "undefined (one class)"

@@ -20,7 +20,7 @@ from dtn_fast.export.config import EngineConfig, OnnxConfig
 from dtn_fast.export.to_onnx import to_proto, weights_hash
 from dtn_fast.export.to_tensorrt import RTX_ARCHS, build, commands, export_engine, without_bodies
 from dtn_fast.runtime.describe import describe
-from dtn_fast.runtime.export_manifest import Manifest, file_hash, read_manifest
+from dtn_fast.runtime.export_manifest import ExportManifest, file_hash, read_export_manifest
 from dtn_fast.runtime.load import load_scorer
 from dtn_fast.runtime.tensorrt import check_fits, load_backend
 
@@ -44,7 +44,7 @@ def engine(tiny: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_tiny_model_builds_for_every_arch(arch: int, tiny: bytes, tmp_path: Path) -> None:
     built = export_engine(tiny, tmp_path / "t.rtx", EngineConfig(archs=(arch,), batches=(1, 2, 4)))
     assert built.size > 10**6
-    assert read_manifest(tmp_path / "t.rtx", "tensorrt_rtx").archs == (arch,)
+    assert read_export_manifest(tmp_path / "t.rtx", "tensorrt_rtx").archs == (arch,)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -64,7 +64,7 @@ def test_the_papers_model_builds(tmp_path: Path) -> None:
 
 
 def test_the_manifest_says_what_it_is_and_guards_the_file(engine: Path, tmp_path: Path) -> None:
-    manifest = read_manifest(engine, "tensorrt_rtx")
+    manifest = read_export_manifest(engine, "tensorrt_rtx")
     torch.manual_seed(0)
     assert manifest.weights == weights_hash(DTN(DTNConfig.preset("tiny")).eval())
     assert (manifest.precision, manifest.input, manifest.batches) == ("fp16", "crops", (1, 8, 64))
@@ -90,7 +90,7 @@ def test_the_manifest_says_what_it_is_and_guards_the_file(engine: Path, tmp_path
 def test_an_engine_that_does_not_fit_this_machine_is_named(
     engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest = read_manifest(engine, "tensorrt_rtx")
+    manifest = read_export_manifest(engine, "tensorrt_rtx")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="needs an NVIDIA GPU and torch sees none"):
         load_scorer(engine)
@@ -172,11 +172,11 @@ def test_nvidias_own_commands_are_given(tiny: bytes, tmp_path: Path) -> None:
 
 
 def test_hash_and_manifest_are_of_the_file(engine: Path) -> None:
-    manifest = read_manifest(engine, "tensorrt_rtx")
-    assert isinstance(manifest, Manifest)
+    manifest = read_export_manifest(engine, "tensorrt_rtx")
+    assert isinstance(manifest, ExportManifest)
     assert manifest.sha256 == file_hash(engine)
     with pytest.raises(UsageError, match="built by tensorrt_rtx, not tensorrt"):
-        read_manifest(engine, "tensorrt")
+        read_export_manifest(engine, "tensorrt")
 
 
 @pytest.mark.gpu

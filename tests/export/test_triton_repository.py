@@ -23,7 +23,7 @@ from dtn_fast.errors import UsageError
 from dtn_fast.export.config import OnnxConfig, RepositoryConfig
 from dtn_fast.export.to_onnx import export_onnx
 from dtn_fast.export.triton_repository import write_repository
-from dtn_fast.runtime.export_manifest import Manifest, file_hash
+from dtn_fast.runtime.export_manifest import ExportManifest, file_hash
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_an_engine_is_served_as_a_plan(tmp_path: Path) -> None:
     engine = tmp_path / "dtn.engine"
     engine.write_bytes(b"engine")
     config = json.loads(SMALL.to_json())
-    Manifest("tensorrt", "10.16", file_hash(engine), "w" * 64, "fp16", "crops", config, "a \"notice\"",
+    ExportManifest("tensorrt", "10.16", file_hash(engine), "w" * 64, "fp16", "crops", config, "a \"notice\"",
              (1, 8, 16)).write(engine)  # fmt: skip
     write_repository(engine, tmp_path / "out", RepositoryConfig(max_batch=16))
     model = config_of(tmp_path / "out" / "dtn")

@@ -14,16 +14,16 @@ ARCHS = sorted(compile_check.SHARED_LIMIT)
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[compile_check.Row]:
+def rows() -> list[compile_check.CompiledKernel]:
     return compile_check.check_all(ARCHS)
 
 
-def test_nothing_spills_everything_fits_and_uses_tensor_cores(rows: list[compile_check.Row]) -> None:
+def test_nothing_spills_everything_fits_and_uses_tensor_cores(rows: list[compile_check.CompiledKernel]) -> None:
     assert {r.arch for r in rows} == set(ARCHS)
     assert [(r, r.problems()) for r in rows if r.problems()] == []
 
 
-def test_every_kernel_is_compiled_for_every_architecture(rows: list[compile_check.Row]) -> None:
+def test_every_kernel_is_compiled_for_every_architecture(rows: list[compile_check.CompiledKernel]) -> None:
     kernels = {r.kernel for r in rows}
     expected = {
         "mas_small_forward",
@@ -48,14 +48,14 @@ def test_every_kernel_is_compiled_for_every_architecture(rows: list[compile_chec
     assert kernels == expected | {"mas_small_forward_persistent"}
 
 
-def test_the_papers_shape_is_one_pass_everywhere(rows: list[compile_check.Row]) -> None:
+def test_the_papers_shape_is_one_pass_everywhere(rows: list[compile_check.CompiledKernel]) -> None:
     for arch in ARCHS:
         names = {r.kernel for r in rows if (r.arch, r.shape, r.dtype) == (arch, "N=64 D=64", "bfloat16")}
         assert {"mas_small_forward", "mas_small_backward"} <= names
         assert not {n for n in names if "flash" in n}
 
 
-def test_problems_are_seen(rows: list[compile_check.Row]) -> None:
+def test_problems_are_seen(rows: list[compile_check.CompiledKernel]) -> None:
     """The check can fail: a spill, too much memory, a lost tensor core are each named."""
     bad = rows[0]._replace(spill=8, shared=10**6, tensor_core=0, vector_load=0)
     assert len(bad.problems()) == 4
@@ -90,7 +90,7 @@ def test_dispatch_specialises_as_a_launch_would() -> None:
 
 
 def test_command_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rows: list[compile_check.Row]
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rows: list[compile_check.CompiledKernel]
 ) -> None:
     monkeypatch.setattr(compile_check, "check_all", lambda archs, processes: [r for r in rows if r.arch in archs])
     assert compile_check.main(["--arch", "80", "90", "--json"]) == 0

@@ -26,7 +26,7 @@ from skimage import data
 from small import SMALL
 
 from dtn_fast import DTN
-from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.video import write_video
 from dtn_fast.errors import UsageError
 from dtn_fast.runtime.torch_scorer import TorchScorer
@@ -303,8 +303,8 @@ def test_settings_out_of_range() -> None:
 # ------------------------------------------------------------------------------------------------ batches
 
 
-def test_concurrent_calls_share_batches(model: DTN, shards: Shards) -> None:
-    crops = shards.get(np.arange(24))
+def test_concurrent_calls_share_batches(model: DTN, dataset: CropDataset) -> None:
+    crops = dataset.get(np.arange(24))
     alone = TorchScorer(model).score(crops)
     scorer = Slow(model, batch_size=16)
     scorer.wait = 0.02
@@ -321,14 +321,14 @@ def test_concurrent_calls_share_batches(model: DTN, shards: Shards) -> None:
         batcher.score(crops)
 
 
-def test_an_error_reaches_every_caller_of_its_batch_and_no_other(model: DTN, shards: Shards) -> None:
+def test_an_error_reaches_every_caller_of_its_batch_and_no_other(model: DTN, dataset: CropDataset) -> None:
     class Failing(TorchScorer):
         def _logits(self, crops: np.ndarray) -> np.ndarray:
             if (crops == 7).all((1, 2, 3)).any():
                 raise RuntimeError("seven")
             return super()._logits(crops)
 
-    crops = shards.get(np.arange(2))
+    crops = dataset.get(np.arange(2))
     with MicroBatcher(Failing(model), wait=0.0) as batcher:
         with pytest.raises(RuntimeError, match="seven"):
             batcher.score(np.full_like(crops, 7))

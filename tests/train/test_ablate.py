@@ -15,11 +15,11 @@ import torch
 from small import RECIPE, SMALL, changed
 
 from dtn_fast import DTN, DTNConfig
-from dtn_fast.data.crop_dataset import Crops, Shards
+from dtn_fast.data.crop_dataset import CropDataset, Crops
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.mac_count import count
 from dtn_fast.evaluation.paper_numbers import TABLE1
-from dtn_fast.evaluation.tables import Row, Table
+from dtn_fast.evaluation.tables import ResultTable, TableRow
 from dtn_fast.model.build import TimmConfig, build_detector
 from dtn_fast.model.config import NOISES
 from dtn_fast.model.moe_gate import MoEGate, disturb
@@ -37,9 +37,9 @@ BACKBONES = ("resnet34", "resnet50", "efficientnet_b0", "efficientnet_b4")
 TINY = DTNConfig.preset("tiny", image_size=64)
 
 
-def finish(steps: Iterator[Any]) -> Table:
+def finish(steps: Iterator[Any]) -> ResultTable:
     *_, made = steps
-    assert isinstance(made, Table)
+    assert isinstance(made, ResultTable)
     return made
 
 
@@ -153,20 +153,20 @@ def test_components_are_the_papers() -> None:
 
 
 @pytest.fixture(scope="session")
-def few(shards: Shards) -> Shards:
+def few(dataset: CropDataset) -> CropDataset:
     """The first frame of each video."""
-    keep = np.flatnonzero([frame == min(shards.frame[shards.video == video])
-                           for video, frame in zip(shards.video, shards.frame, strict=True)])  # fmt: skip
-    crops = Crops([shards.get(keep)], shards.size)
+    keep = np.flatnonzero([frame == min(dataset.frame[dataset.video == video])
+                           for video, frame in zip(dataset.video, dataset.frame, strict=True)])  # fmt: skip
+    crops = Crops([dataset.get(keep)], dataset.size)
     return dataclasses.replace(
-        shards, crops=crops, video=shards.video[keep], frame=shards.frame[keep], person=shards.person[keep],
+        dataset, crops=crops, video=dataset.video[keep], frame=dataset.frame[keep], person=dataset.person[keep],
         landmarks=None,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_an_ablation_trains_measures_and_resumes(
-    name: str, few: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, few: CropDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every variant of every name, on the synthetic set in miniature; of generations one student each."""
     whole = ABLATIONS[name]
@@ -193,7 +193,7 @@ def test_an_ablation_trains_measures_and_resumes(
     assert ("M params" in header) == (variants[0].size is not None)
     assert "synthetic faces" in (tmp_path / f"{name}.md").read_text()
     stored = json.loads((tmp_path / f"{name}.json").read_text())
-    assert [Row.from_json(row) for row in stored["rows"]] == made.rows
+    assert [TableRow.from_json(row) for row in stored["rows"]] == made.rows
     for row in made.rows:
         distilled = next(v for v in variants if v.label == row.facts["variant"]).distil
         if name != "generations":
@@ -205,7 +205,7 @@ def test_an_ablation_trains_measures_and_resumes(
     assert weights == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}, "trained again"
 
 
-def test_only_some_variants_and_what_the_table_keeps(few: Shards, tmp_path: Path, monkeypatch) -> None:
+def test_only_some_variants_and_what_the_table_keeps(few: CropDataset, tmp_path: Path, monkeypatch) -> None:
     measured: list[str] = []
     original = ablations.measure
 
@@ -215,7 +215,7 @@ def test_only_some_variants_and_what_the_table_keeps(few: Shards, tmp_path: Path
 
     monkeypatch.setattr(ablations, "measure", counted)
 
-    def run(only: tuple[str, ...], tests: tuple[str, ...] = ("FF++",), **fields: Any) -> Table:
+    def run(only: tuple[str, ...], tests: tuple[str, ...] = ("FF++",), **fields: Any) -> ResultTable:
         recipe = changed(QUICK, **fields)
         return finish(ablate("soft-labels", few, dict.fromkeys(tests, few), tmp_path, SMALL, recipe, only))
 
@@ -241,7 +241,7 @@ def test_only_some_variants_and_what_the_table_keeps(few: Shards, tmp_path: Path
             run(())
 
 
-def test_wrong_names_are_told(few: Shards, tmp_path: Path) -> None:
+def test_wrong_names_are_told(few: CropDataset, tmp_path: Path) -> None:
     real = dataclasses.replace(few, videos=[v._replace(label=0, method="") for v in few.videos])
     with pytest.raises(UsageError, match="holds no forgery to train on"):
         finish(ablate("cross-manipulation", real, {"a": few}, tmp_path, SMALL, QUICK))
@@ -301,7 +301,7 @@ def test_disturbances_disturb_and_pass_gradients(kind: str) -> None:
     assert torch.equal(gate.eval()(features), gate(features))
 
 
-def test_losses_by_weight_and_by_features(shards: Shards) -> None:
+def test_losses_by_weight_and_by_features(dataset: CropDataset) -> None:
     torch.manual_seed(0)
     logits, points, labels = torch.randn(4, 2), torch.randn(4, 7), torch.tensor([0, 1, 1, 0])
     centers = torch.randn(2, 7)
@@ -312,9 +312,9 @@ def test_losses_by_weight_and_by_features(shards: Shards) -> None:
     step = TrainStep(DTN(SMALL), recipe, Execution(), torch.device("cpu"))
     assert step.centers.shape == (2, 64)
     before = step.centers.detach().clone()
-    rows = shards.select("train")[:8]
+    rows = dataset.select("train")[:8]
     step.set_epoch(0)
-    outcome = step(torch.from_numpy(shards.get(rows)), torch.from_numpy(shards.labels[rows]))
+    outcome = step(torch.from_numpy(dataset.get(rows)), torch.from_numpy(dataset.labels[rows]))
     assert outcome.values.isfinite().all()
     assert not torch.equal(step.centers, before)
     with pytest.raises(UsageError, match="--center-on features: only a DTN"):

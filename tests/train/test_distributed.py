@@ -20,7 +20,7 @@ import torch
 from small import RECIPE, SMALL, changed
 
 from dtn_fast import DTN
-from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.loader import Batch, Loader
 from dtn_fast.errors import UsageError
 from dtn_fast.train import loop
@@ -187,26 +187,26 @@ def test_a_signal_to_one_process_stops_all(crops: Path, tmp_path: Path, small_js
 # ------------------------------------------------------------------------------------------ in one process
 
 
-def drive(out: Path, shards: Shards, stop: Callable[[], int] = lambda: 0, recipe=RECIPE, **kwargs) -> list:
+def drive(out: Path, dataset: CropDataset, stop: Callable[[], int] = lambda: 0, recipe=RECIPE, **kwargs) -> list:
     torch.manual_seed(1)
-    return list(fit(DTN(SMALL), shards, recipe, out, stop=stop, **kwargs))
+    return list(fit(DTN(SMALL), dataset, recipe, out, stop=stop, **kwargs))
 
 
 @pytest.mark.parametrize("lag", [0, 3])
 def test_stopping_at_every_kind_of_step(
-    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lag: int
+    dataset: CropDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lag: int
 ) -> None:
     """Also when values are read some steps late, as on a GPU."""
     readback = loop.Readback
     monkeypatch.setattr(loop, "Readback", lambda _lag: readback(lag))
     recipe = changed(RECIPE, epochs=2)
-    whole = [e for e in drive(tmp_path / "whole", shards, recipe=recipe) if isinstance(e, Step)]
+    whole = [e for e in drive(tmp_path / "whole", dataset, recipe=recipe) if isinstance(e, Step)]
     pauses = 0
     while True:
         # from the eighth step on, sometimes an epoch's last
         countdown = itertools.chain([0] * 7, itertools.repeat(signal.SIGTERM))
         try:
-            last = drive(tmp_path / "often", shards, countdown.__next__, recipe)[-1]
+            last = drive(tmp_path / "often", dataset, countdown.__next__, recipe)[-1]
             break
         except Stopped as stopped:
             pauses += stopped.exit_code == 143
@@ -218,7 +218,7 @@ def test_stopping_at_every_kind_of_step(
     assert read_lines(tmp_path / "whole" / loop.STEPS) == read_lines(tmp_path / "often" / loop.STEPS)
 
 
-def test_soft_labels_are_computed_once_and_survive_a_pause(shards: Shards, tmp_path: Path) -> None:
+def test_soft_labels_are_computed_once_and_survive_a_pause(dataset: CropDataset, tmp_path: Path) -> None:
     teacher = DTN(SMALL).eval()
     recipe = changed(RECIPE, epochs=3, cache_teacher=1, augment="light")
     asked: list[int] = []
@@ -230,22 +230,22 @@ def test_soft_labels_are_computed_once_and_survive_a_pause(shards: Shards, tmp_p
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.TrainStep, "_answers", answers)
-        drive(tmp_path / "whole", shards, recipe=recipe, teacher=teacher)
+        drive(tmp_path / "whole", dataset, recipe=recipe, teacher=teacher)
         once = len(asked)
         assert 12 <= once < 24, "an epoch's crops, and those that the first epoch left out"
         stops = iter([0] * 15 + [15])
         with pytest.raises(Stopped):
-            drive(tmp_path / "paused", shards, lambda: next(stops), recipe, teacher=teacher)
-        drive(tmp_path / "paused", shards, recipe=recipe, teacher=teacher)
+            drive(tmp_path / "paused", dataset, lambda: next(stops), recipe, teacher=teacher)
+        drive(tmp_path / "paused", dataset, recipe=recipe, teacher=teacher)
     assert len(asked) == 2 * once
-    new = [Loader(shards, shards.select("train"), 4, views=v).epoch(e) for v in (0, 2) for e in (0, 1, 2)]
+    new = [Loader(dataset, dataset.select("train"), 4, views=v).epoch(e) for v in (0, 2) for e in (0, 1, 2)]
     seen = [{(row, seed) for b in epoch for row, seed in zip(b.rows, b.seeds, strict=True)} for epoch in new]
     assert not seen[0] & seen[1], "without a cache every view is new"
-    assert len(seen[3] | seen[4] | seen[5]) <= 2 * len(shards.select("train"))
+    assert len(seen[3] | seen[4] | seen[5]) <= 2 * len(dataset.select("train"))
     known = seen[3] | seen[4] | seen[5]
-    assert len(known) > len(shards.select("train"))
+    assert len(known) > len(dataset.select("train"))
     assert len({seed for _, seed in known}) == len(known), "every view of every crop has a seed of its own"
-    other = Loader(shards, shards.select("train"), 4, seed=(1,), views=2).epoch(0)
+    other = Loader(dataset, dataset.select("train"), 4, seed=(1,), views=2).epoch(0)
     assert not known & {(row, seed) for b in other for row, seed in zip(b.rows, b.seeds, strict=True)}
     one, two = (load_state(tmp_path / run / loop.STATE) for run in ("whole", "paused"))
     torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
@@ -267,9 +267,11 @@ def test_soft_labels_belong_to_row_and_view() -> None:
     assert other.get(batch([9], [0])) is None
 
 
-def test_a_full_disk_leaves_the_last_state(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_last_state(
+    dataset: CropDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = changed(RECIPE, epochs=3)
-    events = fit(DTN(SMALL), shards, recipe, tmp_path, execution=Execution(save_every=5))
+    events = fit(DTN(SMALL), dataset, recipe, tmp_path, execution=Execution(save_every=5))
     for event in events:
         if isinstance(event, Epoch):
             break
@@ -285,19 +287,19 @@ def test_a_full_disk_leaves_the_last_state(shards: Shards, tmp_path: Path, monke
     assert (tmp_path / loop.STATE).read_bytes() == before
     assert not list(tmp_path.glob(".*"))
     monkeypatch.undo()
-    assert drive(tmp_path, shards, recipe=recipe)[-1].epoch == 2
+    assert drive(tmp_path, dataset, recipe=recipe)[-1].epoch == 2
 
 
-def test_states_of_other_runs_are_refused(shards: Shards, tmp_path: Path) -> None:
-    drive(tmp_path, shards, recipe=changed(RECIPE, epochs=1))
+def test_states_of_other_runs_are_refused(dataset: CropDataset, tmp_path: Path) -> None:
+    drive(tmp_path, dataset, recipe=changed(RECIPE, epochs=1))
     with pytest.raises(UsageError, match="of another version or kind of run"):
-        drive(tmp_path, shards, recipe=changed(RECIPE, epochs=2, ema=0.5))
+        drive(tmp_path, dataset, recipe=changed(RECIPE, epochs=2, ema=0.5))
     state = load_state(tmp_path / loop.STATE)
     damages: list[dict] = [{"place": {"nonsense": 1}}, {"model": {}}, {"optimizer": {}}]
     for damage in damages:
         torch.save({**state, **damage}, tmp_path / loop.STATE)
         with pytest.raises(UsageError, match=r"last\.pt"):
-            drive(tmp_path, shards, recipe=changed(RECIPE, epochs=2))
+            drive(tmp_path, dataset, recipe=changed(RECIPE, epochs=2))
 
 
 def test_batches_are_shared_out_evenly() -> None:

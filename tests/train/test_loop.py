@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from small import RECIPE, SMALL, changed
 
 from dtn_fast import DTN, DTNConfig
-from dtn_fast.data.crop_dataset import Shards
+from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.loader import epoch_order
 from dtn_fast.device import choose_precision
 from dtn_fast.errors import DtnError, UsageError
@@ -29,9 +29,11 @@ from dtn_fast.train.log_lines import append_line, cut_lines, read_lines
 from dtn_fast.train.loop import Epoch, Step, Stopped, fit
 
 
-def train(out: Path, shards: Shards, recipe: Recipe = RECIPE, stop_after: int | None = None, **kwargs) -> list[Epoch]:
+def train(
+    out: Path, dataset: CropDataset, recipe: Recipe = RECIPE, stop_after: int | None = None, **kwargs
+) -> list[Epoch]:
     torch.manual_seed(1)
-    events = fit(DTN(SMALL), shards, recipe, out, **kwargs)
+    events = fit(DTN(SMALL), dataset, recipe, out, **kwargs)
     epochs = []
     for event in events:
         if isinstance(event, Epoch):
@@ -42,11 +44,11 @@ def train(out: Path, shards: Shards, recipe: Recipe = RECIPE, stop_after: int | 
     return epochs
 
 
-def test_same_seed_same_run_and_resume_to_the_bit(shards: Shards, tmp_path: Path) -> None:
+def test_same_seed_same_run_and_resume_to_the_bit(dataset: CropDataset, tmp_path: Path) -> None:
     recipe = changed(RECIPE, epochs=3)
-    whole = train(tmp_path / "a", shards, recipe)
-    train(tmp_path / "b", shards, recipe, stop_after=1)
-    resumed = train(tmp_path / "b", shards, recipe)
+    whole = train(tmp_path / "a", dataset, recipe)
+    train(tmp_path / "b", dataset, recipe, stop_after=1)
+    resumed = train(tmp_path / "b", dataset, recipe)
     assert [e.epoch for e in resumed] == [1, 2]
     a, b = (load_state(tmp_path / run / loop.STATE) for run in "ab")
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
@@ -59,8 +61,8 @@ def test_same_seed_same_run_and_resume_to_the_bit(shards: Shards, tmp_path: Path
     ]
     assert same == other
     assert len(same) == len(whole) == 3
-    assert not train(tmp_path / "a", shards, recipe), "a finished run stays as it is"
-    different = train(tmp_path / "c", shards, changed(recipe, seed=5))
+    assert not train(tmp_path / "a", dataset, recipe), "a finished run stays as it is"
+    different = train(tmp_path / "c", dataset, changed(recipe, seed=5))
     assert different[0].losses != whole[0].losses
 
 
@@ -70,33 +72,37 @@ def test_paper_defaults() -> None:
     assert recipe.weights == (4.0, 0.4, 0.6)
 
 
-def test_learning_rate_drops_by_ten(shards: Shards, tmp_path: Path) -> None:
-    epochs = train(tmp_path, shards, changed(RECIPE, epochs=3, lr_step=2))
+def test_learning_rate_drops_by_ten(dataset: CropDataset, tmp_path: Path) -> None:
+    epochs = train(tmp_path, dataset, changed(RECIPE, epochs=3, lr_step=2))
     assert [e.lr for e in epochs] == pytest.approx([1e-3, 1e-3, 1e-4])
 
 
-def test_best_epoch_is_kept_and_patience_stops(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_epoch_is_kept_and_patience_stops(
+    dataset: CropDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     aucs = iter([0.6, 0.9, 0.9, 0.8, 0.95])  # of equals the first is kept
     real = loop.evaluate_scores
     monkeypatch.setattr(loop, "evaluate_scores", lambda y, s: real(y, s)._replace(auc=next(aucs)))
     saved: list[int] = []
     monkeypatch.setattr(DTN, "save_pretrained", lambda self, folder: saved.append(len(saved)))
-    epochs = train(tmp_path, shards, changed(RECIPE, epochs=9, patience=2))
+    epochs = train(tmp_path, dataset, changed(RECIPE, epochs=9, patience=2))
     assert [e.best_auc for e in epochs] == [0.6, 0.9, 0.9, 0.9]
     assert len(saved) == 2
 
 
-def test_reals_are_repeated_to_balance(shards: Shards) -> None:
-    rows = shards.select("train")
+def test_reals_are_repeated_to_balance(dataset: CropDataset) -> None:
+    rows = dataset.select("train")
     for repeat, expected in ((0, 4), (1, 1), (7, 7)):
-        drawn = epoch_order(shards.labels, rows, repeat, 0)
-        counts = np.bincount(drawn, minlength=len(shards.labels))
-        assert set(counts[rows][shards.labels[rows] == 0]) == {expected}
-        assert set(counts[rows][shards.labels[rows] == 1]) == {1}
+        drawn = epoch_order(dataset.labels, rows, repeat, 0)
+        counts = np.bincount(drawn, minlength=len(dataset.labels))
+        assert set(counts[rows][dataset.labels[rows] == 0]) == {expected}
+        assert set(counts[rows][dataset.labels[rows] == 1]) == {1}
         assert counts.sum() == len(drawn)
 
 
-def test_non_finite_loss_stops_with_advice(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_loss_stops_with_advice(
+    dataset: CropDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, calls, bad = step_module.initial_loss, itertools.count(), {2, 5}
     save = loop._Loop._save
 
@@ -105,7 +111,7 @@ def test_non_finite_loss_stops_with_advice(shards: Shards, tmp_path: Path, monke
         return {**losses, "loss": losses["loss"] * torch.nan} if next(calls) in bad else losses
 
     monkeypatch.setattr(step_module, "initial_loss", poison)
-    epochs = train(tmp_path / "few", shards, changed(RECIPE, max_nonfinite=2))
+    epochs = train(tmp_path / "few", dataset, changed(RECIPE, max_nonfinite=2))
     assert epochs[-1].skipped == 2
     assert all(np.isfinite(value) for e in epochs for value in e.losses.values())
     lines = read_lines(tmp_path / "few" / loop.NONFINITE)
@@ -116,27 +122,27 @@ def test_non_finite_loss_stops_with_advice(shards: Shards, tmp_path: Path, monke
     monkeypatch.setattr(loop._Loop, "_save", lambda self: None)
     how = {"stop": lambda: next(stops), "execution": Execution(save_every=0)}
     with pytest.raises(Stopped):  # without a state: the bad steps are done and recorded again, once
-        train(tmp_path / "paused", shards, changed(RECIPE, max_nonfinite=2), **how)
+        train(tmp_path / "paused", dataset, changed(RECIPE, max_nonfinite=2), **how)
     monkeypatch.setattr(loop._Loop, "_save", save)
     calls = itertools.count()
-    train(tmp_path / "paused", shards, changed(RECIPE, max_nonfinite=2))
+    train(tmp_path / "paused", dataset, changed(RECIPE, max_nonfinite=2))
     assert read_lines(tmp_path / "paused" / loop.NONFINITE) == lines
     bad.update(range(10**6))
     with pytest.raises(DtnError, match=r"3 steps were not finite.*lower --lr"):
-        train(tmp_path / "many", shards, changed(RECIPE, max_nonfinite=2))
+        train(tmp_path / "many", dataset, changed(RECIPE, max_nonfinite=2))
     assert not (tmp_path / "many" / loop.STATE).exists()
 
 
-def test_wrong_crops_are_named(shards: Shards, tmp_path: Path) -> None:
+def test_wrong_crops_are_named(dataset: CropDataset, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="crops are 64 pixels, the model takes 128"):
-        next(fit(DTN(DTNConfig.preset("tiny")), shards, RECIPE, tmp_path))
+        next(fit(DTN(DTNConfig.preset("tiny")), dataset, RECIPE, tmp_path))
     with pytest.raises(UsageError, match="needs reals and fakes"):
-        next(fit(DTN(SMALL), shards, changed(RECIPE, methods=("NoSuchMethod",)), tmp_path))
+        next(fit(DTN(SMALL), dataset, changed(RECIPE, methods=("NoSuchMethod",)), tmp_path))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_every_precision_trains(shards: Shards, tmp_path: Path, precision: str) -> None:
-    (epoch,) = train(tmp_path, shards, changed(RECIPE, epochs=1, precision=precision))
+def test_every_precision_trains(dataset: CropDataset, tmp_path: Path, precision: str) -> None:
+    (epoch,) = train(tmp_path, dataset, changed(RECIPE, epochs=1, precision=precision))
     assert np.isfinite(epoch.losses["loss"])
 
 
@@ -162,7 +168,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def test_algorithm_1(trained: Path, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_algorithm_1(trained: Path, dataset: CropDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The student starts from its teacher, the teacher stays frozen, hard labels stay in, AUC decides when to stop."""
     run = tmp_path / "run"
     shutil.copytree(trained, run)
@@ -191,47 +197,54 @@ def test_algorithm_1(trained: Path, shards: Shards, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(chain, "fit", spy)
     aucs = {0: 0.8, 1: 0.9, 2: 0.9}
     monkeypatch.setattr(chain, "best_auc", lambda run_, generation: aucs[generation])
-    list(chain.distill(run, shards))
+    list(chain.distill(run, dataset))
     assert [g for g, _ in seen] == [1, 2]
     assert json.loads((run / "summary.json").read_text())["best"] == 1
 
 
 @pytest.mark.parametrize(("minimum", "expected"), [(0, [1]), (2, [1, 2])])
 def test_the_chain_stops_without_improvement(
-    trained: Path, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minimum: int, expected: list[int]
+    trained: Path,
+    dataset: CropDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    minimum: int,
+    expected: list[int],
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     (run / chain.RECIPE).unlink()
     chain.start_run(run, changed(RECIPE, epochs=1, generations=4, min_generations=minimum), SMALL)
     monkeypatch.setattr(chain, "best_auc", lambda run_, generation: 0.9 - generation / 100)
-    done = [e.generation for e in chain.distill(run, shards) if isinstance(e, Epoch)]
+    done = [e.generation for e in chain.distill(run, dataset) if isinstance(e, Epoch)]
     assert done == expected
     assert best_checkpoint(run) == run / "generation-0"
 
 
-def test_the_chain_resumes(trained: Path, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chain_resumes(
+    trained: Path, dataset: CropDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(chain, "best_auc", lambda run_, generation: generation / 10)
     for name in ("whole", "paused"):
         shutil.copytree(trained, tmp_path / name)
-    list(chain.distill(tmp_path / "whole", shards))
-    events = chain.distill(tmp_path / "paused", shards)
+    list(chain.distill(tmp_path / "whole", dataset))
+    events = chain.distill(tmp_path / "paused", dataset)
     for event in events:
         if isinstance(event, Epoch) and (event.generation, event.epoch) == (1, 0):
             events.close()
             break
-    list(chain.distill(tmp_path / "paused", shards))
+    list(chain.distill(tmp_path / "paused", dataset))
     for generation in (1, 2):
         a, b = (load_state(tmp_path / n / f"generation-{generation}" / loop.STATE) for n in ("whole", "paused"))
         assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
 
 
-def test_run_folders_are_checked(trained: Path, shards: Shards, tmp_path: Path) -> None:
+def test_run_folders_are_checked(trained: Path, dataset: CropDataset, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no training run"):
-        list(chain.distill(tmp_path, shards))
+        list(chain.distill(tmp_path, dataset))
     chain.start_run(tmp_path / "new", RECIPE, SMALL)
     with pytest.raises(UsageError, match="generation 0 is not trained"):
-        list(chain.distill(tmp_path / "new", shards))
+        list(chain.distill(tmp_path / "new", dataset))
     chain.start_run(tmp_path / "new", changed(RECIPE, lr=2.0), SMALL)  # nothing has begun there
     assert chain.load_run(tmp_path / "new")[0].lr == 2.0
     (tmp_path / "new" / "generation-0").mkdir()
@@ -256,8 +269,8 @@ def test_run_folders_are_checked(trained: Path, shards: Shards, tmp_path: Path) 
             chain.forget(trained, restart)
     model = load_model(trained)
     assert model.notice.startswith("synthetic")
-    rows = shards.select("val")
-    assert TorchScorer(model).score_rows(shards, rows).shape == rows.shape
+    rows = dataset.select("val")
+    assert TorchScorer(model).score_rows(dataset, rows).shape == rows.shape
 
 
 def test_state_files_never_execute(tmp_path: Path) -> None:
@@ -295,7 +308,9 @@ def test_lines_of_what_is_done_again_are_cut(tmp_path: Path) -> None:
     assert not (tmp_path / "none.jsonl").exists()
 
 
-def test_restarting_forgets_that_generation_and_the_later_ones(trained: Path, shards: Shards, tmp_path: Path) -> None:
+def test_restarting_forgets_that_generation_and_the_later_ones(
+    trained: Path, dataset: CropDataset, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     for generation in (1, 2, 3, 10):
@@ -303,15 +318,15 @@ def test_restarting_forgets_that_generation_and_the_later_ones(trained: Path, sh
     (run / "generation-notes").mkdir()
     chain.forget(run, 2)
     assert sorted(p.name for p in run.glob("generation-*")) == ["generation-0", "generation-1", "generation-notes"]
-    done = [e.generation for e in chain.distill(run, shards, restart=1) if isinstance(e, Epoch)]
+    done = [e.generation for e in chain.distill(run, dataset, restart=1) if isinstance(e, Epoch)]
     assert done[0] == 1
 
 
-def test_published_weights_are_asked_for(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_weights_are_asked_for(dataset: CropDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(chain, "build_detector", lambda config, pretrained: asked.append(pretrained) or DTN(config))
     for pretrained in (True, False):
         run = tmp_path / str(pretrained)
         chain.start_run(run, changed(RECIPE, epochs=1, pretrained=pretrained), SMALL)
-        list(chain.train_initial(run, shards))
+        list(chain.train_initial(run, dataset))
     assert asked == [True, False]

@@ -183,14 +183,14 @@ def test_moving_average() -> None:
         with torch.no_grad():
             for mean, now in zip(average.parameters(), step.model.parameters(), strict=True):
                 mean.mul_(0.75).add_(now, alpha=0.25)
-    judged = step.judged()
-    assert judged is not step.model
+    eval_model = step.eval_model()
+    assert eval_model is not step.model
     for name, parameter in average.named_parameters():
-        torch.testing.assert_close(judged.get_parameter(name), parameter)
+        torch.testing.assert_close(eval_model.get_parameter(name), parameter)
     for name, buffer in step.model.named_buffers():
-        assert torch.equal(judged.get_buffer(name), buffer), name
+        assert torch.equal(eval_model.get_buffer(name), buffer), name
     plain = make()
-    assert plain.judged() is plain.model
+    assert plain.eval_model() is plain.model
 
 
 def test_half_precision_lowers_its_scale_and_goes_on() -> None:

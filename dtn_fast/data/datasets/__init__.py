@@ -13,11 +13,11 @@ from dtn_fast.data.datasets.deepfakebench import read_deepfakebench
 from dtn_fast.data.datasets.dfdc import read_dfdc, read_dfdc_preview
 from dtn_fast.data.datasets.ffpp import read_dfd, read_ffpp
 from dtn_fast.data.datasets.folder import read_folder, read_reals
-from dtn_fast.data.video_table import SPLITS, Manifest
+from dtn_fast.data.video_table import SPLITS, VideoTable
 from dtn_fast.errors import UsageError
 
 
-def read(root: Path, source: Source = Source()) -> Manifest:
+def read(root: Path, source: Source = Source()) -> VideoTable:
     """The audited table of a dataset.  Raises UsageError when lists are missing or malformed, or the audit fails."""
     if not root.is_dir():
         raise UsageError(f"{root}: no such folder")
@@ -29,7 +29,7 @@ def read(root: Path, source: Source = Source()) -> Manifest:
     return READERS[source.dataset](root, source)
 
 
-READERS: dict[str, Callable[[Path, Source], Manifest]] = {
+READERS: dict[str, Callable[[Path, Source], VideoTable]] = {
     "ffpp": read_ffpp,
     "dfd": read_dfd,
     "celebdf-v1": read_celebdf,

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from dtn_fast.data.config import Source
 from dtn_fast.data.datasets.parsing import carve_split, keep_wanted, read_text, relative_path, safe_path
-from dtn_fast.data.video_table import REAL, Manifest, Problem, Video, audit
+from dtn_fast.data.video_table import REAL, Problem, Video, VideoTable, audit
 from dtn_fast.errors import UsageError
 
 CELEBDF = {"celebdf-v1": (408, 795, None), "celebdf-v2": (890, 5639, (178, 340))}
 """Published: reals, fakes, and of these (reals, fakes) in the official test list."""
 
 
-def read_celebdf(root: Path, source: Source) -> Manifest:
+def read_celebdf(root: Path, source: Source) -> VideoTable:
     """Celeb-DF: the official list names the test videos, 1 = real there; the rest is train and, by identity, val.
 
     A train video whose people fall on both sides of train and val is left out.
@@ -80,8 +80,8 @@ def read_celebdf(root: Path, source: Source) -> Manifest:
         if sum(whole) + straddling != reals + fakes:
             text = f"{sum(whole) + straddling} videos in all, published are {reals} reals and {fakes} fakes"
             problems.append(Problem("counts", text))
-    manifest = keep_wanted(Manifest(root, videos, source.dataset, notes=notes), source, ("test",))
-    return audit(manifest, published, source.allow, problems)
+    table = keep_wanted(VideoTable(root, videos, source.dataset, notes=notes), source, ("test",))
+    return audit(table, published, source.allow, problems)
 
 
 def _real_folder(root: Path, fake: Path) -> str:

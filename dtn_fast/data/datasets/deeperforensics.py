@@ -11,7 +11,7 @@ import numpy as np
 from dtn_fast.data.config import Source
 from dtn_fast.data.corrupt import PERTURBATIONS
 from dtn_fast.data.datasets.parsing import keep_wanted, read_text, safe_path
-from dtn_fast.data.video_table import REAL, SPLITS, Manifest, Video, audit
+from dtn_fast.data.video_table import REAL, SPLITS, Video, VideoTable, audit
 from dtn_fast.errors import UsageError
 
 VARIANTS = (
@@ -20,7 +20,7 @@ VARIANTS = (
 )  # fmt: skip
 
 
-def read_deeperforensics(root: Path, source: Source) -> Manifest:
+def read_deeperforensics(root: Path, source: Source) -> VideoTable:
     """DeeperForensics-1.0; its reals are the FF++ c23 targets with the same first three digits, perturbed alike.
 
     Which perturbation a fake of a distorted variant got is drawn by DeeperForensics' authors; a real gets one drawn
@@ -53,7 +53,7 @@ def read_deeperforensics(root: Path, source: Source) -> Manifest:
                 videos.append(Video(fake, 1, variant, split, (target, actor), "c23", target="" if drawn else real))
     sizes = {"train": 703, "val": 96, "test": 201}
     published = {(split, variant): sizes[split] for split in source.splits or SPLITS for variant in source.variants}
-    return audit(keep_wanted(Manifest(root, videos, "deeperforensics"), source), published, source.allow)
+    return audit(keep_wanted(VideoTable(root, videos, "deeperforensics"), source), published, source.allow)
 
 
 def perturbations(variant: str, name: str) -> tuple[tuple[str, int], ...]:

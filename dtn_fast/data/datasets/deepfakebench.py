@@ -10,13 +10,13 @@ from typing import Any
 from dtn_fast.data.config import Source
 from dtn_fast.data.datasets.ffpp import FFPP_METHODS
 from dtn_fast.data.datasets.parsing import keep_wanted, read_object, safe_path
-from dtn_fast.data.video_table import REAL, SPLITS, Manifest, Video, audit
+from dtn_fast.data.video_table import REAL, SPLITS, Video, VideoTable, audit
 from dtn_fast.errors import UsageError
 
 BENCH_METHODS = dict(zip(("FF-DF", "FF-F2F", "FF-FH", "FF-FS", "FF-NT"), FFPP_METHODS, strict=True))
 
 
-def read_deepfakebench(root: Path, source: Source) -> Manifest:
+def read_deepfakebench(root: Path, source: Source) -> VideoTable:
     """DeepfakeBench's preprocessed faces: its JSON, frames in folders or in an LMDB, either path separator."""
     if source.lists is None or not source.lists.is_file():
         raise UsageError(f"--lists {source.lists}: name DeepfakeBench's JSON file of the dataset")
@@ -33,8 +33,8 @@ def read_deepfakebench(root: Path, source: Source) -> Manifest:
         method = BENCH_METHODS.get(kind, kind) if fake else REAL
         path = frames[0].rpartition("/")[0]
         videos.append(Video(path, int(fake), method, split, people, compression, mask, frames=frames))
-    manifest = keep_wanted(Manifest(root, videos, "deepfakebench", crops=True, lmdb=source.lmdb), source)
-    return audit(manifest, {}, source.allow, exists=_lmdb_holds(source.lmdb) if source.lmdb else None)
+    table = keep_wanted(VideoTable(root, videos, "deepfakebench", crops=True, lmdb=source.lmdb), source)
+    return audit(table, {}, source.allow, exists=_lmdb_holds(source.lmdb) if source.lmdb else None)
 
 
 def _bench_rows(source: Source) -> Iterator[tuple[str, str, str, dict[str, Any], str]]:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from dtn_fast.data.config import Source
 from dtn_fast.data.datasets.parsing import carve_split, keep_wanted, read_object, read_table, relative_path, safe_path
-from dtn_fast.data.video_table import REAL, Manifest, Problem, Video, audit
+from dtn_fast.data.video_table import REAL, Problem, Video, VideoTable, audit
 from dtn_fast.errors import UsageError
 
 
-def read_dfdc(root: Path, source: Source) -> Manifest:
+def read_dfdc(root: Path, source: Source) -> VideoTable:
     """DFDC: metadata.json of each training part (a tenth of the originals is val), labels.csv of the test set."""
     videos, problems = [], []
     splits = source.splits or ("test",)
@@ -50,11 +50,11 @@ def read_dfdc(root: Path, source: Source) -> Manifest:
         total = sum(video.split != "test" for video in videos)
         if total != 119_154:
             problems.append(Problem("counts", f"{total} training videos, published are 119154"))
-    manifest = keep_wanted(Manifest(root, videos, "dfdc"), source, ("test",))
-    return audit(manifest, published, source.allow, problems)
+    table = keep_wanted(VideoTable(root, videos, "dfdc"), source, ("test",))
+    return audit(table, published, source.allow, problems)
 
 
-def read_dfdc_preview(root: Path, source: Source) -> Manifest:
+def read_dfdc_preview(root: Path, source: Source) -> VideoTable:
     """DFDC preview: dataset.json with the official train and test sets; a tenth of the train people is val."""
     videos, straddling = [], 0
     path = root / "dataset.json"
@@ -73,4 +73,4 @@ def read_dfdc_preview(root: Path, source: Source) -> Manifest:
         file = safe_path(name, path)
         videos.append(Video(file, label, file.split("/")[0] if label else REAL, split, people))
     notes = [f"{straddling} videos left out: their people are in both train and val"] if straddling else []
-    return audit(keep_wanted(Manifest(root, videos, "dfdc-preview", notes=notes), source), {}, source.allow)
+    return audit(keep_wanted(VideoTable(root, videos, "dfdc-preview", notes=notes), source), {}, source.allow)

@@ -8,7 +8,7 @@ from pathlib import Path
 from dtn_fast.data.config import Source
 from dtn_fast.data.datasets.parsing import keep_wanted, read_json, relative_path, safe_path
 from dtn_fast.data.synthetic_marker import METHODS, expected_counts, is_synthetic
-from dtn_fast.data.video_table import REAL, SPLITS, Manifest, Video, audit
+from dtn_fast.data.video_table import REAL, SPLITS, Video, VideoTable, audit
 from dtn_fast.errors import UsageError
 
 FFPP_METHODS = ("Deepfakes", "Face2Face", "FaceShifter", "FaceSwap", "NeuralTextures")
@@ -16,7 +16,7 @@ FFPP_SIZE = {"train": 720, "val": 140, "test": 140}
 DFD = "DeepFakeDetection"
 
 
-def read_ffpp(root: Path, source: Source = Source()) -> Manifest:
+def read_ffpp(root: Path, source: Source = Source()) -> VideoTable:
     """FaceForensics++, or a set laid out like it: a pair (a, b) of a list gives reals a, b and fakes a_b, b_a."""
     folder = source.lists or (root / "splits" if (root / "splits").is_dir() else root)
     c = source.compression
@@ -45,10 +45,10 @@ def read_ffpp(root: Path, source: Source = Source()) -> Manifest:
     known = METHODS if synthetic else FFPP_METHODS
     absent = [] if source.methods else [method for method in known if method not in methods]
     notes = [f"forgeries that are not there: {', '.join(absent)}"] if absent else []
-    return audit(Manifest(root, videos, "ffpp", synthetic, notes=notes), published, source.allow)
+    return audit(VideoTable(root, videos, "ffpp", synthetic, notes=notes), published, source.allow)
 
 
-def read_dfd(root: Path, source: Source = Source()) -> Manifest:
+def read_dfd(root: Path, source: Source = Source()) -> VideoTable:
     """DeepFakeDetection inside the FF++ tree; it has no official split: all of it is a test set."""
     c = source.compression
     videos = []
@@ -67,7 +67,7 @@ def read_dfd(root: Path, source: Source = Source()) -> Manifest:
     if not videos:
         raise UsageError(f"{root}: no original_sequences/actors/{c} there; is it the FF++ root with DFD in it?")
     return audit(
-        keep_wanted(Manifest(root, videos, "dfd"), source), {("test", REAL): 363, ("test", DFD): 3068}, source.allow
+        keep_wanted(VideoTable(root, videos, "dfd"), source), {("test", REAL): 363, ("test", DFD): 3068}, source.allow
     )
 
 

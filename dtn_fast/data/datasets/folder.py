@@ -10,11 +10,11 @@ from pathlib import Path
 from dtn_fast.data.config import Source
 from dtn_fast.data.datasets.parsing import keep_wanted, relative_path
 from dtn_fast.data.video import IMAGES, VIDEOS
-from dtn_fast.data.video_table import REAL, SPLITS, Manifest, Video, audit
+from dtn_fast.data.video_table import REAL, SPLITS, Video, VideoTable, audit
 from dtn_fast.errors import UsageError
 
 
-def read_folder(root: Path, source: Source = Source()) -> Manifest:
+def read_folder(root: Path, source: Source = Source()) -> VideoTable:
     """Any set laid out as <split>/<real or a forgery's name>/, holding videos, pictures or folders of pictures."""
     videos = []
     for split in SPLITS:
@@ -26,10 +26,10 @@ def read_folder(root: Path, source: Source = Source()) -> Manifest:
         raise UsageError(
             f"{root}: no <split>/<real or a forgery's name>/ with media in it; splits are {', '.join(SPLITS)}"
         )
-    return audit(keep_wanted(Manifest(root, videos, "folder"), source), {}, source.allow)
+    return audit(keep_wanted(VideoTable(root, videos, "folder"), source), {}, source.allow)
 
 
-def read_reals(root: Path, source: Source = Source()) -> Manifest:
+def read_reals(root: Path, source: Source = Source()) -> VideoTable:
     """A folder of real faces or videos, eight tenths train, one val, one test by the file's (or its folder's) name."""
     videos = []
     for path, frames in _media(root, root):
@@ -38,7 +38,7 @@ def read_reals(root: Path, source: Source = Source()) -> Manifest:
         videos.append(Video(path, 0, REAL, split, frames=frames))
     if not videos:
         raise UsageError(f"{root}: no pictures or videos in it")
-    return audit(keep_wanted(Manifest(root, videos, "reals"), source), {}, source.allow)
+    return audit(keep_wanted(VideoTable(root, videos, "reals"), source), {}, source.allow)
 
 
 def _media(root: Path, folder: Path) -> Iterator[tuple[str, tuple[str, ...]]]:

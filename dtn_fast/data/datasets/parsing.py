@@ -9,26 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from dtn_fast.data.config import Source
-from dtn_fast.data.video_table import REAL, SPLITS, Manifest
+from dtn_fast.data.video_table import REAL, SPLITS, VideoTable
 from dtn_fast.errors import UsageError
 
 # ------------------------------------------------------------------------------------------------- what they share
 
 
-def keep_wanted(manifest: Manifest, source: Source, default: tuple[str, ...] = SPLITS) -> Manifest:
+def keep_wanted(table: VideoTable, source: Source, default: tuple[str, ...] = SPLITS) -> VideoTable:
     """The manifest's videos of the wanted splits and methods."""
     splits = source.splits or default
-    known = {video.method for video in manifest.videos}
+    known = {video.method for video in table.videos}
     if unknown := set(source.methods) - known:
         raise UsageError(
-            f"{manifest.root}: no {', '.join(sorted(unknown))}; there are {', '.join(sorted(known - {REAL}))}"
+            f"{table.root}: no {', '.join(sorted(unknown))}; there are {', '.join(sorted(known - {REAL}))}"
         )
     videos = [
         video
-        for video in manifest.videos
+        for video in table.videos
         if video.split in splits and (not video.label or not source.methods or video.method in source.methods)
     ]
-    return Manifest(manifest.root, videos, manifest.dataset, False, manifest.crops, manifest.lmdb, manifest.notes)
+    return VideoTable(table.root, videos, table.dataset, False, table.crops, table.lmdb, table.notes)
 
 
 def carve_split(key: str, parts: int) -> str:

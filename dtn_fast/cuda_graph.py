@@ -1,0 +1,33 @@
+"""CUDA graphs: GPU work captured once and replayed without launching its kernels one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+WARM_UP = 3
+"""Calls before a capture: compilation, cuDNN's search and lazy initialisation need them."""
+
+
+def warm_up(call: Callable[[], Any], times: int = WARM_UP, stream: torch.cuda.Stream | None = None) -> Any:
+    """Calls ``call`` on a side stream, since a capture excludes the default one; returns the last result."""
+    side, current = stream or torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(times):
+            result = call()
+    current.wait_stream(side)
+    return result
+
+
+def capture(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """``call``, warmed up before, as a graph: the function that replays it, and the tensors that a replay fills.
+
+    Other threads may use the GPU meanwhile (a loader copies, a server scores).
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = call()
+    return graph.replay, result
