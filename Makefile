@@ -28,10 +28,11 @@ test-oldest: setup  ## the kernels with the oldest Triton that they support
 	@PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted
 	@PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/kernels/test_compile_check.py tests/kernels/test_ops.py
 
-lint: setup  ## ruff and mypy
+lint: setup  ## ruff, mypy, and which folder may import which
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports
 
 format: setup  ## let ruff mend what it can
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

@@ -19,7 +19,7 @@ from dtn_fast.bench.machine import Machine
 from dtn_fast.bench.measure import Case
 from dtn_fast.data.augment import Augment, DeviceAugment
 from dtn_fast.data.blend import self_blended
-from dtn_fast.data.config import PRESETS
+from dtn_fast.data.config import AUGMENTATIONS
 from dtn_fast.data.crop_dataset import CropDataset, Crops
 from dtn_fast.data.faces import Box, FaceFinder, FaceTracker, crop_face
 from dtn_fast.data.loader import Loader
@@ -41,7 +41,7 @@ def cases(machine: Machine | None = None, quick: bool = False) -> Iterator[Case]
                 yield case(*video)
         kept = stored(Path(folder), CROPS // (8 if quick else 1))
         yield reading_case(*kept)
-        for preset in sorted(PRESETS):
+        for preset in sorted(AUGMENTATIONS):
             yield augment_case(kept[0], preset)
         yield blend_case(kept[1])
 
@@ -215,11 +215,11 @@ def reading_case(flat: np.ndarray, dataset: CropDataset, jpegs: Path) -> Case:
 def augment_case(flat: np.ndarray, preset: str) -> Case:
     crops, seeds = np.array(flat[:BATCH]), sample_seeds(0, np.arange(BATCH))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    on_device, tensor = DeviceAugment(PRESETS[preset]), torch.from_numpy(crops).to(device)
+    on_device, tensor = DeviceAugment(AUGMENTATIONS[preset]), torch.from_numpy(crops).to(device)
     contenders: dict[str, Callable[[], object]] = {}
     notes: tuple[str, ...] = () if device == "cuda" else ("the device pipeline is meant for a GPU: not run",)
     if importlib.util.find_spec("albumentations"):
-        on_cpu = Augment(PRESETS[preset])
+        on_cpu = Augment(AUGMENTATIONS[preset])
         contenders["albumentations"] = lambda: on_cpu(crops, seeds)
     else:
         notes = (*notes, "albumentations is not installed: not run")
@@ -259,7 +259,7 @@ def bench_reading(compare, kept: tuple[np.ndarray, CropDataset, Path]) -> None:
     compare(reading_case(*kept))
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("preset", sorted(AUGMENTATIONS))
 def bench_augment(compare, kept: tuple[np.ndarray, CropDataset, Path], preset: str) -> None:
     compare(augment_case(kept[0], preset))
 

@@ -6,18 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dtn_fast.data.config import Split
 from dtn_fast.errors import UsageError
 
 
 @dataclass(frozen=True)
 class RepositoryConfig:
-    """How the server runs it."""
+    """How NVIDIA Triton Inference Server runs a model."""
 
     name: str = "dtn"
+    """Name of the model that takes crops; the ensemble that takes encoded pictures is called NAME_encoded."""
     max_batch: int = 64
+    """Largest batch that requests are joined to."""
     delay_us: int = 2000
     """Microseconds that a request waits for others to share its batch."""
     instances: int = 1
+    """Copies of the model per GPU (or per machine without one)."""
 
     def __post_init__(self) -> None:
         if not self.name.replace("_", "").replace("-", "").isalnum():
@@ -108,3 +112,17 @@ class QuantizeConfig:
     @property
     def on(self) -> bool:
         return self.convs != "none" or self.linears != "none"
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """How two model files are compared."""
+
+    split: Split = "val"
+    """Split of the crops."""
+    images: int = 64
+    """Number of crops, evenly spaced over the split."""
+    layers: bool = False
+    """Also compare every convolution and product; checkpoints and ONNX files show them."""
+    tolerance: float = 0.01
+    """Largest difference of a logit that passes."""

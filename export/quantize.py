@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.metrics import evaluate_scores
 from dtn_fast.export.config import QuantizeConfig, Width
 from dtn_fast.export.to_onnx import module_of, require_onnx, runnable
@@ -285,7 +286,7 @@ def check_accuracy(
     scorer = OnnxScorer(runnable(proto).SerializeToString(), batch_size=16, optimise=False)
     exact, got = reference.logits_rows(dataset, rows), scorer.logits_rows(dataset, rows)
     labels = dataset.labels[rows]
-    areas = [evaluate_scores(labels, probability(logits)).auc for logits in (exact, got)]
+    areas = [evaluate_scores(labels, probability(logits), EvaluateConfig.threshold).auc for logits in (exact, got)]
     change = np.abs(exact - got)
     result = AccuracyCheck(len(rows), areas[0], areas[1], float(change.max()), float(change.mean()))
     if not result.worst <= config.max_logit_change:

@@ -11,13 +11,19 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from dtn_fast.data.open import open_data
 from dtn_fast.errors import UsageError
+from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.metrics import evaluate_scores
-from dtn_fast.export.to_onnx import module_of, require_onnx, runnable
+from dtn_fast.export.config import VerifyConfig
+from dtn_fast.export.to_onnx import example_inputs, module_of, require_onnx, runnable
 from dtn_fast.kernels.onnx_nodes import DOMAIN
 from dtn_fast.model.dtn import DTN
 from dtn_fast.model.fold import fold
+from dtn_fast.model.hooks import hooked
 from dtn_fast.model.preprocess import normalise
+from dtn_fast.runtime.config import Runtime
+from dtn_fast.runtime.load import load_scorer
 from dtn_fast.runtime.onnx import OnnxScorer
 from dtn_fast.runtime.scorer import Scorer, probability
 from dtn_fast.runtime.torch_scorer import TorchScorer
@@ -46,6 +52,47 @@ class LayerError(NamedTuple):
     """Largest difference."""
 
 
+class Verified(NamedTuple):
+    """Two files compared."""
+
+    names: tuple[str, str]
+    """The runtimes."""
+    agreement: Agreement
+    layers: list[LayerError]
+    """Empty unless asked for."""
+    same_weights: bool
+    """False: their files say that they were made of different weights."""
+
+
+def verify(
+    first: Path,
+    second: Path,
+    data: Path | None = None,
+    config: VerifyConfig = VerifyConfig(),
+    runtime: Runtime = Runtime(),
+) -> Verified:
+    """The file ``second`` against ``first`` on the crops in ``data``, or without any on noise.
+
+    Raises UsageError when the split holds no crop, or the two do not take the same crops.
+    """
+    a, b = load_scorer(first, runtime), load_scorer(second, runtime)
+    labels = None
+    if data is None:
+        crops = example_inputs(a.config, "crops", config.images, seed=0).numpy()
+    else:
+        dataset = open_data(data, a.config.image_size)
+        dataset.check_fits(a.config, str(first))
+        rows = dataset.evenly_spaced(config.split, config.images)
+        if not len(rows):
+            raise UsageError(f"--data {data}: no crop in its {config.split} split")
+        crops, labels = dataset.get(rows), dataset.labels[rows]
+    agreement, layers = compare(a, b, crops, labels), []
+    if config.layers:
+        layers = compare_layers(layer_outputs(a, first, second), layer_outputs(b, second, first), crops[:8])
+    weights = {getattr(s, "weights", "") for s in (a, b)} - {""}
+    return Verified((a.name, b.name), agreement, layers, len(weights) < 2)
+
+
 def compare(
     first: Scorer, second: Scorer, crops: NDArray[np.uint8], labels: NDArray[np.int64] | None = None
 ) -> Agreement:
@@ -61,10 +108,14 @@ def compare(
     logits = first.logits(crops), second.logits(crops)
     scores = probability(logits[0]), probability(logits[1])
     change = np.abs(logits[0] - logits[1])
-    areas = (None, None) if labels is None else tuple(evaluate_scores(labels, s).auc for s in scores)
+    areas = (
+        (None, None)
+        if labels is None
+        else tuple(evaluate_scores(labels, s, EvaluateConfig.threshold).auc for s in scores)
+    )
     return Agreement(
         len(crops), float(change.max()), float(change.mean()), float(np.abs(scores[0] - scores[1]).max()),
-        int(((scores[0] >= 0.5) == (scores[1] >= 0.5)).sum()), areas,  # type: ignore[arg-type]
+        int(((scores[0] >= EvaluateConfig.threshold) == (scores[1] >= EvaluateConfig.threshold)).sum()), areas,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -118,14 +169,10 @@ def _torch_layers(scorer: TorchScorer, nodes: bool, crops: NDArray[np.uint8]) ->
         return hook
 
     kinds = (nn.Conv2d, nn.Linear)
-    handles = [m.register_forward_hook(keep(n)) for n, m in net.named_modules() if isinstance(m, kinds)]
-    try:
-        with torch.inference_mode():
-            weight = next(net.parameters())
-            net(normalise(crops, scorer.config, weight.device).to(weight.dtype))
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = [(m, keep(n)) for n, m in net.named_modules() if isinstance(m, kinds)]
+    with hooked(net, layers), torch.inference_mode():
+        weight = next(net.parameters())
+        net(normalise(crops, scorer.config, weight.device).to(weight.dtype))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.crop_dataset import CropDataset
+from dtn_fast.data.open import open_data
 from dtn_fast.errors import UsageError
+from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.mac_count import count
-from dtn_fast.evaluation.protocols import TRAINED_ON, Measured, measure
+from dtn_fast.evaluation.protocols import TRAINED_ON, Measured, measure, names_of
 from dtn_fast.evaluation.tables import ResultTable, TableRow
-from dtn_fast.model.build import TimmConfig, load_detector
-from dtn_fast.model.config import DTNConfig
-from dtn_fast.model.detector import WEIGHTS, place
+from dtn_fast.model.build import load_detector
+from dtn_fast.model.config import DTNConfig, ModelConfig, TimmConfig
+from dtn_fast.model.detector import WEIGHTS, move_to
 from dtn_fast.provenance import made_by, record
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train import distributed
@@ -27,7 +29,7 @@ from dtn_fast.train.ablation_tables import ABLATIONS, GENERATIONS, Printed, Vari
 from dtn_fast.train.config import Recipe
 from dtn_fast.train.distill import distill, train_initial
 from dtn_fast.train.loop import Epoch, Step
-from dtn_fast.train.run_folder import best_auc, generation_folder, start_run
+from dtn_fast.train.run_folder import best_auc, for_crops, generation_folder, start_run
 
 
 class Working(NamedTuple):
@@ -93,6 +95,34 @@ def ablate(
     yield found.table(variants)
 
 
+def ablate_folders(
+    name: str,
+    data: Path,
+    out: Path,
+    model: ModelConfig,
+    recipe: Recipe,
+    tests: Sequence[Path] = (),
+    test_names: Sequence[str] = (),
+    only: tuple[str, ...] = (),
+    **how: Any,
+) -> Iterator[Working | ResultTable]:
+    """:func:`ablate` on folders of crops: trained on ``data``, measured on the test split of each of ``tests``.
+
+    tests: default: ``data`` alone.  test_names: names of the tests in the table; default: of their folders.  Raises
+    UsageError when ``model`` is no DTN, whose fields the variants change.
+    """
+    if not isinstance(model, DTNConfig):
+        raise UsageError(f"{name}: its variants are changes to a DTN; --config describes another detector")
+    dataset = open_data(data, model.image_size)
+    folders = tests or (data,)
+    names = names_of(folders, test_names, "test-names")
+    sets = {title: dataset if folder == data else open_data(folder, model.image_size)
+            for title, folder in zip(names, folders, strict=True)}  # fmt: skip
+    fitted = for_crops(model, dataset)
+    assert isinstance(fitted, DTNConfig)
+    yield from ablate(name, dataset, sets, out, fitted, recipe, only, **how)
+
+
 FACTS = ("variant", "generation", "tests", "digest", "weights", "column_notes")
 """Of a row, besides its figures: whose weights, measured on what."""
 
@@ -142,8 +172,8 @@ class _Rows:
             self._rows.append(dataclasses.replace(row, before=before, after=shown, paper=printed))
 
     def _measured(self, title: str, folder: Path, facts: dict[str, Any], device: str) -> TableRow:
-        scorer = _Shared(place(load_detector(folder), device))
-        for step in measure(scorer, self._tests, ABLATIONS[self._name].by_forgery):
+        scorer = _Shared(move_to(load_detector(folder), device))
+        for step in measure(scorer, self._tests, ABLATIONS[self._name].by_forgery, EvaluateConfig()):
             if isinstance(step, Measured):
                 facts = {**facts, "column_notes": step.column_notes}
                 return TableRow(title, step.cells, notice=scorer.notice, facts=facts)

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.paper_numbers import DATASETS, FF_NAMES, TABLE1, TABLE2, TABLE8_SIZES, Pair
-from dtn_fast.model.build import TimmConfig
-from dtn_fast.model.config import DTNConfig
+from dtn_fast.model.config import DTNConfig, TimmConfig
 from dtn_fast.train.config import Recipe
 
 Printed = dict[str, Pair]
@@ -187,7 +186,7 @@ def configure(variant: Variant, model: DTNConfig, recipe: Recipe) -> tuple[DTNCo
     """The variant's model and recipe, on top of given ones.  Raises UsageError as their classes do."""
     changed = dataclasses.replace(recipe, **variant.recipe)
     if "timm" in variant.model:
-        return TimmConfig(variant.model["timm"], model.image_size), changed
+        return TimmConfig(variant.model["timm"], model.image_size, margin=model.margin), changed
     return dataclasses.replace(model, **variant.model), changed
 
 

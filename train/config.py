@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 
-from dtn_fast.data.config import PresetName as AugmentName
+from dtn_fast.data.config import AugmentName
 from dtn_fast.data.synthetic_marker import HELD_OUT, METHODS
 from dtn_fast.errors import UsageError
+from dtn_fast.model.config import DTNConfig, ModelConfig, TimmConfig, read_config
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,22 @@ class Recipe:
     center_on: Literal["logits", "features"] = "logits"
     """What Ct-c draws to its centres: the two logits (low-dimensional, the paper's) or a DTN's pooled features."""
     temperature: float = 2.0
-    """Of the softened probabilities in the KD loss (*choice*)."""
+    """Temperature of the softened probabilities (soft labels) in the KD loss (*choice*)."""
     delta: float = 1.0
     """Added to the denominator of Ct-c (Eq. 3)."""
     real_repeat: int = 0
-    """How often an epoch shows each real, differently augmented; the paper 4, 0: as often as balances the classes."""
+    """Repeats of each real crop per epoch, with new augmentation.  The paper uses 4; 0 chooses the number that balances
+    the classes."""
     methods: tuple[str, ...] = ()
     """Forgeries to train and select on; none: every one in the data."""
     generations: int = 5
-    """At most this many students; the chain stops when validation AUC no longer improves."""
+    """Most students to train, one after another."""
     min_generations: int = 0
-    """Students to train even when AUC does not improve."""
-    patience: int = 0
-    """Stop a generation after this many epochs without a better validation AUC; 0: never."""
+    """Students to train even when validation AUC does not improve."""
+    generation_patience: int = 1
+    """Stop after this many students in a row without a better validation AUC than every generation before them."""
+    epoch_patience: int = 0
+    """Stop a generation after this many epochs in a row without a better validation AUC; 0: never."""
     augment: AugmentName = "forensic"
     """none; light: for small, clean sets; forensic: geometry, light, blur, noise and JPEG."""
     augment_on: Literal["auto", "device", "cpu"] = "auto"
@@ -57,7 +62,8 @@ class Recipe:
     self_blend: bool = False
     """Leave the data's fakes out and train on self-blended copies of its reals instead (*choice*)."""
     cache_teacher: int = 0
-    """Augmented views per crop, coming again and again, whose soft labels are computed once; 0: every view is new."""
+    """Fixed number of augmented views per crop.  The teacher labels each view once and its logits are kept.  0: new
+    augmentation in every epoch, nothing kept."""
     ema: float = 0.0
     """Validate and keep a moving average of the weights with this decay, such as 0.999; 0: the weights themselves."""
     max_nonfinite: int = 10
@@ -69,10 +75,19 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "lr_step", "temperature", "delta", "lr"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "accumulate",
+            "lr_step",
+            "temperature",
+            "delta",
+            "lr",
+            "generation_patience",
+        ):
             if not 0 < getattr(self, name) < math.inf:  # a NaN is not
                 raise UsageError(f"Recipe.{name} is {getattr(self, name)}; it must be positive")
-        for name in ("weight_decay", "real_repeat", "generations", "min_generations", "patience", "cache_teacher",
+        for name in ("weight_decay", "real_repeat", "generations", "min_generations", "epoch_patience", "cache_teacher",
                      "max_nonfinite"):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"Recipe.{name} is {getattr(self, name)}; it must not be negative")
@@ -169,3 +184,15 @@ PRESETS: dict[RunPreset, Preset] = {
 """paper, tiny: the model alone, the paper's recipe on every forgery in the data.  ffpp-c23: the paper's training on
 FaceForensics++.  cross-manipulation: one forgery alone (choose it by --methods), for testing on each.  demo: what
 ``dtn-fast demo`` trains."""
+DEFAULT_PRESET: RunPreset = "paper"
+
+
+def choose_model(preset: RunPreset, config: Path | None, timm: str) -> ModelConfig:
+    """The model of a JSON file ``config``, a model of timm's registry, or else the preset's.
+
+    Raises UsageError when both are given, or the file is no configuration.
+    """
+    if timm and config:
+        raise UsageError("--timm and --config both name a model; give one")
+    base = DTNConfig.preset(PRESETS[preset].model)
+    return read_config(config) if config else TimmConfig(timm, base.image_size) if timm else base

@@ -24,7 +24,7 @@ QUIET = 60
 """Seconds between lines where there is no terminal: the log file of a scheduler's job."""
 
 
-def watch(events: Iterable[Step | Epoch], run: Path, epochs: int, every: int = 50, wandb: str = "") -> None:
+def watch(events: Iterable[Step | Epoch], run: Path, epochs: int, every: int, wandb: str) -> None:
     """Drives a training generator and shows it; only the first process of several speaks and logs.
 
     run: where TensorBoard's events go, if tensorboard is installed.  every: steps between logged points.  wandb: a

@@ -28,7 +28,8 @@ def train_initial(run: Path, dataset: CropDataset, **how: Any) -> Generator[Step
 def distill(
     run: Path, dataset: CropDataset, restart: int | None = None, **how: Any
 ) -> Generator[Step | Epoch, None, None]:
-    """Generations 1, 2, ...: each starts from its frozen teacher and learns by DSD, until AUC stops improving.
+    """Generations 1, 2, ...: each starts from its frozen teacher and learns by DSD, until no student has
+    had a better validation AUC for ``generation_patience`` generations.
 
     Finished generations are kept, an unfinished one goes on; ``restart`` first deletes that generation and the later
     ones.  ``how`` as in :func:`train_initial`.  Raises UsageError before generation 0 is trained.
@@ -43,6 +44,7 @@ def distill(
         student = copy.deepcopy(teacher).requires_grad_(True)
         yield from fit(student, dataset, recipe, generation_folder(run, generation), teacher, generation, **how)
         summarise(run)
-        better = best_auc(run, generation) > best_auc(run, generation - 1)
-        if not better and generation >= recipe.min_generations:
+        aucs = [best_auc(run, number) for number in range(generation + 1)]
+        without_gain = generation - aucs.index(max(aucs))
+        if without_gain >= recipe.generation_patience and generation >= recipe.min_generations:
             break

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from dtn_fast.data.augment import Augment, DeviceAugment
 from dtn_fast.data.blend import self_blended
-from dtn_fast.data.config import PRESETS
+from dtn_fast.data.config import AUGMENTATIONS
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.loader import Batch, Loader
 from dtn_fast.data.synthetic_marker import STAMP
 from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.metrics import Metrics, evaluate_scores
 from dtn_fast.files import write_whole
 from dtn_fast.model.detector import Detector, check_state
@@ -87,7 +88,7 @@ class Stopped(DtnError):
 
 
 @dataclass
-class Place:
+class Position:
     """Where a generation stands: everything beside the weights that a resumed run needs."""
 
     epoch: int = 0
@@ -196,7 +197,7 @@ class _Loop:
         train_rows, self.val_rows = splits(dataset, recipe, model)
         model.notice = STAMP if dataset.synthetic else ""
         self.step = TrainStep(model, recipe, execution, device, teacher)
-        preset = PRESETS.get(recipe.augment)
+        preset = AUGMENTATIONS.get(recipe.augment)
         where = recipe.augment_on if recipe.augment_on != "auto" else "device" if device.type == "cuda" else "cpu"
         on_cpu = Augment(preset) if preset and where == "cpu" else None
         self.augment = DeviceAugment(preset) if preset and where == "device" else None
@@ -213,12 +214,12 @@ class _Loop:
         self.soft = None
         if teacher is not None and recipe.cache_teacher:
             self.soft = SoftLabels(train_rows, recipe.cache_teacher, model.config.num_classes, device)
-        self.place = Place()
+        self.position = Position()
 
     def run(self) -> Generator[Step | Epoch, None, None]:
         self._resume()
-        while self.place.epoch < self.recipe.epochs:
-            if self.recipe.patience and self.place.stale >= self.recipe.patience:
+        while self.position.epoch < self.recipe.epochs:
+            if self.recipe.epoch_patience and self.position.stale >= self.recipe.epoch_patience:
                 break
             yield from self._epoch()
         distributed.barrier()  # whoever reads the weights next finds them whole
@@ -230,7 +231,7 @@ class _Loop:
             try:
                 check_state(self.step.model, state["model"], where)
                 self.step.load(state)
-                self.place = Place(**state["place"])
+                self.position = Position(**state["place"])
                 if self.soft is not None:
                     self.soft.load(state["soft"])
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -238,15 +239,15 @@ class _Loop:
         distributed.barrier()
         if self.ranks.main:
             for name in (METRICS, STEPS, NONFINITE):
-                cut_lines(self.out / name, self.place.epoch, self.place.step)
+                cut_lines(self.out / name, self.position.epoch, self.position.step)
 
     def _epoch(self) -> Generator[Step | Epoch, None, None]:
-        place, epoch = self.place, self.place.epoch
+        position, epoch = self.position, self.position.epoch
         lr, steps = self.step.set_epoch(epoch), len(self.loader)
         self.step.model.train()
         readback = Readback(LAG if self.device.type == "cuda" else 0)
         clock = _Clock(self.loader, self.recipe.batch_size, self.device)
-        first = place.step
+        first = position.step
         for number, batch in enumerate(self.loader.epoch(epoch, first), first):
             # everything random in a step comes from its own numbers, so a resumed run repeats it
             torch.manual_seed(seed_of(self.recipe.seed, self.generation, epoch, number, self.ranks.rank))
@@ -266,7 +267,7 @@ class _Loop:
                 for (done, rows), (*values, _) in readback.pop(everything=True):
                     yield self._account(done, steps, rows, values, lr, clock)
             if save or signalled:
-                place.step = number + 1
+                position.step = number + 1
                 self._save()
             if signalled:
                 raise Stopped(signalled, f"generation {self.generation}, epoch {epoch + 1}, step {number + 1}")
@@ -278,59 +279,70 @@ class _Loop:
         self, number: int, steps: int, rows: NDArray[np.int64], values: list[float], lr: float, clock: _Clock
     ) -> Step:
         """Adds a step's values to the sums, or records that they are not finite."""
-        place, named = self.place, dict(zip(self.step.names, values, strict=True))
+        position, named = self.position, dict(zip(self.step.names, values, strict=True))
         clock.steps += 1
         if np.isfinite(values).all():
-            place.counted += 1
-            for sums in (place.sums, place.recent):
+            position.counted += 1
+            for sums in (position.sums, position.recent):
                 for name, value in named.items():
                     sums[name] = sums.get(name, 0.0) + value
-            place.recent["steps"] = place.recent.get("steps", 0) + 1
+            position.recent["steps"] = position.recent.get("steps", 0) + 1
         else:
             self._skip(number, rows, named)
         if (number + 1) % self.execution.log_every == 0 or number + 1 == steps:
-            if self.ranks.main and (counted := place.recent.pop("steps", 0)):
-                means = {name: value / counted for name, value in place.recent.items()}
-                append_line(self.out / STEPS, {"epoch": place.epoch, "step": number, "lr": lr, **means})
-            place.recent = {}
+            if self.ranks.main and (counted := position.recent.pop("steps", 0)):
+                means = {name: value / counted for name, value in position.recent.items()}
+                append_line(self.out / STEPS, {"epoch": position.epoch, "step": number, "lr": lr, **means})
+            position.recent = {}
         losses = {name: value for name, value in named.items() if name != "grad_norm"}
-        return Step(self.generation, place.epoch, number, steps, losses, named.get("grad_norm"), lr, *clock.read(),
-                    place.skipped)  # fmt: skip
+        return Step(self.generation, position.epoch, number, steps, losses, named.get("grad_norm"), lr, *clock.read(),
+                    position.skipped)  # fmt: skip
 
     def _skip(self, number: int, rows: NDArray[np.int64], values: dict[str, float]) -> None:
-        self.place.skipped += 1
+        self.position.skipped += 1
         rows = np.concatenate(distributed.gather(rows))
         if self.ranks.main:
             videos = [self.dataset.videos[v].path for v in self.dataset.video[rows]]
-            row = {"epoch": self.place.epoch, "step": number, "rows": rows.tolist(), "videos": [str(v) for v in videos]}
+            row = {
+                "epoch": self.position.epoch,
+                "step": number,
+                "rows": rows.tolist(),
+                "videos": [str(v) for v in videos],
+            }
             append_line(self.out / NONFINITE, {**row, "values": {k: str(v) for k, v in values.items()}})
-        if self.place.skipped > self.recipe.max_nonfinite:
+        if self.position.skipped > self.recipe.max_nonfinite:
             raise DtnError(
-                f"{self.place.skipped} steps were not finite, the last at epoch {self.place.epoch + 1}, step "
+                f"{self.position.skipped} steps were not finite, the last at epoch {self.position.epoch + 1}, step "
                 f"{number + 1} ({', '.join(f'{k} {v:.4g}' for k, v in values.items())}); their crops are in "
                 f"{self.out / NONFINITE}; lower --lr or use --precision fp32 in a new --out, or raise --max-nonfinite"
             )
 
     def _close(self, lr: float, clock: _Clock) -> Epoch:
         """Validates, keeps the weights if they are the best so far, saves, and turns to the next epoch."""
-        place, rate = self.place, clock.read()
+        position, rate = self.position, clock.read()
         metrics, scores = self._validate()
         assert metrics.auc is not None, "both classes are in the validation split, checked at the start"
         assert metrics.acc is not None
-        place.stale += 1
-        if metrics.auc > place.best:
-            place.best, place.stale = metrics.auc, 0
+        position.stale += 1
+        if metrics.auc > position.best:
+            position.best, position.stale = metrics.auc, 0
             if self.ranks.main:
                 self.step.eval_model().save_pretrained(self.out)
                 labels = self.dataset.labels[self.val_rows]
                 write_whole(self.out / VALIDATION, lambda file: np.savez(file, labels=labels, scores=scores))
-        means = {name: value / max(place.counted, 1) for name, value in place.sums.items() if name != "grad_norm"}
+        means = {name: value / max(position.counted, 1) for name, value in position.sums.items() if name != "grad_norm"}
         report = Epoch(
-            self.generation, place.epoch, lr, means, metrics.auc, metrics.acc, place.best, *rate, place.skipped
+            self.generation, position.epoch, lr, means, metrics.auc, metrics.acc, position.best, *rate, position.skipped
         )
         if self.ranks.main:
             append_line(self.out / METRICS, report._asdict())
-        place.epoch, place.step, place.counted, place.sums, place.recent = place.epoch + 1, 0, 0, {}, {}
+        position.epoch, position.step, position.counted, position.sums, position.recent = (
+            position.epoch + 1,
+            0,
+            0,
+            {},
+            {},
+        )
         self._save()
         return report
 
@@ -339,11 +351,11 @@ class _Loop:
         share = self.val_rows[self.ranks.rank :: self.ranks.world]
         mine = TorchScorer(self.step.eval_model(), runtime=Runtime(mode="eager")).score_rows(self.dataset, share)
         scores = distributed.interleave(distributed.gather(mine))
-        return evaluate_scores(self.dataset.labels[self.val_rows], scores), scores
+        return evaluate_scores(self.dataset.labels[self.val_rows], scores, EvaluateConfig.threshold), scores
 
     def _save(self) -> None:
         if self.ranks.main:
-            state = {**self.step.state(), "place": dataclasses.asdict(self.place)}
+            state = {**self.step.state(), "place": dataclasses.asdict(self.position)}
             if self.soft is not None:
                 state["soft"] = self.soft.table
             save_state(self.out / STATE, state)
@@ -375,10 +387,7 @@ def splits(dataset: CropDataset, recipe: Recipe, model: Detector) -> tuple[NDArr
             raise UsageError(f"the {name} split needs reals and fakes; it has {len(rows)} crops of labels "
                              f"{sorted(set(dataset.labels[rows].tolist()))}; "
                              "--self-blend makes fakes of reals")  # fmt: skip
-    if dataset.size != model.config.image_size:
-        raise UsageError(
-            f"the crops are {dataset.size} pixels, the model takes {model.config.image_size}; prepare again"
-        )
+    dataset.check_fits(model.config, "the model")
     return train_rows, val_rows
 
 

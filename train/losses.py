@@ -9,7 +9,7 @@ from torch import Tensor
 cross_entropy = F.cross_entropy  # Eq. 2
 
 
-def contrastive_center(logits: Tensor, labels: Tensor, centers: Tensor, delta: float = 1.0) -> Tensor:
+def contrastive_center(logits: Tensor, labels: Tensor, centers: Tensor, delta: float) -> Tensor:
     """Low-dimensional contrastive-center loss on the logits (Eq. 3; Qi and Su, 2017), a scalar.
 
     1/2 * mean_i ||z_i - c_yi||^2 / (sum_{j != yi} ||z_i - c_j||^2 + delta).  centers: [classes, D], learnable, of
@@ -21,7 +21,7 @@ def contrastive_center(logits: Tensor, labels: Tensor, centers: Tensor, delta: f
     return 0.5 * (own / (distance.sum(1) - own + delta)).mean()
 
 
-def distillation(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Tensor:
+def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """KL(teacher || student) of temperature-softened probabilities times T^2, mean over the batch (Eq. 6)."""
     log_student = (student / temperature).log_softmax(1)
     log_teacher = (teacher / temperature).log_softmax(1)
@@ -32,8 +32,8 @@ def initial_loss(
     logits: Tensor,
     labels: Tensor,
     centers: Tensor,
-    delta: float = 1.0,
-    weights: tuple[float, float] = (1.0, 1.0),
+    delta: float,
+    weights: tuple[float, float],
     points: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Initial training: w0 * CE + w1 * Ct-c (section 3.1).  Returns each term and their sum under ``loss``.
@@ -50,9 +50,9 @@ def dsd_loss(
     labels: Tensor,
     teacher_logits: Tensor,
     centers: Tensor,
-    weights: tuple[float, float, float] = (4.0, 0.4, 0.6),
-    temperature: float = 2.0,
-    delta: float = 1.0,
+    weights: tuple[float, float, float],
+    temperature: float,
+    delta: float,
     points: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Deepfake self-distillation (Eq. 7): w0 * CE + w1 * KD + w2 * Ct-c.  Returns each term and the ``loss``.
@@ -71,6 +71,6 @@ def dsd_loss(
     }
 
 
-def initial_centers(classes: int = 2, width: int | None = None) -> Tensor:
+def initial_centers(classes: int, width: int | None = None) -> Tensor:
     """One-hot starting centres [classes, width]: each class's own logit at 1 (*choice*)."""
     return torch.eye(classes, width or classes)

@@ -49,7 +49,7 @@ class Section(NamedTuple):
     left_out: list[str]
 
 
-def write_report(paths: list[Path], out: Path) -> None:
+def write_results_page(paths: list[Path], out: Path) -> None:
     """Writes the page of ``paths`` (runs, or folders of evaluate, robustness, ablate or explain) to ``out``.
 
     Every text from a file is escaped.  Raises UsageError where a path holds nothing to show.

@@ -8,13 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.dataclass_json import from_fields
 from dtn_fast.errors import UsageError
 from dtn_fast.files import write_whole
-from dtn_fast.model.build import TimmConfig, parse_config
-from dtn_fast.model.config import DTNConfig
+from dtn_fast.model.config import ModelConfig, TimmConfig, parse_config
 from dtn_fast.model.detector import WEIGHTS
-from dtn_fast.runtime.load import SUMMARY
+from dtn_fast.runtime.load import RECIPE, SUMMARY
 from dtn_fast.train import distributed
 from dtn_fast.train.config import Recipe
 from dtn_fast.train.log_lines import read_lines
@@ -22,7 +22,8 @@ from dtn_fast.train.log_lines import read_lines
 STATE, METRICS, STEPS = "last.pt", "metrics.jsonl", "steps.jsonl"
 NONFINITE, VALIDATION = "nonfinite.jsonl", "validation.npz"
 
-RECIPE = "recipe.json"
+OLD_NAMES = {"patience": "epoch_patience"}
+"""Fields of Recipe that had another name in version 0.1."""
 
 
 def generation_folder(run: Path, generation: int) -> Path:
@@ -35,26 +36,36 @@ def best_auc(run: Path, generation: int) -> float:
     return max((row["val_auc"] for row in rows), default=-1.0)
 
 
-def start_run(run: Path, recipe: Recipe, config: DTNConfig | TimmConfig) -> None:
-    """Records how a run was asked for.  Raises UsageError when one that was asked for otherwise has begun there."""
-    asked = {"recipe": dataclasses.asdict(recipe), "model": dataclasses.asdict(config)}
-    text = json.dumps(asked, indent=2)
-    path = run / RECIPE
+def start_run(run: Path, recipe: Recipe, config: ModelConfig) -> None:
+    """Writes recipe.json: the recipe and model of the run.
+
+    Raises UsageError when a run of another recipe or model has begun there, or the model has no published weights
+    that the recipe asks for.
+    """
+    if recipe.pretrained and not isinstance(config, TimmConfig):
+        raise UsageError("--pretrained: only models of timm have published weights; name one with --timm")
     begun = any(generation_folder(run, 0).glob("*"))
-    if begun and path.is_file() and path.read_text(encoding="utf-8") != text:
+    if begun and (run / RECIPE).is_file() and load_run(run) != (recipe, config):
         raise UsageError(f"{run}: holds a run of another recipe or model; choose another --out or delete it")
     distributed.barrier()
     if distributed.ranks().main:
-        write_whole(path, text)
+        asked = {"recipe": dataclasses.asdict(recipe), "model": dataclasses.asdict(config)}
+        write_whole(run / RECIPE, json.dumps(asked, indent=2))
     distributed.barrier()
 
 
-def load_run(run: Path) -> tuple[Recipe, DTNConfig | TimmConfig]:
-    """The recipe and model of a run.  Raises UsageError when there is none."""
+def for_crops(config: ModelConfig, dataset: CropDataset) -> ModelConfig:
+    """``config`` with the margin that the crops were cut with, so that detection cuts them alike."""
+    return config if dataset.margin is None else dataclasses.replace(config, margin=dataset.margin)
+
+
+def load_run(run: Path) -> tuple[Recipe, ModelConfig]:
+    """The recipe and model of a run, of an older version too.  Raises UsageError when there is none."""
     path = run / RECIPE
     try:
         asked = json.loads(path.read_text(encoding="utf-8"))
-        return from_fields(Recipe, asked["recipe"], str(path)), parse_config(json.dumps(asked["model"]), str(path))
+        fields = {OLD_NAMES.get(name, name): value for name, value in asked["recipe"].items()}
+        return from_fields(Recipe, fields, str(path)), parse_config(json.dumps(asked["model"]), str(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{run}: no training run there ({error}); run dtn-fast train first") from error
 

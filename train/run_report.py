@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from dtn_fast.errors import UsageError
+from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.metrics import evaluate_scores, roc
 from dtn_fast.evaluation.plotting import DASHES, drawing, svg_text
 from dtn_fast.files import write_whole
@@ -25,7 +26,6 @@ from dtn_fast.train.run_folder import METRICS, NONFINITE, STEPS, VALIDATION, gen
 from dtn_fast.version import __version__
 
 PAGE = "report.html"
-THRESHOLD = 0.5
 NO_WEIGHTS = f"The best generation's {WEIGHTS} cannot be read, so what must be said of this model is not known."
 DOTTED = 100
 """Points up to which each of a curve's has its dot."""
@@ -49,8 +49,8 @@ class Validation(NamedTuple):
     auc: float
 
     def confusion(self) -> NDArray[np.int64]:
-        """[2, 2] counts: rows are what crops are (real, fake), columns what they are taken for at THRESHOLD."""
-        return np.bincount(2 * self.labels + (self.scores >= THRESHOLD), minlength=4).reshape(2, 2)
+        """[2, 2] counts: rows are what crops are (real, fake), columns what they are taken for at EvaluateConfig.threshold."""
+        return np.bincount(2 * self.labels + (self.scores >= EvaluateConfig.threshold), minlength=4).reshape(2, 2)
 
 
 class Generation(NamedTuple):
@@ -95,14 +95,14 @@ def write_run_report(run: Path) -> Path:
     generations = list(read_generations(run))
     best = max((g for g in generations if g.epochs), key=lambda g: g.best["val_auc"], default=None)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string(Path(__file__).with_name(PAGE).read_text(encoding="utf-8")).render(
+    page = environment.from_string(Path(__file__).with_name("run_report.html").read_text(encoding="utf-8")).render(
         run=run.resolve().name,
         notice=notice_of(generation_folder(run, best.number) / WEIGHTS) if best else "",
         generations=generations,
         best=best,
         planned=recipe.epochs,
         plots=list(plots_of(generations)),
-        threshold=THRESHOLD,
+        threshold=EvaluateConfig.threshold,
         settings={"Recipe": list(_settings(recipe)), "Model": list(_settings(config))},
         versions=f"dtn_fast {__version__}, torch {torch.__version__}",
     )
@@ -126,7 +126,7 @@ def _validation(path: Path) -> Validation | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             labels, scores = file["labels"], file["scores"]
-        auc = evaluate_scores(labels, scores).auc
+        auc = evaluate_scores(labels, scores, EvaluateConfig.threshold).auc
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     return None if auc is None else Validation(labels.astype(np.int64), scores, auc)

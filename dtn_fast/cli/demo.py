@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from dtn_fast.cli.prepare import prepare, synthesize
 from dtn_fast.cli.terminal import print_table
 from dtn_fast.cli.train import distill, train
-from dtn_fast.data.config import SyntheticConfig
+from dtn_fast.data.config import SyntheticConfig, WorkConfig
 from dtn_fast.data.crop_dataset import open_crop_dataset
 from dtn_fast.data.faces import FaceFinder
 from dtn_fast.data.prepare import finished
 from dtn_fast.data.synthetic_faces import film
 from dtn_fast.data.synthetic_marker import HELD_OUT, METHODS, STAMP
 from dtn_fast.data.video import read_image, write_video
+from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.pipeline import detect
 from dtn_fast.detect.report import ReportTable, trained_on, write_report, write_results
 from dtn_fast.errors import DtnError
@@ -32,7 +33,7 @@ from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train.config import PRESETS, Recipe
 from dtn_fast.train.run_folder import generation_folder, summarise
 
-RECIPE, THRESHOLD = PRESETS["demo"].recipe, 0.5
+RECIPE, DETECTION = PRESETS["demo"].recipe, DetectConfig(frames=24)
 
 
 @contextmanager
@@ -43,7 +44,7 @@ def _stage(number: int, title: str) -> Iterator[None]:
     print(f"      {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def run(out: Path, workers: int = 2, size: SyntheticConfig = SyntheticConfig(), recipe: Recipe = RECIPE) -> None:
+def run(out: Path, workers: int, size: SyntheticConfig = SyntheticConfig(), recipe: Recipe = RECIPE) -> None:
     """The demo; prints what it measured.  Raises DtnError when the exported model answers differently."""
     begin = time.perf_counter()
     data, crops, training = out / "data", out / "crops", out / "run"
@@ -53,7 +54,7 @@ def run(out: Path, workers: int = 2, size: SyntheticConfig = SyntheticConfig(), 
         if finished(crops):
             print("already done")
         else:
-            prepare(data, crops, preset="tiny", workers=workers)
+            prepare(data, crops, work=WorkConfig(workers), preset="tiny")
     with _stage(3, "Training the teacher (CE + Ct-c)"):
         train(crops, training, recipe, preset="demo")
     with _stage(4, "Distilling students (DSD)"):
@@ -80,9 +81,9 @@ def run(out: Path, workers: int = 2, size: SyntheticConfig = SyntheticConfig(), 
         print(f"largest logit error {worst.error:.2e} over batch sizes {', '.join(str(p.batch) for p in parity)}")
     with _stage(7, "Detecting in videos"):
         videos = make_videos(out / "videos", size.train + size.val, size.seed)
-        scorer, detector = TorchScorer(model), FaceFinder()
-        results = [detect(path, scorer, detector, 24, THRESHOLD) for path in videos]
-        onnx = [detect(path, load_scorer(out / "dtn.onnx"), detector, 24, THRESHOLD) for path in videos]
+        scorer, finder = TorchScorer(model), FaceFinder()
+        results = [detect(path, scorer, DETECTION, finder) for path in videos]
+        onnx = [detect(path, load_scorer(out / "dtn.onnx"), DETECTION, finder) for path in videos]
         for a, b in zip(results, onnx, strict=True):
             if a.verdict != b.verdict or abs((a.score or 0) - (b.score or 0)) > 1e-3:
                 raise DtnError(f"{a.path}: torch says {a.score}, the exported model {b.score}; please report this")
@@ -97,8 +98,15 @@ def run(out: Path, workers: int = 2, size: SyntheticConfig = SyntheticConfig(), 
     notice = trained_on(model.notice)
     report = out / "report.html"
     photos = "The photographs are real people; what this model says of them means nothing."
-    write_report(report, "dtn_fast demo", [notice, photos], [generations, quality, export_table], results, THRESHOLD)
-    write_results(out / "results.json", results, model.notice, THRESHOLD)
+    write_report(
+        report,
+        "dtn_fast demo",
+        [notice, photos],
+        [generations, quality, export_table],
+        results,
+        threshold=DETECTION.threshold,
+    )
+    write_results(out / "results.json", results, model.notice, DETECTION.threshold)
     best = rows[summary["best"]]
     print(f"\nDone in {time.perf_counter() - begin:.0f} s ({STAMP})")
     print(f"teacher   test frame AUC {rows[0][1]}, held-out forgery {rows[0][2]}")
@@ -109,7 +117,7 @@ def run(out: Path, workers: int = 2, size: SyntheticConfig = SyntheticConfig(), 
     print(f"report    {report}")
 
 
-def demo(out: Path = Path("runs/demo"), workers: int = 2) -> None:
+def demo(out: Path = Path("runs/demo"), workers: int = WorkConfig.workers) -> None:
     """Everything once, on real files, in minutes: make a set, train, distil, evaluate, export, detect.
 
     Example: dtn-fast demo --out runs/demo

@@ -9,21 +9,21 @@ from typing import Annotated, Literal
 import tyro
 
 from dtn_fast.cli.terminal import progress
-from dtn_fast.data.config import PrepareConfig, Source, SyntheticConfig
+from dtn_fast.data.config import PrepareConfig, Source, SyntheticConfig, WorkConfig
+from dtn_fast.data.prepare import PrepareProgress
 from dtn_fast.data.synthetic_faces import make_synthetic
 from dtn_fast.data.synthetic_marker import STAMP
 from dtn_fast.errors import DtnError, UsageError
 
-PresetName = Literal["paper", "tiny"]
-
-
-# ------------------------------------------------------------------------------------------------- verbs
+ModelPreset = Literal["paper", "tiny"]
+LOG_EVERY = 30
+"""Seconds between progress lines where there is no terminal: the log file of a scheduler's job."""
 
 
 def synthesize(
     out: Annotated[Path, tyro.conf.Positional],
     config: Annotated[SyntheticConfig, tyro.conf.OmitArgPrefixes] = SyntheticConfig(),
-    workers: int = 2,
+    workers: int = WorkConfig.workers,
 ) -> None:
     """Write the synthetic demo set, laid out like FaceForensics++.
 
@@ -32,7 +32,7 @@ def synthesize(
     Args:
         out: Folder to write; an interrupted run goes on there.
         config: Size of the set.
-        workers: Processes.
+        workers: Worker processes.
     """
     with progress() as bar:
         task = bar.add_task("rendering videos", note="")
@@ -46,38 +46,30 @@ def prepare(
     out: Path,
     source: Annotated[Source, tyro.conf.OmitArgPrefixes] = Source(),
     config: Annotated[PrepareConfig, tyro.conf.OmitArgPrefixes] = PrepareConfig(),
-    preset: PresetName = "paper",
+    work: Annotated[WorkConfig, tyro.conf.OmitArgPrefixes] = WorkConfig(),
+    preset: ModelPreset = "paper",
     size: int | None = None,
-    workers: int = 2,
-    shard: str = "1/1",
-    verify: bool = False,
     audit_only: bool = False,
 ) -> None:
     """Audit a dataset and crop its faces, once, for training and evaluation; the same command resumes it.
 
-    Example: dtn-fast prepare /data/DFDC --out dfdc --dataset dfdc --frames 32 --shard 3/8
+    Example: dtn-fast prepare /data/DFDC --out dfdc --dataset dfdc --frames 32 --share 3/8
 
     Args:
         root: The dataset as it was downloaded.
-        out: Folder for the crops; all shards of one dataset share it.
+        out: Folder for the crops; all worker shares of one dataset write to the same folder.
         source: Which dataset, and which part of it.
         config: How faces are found and cropped.
+        work: How the work is spread over processes and machines.
         preset: The model that will read the crops; it sets their size.
         size: Side of the crops in pixels instead of the preset's.
-        workers: Processes.
-        shard: i/n does every n-th part of the work; whichever shard ends last writes the index.
-        verify: Compare checksums of what is already there, and make damaged parts again.
         audit_only: Check the dataset against its lists and published counts, then stop.
     """
-    from dtn_fast.data.crop_dataset import open_crop_dataset
     from dtn_fast.data.datasets import read
     from dtn_fast.data.prepare import finished
     from dtn_fast.data.prepare import prepare as run
     from dtn_fast.model.config import DTNConfig
 
-    number, slash, shards = shard.partition("/")
-    if not (slash and number.isdecimal() and shards.isdecimal()):
-        raise UsageError(f"--shard {shard}: i/n was expected, for example 1/4")
     if size is not None and size < 16:
         raise UsageError(f"--size {size}: at least 16 pixels")
     table = read(root, source)
@@ -85,22 +77,40 @@ def prepare(
     if audit_only:
         return
     side = size or DTNConfig.preset(preset).image_size
-    begin = said = time.monotonic()
-    first = None
     with progress() as bar:
-        task = bar.add_task("cropping faces", total=None, note="")
-        for state in run(table, out, side, config, workers, (int(number), int(shards)), verify):
-            now = time.monotonic()
-            first = state.done if first is None else first
-            rate = (state.done - first) / max(now - begin, 1e-3)
-            note = f"{state.faces} faces, {rate:.1f} videos/s"
-            bar.update(task, completed=state.done, total=state.total, note=note)
-            if bar.disable and now - said > 30 and rate:  # a log file of a scheduler's job
-                said, left = now, (state.total - state.done) / rate
-                print(f"{state.done} of {state.total} videos, {note}, {left / 60:.0f} minutes left", flush=True)
+        show = _Progress(bar)
+        for state in run(table, out, side, config, work):
+            show(state)
     if not finished(out):
-        print(f"shard {shard} is done: {state.faces} faces of {state.total} videos; the last shard writes the index")
+        print(f"share {work.share} is done: {state.faces} faces of {state.total} videos; the last share writes the "
+              "index")  # fmt: skip
         return
+    _print_prepared(out)
+
+
+class _Progress:
+    """Shows how far ``prepare`` is: a bar, or a line now and then where there is no terminal."""
+
+    def __init__(self, bar) -> None:
+        self._bar, self._task = bar, bar.add_task("cropping faces", total=None, note="")
+        self._begin = self._said = time.monotonic()
+        self._first: int | None = None
+
+    def __call__(self, state: PrepareProgress) -> None:
+        now = time.monotonic()
+        self._first = state.done if self._first is None else self._first
+        rate = (state.done - self._first) / max(now - self._begin, 1e-3)
+        note = f"{state.faces} faces, {rate:.1f} videos/s"
+        self._bar.update(self._task, completed=state.done, total=state.total, note=note)
+        if self._bar.disable and now - self._said > LOG_EVERY and rate:
+            self._said, left = now, (state.total - state.done) / rate
+            print(f"{state.done} of {state.total} videos, {note}, {left / 60:.0f} minutes left", flush=True)
+
+
+def _print_prepared(out: Path) -> None:
+    """Counts of what lies in ``out``.  Raises DtnError when videos could not be read."""
+    from dtn_fast.data.crop_dataset import open_crop_dataset
+
     made = open_crop_dataset(out)
     bad = [state["error"] for state in made.status if state["error"]]
     empty = sum(bool(state["reason"]) for state in made.status)
@@ -126,10 +136,10 @@ def corrupt(
 
     Args:
         source: An image or a video.
-        out: The file to write: .png of an image, .mp4 of a video.
+        out: The file to write: .png for an image, .mp4 for a video.
         kind: saturation, contrast, blocks, gaussian_noise, uniform_noise, blur, pixelation, jpeg or video (H.264).
-        level: 1 to 5; 0 leaves the pixels as they are.
-        seed: Of noise and blocks.
+        level: 1 (mild) to 5 (strong); 0 leaves the pixels as they are.
+        seed: Seed of noise and blocks.
     """
     from PIL import Image
 

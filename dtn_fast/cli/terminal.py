@@ -19,7 +19,7 @@ from rich.table import Table
 from dtn_fast.evaluation.tables import LEVELS, ResultTable
 
 
-def print_paper_table(table: ResultTable) -> None:
+def print_result_table(table: ResultTable) -> None:
     """Both levels, then all that must be said of them."""
     for level in LEVELS:
         print_table(f"{table.title}, {level} level, percent", *table.text(level))

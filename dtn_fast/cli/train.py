@@ -12,16 +12,16 @@ import tyro
 from dtn_fast.cli.terminal import print_table, progress
 from dtn_fast.data.open import open_data
 from dtn_fast.device import Device, choose_device
-from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.tables import ResultTable
 from dtn_fast.provenance import record
 from dtn_fast.runtime.load import best_checkpoint
-from dtn_fast.train.config import PRESETS, Execution, Recipe, RunPreset
+from dtn_fast.train.config import DEFAULT_PRESET, Execution, Recipe, RunPreset
 from dtn_fast.train.distributed import connect, ranks
 
 if TYPE_CHECKING:
     from dtn_fast.train.ablate import Working
-from dtn_fast.cli.terminal import print_paper_table
+from dtn_fast.cli.terminal import print_result_table
+from dtn_fast.runtime.config import Runtime
 
 
 def train(
@@ -29,11 +29,11 @@ def train(
     out: Path,
     recipe: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = Recipe(),
     execution: Annotated[Execution, tyro.conf.OmitArgPrefixes] = Execution(),
-    preset: RunPreset = "paper",
+    preset: RunPreset = DEFAULT_PRESET,
     config: Path | None = None,
     timm: str = "",
     wandb: str = "",
-    device: Device = "auto",
+    device: Device = Runtime.device,
 ) -> None:
     """Train a detector from scratch with CE + Ct-c (generation 0); the same command resumes it.
 
@@ -52,24 +52,17 @@ def train(
         wandb: A Weights & Biases project to log to as well.
         device: Where to train.
     """
-    from dtn_fast.model.build import TimmConfig, read_config
-    from dtn_fast.model.config import DTNConfig
+    from dtn_fast.train.config import choose_model
     from dtn_fast.train.distill import train_initial
-    from dtn_fast.train.run_folder import start_run
+    from dtn_fast.train.run_folder import for_crops, start_run
 
-    base = DTNConfig.preset(PRESETS[preset].model)
-    model = read_config(config) if config else base
-    if timm:
-        if config:
-            raise UsageError("--timm and --config both name a model; give one")
-        model = TimmConfig(timm, base.image_size)
-    if recipe.pretrained and not isinstance(model, TimmConfig):
-        raise UsageError("--pretrained: only models of timm have published weights; name one with --timm")
+    model = choose_model(preset, config, timm)
     with connect(choose_device(device)) as where:
-        start_run(out, recipe, model)
+        dataset = open_data(data, model.image_size)
+        start_run(out, recipe, for_crops(model, dataset))
         _record(out)
-        events = lambda dataset, **how: train_initial(out, dataset, **how)
-        _run_training(events, data, out, recipe, model.image_size, execution, where, wandb)
+        events = lambda **how: train_initial(out, dataset, **how)
+        _run_training(events, out, recipe, execution, where, wandb)
 
 
 def distill(
@@ -78,7 +71,7 @@ def distill(
     restart: int | None = None,
     execution: Annotated[Execution, tyro.conf.OmitArgPrefixes] = Execution(),
     wandb: str = "",
-    device: Device = "auto",
+    device: Device = Runtime.device,
 ) -> None:
     """Distil a trained run generation by generation (DSD) until validation AUC stops improving; resumable.
 
@@ -101,8 +94,9 @@ def distill(
     with connect(choose_device(device)) as where:
         _record(run)
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun repeats the command after a crash
-        events = lambda dataset, **how: chain(run, dataset, None if again else restart, **how)
-        _run_training(events, data, run, recipe, model.image_size, execution, where, wandb)
+        dataset = open_data(data, model.image_size)
+        events = lambda **how: chain(run, dataset, None if again else restart, **how)
+        _run_training(events, run, recipe, execution, where, wandb)
         if ranks().main:
             print_generations(summarise(run))
 
@@ -114,18 +108,14 @@ def _record(folder: Path) -> None:
         record(folder)
 
 
-def _run_training(
-    start: Any, data: Path, run: Path, recipe: Recipe, size: int, execution: Execution, device: str, wandb: str
-) -> None:
+def _run_training(start: Any, run: Path, recipe: Recipe, execution: Execution, device: str, wandb: str) -> None:
     """Drives a training generator to its end, shown, stoppable by signals, reported."""
-    from dtn_fast.data.open import open_data
     from dtn_fast.train.display import watch
     from dtn_fast.train.run_report import write_run_report
     from dtn_fast.train.signals import signals
 
     with signals() as stop:
-        events = start(open_data(data, size), device=device, execution=execution, stop=stop)
-        watch(events, run, recipe.epochs, execution.log_every, wandb)
+        watch(start(device=device, execution=execution, stop=stop), run, recipe.epochs, execution.log_every, wandb)
     if ranks().main:
         print(f"best weights in {best_checkpoint(run)}; report: {write_run_report(run)}")
 
@@ -152,9 +142,9 @@ def ablate(
     only: tuple[str, ...] = (),
     recipe: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = Recipe(),
     execution: Annotated[Execution, tyro.conf.OmitArgPrefixes] = Execution(),
-    preset: RunPreset = "paper",
+    preset: RunPreset = DEFAULT_PRESET,
     config: Path | None = None,
-    device: Device = "auto",
+    device: Device = Runtime.device,
 ) -> None:
     """Train every model of one of the paper's tables and tabulate it beside the paper's; the same command resumes it.
 
@@ -179,31 +169,21 @@ def ablate(
         config: A JSON file of DTNConfig fields instead of the preset's model.
         device: Where to train.
     """
-    from dtn_fast.evaluation.protocols import names_of
-    from dtn_fast.model.build import read_config
-    from dtn_fast.model.config import DTNConfig
-    from dtn_fast.train.ablate import ablate as run
-    from dtn_fast.train.distributed import connect, ranks
+    from dtn_fast.train.ablate import ablate_folders
+    from dtn_fast.train.config import choose_model
     from dtn_fast.train.signals import signals
 
-    model = read_config(config) if config else DTNConfig.preset(PRESETS[preset].model)
-    if not isinstance(model, DTNConfig):
-        raise UsageError(f"--config {config}: variants are changes to a DTN; it describes another detector")
-    dataset = open_data(data, model.image_size)
-    folders = tests or (data,)
-    names = names_of(folders, test_names, "test-names")
-    sets = {n: dataset if f == data else open_data(f, model.image_size) for n, f in zip(names, folders, strict=True)}
+    model = choose_model(preset, config, "")
     with connect(choose_device(device)) as where, signals() as stop:
         if ranks().main:
             record(out)
         how = {"device": where, "execution": execution, "stop": stop}
-        steps = run(name, dataset, sets, out, model, recipe, only, **how)
+        steps = ablate_folders(name, data, out, model, recipe, tests, test_names, only, **how)
         if not ranks().main:
             for _ in steps:
                 pass
             return
-        table = _watch(name, steps)
-        print_paper_table(table)
+        print_result_table(_watch(name, steps))
         print(out / f"{name}.md")
 
 

@@ -114,7 +114,7 @@ class BlendedCrops:
         list(self._pool.map(change, range(len(rows))))
 
 
-def self_blended(dataset: CropDataset, seed: int = 0) -> CropDataset:
+def self_blended(dataset: CropDataset, seed: int) -> CropDataset:
     """The reals of ``dataset``, and as many self-blended fakes of them in the same splits; its own fakes are left out.
 
     Raises UsageError when there is no real.

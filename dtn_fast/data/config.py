@@ -8,49 +8,53 @@ from typing import Literal
 
 from dtn_fast.data.video_table import Allowance
 from dtn_fast.errors import UsageError
+from dtn_fast.model.config import DTNConfig
 
-PresetName = Literal["none", "light", "forensic"]
+AugmentName = Literal["none", "light", "forensic"]
 
 
 @dataclass(frozen=True)
 class AugmentPreset:
-    """Probability of each transform and the range that its strength is drawn from, uniformly; in this order."""
+    """Training augmentation: each transform's probability, and the range of its strength, drawn uniformly."""
 
     flip: float = 0.5
+    """Probability of a horizontal flip."""
     shift_scale_rotate: float = 0.5
+    """Probability of an affine transform, with the three ranges below."""
     shift: float = 0.05
     """Largest shift over the side of the crop."""
     scale: float = 0.1
     """Largest change of size."""
     rotate: float = 10.0
-    """Largest turn in degrees."""
+    """Largest rotation in degrees."""
     brightness_contrast: float = 0.5
+    """Probability of a change of brightness and contrast."""
     brightness: float = 0.2
     """Largest shift over 255."""
     contrast: float = 0.2
     """Largest change of the factor about mid-grey."""
     blur: float = 0.1
+    """Probability of a Gaussian blur."""
     sigma: tuple[float, float] = (0.3, 1.5)
-    """Of the Gaussian, in pixels."""
+    """Range of the Gaussian kernel's standard deviation, in pixels."""
     noise: float = 0.1
+    """Probability of Gaussian noise."""
     std: tuple[float, float] = (0.01, 0.04)
-    """Of Gaussian noise over 255."""
+    """Range of the Gaussian noise's standard deviation, over 255."""
     compression: float = 0.5
+    """Probability of JPEG compression."""
     quality: tuple[int, int] = (40, 100)
-    """Of JPEG, both included."""
+    """Range of the JPEG quality, both ends included."""
 
 
-PRESETS: dict[str, AugmentPreset] = {
+AUGMENTATIONS: dict[str, AugmentPreset] = {
     "light": AugmentPreset(
         shift_scale_rotate=0.0, brightness_contrast=0.3, brightness=0.1, contrast=0.1, blur=0.0,
         noise=0.1, std=(0.005, 0.02), compression=0.15, quality=(70, 100),
     ),
     "forensic": AugmentPreset(),
 }  # fmt: skip
-"""light: for clean, small sets; forensic: the field's usual, against compression and camera."""
-
-MARGIN = 1.3
-"""Side of the crop over the longest side of the detection, the habit of FaceForensics++."""
+"""Augmentation by name: ``light`` for small, clean sets; ``forensic`` adds blur, noise and strong JPEG."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,15 @@ class PrepareConfig:
     """How faces are found and cropped."""
 
     frames: int = 8
-    """Frames per video, spread evenly."""
-    margin: float = MARGIN
-    """Side of the crop over the longest side of the face."""
+    """Frames per video, evenly spaced."""
+    margin: float = DTNConfig.margin
+    """Side of the crop over the longest side of the face; models trained on the crops remember it."""
     faces: Literal["largest", "all"] = "largest"
     """Which faces of a frame."""
     reuse_boxes: bool = False
-    """Crop a fake where the face of its real is, when both have the same frames: no detection, aligned pairs."""
+    """Crop a fake at its real's face boxes where both have the same frames: faster, and the pairs are aligned."""
     every: int = 8
-    """The whole frame is searched once in so many; between, only where the faces were.  1: always."""
+    """Search the whole frame for faces in every N-th frame, and in between only near the faces found before."""
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.every < 1 or not self.margin > 0:
@@ -89,7 +93,7 @@ class Source:
     folder of real faces or videos, split by file name, or by folder where pictures lie in folders: one for each person
     keeps people out of two splits."""
     splits: tuple[Split, ...] = ()
-    """Splits to read; default: all, but only test of Celeb-DF, DFD and DFDC, which the protocols train on never."""
+    """Splits to read.  Default: all; of Celeb-DF, DFD and DFDC only test, since the protocols never train on them."""
     methods: tuple[str, ...] = ()
     """Forgeries to read; default: all that are there."""
     compression: str = "c23"
@@ -104,6 +108,34 @@ class Source:
     """DeepfakeBench's LMDB that holds the frames."""
     allow: tuple[Allowance, ...] = ()
     """Audit findings to go on with: counts (an incomplete download), leaks (identities shared between splits)."""
+
+
+@dataclass(frozen=True)
+class WorkConfig:
+    """How the work of preparing a dataset is spread; it changes nothing in the result."""
+
+    workers: int = 2
+    """Worker processes."""
+    share: str = "1/1"
+    """Worker share i/n: do every n-th shard of the work, beginning with the i-th, such as 3/8 on the third of eight
+    machines.  Whichever share ends last writes the index."""
+    verify: bool = False
+    """Compare the checksums of shards that are already there, and make damaged ones again."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UsageError(f"--workers {self.workers}: at least 1")
+        number, slash, total = self.share.partition("/")
+        if not (slash and number.isdecimal() and total.isdecimal()):
+            raise UsageError(f"--share {self.share}: i/n was expected, for example 1/4")
+        if not 1 <= int(number) <= int(total):
+            raise UsageError(f"--share {self.share}: the first number runs from 1 to the second")
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The share as (number from 0, total)."""
+        number, _, total = self.share.partition("/")
+        return int(number) - 1, int(total)
 
 
 @dataclass(frozen=True)

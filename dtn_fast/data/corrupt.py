@@ -37,7 +37,7 @@ _TO_RGB = np.linalg.inv(_TO_YCC)
 _GREY = np.array([16, 128, 128]) / 255
 
 
-def corrupt(image: Image, name: str, level: int, seed: int | Sequence[int] = 0) -> Image:
+def corrupt(image: Image, name: str, level: int, seed: int | Sequence[int]) -> Image:
     """A corrupted copy of an RGB image [H, W, 3] uint8.  The same ``seed`` draws the same noise and blocks.
 
     Raises UsageError for an unknown name or level.  Blocks on an image under 256 pixels are as many as on one of 256.
@@ -57,7 +57,7 @@ def check(name: str, level: int) -> None:
 
 
 def corrupt_video(
-    source: Path, out: Path, corruptions: Sequence[tuple[str, int]], seed: int = 0, threads: int = 0
+    source: Path, out: Path, corruptions: Sequence[tuple[str, int]], seed: int, threads: int = 0
 ) -> Iterator[int]:
     """Writes a corrupted copy of a video (H.264 in mp4, ffmpeg's default preset), yielding the number of frames done.
 

@@ -1,4 +1,4 @@
-"""Face crops on disk: memory-mapped uint8 parts behind one index, as :mod:`dtn_fast.data.prepare` writes them."""
+"""Face crops on disk: memory-mapped shard files behind one index, as ``dtn-fast prepare`` writes them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ from numpy.typing import NDArray
 from dtn_fast.data.video_table import Video, video_of
 from dtn_fast.errors import UsageError
 from dtn_fast.files import load_array
+from dtn_fast.model.config import ModelConfig
 
-INDEX, PARTS, VERSION = "index.json", "parts", 2
+INDEX, VERSION = "index.json", 3
+SHARDS = "shards"
+"""Folder of the shard files."""
+OLD_SHARDS = {2: "parts"}
+"""What version 2 called the folder, and the list of them in the index."""
 
 
 class CropSource(Protocol):
@@ -32,13 +37,13 @@ class CropSource(Protocol):
         """Writes the crops ``rows`` into ``out`` [n, S, S, 3] RGB; only made-up crops depend on ``epoch``."""
 
 
-class Crops:
+class ShardFiles:
     """Many memory-mapped arrays [n, S, S, 3] as one."""
 
-    def __init__(self, parts: Sequence[NDArray[np.uint8]], size: int) -> None:
+    def __init__(self, shards: Sequence[NDArray[np.uint8]], size: int) -> None:
         self.size = size
-        self._parts = [np.asarray(part) for part in parts]  # plain views: a memmap's own indexing is slow Python
-        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+        self._shards = [np.asarray(shard) for shard in shards]  # plain views: a memmap's own indexing is slow Python
+        self._starts = np.cumsum([0, *(len(shard) for shard in shards)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -46,9 +51,9 @@ class Crops:
     def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0) -> None:
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
             raise IndexError(f"rows {rows.min()}..{rows.max()} of {len(self)} crops")
-        part = np.searchsorted(self._starts, rows, side="right") - 1
-        for place, (p, row) in enumerate(zip(part.tolist(), (rows - self._starts[part]).tolist(), strict=True)):
-            out[place] = self._parts[p][row]  # one straight copy a crop; numpy lets other threads run meanwhile
+        shard = np.searchsorted(self._starts, rows, side="right") - 1
+        for place, (s, row) in enumerate(zip(shard.tolist(), (rows - self._starts[shard]).tolist(), strict=True)):
+            out[place] = self._shards[s][row]  # one straight copy a crop; numpy lets other threads run meanwhile
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,23 @@ class CropDataset:
     synthetic: bool
     notes: list[str] = field(default_factory=list)
     """What the audit of the dataset found."""
+    margin: float | None = None
+    """Side of a crop over the longest side of the face in it; None: pictures that were cropped elsewhere."""
     landmarks: NDArray[np.float32] | None = None
     """[N, K, 2] (x, y) in pixels of the crop, NaN where unknown; None: there are none."""
 
     @property
     def size(self) -> int:
         return self.crops.size
+
+    def check_fits(self, config: ModelConfig, name: str) -> None:
+        """Raises UsageError naming the model ``name`` when it takes crops of another size or margin than these."""
+        if self.size != config.image_size:
+            raise UsageError(f"{name}: takes {config.image_size} pixels, the crops have {self.size}; prepare again with "
+                             f"--size {config.image_size}")  # fmt: skip
+        if self.margin is not None and self.margin != config.margin:
+            raise UsageError(f"{name}: takes crops of margin {config.margin:g}, these have {self.margin:g}; prepare "
+                             f"again with --margin {config.margin:g}")  # fmt: skip
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -124,32 +140,44 @@ def open_crop_dataset(folder: Path, verify: bool = False) -> CropDataset:
     """
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        if index["version"] != VERSION:
+        if index["version"] not in (VERSION, *OLD_SHARDS):
             raise ValueError(f"version {index['version']}, this program reads {VERSION}")
-        size, parts, points = int(index["size"]), [], []
-        for part in index["parts"]:
-            array = open_part(folder, part["name"], size, part["rows"], part["crc32"] if verify else None)
-            parts.append(array)
+        where = OLD_SHARDS.get(index["version"], SHARDS)
+        size, shards, points = int(index["size"]), [], []
+        for shard in index[where]:
+            array = open_shard(folder / where, shard["name"], size, shard["rows"], shard["crc32"] if verify else None)
+            shards.append(array)
             if index["landmarks"]:
-                points.append(load_array(folder / PARTS / f"{part['name']}.landmarks.npy"))
-        if {len(index[name]) for name in ("video", "frame", "person")} != {sum(map(len, parts))}:
+                points.append(load_array(folder / where / f"{shard['name']}.landmarks.npy"))
+        if {len(index[name]) for name in ("video", "frame", "person")} != {sum(map(len, shards))}:
             raise ValueError("the crops do not match the index")
         video, frame, person = (np.array(index[name], np.int64) for name in ("video", "frame", "person"))
         videos, marks = [video_of(row) for row in index["videos"]], np.concatenate(points) if points else None
-        status, notes = index["status"], index["notes"]
-        return CropDataset(Crops(parts, size), video, frame, person, videos, status, index["synthetic"], notes, marks)
+        found = any(state["boxes"] != "whole" for state in index["status"] if state["faces"])
+        return CropDataset(
+            ShardFiles(shards, size), video, frame, person, videos, index["status"], index["synthetic"], index["notes"],
+            float(index["margin"]) if found else None, marks,
+        )  # fmt: skip
     except FileNotFoundError as error:
         what = f"{folder}: no prepared crops there ({Path(error.filename).name} is missing)"
-        if (folder / PARTS).is_dir():
+        if unfinished(folder):
             what += ", an unfinished prepare"
         raise UsageError(f"{what}; run dtn-fast prepare") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder}: damaged crops ({error}); run the same dtn-fast prepare with --verify") from error
 
 
-def open_part(folder: Path, name: str, size: int, rows: int, crc32: int | None = None) -> NDArray[np.uint8]:
-    """A part's crops, memory-mapped.  Raises OSError or ValueError when they are not what the index says."""
-    path = folder / PARTS / f"{name}.npy"
+def unfinished(folder: Path) -> bool:
+    """Whether a prepare has begun in ``folder``."""
+    return any((folder / name).is_dir() for name in (SHARDS, *OLD_SHARDS.values()))
+
+
+def open_shard(shards: Path, name: str, size: int, rows: int, crc32: int | None = None) -> NDArray[np.uint8]:
+    """The crops of a shard file in the folder ``shards``, memory-mapped.
+
+    Raises OSError or ValueError when they are not what the index says.
+    """
+    path = shards / f"{name}.npy"
     if not rows:
         return np.empty((0, size, size, 3), np.uint8)
     array = load_array(path)

@@ -9,13 +9,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.config import MARGIN
 from dtn_fast.packages import require
 
 DETECT_SIDE = 640
 """Frames are shrunk to this longest side before detection; dlib's smallest face is 80 pixels, 40 when upsampled."""
 NEAR_SIDE = 110
 """Side in pixels that a face is scaled to when it is searched where it was in the frame before."""
+MEMORY = 8
+"""Frames for which a person who is no longer found keeps the number."""
 
 
 class Box(NamedTuple):
@@ -86,8 +87,8 @@ class FaceTracker:
     for ``memory`` frames more: who is then seen in the same place is the same person.
     """
 
-    def __init__(self, detector: FaceFinder, every: int = 8, memory: int = 8) -> None:
-        self._detector, self._every, self._memory = detector, every, memory
+    def __init__(self, finder: FaceFinder, every: int) -> None:
+        self._finder, self._every = finder, every
         self._last: list[Tracked] = []
         self._lost: list[tuple[int, Tracked]] = []
         """With the frame after which they are forgotten."""
@@ -100,12 +101,12 @@ class FaceTracker:
         if self._last and self._count % self._every:
             near = self._follow(image)
         self._count = 1 if near is None else self._count + 1
-        self._last = self._link(self._detector(image)) if near is None else near
+        self._last = self._link(self._finder(image)) if near is None else near
         return self._last
 
     def _follow(self, image: NDArray[np.uint8]) -> list[Tracked] | None:
         """The same people, or None when one is lost or two have become one."""
-        found = [Tracked(t.person, box) for t in self._last if (box := self._detector.near(image, t.box)) is not None]
+        found = [Tracked(t.person, box) for t in self._last if (box := self._finder.near(image, t.box)) is not None]
         apart = all(a.box.overlap(b.box) < 0.5 for a, b in itertools.combinations(found, 2))
         return sorted(found, key=lambda t: -t.box.area) if apart and len(found) == len(self._last) else None
 
@@ -123,11 +124,11 @@ class FaceTracker:
                 linked.append(Tracked(self._people, box))
                 self._people += 1
         until = {face.person: last for last, face in recent}
-        self._lost = [(until.get(face.person, self._frame + self._memory), face) for face in free]
+        self._lost = [(until.get(face.person, self._frame + MEMORY), face) for face in free]
         return linked
 
 
-def crop_face(image: NDArray[np.uint8], box: Box, size: int, margin: float = MARGIN) -> NDArray[np.uint8]:
+def crop_face(image: NDArray[np.uint8], box: Box, size: int, margin: float) -> NDArray[np.uint8]:
     """The square around ``box`` enlarged by ``margin``, resized to [size, size, 3]; edges are replicated outside."""
     side = max(1, round(max(box.right - box.left, box.bottom - box.top) * margin))
     left, top = (box.left + box.right - side) // 2, (box.top + box.bottom - side) // 2

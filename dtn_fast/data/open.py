@@ -10,20 +10,23 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.crop_dataset import INDEX, PARTS, CropDataset, open_crop_dataset
+from dtn_fast.data.crop_dataset import INDEX, CropDataset, open_crop_dataset, unfinished
 from dtn_fast.data.datasets.folder import read_folder, read_reals
 from dtn_fast.data.faces import resize_square
 from dtn_fast.data.video import read_image
 from dtn_fast.data.video_table import SPLITS, VideoTable
 from dtn_fast.errors import UsageError
 
+THREADS = 2
+"""Threads that decode pictures."""
 
-class Pictures:
+
+class PictureFiles:
     """Crops read from image files each time, for people who want no shards; decoded on threads."""
 
-    def __init__(self, root: Path, names: Sequence[str], size: int, threads: int = 2) -> None:
+    def __init__(self, root: Path, names: Sequence[str], size: int) -> None:
         self.size, self._root, self._names = size, root, names
-        self._pool = ThreadPoolExecutor(threads)
+        self._pool = ThreadPoolExecutor(THREADS)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -55,7 +58,7 @@ def open_pictures(table: VideoTable, size: int) -> CropDataset:
     status = [{"asked": len(v.frames), "frames": len(v.frames), "faces": len(v.frames), "boxes": "whole", "error": None,
                "reason": None} for v in table.videos]  # fmt: skip
     frame = np.concatenate([np.arange(len(v.frames)) for v in table.videos])
-    return CropDataset(Pictures(table.root, names, size), np.array(video), frame, np.zeros(len(names), np.int64),
+    return CropDataset(PictureFiles(table.root, names, size), np.array(video), frame, np.zeros(len(names), np.int64),
                   table.videos, status, table.synthetic, table.notes)  # fmt: skip
 
 
@@ -64,7 +67,7 @@ def open_data(folder: Path, size: int) -> CropDataset:
 
     size: side in pixels that pictures are resized to.  Raises UsageError when there is neither.
     """
-    if (folder / INDEX).is_file() or (folder / PARTS).is_dir() or not folder.is_dir():
+    if (folder / INDEX).is_file() or unfinished(folder) or not folder.is_dir():
         return open_crop_dataset(folder)
     try:
         read_pictures = read_folder if any((folder / split).is_dir() for split in SPLITS) else read_reals

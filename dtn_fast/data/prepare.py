@@ -22,8 +22,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.config import PrepareConfig
-from dtn_fast.data.crop_dataset import INDEX, PARTS, VERSION, open_part
+from dtn_fast.data.config import PrepareConfig, WorkConfig
+from dtn_fast.data.crop_dataset import INDEX, SHARDS, VERSION, open_shard
 from dtn_fast.data.faces import Box, FaceFinder, FaceTracker, Tracked, crop_face, resize_square
 from dtn_fast.data.frames import landmarks, video_frames
 from dtn_fast.data.video_table import Video, VideoTable
@@ -31,68 +31,57 @@ from dtn_fast.errors import DtnError, MediaError, UsageError
 from dtn_fast.files import load_array, write_whole
 
 JOB = "job.json"
-PART_CROPS = 256
-"""Crops that a part is meant to hold: what an interruption can cost each worker."""
+SHARD_CROPS = 256
+"""Crops that a shard is meant to hold: an interruption costs each worker at most one shard."""
 
 
 class PrepareProgress(NamedTuple):
     done: int
-    """Videos of this shard that are done."""
+    """Videos of this worker share that are done."""
     total: int
     faces: int
 
 
 class PrepareJob(NamedTuple):
-    """All that a worker needs besides the number of the part."""
+    """All that a worker process needs besides the number of its shard."""
 
     table: VideoTable
     out: Path
     size: int
     config: PrepareConfig
-    parts: list[list[int]]
+    shards: list[list[int]]
 
 
 def prepare(
-    table: VideoTable,
-    out: Path,
-    size: int,
-    config: PrepareConfig = PrepareConfig(),
-    workers: int = 2,
-    shard: tuple[int, int] = (1, 1),
-    verify: bool = False,
+    table: VideoTable, out: Path, size: int, config: PrepareConfig, work: WorkConfig
 ) -> Iterator[PrepareProgress]:
-    """Crops the faces of every video of ``manifest`` to ``size`` pixels into ``out``, yielding progress.
+    """Crops the faces of every video of ``table`` to ``size`` pixels into ``out``, yielding progress.
 
-    The work is cut into parts, each a real with the fakes made from it or several such; a part appears whole or not
-    at all, so a run that was killed goes on where it was.  ``shard`` (i, n) does every n-th part: n jobs on n
-    machines fill one folder, and whichever ends last writes the index.  ``verify`` compares the checksums of the parts
-    that are there and makes damaged ones again.  Videos without a face or that cannot be read are kept in the index
-    with the reason.  Raises UsageError when ``out`` holds other work or no face is found anywhere, DtnError when the
-    disk is full or a worker dies; what is done stays.
+    The work is cut into shards, each one or more reals with the fakes made from them.  A shard file appears whole or
+    not at all, so a run that was killed goes on where it was, and n machines with n worker shares fill one folder.
+    Videos without a face, or that cannot be read, are kept in the index with the reason.  Raises UsageError when
+    ``out`` holds other work or no face is found anywhere, DtnError when the disk is full or a worker dies; what is
+    done stays.
     """
-    number, shards = shard
-    if not 1 <= number <= shards:
-        raise UsageError(f"--shard {number}/{shards}: the first number runs from 1 to the second")
-    if workers < 1:
-        raise UsageError(f"--workers {workers}: at least 1")
-    job = PrepareJob(table, out, size, config, _parts(table, config))
+    number, total_shares = work.place
+    job = PrepareJob(table, out, size, config, _shards(table, config))
     try:
-        (out / PARTS).mkdir(parents=True, exist_ok=True)
+        (out / SHARDS).mkdir(parents=True, exist_ok=True)
         _claim(job)
-        mine = [k for k in range(len(job.parts)) if k % shards == number - 1]
-        total = sum(len(job.parts[k]) for k in mine)
-        states = {k: state for k in mine if (state := _state(out, k, size, verify)) is not None}
-        done, faces = sum(len(job.parts[k]) for k in states), sum(state["rows"] for state in states.values())
+        mine = [k for k in range(len(job.shards)) if k % total_shares == number]
+        total = sum(len(job.shards[k]) for k in mine)
+        states = {k: state for k in mine if (state := _state(out, k, size, work.verify)) is not None}
+        done, faces = sum(len(job.shards[k]) for k in states), sum(state["rows"] for state in states.values())
         yield PrepareProgress(done, total, faces)
         missing = [k for k in mine if k not in states]
         context = multiprocessing.get_context("spawn")
-        size_of_pool = min(workers, max(len(missing), 1))
+        size_of_pool = min(work.workers, max(len(missing), 1))
         with ProcessPoolExecutor(size_of_pool, mp_context=context, initializer=_begin, initargs=(job,)) as pool:
-            running = {pool.submit(_make_part, k): k for k in missing}
+            running = {pool.submit(_make_shard, k): k for k in missing}
             try:
                 for future in as_completed(running):
                     faces += future.result()
-                    done += len(job.parts[running[future]])
+                    done += len(job.shards[running[future]])
                     yield PrepareProgress(done, total, faces)
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -108,22 +97,22 @@ def prepare(
 
 
 def finished(out: Path) -> bool:
-    """Whether every part of ``out`` is done and indexed."""
+    """Whether every shard of ``out`` is done and indexed."""
     return (out / INDEX).is_file()
 
 
-def _parts(table: VideoTable, config: PrepareConfig) -> list[list[int]]:
-    """Videos by number, cut into parts: a real and the fakes made from it stay together, the real first."""
+def _shards(table: VideoTable, config: PrepareConfig) -> list[list[int]]:
+    """Videos by number, cut into shards: a real and the fakes made from it stay together, the real first."""
     groups: dict[tuple[str, tuple[tuple[str, int], ...]], list[int]] = {}
     for number, video in enumerate(table.videos):
         groups.setdefault((video.target or video.path, video.corruptions), []).append(number)
-    parts: list[list[int]] = []
+    shards: list[list[int]] = []
     for group in groups.values():
         group.sort(key=lambda number: table.videos[number].label)
-        if not parts or len(parts[-1]) * config.frames >= PART_CROPS:
-            parts.append([])
-        parts[-1] += group
-    return parts
+        if not shards or len(shards[-1]) * config.frames >= SHARD_CROPS:
+            shards.append([])
+        shards[-1] += group
+    return shards
 
 
 def _claim(job: PrepareJob) -> None:
@@ -150,15 +139,15 @@ def _portable(video: Video) -> Video:
     return video._replace(path=Path(video.path).name) if Path(video.path).is_absolute() else video
 
 
-def _state(out: Path, part: int, size: int, verify: bool) -> dict[str, Any] | None:
-    """What a finished part's file says; None when the part must be made."""
+def _state(out: Path, shard: int, size: int, verify: bool) -> dict[str, Any] | None:
+    """The status of a finished shard, from its JSON file; None when the shard must be made."""
     try:
-        state = json.loads((out / PARTS / f"{_name(part)}.json").read_text(encoding="utf-8"))
+        state = json.loads((out / SHARDS / f"{_name(shard)}.json").read_text(encoding="utf-8"))
         if state.pop("check") != _check(state):
             return None
-        open_part(out, _name(part), size, state["rows"], state["crc32"] if verify else None)
+        open_shard(out / SHARDS, _name(shard), size, state["rows"], state["crc32"] if verify else None)
         if state["landmarks"]:
-            points = load_array(out / PARTS / f"{_name(part)}.landmarks.npy")
+            points = load_array(out / SHARDS / f"{_name(shard)}.landmarks.npy")
             if points.shape != (state["rows"], state["landmarks"], 2):
                 return None
             if verify and zlib.crc32(points.tobytes()) != state["landmarks_crc32"]:
@@ -172,8 +161,8 @@ def _check(state: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(state).encode())
 
 
-def _name(part: int) -> str:
-    return f"{part:06d}"
+def _name(shard: int) -> str:
+    return f"{shard:06d}"
 
 
 class Cropped(NamedTuple):
@@ -187,7 +176,7 @@ class Cropped(NamedTuple):
 
 
 _current: PrepareJob
-"""A worker's job, sent once and not with every part."""
+"""A worker process's job, sent once and not with every shard."""
 
 
 def _begin(job: PrepareJob) -> None:
@@ -204,35 +193,35 @@ def _end_with(parent: Any) -> None:
     os._exit(1)
 
 
-def _make_part(part: int) -> int:
-    """Crops the videos of a part and writes its files, the one with the status last; returns the number of crops."""
+def _make_shard(shard: int) -> int:
+    """Crops the videos of a shard and writes its files, the one with the status last; returns the number of crops."""
     job = _current
     done: list[Cropped] = []
     reals: dict[str, Boxes] = {}
-    for number in job.parts[part]:
+    for number in job.shards[shard]:
         done.append(_crop_video(job, job.table.videos[number], reals))
     crops = [crop for video in done for crop in video.crops]
     points = [point for video in done for point in video.points]
     array = np.array(crops, np.uint8).reshape(-1, job.size, job.size, 3)
     state: dict[str, Any] = {"rows": len(array), "crc32": zlib.crc32(array.data.cast("B")) if len(array) else 0}
     counts = [len(video.crops) for video in done]
-    state["video"] = np.repeat(job.parts[part], counts).tolist()
+    state["video"] = np.repeat(job.shards[shard], counts).tolist()
     rows = [row for video in done for row in video.rows]
     state["frame"], state["person"] = [row[0] for row in rows], [row[1] for row in rows]
     state["box"] = [list(row[2]) for row in rows]
     state["status"] = [video.state for video in done]
     state["landmarks"] = max((len(point) for point in points if point is not None), default=0)
-    folder = job.out / PARTS
+    folder = job.out / SHARDS
     if len(array):
-        write_whole(folder / f"{_name(part)}.npy", _npy(array), shared=True)
+        write_whole(folder / f"{_name(shard)}.npy", _npy(array), shared=True)
     if state["landmarks"]:
         known = np.full((len(points), state["landmarks"], 2), np.nan, np.float32)
         for place, point in enumerate(points):
             if point is not None:
                 known[place, : len(point)] = point
         state["landmarks_crc32"] = zlib.crc32(known.tobytes())
-        write_whole(folder / f"{_name(part)}.landmarks.npy", _npy(known), shared=True)
-    write_whole(folder / f"{_name(part)}.json", json.dumps({**state, "check": _check(state)}).encode(), shared=True)
+        write_whole(folder / f"{_name(shard)}.landmarks.npy", _npy(known), shared=True)
+    write_whole(folder / f"{_name(shard)}.json", json.dumps({**state, "check": _check(state)}).encode(), shared=True)
     return len(array)
 
 
@@ -249,7 +238,7 @@ def _crop_video(job: PrepareJob, video: Video, reals: dict[str, Boxes]) -> Cropp
     rows: list[tuple[int, int, Box]] = []
     known = reals.get(video.target) if config.reuse_boxes and video.label else None
     found: Boxes = {}
-    tracker = None if table.crops else FaceTracker(_detector(), config.every)
+    tracker = None if table.crops else FaceTracker(_finder(), config.every)
     names = {int(Path(name).stem): name for name in video.frames if Path(name).stem.isdecimal()}
     try:
         for frame in video_frames(table.root, video, config.frames, table.lmdb):
@@ -290,23 +279,23 @@ def _points(job: PrepareJob, name: str | None, shape: tuple[int, ...]) -> NDArra
 
 
 @functools.cache
-def _detector() -> FaceFinder:
+def _finder() -> FaceFinder:
     return FaceFinder()
 
 
 def _write_index(job: PrepareJob) -> None:
-    """Joins the parts' status files into the index, when every part of every shard is there."""
+    """Joins the shards' status files into the index, when every shard of every share is there."""
     states = []
-    for part in range(len(job.parts)):
-        state = _state(job.out, part, job.size, verify=False)
+    for shard in range(len(job.shards)):
+        state = _state(job.out, shard, job.size, verify=False)
         if state is None:
-            return  # another shard is still at work
+            return  # another share is still at work
         states.append(state)
     joined = {name: [v for state in states for v in state[name]] for name in ("video", "frame", "person", "box")}
     if not joined["video"]:
         raise UsageError(f"{job.table.root}: no face was found in any of the {len(job.table.videos)} videos")
     status: list[dict[str, Any]] = [{}] * len(job.table.videos)
-    for numbers, state in zip(job.parts, states, strict=True):
+    for numbers, state in zip(job.shards, states, strict=True):
         for number, video in zip(numbers, state["status"], strict=True):
             status[number] = video
     index = {
@@ -317,7 +306,7 @@ def _write_index(job: PrepareJob) -> None:
         **asdict(job.config),
         "landmarks": len(marks := {state["landmarks"] for state in states if state["rows"]}) == 1 and 0 not in marks,
         "notes": job.table.notes,
-        "parts": [
+        "shards": [
             {"name": _name(k), "rows": state["rows"], "crc32": state["crc32"]}
             for k, state in enumerate(states)
             if state["rows"]
@@ -327,7 +316,7 @@ def _write_index(job: PrepareJob) -> None:
         **joined,
     }
     write_whole(job.out / INDEX, json.dumps(index).encode(), shared=True)
-    for partial in [*job.out.glob(".*.partial"), *(job.out / PARTS).glob(".*.partial")]:  # of those that were killed
+    for partial in [*job.out.glob(".*.partial"), *(job.out / SHARDS).glob(".*.partial")]:  # of those that were killed
         partial.unlink(missing_ok=True)
 
 

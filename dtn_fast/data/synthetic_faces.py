@@ -246,7 +246,7 @@ def _write(root: Path, config: SyntheticConfig, job: RenderJob) -> None:
     write_video(root / path, frames, fps=FPS, crf=crf)
 
 
-def make_synthetic(root: Path, config: SyntheticConfig, workers: int = 2) -> Iterator[tuple[int, int]]:
+def make_synthetic(root: Path, config: SyntheticConfig, workers: int) -> Iterator[tuple[int, int]]:
     """Writes the set under ``root`` as FF++ lays it out, yielding (videos done, videos in all).
 
     Videos that are already there are kept, so an interrupted run goes on.  Raises UsageError when ``root`` holds

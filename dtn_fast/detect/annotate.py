@@ -17,7 +17,7 @@ from dtn_fast.detect.verdict import Face, Result, Span
 RED, GREEN = (220, 40, 40), (30, 160, 70)
 
 
-def annotate(result: Result, out: Path, threshold: float = 0.5) -> Iterator[int]:
+def annotate(result: Result, out: Path, threshold: float) -> Iterator[int]:
     """Writes the video of ``result`` with every face framed, its score, and the forged spans below, to ``out`` (.mp4).
 
     Boxes move evenly between the frames that were looked at.  Yields the number of frames written.

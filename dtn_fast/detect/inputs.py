@@ -46,8 +46,8 @@ def _walk(path: Path) -> Iterator[tuple[Path, str | None]]:
         yield path, f"{path}: no image or video in this folder"
 
 
-def frames_of(path: Path, count: int = 32, rate: float = 0.0, check: Check = lambda: None) -> Iterator[Frame]:
-    """The frame of an image, or those of a video: ``count`` spread evenly (0: all), or ``rate`` a second of it.
+def frames_of(path: Path, count: int, rate: float, check: Check = lambda: None) -> Iterator[Frame]:
+    """The frame of an image, or frames of a video: ``count`` evenly spaced (0: every one), or ``rate`` per second.
 
     ``check`` is called for every packet read.  Raises MediaError.
     """

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 
 from dtn_fast.data.faces import FaceFinder, FaceTracker, Tracked, crop_face
 from dtn_fast.data.video import Check, Frame
+from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.inputs import frames_of
-from dtn_fast.detect.verdict import Face, FrameResult, Picture, Result, Timing, aggregate, people_of
+from dtn_fast.detect.verdict import Face, FrameResult, Picture, Result, Timing, judge
 from dtn_fast.errors import MediaError
 from dtn_fast.explain.heatmap import grad_cam
 from dtn_fast.model.detector import Detector
@@ -30,40 +32,42 @@ from dtn_fast.runtime.torch_scorer import TorchScorer
 BATCH = 16
 """Faces scored at once."""
 AHEAD = 4
-"""Frames decoded, and batches scored, ahead of who needs them."""
+"""Most frames decoded, and most batches scored, before they are needed."""
 TOP = 4
 """Faces of an input kept for the report, the highest-scoring ones."""
 
 
 def detect(
-    path: Path,
+    path: str | Path,
     scorer: Scorer,
-    detector: FaceFinder,
-    frames: int = 32,
-    threshold: float = 0.5,
-    rate: float = 0.0,
+    config: DetectConfig = DetectConfig(),
+    finder: FaceFinder | None = None,
     watch: Callable[[int], object] = lambda _: None,
     model: Detector | None = None,
 ) -> Result:
-    """The verdict on one input; errors of the input end up in the result, they do not raise.
+    """The verdict on one image or video; errors of the input end up in the result, they do not raise.
 
-    ``watch`` is told how many frames were read so far, also while none comes; what it raises ends the work.
-    ``model``: draws heat maps; default: the scorer's own, if it is a torch model.
+    finder: reused over many inputs; default: a new one.  watch: called with the number of frames read so far, also
+    while none comes; what it raises ends the work.  model: draws heat maps; default: the scorer's own, if it is a torch
+    model.  Raises UsageError when a package is missing.
     """
-    result = Result(path)
+    path, tracker = Path(path), FaceTracker(finder or FaceFinder(), config.every)
+    result, kept = Result(path), list[Picture]()
     begin = time.perf_counter()
-    kept: list[Picture] = []
+    source = functools.partial(frames_of, path, config.frames, config.rate)
     try:
-        with _Scoring(scorer, result, kept) as scoring:
-            tracker = FaceTracker(detector)
-            source = functools.partial(frames_of, path, frames, rate)
-            for frame in _ahead(source, result.timing, lambda: watch(result.frames_read)):
+        with (
+            _Scoring(scorer, result, kept) as scoring,
+            closing(_ahead(source, result.timing, lambda: watch(result.frames_read))) as frames,
+        ):
+            for frame in frames:
                 result.frames_read += 1
                 watch(result.frames_read)
                 start = time.perf_counter()
                 found = tracker(frame.image)
-                crops = [crop_face(frame.image, face.box, scorer.config.image_size) for face in found]
-                result.timing.detect += time.perf_counter() - start
+                side, margin = scorer.config.image_size, scorer.config.margin
+                crops = [crop_face(frame.image, face.box, side, margin) for face in found]
+                result.timing.find_faces += time.perf_counter() - start
                 if found:
                     scoring.add(frame, found, crops)
     except (MediaError, OSError) as error:
@@ -71,24 +75,24 @@ def detect(
         return result
     finally:
         result.timing.wall = time.perf_counter() - begin
-    if not result.frames:
-        result.verdict = "no face"
-        result.error = f"{path}: no face in {result.frames_read} frame{'s' * (result.frames_read != 1)}"
-        return result
-    result.people = people_of(result.frames, threshold)
-    result.score = aggregate(result.people, result.frames)
-    result.verdict = "fake" if result.score >= threshold else "real"
-    model = scorer.model if model is None and isinstance(scorer, TorchScorer) else model
-    if model is not None and model.cam_layer() is not None:
-        heats = grad_cam(model, np.stack([p.crop for p in kept]))
-        kept = [p._replace(heat=heat) for p, heat in zip(kept, heats, strict=True)]
-    result.pictures = kept
+    judge(result, config.threshold)
+    if result.ok:
+        own = scorer.model if model is None and isinstance(scorer, TorchScorer) else model
+        result.pictures = _with_heat(kept, own)
     return result
+
+
+def _with_heat(pictures: list[Picture], model: Detector | None) -> list[Picture]:
+    """The pictures with their Grad-CAM, where ``model`` has a map to draw it from."""
+    if model is None or model.cam_layer() is None:
+        return pictures
+    heats = grad_cam(model, np.stack([p.crop for p in pictures]))
+    return [p._replace(heat=heat) for p, heat in zip(pictures, heats, strict=True)]
 
 
 def _ahead(
     source: Callable[[Check], Iterator[Frame]], timing: Timing, waiting: Callable[[], object]
-) -> Iterator[Frame]:
+) -> Generator[Frame, None, None]:
     """The frames of ``source`` decoded on another thread, at most AHEAD of them early."""
 
     def timed(check: Check) -> Iterator[Frame]:

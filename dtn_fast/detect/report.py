@@ -33,7 +33,8 @@ def write_report(
     notices: list[str],
     tables: list[ReportTable] | None = None,
     results: list[Result] | None = None,
-    threshold: float = 0.5,
+    *,
+    threshold: float,
 ) -> None:
     """Writes the page to ``path``, whole or not at all.  Every text is escaped."""
     import jinja2

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from dtn_fast.data.faces import Box
 
 RULE = (
-    "person score = mean P(fake) over the frames with that face; input score = the highest person's, of those in at "
-    "least a tenth of the frames with a face (where cuts leave nobody so often: the mean over frames of their highest "
-    "face)"
+    "person score = mean P(fake) over the frames with that person's face; input score = the highest person score among "
+    "people seen in at least a tenth of the frames with a face; if nobody is, the mean over frames of each frame's "
+    "highest score"
 )
 
 
@@ -69,14 +69,14 @@ class Timing:
     """Seconds that each stage worked, and that all took together; the stages overlap."""
 
     decode: float = 0.0
-    detect: float = 0.0
+    find_faces: float = 0.0
     score: float = 0.0
     wall: float = 0.0
 
     def shares(self) -> str:
         """Where the work went, in percent of the sum."""
-        total = self.decode + self.detect + self.score or 1.0
-        parts = (("decoding", self.decode), ("finding faces", self.detect), ("scoring", self.score))
+        total = self.decode + self.find_faces + self.score or 1.0
+        parts = (("decoding", self.decode), ("finding faces", self.find_faces), ("scoring", self.score))
         return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts)
 
     def add(self, other: Timing) -> None:
@@ -133,6 +133,17 @@ class Result:
 
 
 # ------------------------------------------------------------------------------------------------ the rule
+
+
+def judge(result: Result, threshold: float) -> None:
+    """Fills in the people, score and verdict of ``result`` from its frames."""
+    if not result.frames:
+        result.verdict = "no face"
+        result.error = f"{result.path}: no face in {result.frames_read} frame{'s' * (result.frames_read != 1)}"
+        return
+    result.people = people_of(result.frames, threshold)
+    result.score = aggregate(result.people, result.frames)
+    result.verdict = "fake" if result.score >= threshold else "real"
 
 
 def people_of(frames: list[FrameResult], threshold: float) -> list[Person]:

@@ -10,9 +10,13 @@ from numpy.typing import NDArray
 
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import UsageError
+from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.metrics import Metrics, auc_interval, by_video, evaluate_scores
 from dtn_fast.evaluation.tables import markdown_table
 from dtn_fast.runtime.scorer import Scorer
+
+CHUNK = 256
+"""Crops read at once."""
 
 
 class EvaluationRow(NamedTuple):
@@ -24,7 +28,7 @@ class EvaluationRow(NamedTuple):
     """95 % of the frame AUC, by bootstrap over videos; None where there is no AUC."""
     video_interval: tuple[float, float] | None
     note: str
-    """How the figures came about, one sentence."""
+    """Protocol note: split, number of videos and frames, how video scores are averaged."""
 
 
 class Evaluation(NamedTuple):
@@ -38,7 +42,7 @@ class Evaluation(NamedTuple):
     notice: str
 
     def note(self) -> str:
-        """That of the first row, over all."""
+        """The first row's protocol note."""
         return self.rows[0].note
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -70,36 +74,26 @@ def _text(interval: tuple[float, float] | None) -> str:
 def evaluate(
     scorer: Scorer,
     dataset: CropDataset,
-    split: str = "test",
+    config: EvaluateConfig = EvaluateConfig(),
     groups: Mapping[str, tuple[str, ...]] | None = None,
-    chunk: int = 256,
 ) -> Evaluation:
-    """Scores every crop of ``split`` once and measures each group of forgeries against all reals.
+    """Scores every crop of a split once and measures each group of forgeries against all its reals.
 
-    groups: row title -> forgeries; default all of them together, then one by one.  Raises UsageError when the split
-    is empty or the crops are of another size than the model's.
+    groups: row title -> forgeries; default: all of them together, then one by one.  Raises UsageError when the split is
+    empty or the crops are not of the model's size and margin.
     """
-    rows = dataset.select(split)
+    split, rows = config.split, dataset.select(config.split)
     if not len(rows):
         raise UsageError(f"the {split} split holds no crops")
-    if dataset.size != scorer.config.image_size:
-        raise UsageError(
-            f"the crops are {dataset.size} pixels, the model takes {scorer.config.image_size}; prepare again"
-        )
-    parts = [scorer.score(dataset.get(rows[i : i + chunk])) for i in range(0, len(rows), chunk)]
-    scores: NDArray[np.float64] = np.concatenate(parts)
+    dataset.check_fits(scorer.config, scorer.name)
+    scores = np.concatenate([scorer.score(dataset.get(rows[i : i + CHUNK])) for i in range(0, len(rows), CHUNK)])
     labels, names = dataset.labels[rows], dataset.video[rows].astype(str)
     kinds = np.array([v.method for v in dataset.videos])[dataset.video[rows]]
     table = []
     for title, group in (groups or {"all": dataset.methods, **{m: (m,) for m in dataset.methods}}).items():
         keep = (labels == 0) | np.isin(kinds, group)
-        frame = evaluate_scores(labels[keep], scores[keep])
-        frames = (labels[keep], scores[keep], names[keep].tolist())
-        y, s = by_video(frames[2], *frames[:2])
-        whole = [str(number) for number in range(len(y))]
-        intervals = auc_interval(*frames), auc_interval(y, s, whole)
-        note = protocol_note(dataset, split, group)
-        table.append(EvaluationRow(title, frame, evaluate_scores(y, s), *intervals, note))
+        note = protocol_note(dataset, split, group, config.bootstrap_draws)
+        table.append(_row(title, labels[keep], scores[keep], names[keep].tolist(), config, note))
     states = [state for video, state in zip(dataset.videos, dataset.status, strict=True) if video.split == split]
     return Evaluation(
         split=split,
@@ -112,15 +106,34 @@ def evaluate(
     )
 
 
-def protocol_note(dataset: CropDataset, split: str, forgeries: tuple[str, ...], intervals: bool = True) -> str:
-    """How figures on ``split``, its reals and the fakes of ``forgeries``, come about: one sentence."""
+def _row(
+    title: str,
+    labels: NDArray[np.int64],
+    scores: NDArray[np.float64],
+    videos: list[str],
+    config: EvaluateConfig,
+    note: str,
+) -> EvaluationRow:
+    """Frames [n], each with the name of its video, measured one by one and as videos."""
+    interval = lambda y, s, of: auc_interval(y, s, of, config.bootstrap_draws, config.confidence)
+    y, s = by_video(videos, labels, scores)
+    frame, video = evaluate_scores(labels, scores, config.threshold), evaluate_scores(y, s, config.threshold)
+    intervals = interval(labels, scores, videos), interval(y, s, [str(number) for number in range(len(y))])
+    return EvaluationRow(title, frame, video, *intervals, note)
+
+
+def protocol_note(dataset: CropDataset, split: str, forgeries: tuple[str, ...], draws: int) -> str:
+    """How metrics on ``split``, its reals and the fakes of ``forgeries``, were computed: one sentence.
+
+    draws: bootstrap draws behind the intervals; 0: there are none.
+    """
     chosen = [(video, state) for video, state in zip(dataset.videos, dataset.status, strict=True)
               if video.split == split and (not video.label or video.method in forgeries)]  # fmt: skip
     fakes = sum(video.label for video, _ in chosen)
     faceless = sum(not state["faces"] and not state["error"] for _, state in chosen)
     unreadable = sum(bool(state["error"]) for _, state in chosen)
     frames = len(dataset.select(split, forgeries)) / max(len(chosen) - faceless - unreadable, 1)
-    drawn = "; intervals by 1,000 bootstrap draws of videos" if intervals else ""
+    drawn = f"; intervals by {draws:,} bootstrap draws of videos" if draws else ""
     return (
         f"{split} split, {len(chosen)} videos ({len(chosen) - fakes} real, {fakes} fake), {frames:.1f} frames each on "
         f"average, {dataset.faces}; video score = mean of its frames; {faceless} videos without a face and "

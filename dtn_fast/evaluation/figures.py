@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.crop_dataset import CropDataset
+from dtn_fast.data.open import open_data
+from dtn_fast.device import Device, choose_device
 from dtn_fast.errors import UsageError
+from dtn_fast.evaluation.config import FigureConfig
 from dtn_fast.evaluation.plotting import MARKERS, drawing, legible, save
+from dtn_fast.evaluation.protocols import names_of
 from dtn_fast.explain.heatmap import feature_map, grad_cam, overlay
 from dtn_fast.explain.internals import (
-    TEMPERATURE,
     attention_maps,
     attentions,
     collapse,
@@ -29,12 +32,14 @@ from dtn_fast.explain.internals import (
     soft_labels,
 )
 from dtn_fast.files import write_whole
-from dtn_fast.model.detector import Detector
+from dtn_fast.model.detector import Detector, move_to
 from dtn_fast.model.dtn import DTN
 from dtn_fast.packages import require
+from dtn_fast.runtime.config import Runtime
+from dtn_fast.runtime.load import load_model, read_recipe
 
-KINDS = ("grad-cam", "attention", "scales", "collapse", "feature-maps", "t-sne", "soft-labels")
-FIGURES = "figures.json"
+VALUES = "figures.json"
+"""The figures' values, beside them."""
 
 
 class Faces(NamedTuple):
@@ -60,25 +65,50 @@ def choose(dataset: CropDataset, split: str, count: int) -> Faces:
     return Faces(dataset.get(few), names, dataset.get(many), of.tolist())
 
 
-def draw(
-    models: Mapping[str, Detector], faces: Faces, out: Path, kinds: tuple[str, ...] = KINDS,
-    temperatures: Mapping[str, float] | None = None,
-) -> Iterator[str]:  # fmt: skip
-    """Writes ``out``/<kind>.png or .svg and figures.json; yields each picture's name before it is drawn.
+def draw_models(
+    paths: Sequence[Path],
+    data: Path,
+    out: Path,
+    temperature: float,
+    config: FigureConfig = FigureConfig(),
+    names: Sequence[str] = (),
+    device: Device = Runtime.device,
+) -> Iterator[str]:
+    """:func:`draw` of runs or checkpoint folders on the crops in ``data``.
 
-    A model that a picture cannot show is left out of it, as figures.json says; what it says of kinds that are not
-    drawn now stays.  temperatures: of each model's soft labels, where it is not the recipe's default.  Raises
-    UsageError on an unknown kind, or without matplotlib or scikit-learn.
+    temperature: of soft labels where a model's run has no recipe.  Raises UsageError when the models take crops of
+    different sizes.
     """
-    for kind in kinds:
-        if kind not in KINDS:
-            raise UsageError(f"unknown picture {kind!r}; there are {', '.join(KINDS)}")
+    if not paths:
+        raise UsageError("--models: at least one")
+    where, titles = choose_device(device), names_of(paths, names, "model-names")
+    models = {title: move_to(load_model(path), where) for title, path in zip(titles, paths, strict=True)}
+    sizes = sorted({model.config.image_size for model in models.values()})
+    if len(sizes) > 1:
+        raise UsageError(f"--models: they take crops of {' and '.join(map(str, sizes))} pixels; draw them apart")
+    dataset = open_data(data, sizes[0])
+    for title, model in models.items():
+        dataset.check_fits(model.config, title)
+    temperatures = {title: float(read_recipe(path).get("temperature", temperature))
+                    for title, path in zip(titles, paths, strict=True)}  # fmt: skip
+    yield from draw(models, choose(dataset, config.split, config.count), out, config.kinds, temperatures)
+
+
+def draw(
+    models: Mapping[str, Detector], faces: Faces, out: Path, kinds: tuple[str, ...], temperatures: Mapping[str, float]
+) -> Iterator[str]:
+    """Writes ``out``/<kind>.png or .svg and figures.json; yields each figure's name before it is drawn.
+
+    A model that a figure cannot show is left out of it, as figures.json says; what it says of kinds that are not drawn
+    now stays.  temperatures: temperature of each model's soft labels.  Raises UsageError without matplotlib or
+    scikit-learn.
+    """
     if "t-sne" in kinds:
         _check_tsne(faces)
     only = lambda fits: {name: model for name, model in models.items() if fits(model)}
     attentive = only(attentions)
     patches = lambda model: "attention" in kinds and _side(attention_maps(model, faces.few[-1:]).shape[-1]) > 1
-    softened = functools.partial(_soft_labels, temperatures=temperatures or {})
+    softened = functools.partial(_soft_labels, temperatures=temperatures)
     makers: dict[str, tuple[Mapping[str, Any], Callable[[Any, Faces, dict[str, Any]], Any]]] = {
         "grad-cam": (only(lambda model: model.cam_layer() is not None), _grad_cam),
         "attention": ({name: model for name, model in attentive.items() if patches(model)}, _attention),
@@ -89,7 +119,7 @@ def draw(
         "soft-labels": (models, softened),
     }
     notice = "; ".join(sorted({f"trained on {m.notice}" for m in models.values() if m.notice}))
-    figures = _read(out / FIGURES)
+    figures = _read(out / VALUES)
     figures["notice"] = notice
     for kind in kinds:
         yield kind
@@ -105,7 +135,7 @@ def draw(
                 figure.supxlabel(notice, fontsize=7, color="0.4")
                 # tight: long names stick out of what the layout keeps free
                 write_whole(picture, lambda file: save(figure, file, suffix, dpi=110, bbox_inches="tight"))  # noqa: B023
-    write_whole(out / FIGURES, json.dumps(figures, indent=1))
+    write_whole(out / VALUES, json.dumps(figures, indent=1))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -161,7 +191,7 @@ def _grad_cam(models: Mapping[str, Detector], faces: Faces, figures: dict[str, A
 def _overlaid(models: Mapping[str, Any], faces: Faces, heat: Callable[..., NDArray[np.float32]]) -> Any:
     """Each face, then it with each model's ``heat`` laid over."""
     columns: list[list[NDArray[Any] | None]] = [list(faces.few)]
-    columns += [[overlay(crop, warm) for crop, warm in zip(faces.few, heat(model, faces.few), strict=True)]
+    columns += [[overlay(crop, heat_map) for crop, heat_map in zip(faces.few, heat(model, faces.few), strict=True)]
                 for model in models.values()]  # fmt: skip
     return _grid(faces.titles, ["face", *models], [list(row) for row in zip(*columns, strict=True)])
 
@@ -262,9 +292,8 @@ def _soft_labels(
     models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any], temperatures: Mapping[str, float]
 ) -> Any:
     """Figure 8 (a): each face with its hard label and what each model, as a teacher, says of it."""
-    warm = {name: temperatures.get(name, TEMPERATURE) for name in models}
-    said = {name: soft_labels(model, faces.few, warm[name]) for name, model in models.items()}
-    figures["soft-labels"] = {name: {"temperature": warm[name], "real, fake": values.round(4).tolist()}
+    said = {name: soft_labels(model, faces.few, temperatures[name]) for name, model in models.items()}
+    figures["soft-labels"] = {name: {"temperature": temperatures[name], "real, fake": values.round(4).tolist()}
                               for name, values in said.items()}  # fmt: skip
     figure, axes = _canvas(1, 1 + len(faces.few), 1.7, 2.1 + 0.12 * len(models))
     pictures = [np.full_like(faces.few[0], 255), *faces.few]  # above the models' names nothing
@@ -278,7 +307,9 @@ def _soft_labels(
             axis.set_title(_plain(f"{faces.titles[j - 1]}\nhard {hard}"), fontsize=8)
         for line, (name, values) in enumerate(said.items()):
             text = (
-                f"[{values[j - 1][0]:.2f}, {values[j - 1][1]:.2f}]" if j else f"{_plain(name, 99)} (T={warm[name]:g})"
+                f"[{values[j - 1][0]:.2f}, {values[j - 1][1]:.2f}]"
+                if j
+                else f"{_plain(name, 99)} (T={temperatures[name]:g})"
             )
             where = {"xytext": (0, -4 - 9 * line), "textcoords": "offset points", "va": "top", "fontsize": 7}
             axis.annotate(text, (0.5 if j else 1, 0), xycoords="axes fraction", ha="center" if j else "right", **where)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dtn_fast.evaluation.paper_numbers import TABLE8_SIZES
 from dtn_fast.model.config import DTNConfig
 from dtn_fast.model.dtn import DTN
+from dtn_fast.model.hooks import hooked
 from dtn_fast.model.moe_gate import MoEGate
 
 NORMS = (nn.BatchNorm2d, nn.LayerNorm)
@@ -66,17 +67,9 @@ def count_layers(
 
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, *NORMS, MoEGate))]
     layers = [m for m in layers if id(m) not in hidden]
-    handles = [layer.register_forward_hook(add) for layer in layers]
-    handles += [module.register_forward_hook(add_softmax) for module in softmax]
-    device = next(model.parameters()).device
-    was_training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, size, size, device=device))
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
+    hooks = [*((layer, add) for layer in layers), *((module, add_softmax) for module in softmax)]
+    with hooked(model, hooks), torch.no_grad():
+        model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
     seen = sum(
         p.numel() for layer in layers for name, p in layer.named_parameters(recurse=False) if name != "expert_scale"
     )

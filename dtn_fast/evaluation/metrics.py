@@ -37,7 +37,7 @@ def roc(labels: NDArray, scores: NDArray) -> tuple[NDArray, NDArray]:
     return np.append(0, false / false[-1]), np.append(0, true / true[-1])
 
 
-def evaluate_scores(labels: ArrayLike, scores: ArrayLike, threshold: float = 0.5) -> Metrics:
+def evaluate_scores(labels: ArrayLike, scores: ArrayLike, threshold: float) -> Metrics:
     """Metrics of P(fake) ``scores`` against 0/1 ``labels``, both [n].
 
     AUC is the trapezoid area under the ROC (ties count half), AP the step sum of precision over recall, EER the rate
@@ -68,7 +68,7 @@ def evaluate_scores(labels: ArrayLike, scores: ArrayLike, threshold: float = 0.5
 
 
 def auc_interval(
-    labels: ArrayLike, scores: ArrayLike, videos: Sequence[str], draws: int = 1000, level: float = 0.95, seed: int = 0
+    labels: ArrayLike, scores: ArrayLike, videos: Sequence[str], draws: int, confidence: float
 ) -> tuple[float, float] | None:
     """The interval that holds AUC at ``level``, by the percentile bootstrap over videos; None with a single class.
 
@@ -82,7 +82,7 @@ def auc_interval(
     if len(set(kinds.tolist())) < 2:
         return None
     _, rank = np.unique(s, return_inverse=True)
-    rng, values = np.random.default_rng(seed), np.empty(draws)
+    rng, values = np.random.default_rng(0), np.empty(draws)
     for draw in range(draws):
         times = np.zeros(len(names))
         for kind in (0, 1):
@@ -92,7 +92,7 @@ def auc_interval(
         real, fake = (np.bincount(rank, weight * (y == kind)) for kind in (0, 1))
         below = np.cumsum(real) - real / 2  # reals under each score, ties by half
         values[draw] = (fake * below).sum() / (real.sum() * fake.sum())
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 

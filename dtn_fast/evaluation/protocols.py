@@ -6,19 +6,27 @@ trained on one forgery, by the forgery tested on, AUC.  At frame and at video le
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from dtn_fast.data.blend import self_blended
 from dtn_fast.data.crop_dataset import CropDataset
+from dtn_fast.data.open import open_data
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation import paper_numbers
+from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.evaluate import Evaluation, evaluate
 from dtn_fast.evaluation.paper_numbers import Pair
-from dtn_fast.evaluation.tables import Cell, Cells, PaperRow, ResultTable, TableRow
+from dtn_fast.evaluation.tables import LEVELS, Cell, Cells, PaperRow, ResultTable, TableRow
+from dtn_fast.files import write_whole
+from dtn_fast.runtime.config import Runtime
+from dtn_fast.runtime.load import load_scorer, read_recipe
 from dtn_fast.runtime.scorer import Scorer
 
 TRAINED_ON = "trained on"
+Protocol = Literal["auto", "within", "cross-dataset", "cross-manipulation"]
 
 
 class Entry(NamedTuple):
@@ -37,7 +45,7 @@ class Measured(NamedTuple):
 
 
 def measure(
-    scorer: Scorer, tests: Mapping[str, CropDataset], by_forgery: bool = False, split: str = "test"
+    scorer: Scorer, tests: Mapping[str, CropDataset], by_forgery: bool, config: EvaluateConfig
 ) -> Iterator[str | Measured]:
     """One model on every test set: each one's name before it, then the figures; ``by_forgery``: on each forgery in it.
 
@@ -51,7 +59,7 @@ def measure(
         )
         if not groups:
             raise UsageError(f"{name}: holds no forgery to test on")
-        _fill(found, evaluate(scorer, dataset, split, groups))
+        _fill(found, evaluate(scorer, dataset, config, groups))
     yield found
 
 
@@ -71,13 +79,13 @@ def within(name: str, dataset: str, result: Evaluation) -> ResultTable:
 
 
 def cross_dataset(
-    entries: Sequence[Entry], datasets: Mapping[str, CropDataset], split: str = "test"
+    entries: Sequence[Entry], datasets: Mapping[str, CropDataset], config: EvaluateConfig = EvaluateConfig()
 ) -> Iterator[str | ResultTable]:
     """Every model on every dataset (Table 1): what is being measured, then the table.
 
     Raises UsageError as ``evaluate``.
     """
-    for step in _measure_all(entries, datasets, False, split):
+    for step in _measure_all(entries, datasets, False, config):
         yield step if isinstance(step, str) else cross_dataset_table(*step)
 
 
@@ -93,13 +101,13 @@ def cross_dataset_table(rows: list[TableRow], column_notes: dict[str, str]) -> R
 
 
 def cross_manipulation(
-    entries: Sequence[Entry], dataset: CropDataset, split: str = "test"
+    entries: Sequence[Entry], dataset: CropDataset, config: EvaluateConfig = EvaluateConfig()
 ) -> Iterator[str | ResultTable]:
     """Models each trained on one forgery, on each forgery of one dataset (Table 2).
 
     Raises UsageError as ``measure``.
     """
-    for step in _measure_all(entries, {"the data": dataset}, True, split):
+    for step in _measure_all(entries, {"the data": dataset}, True, config):
         yield step if isinstance(step, str) else cross_manipulation_table(*step)
 
 
@@ -119,11 +127,11 @@ def cross_manipulation_table(rows: list[TableRow], column_notes: dict[str, str])
 
 
 def _measure_all(
-    entries: Sequence[Entry], tests: Mapping[str, CropDataset], by_forgery: bool, split: str
+    entries: Sequence[Entry], tests: Mapping[str, CropDataset], by_forgery: bool, config: EvaluateConfig
 ) -> Iterator[str | tuple[list[TableRow], dict[str, str]]]:
     rows, column_notes = [], {}
     for entry in entries:
-        for step in measure(entry.scorer, tests, by_forgery, split):
+        for step in measure(entry.scorer, tests, by_forgery, config):
             if isinstance(step, str):
                 yield f"{entry.name} on {step}"
                 continue
@@ -148,4 +156,102 @@ def names_of(paths: Sequence[Path], names: Sequence[str], what: str, once: bool 
             found = [str(path) for path in paths]
     if once and len(set(found)) < len(found):
         raise UsageError(f"--{what}: {', '.join(found)}: each must be named once")
+    return found
+
+
+class Within(NamedTuple):
+    """One model on one dataset, forgery by forgery."""
+
+    name: str
+    dataset: str
+    result: Evaluation
+
+    def write(self, out: Path) -> list[Path]:
+        """Writes ``out``.json, .md and .tex, and returns them."""
+        table = within(self.name, self.dataset, self.result)
+        texts = {".json": json.dumps(self.result.to_json(), indent=1), ".md": self.result.markdown(),
+                 ".tex": "\n".join(map(table.latex, LEVELS))}  # fmt: skip
+        for suffix, text in texts.items():
+            write_whole(out.with_name(out.name + suffix), text)
+        return [out.with_name(out.name + suffix) for suffix in texts]
+
+
+def evaluate_models(
+    models: Sequence[Path],
+    data: Sequence[Path],
+    config: EvaluateConfig = EvaluateConfig(),
+    protocol: Protocol = "auto",
+    model_names: Sequence[str] = (),
+    data_names: Sequence[str] = (),
+    trained_on: Sequence[str] = (),
+    self_blend: bool = False,
+    runtime: Runtime = Runtime(),
+) -> Iterator[str | Within | ResultTable]:
+    """Model files on folders of crops, by a protocol of the paper: what is being measured, then the result.
+
+    protocol: ``within`` gives Within, the others a ResultTable; ``auto`` is ``within`` for one model on one dataset,
+    else ``cross-dataset``.  trained_on: for ``cross-manipulation`` the forgery that each model was trained on; default:
+    as its run says.  self_blend: measure against self-blended copies of the reals instead of the data's fakes.  Raises
+    UsageError on choices that do not fit each other, and as ``evaluate``.
+    """
+    chosen = _choose_protocol(protocol, models, data, trained_on)
+    manipulation = chosen == "cross-manipulation"
+    names = names_of(models, model_names, "model-names", once=not manipulation)
+    forgeries = _forgeries(models, trained_on) if manipulation else [""] * len(models)
+    if len(set(zip(names, forgeries, strict=True))) < len(models):
+        raise UsageError("--model-names: two models have the same name and were trained on the same forgery")
+    columns = names_of(data, data_names, "data-names")
+    scorers = [load_scorer(path, runtime) for path in models]
+    sets = [open_data(folder, scorers[0].config.image_size) for folder in data]
+    for path, scorer in zip(models, scorers, strict=True):
+        for dataset in sets:
+            dataset.check_fits(scorer.config, str(path))
+    if self_blend:  # not the paper's test sets any more
+        sets, columns = [self_blended(dataset, 0) for dataset in sets], [f"{name}, self-blended" for name in columns]
+    if chosen == "within":
+        yield f"{names[0]} on {columns[0]}"
+        yield Within(names[0], columns[0], evaluate(scorers[0], sets[0], config))
+        return
+    entries = [Entry(*entry) for entry in zip(names, scorers, forgeries, strict=True)]
+    if manipulation:
+        yield from cross_manipulation(entries, sets[0], config)
+    else:
+        yield from cross_dataset(entries, dict(zip(columns, sets, strict=True)), config)
+
+
+def _choose_protocol(
+    protocol: Protocol, models: Sequence[Path], data: Sequence[Path], trained_on: Sequence[str]
+) -> Protocol:
+    """The protocol that ``auto`` means.  Raises UsageError where it does not take so many models or datasets."""
+    if not data or not models:
+        raise UsageError("name at least one dataset and one model; see dtn-fast evaluate --help")
+    several = len(data) > 1 or len(models) > 1
+    if protocol == "auto":
+        protocol = "cross-dataset" if several else "within"
+    if several and protocol == "within":
+        raise UsageError("--protocol within: takes one dataset and one model; use cross-dataset")
+    if protocol == "cross-manipulation" and len(data) > 1:
+        raise UsageError("--protocol cross-manipulation: takes one dataset")
+    if trained_on and protocol != "cross-manipulation":
+        raise UsageError("--trained-on: only for --protocol cross-manipulation")
+    return protocol
+
+
+def _forgeries(models: Sequence[Path], trained_on: Sequence[str]) -> list[str]:
+    """The forgery that each model was trained on, as the paper shortens it: given, or as its run says.
+
+    Raises UsageError where neither says so.
+    """
+    if trained_on and len(trained_on) != len(models):
+        raise UsageError(f"--trained-on: {len(trained_on)} forgeries for {len(models)} models; give one each")
+    found = []
+    for place, path in enumerate(models):
+        recipe = read_recipe(path)
+        methods = [] if recipe.get("self_blend") else recipe.get("methods") or []
+        if not trained_on and len(methods) != 1:
+            raise UsageError(
+                f"{path}: does not say which one forgery it was trained on; name one a model by --trained-on"
+            )
+        name = trained_on[place] if trained_on else methods[0]
+        found.append(paper_numbers.FF_NAMES.get(name, name))
     return found

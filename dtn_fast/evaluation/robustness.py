@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.corrupt import LEVELS, PERTURBATIONS, check, corrupt
+from dtn_fast.data.corrupt import LEVELS, corrupt
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import UsageError
+from dtn_fast.evaluation.config import EvaluateConfig, RobustnessConfig
 from dtn_fast.evaluation.evaluate import protocol_note
 from dtn_fast.evaluation.metrics import by_video, evaluate_scores
 from dtn_fast.evaluation.plotting import DASHES, MARKERS, drawing, legible, svg_text
@@ -21,8 +22,6 @@ from dtn_fast.evaluation.tables import markdown_table
 from dtn_fast.files import write_whole
 from dtn_fast.runtime.scorer import Scorer
 
-KINDS = (*("uniform_noise" if kind == "gaussian_noise" else kind for kind in PERTURBATIONS), "jpeg")
-"""The paper's: DeeperForensics' seven with uniform in place of Gaussian noise, which its gate is trained on; JPEG."""
 CHUNK = 256
 RULE = "corruptions of the face crops themselves; frame AUC over all forgeries"
 
@@ -35,41 +34,28 @@ class RobustnessProgress(NamedTuple):
 
 
 def robustness(
-    scorers: Mapping[str, Scorer],
-    dataset: CropDataset,
-    out: Path,
-    kinds: Sequence[str] = KINDS,
-    levels: Sequence[int] = (0, 1, 2, 3, 4, 5),
-    split: str = "test",
-    seed: int = 0,
-    workers: int = 2,
+    scorers: Mapping[str, Scorer], dataset: CropDataset, out: Path, config: RobustnessConfig = RobustnessConfig()
 ) -> Iterator[RobustnessProgress]:
     """Fills ``out``/robustness.json, .md and .svg, yielding progress; a call on a started folder does what is missing.
 
-    Level 0, the crops as they are, is measured once.  Noise and blocks depend on ``seed``, the crop, the corruption
-    and its level alone.  Raises UsageError for an unknown corruption or level, none or one named twice, a split of
-    one class, models of other sizes than the crops, and a folder that holds other data's figures.
+    Level 0, the crops as they are, is measured once.  Noise and blocks depend on the seed, the crop, the corruption
+    and its level alone.  Raises UsageError for a split of one class, models of another size or margin than the crops,
+    and a folder that holds other data's figures.
     """
-    for what, given in (("kinds", kinds), ("levels", levels)):
-        if not given or len(set(given)) < len(given):
-            raise UsageError(f"--{what} {' '.join(map(str, given))}: name at least one, and each once")
-    for kind in kinds:
-        for level in levels:
-            check(kind, level)
+    kinds, levels, split, seed = config.kinds, config.levels, config.split, config.seed
     rows = dataset.select(split)
     labels = dataset.labels[rows]
     if set(labels.tolist()) != {0, 1}:
         raise UsageError(f"the {split} split needs reals and fakes; it has {len(rows)} crops")
     for name, scorer in scorers.items():
-        if scorer.config.image_size != dataset.size:
-            raise UsageError(f"{name}: takes {scorer.config.image_size} pixels, the crops have {dataset.size}")
+        dataset.check_fits(scorer.config, name)
     cells = [(kind, level) for kind in kinds for level in levels if level]
     cells = [("", 0), *cells] if 0 in levels else cells
     found = _Results(out / "robustness.json", _identity(dataset, rows, split, seed))
     few = dataset.get(dataset.evenly_spaced(split, 16))
     for name, scorer in scorers.items():
         found.recognise(name, scorer.logits(few))
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(config.workers) as pool:
         for number, (kind, level) in enumerate(cells):
             yield RobustnessProgress(number, len(cells), _key(kind, level))
             missing = {name: s for name, s in scorers.items() if not found.has(name, kind, level)}
@@ -85,7 +71,7 @@ def robustness(
                 found.add(name, kind, level, _auc(dataset, rows, labels, np.concatenate(parts)))
     yield RobustnessProgress(len(cells), len(cells), "")
     notice = " ".join(sorted({s.notice for s in scorers.values()} - {""}))
-    said = f"{RULE}; {protocol_note(dataset, split, dataset.methods, intervals=False)}"
+    said = f"{RULE}; {protocol_note(dataset, split, dataset.methods, draws=0)}"
     write_whole(out / "robustness.md", markdown(found.cells, tuple(scorers), kinds, levels, said, notice))
     write_whole(out / "robustness.svg", plot(found.cells, tuple(scorers), kinds, levels, notice))
 
@@ -158,8 +144,10 @@ def _corrupted(
 def _auc(
     dataset: CropDataset, rows: NDArray[np.int64], labels: NDArray[np.int64], scores: NDArray[np.float64]
 ) -> LevelAuc:
-    frame = evaluate_scores(labels, scores).auc
-    video = evaluate_scores(*by_video(dataset.video[rows].astype(str).tolist(), labels, scores)).auc
+    frame = evaluate_scores(labels, scores, EvaluateConfig.threshold).auc
+    video = evaluate_scores(
+        *by_video(dataset.video[rows].astype(str).tolist(), labels, scores), EvaluateConfig.threshold
+    ).auc
     assert frame is not None
     assert video is not None
     return {"frame": frame, "video": video}

@@ -1,4 +1,4 @@
-"""Where a detector looks and what it has learned: Grad-CAM, attention and its collapse, features, soft labels."""
+"""The insides of a detector as arrays: attention maps, head scales, attention collapse, features, soft labels."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dtn_fast.explain.hooks import _HOOKED
 from dtn_fast.model.detector import Detector, device_of
+from dtn_fast.model.hooks import hooked
 from dtn_fast.model.levt import ScaledAttention
 from dtn_fast.model.mas import HeadScale
 from dtn_fast.model.preprocess import normalise
 
-TEMPERATURE = 2.0
-"""Of soft labels, as ``Recipe.temperature`` has it unless told otherwise."""
+BATCH = 64
+"""Crops that are run at once."""
 
 
 # ------------------------------------------------------------------------------------------------ attention
 
 
 def attentions(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that tell their attention maps: a DTN's and those of dtn_fast/baselines.py."""
+    """The modules of a model with a ``maps`` method, which returns attention maps: a DTN's and the baselines'."""
     return [module for module in model.modules() if callable(getattr(module, "maps", None))]
 
 
@@ -33,15 +33,8 @@ def attention_maps(model: Detector, crops: NDArray[np.uint8]) -> NDArray[np.floa
     """
     kept: list[Tensor] = []
     look = lambda module, given, _output: kept.append(module.maps(given[0]))
-    with _HOOKED, torch.inference_mode():
-        was_training = model.training
-        handles = [block.register_forward_hook(look) for block in attentions(model)]
-        try:
-            model.eval()(normalise(crops, model.config, device_of(model)))
-        finally:
-            for handle in handles:
-                handle.remove()
-            model.train(was_training)
+    with hooked(model, [(block, look) for block in attentions(model)]), torch.inference_mode():
+        model(normalise(crops, model.config, device_of(model)))
     if not kept:
         return np.zeros((0, len(crops), 0, 0, 0), np.float32)
     return torch.stack(kept).float().cpu().numpy()
@@ -77,7 +70,7 @@ def collapse(maps: NDArray[np.float32]) -> NDArray[np.float64]:
 # ------------------------------------------------------------------------------------------------ features
 
 
-def features(model: Detector, crops: NDArray[np.uint8], batch_size: int = 64) -> NDArray[np.float32]:
+def features(model: Detector, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
     """What the classifier sees, [B, C]: the inputs of the model's ``classifiers``, side by side.
 
     Raises ValueError when it has none.
@@ -86,25 +79,16 @@ def features(model: Detector, crops: NDArray[np.uint8], batch_size: int = 64) ->
     if not layers:
         raise ValueError(f"{type(model).__name__}: no linear layer to read features before")
     kept: list[list[Tensor]] = [[] for _ in layers]
-    with _HOOKED, torch.inference_mode():
-        was_training = model.training
-        keep = lambda into: lambda _module, given: into.append(given[0].float().flatten(1).cpu())
-        handles = [layer.register_forward_pre_hook(keep(into)) for layer, into in zip(layers, kept, strict=True)]
-        try:
-            model.eval()
-            for start in range(0, len(crops), batch_size):
-                model(normalise(crops[start : start + batch_size], model.config, device_of(model)))
-        finally:
-            for handle in handles:
-                handle.remove()
-            model.train(was_training)
+    keep = lambda into: lambda _module, given: into.append(given[0].float().flatten(1).cpu())
+    before = [(layer, keep(into)) for layer, into in zip(layers, kept, strict=True)]
+    with hooked(model, before=before), torch.inference_mode():
+        for start in range(0, len(crops), BATCH):
+            model(normalise(crops[start : start + BATCH], model.config, device_of(model)))
     return torch.cat([torch.cat(parts) for parts in kept], 1).numpy()
 
 
-def soft_labels(model: Detector, crops: NDArray[np.uint8], temperature: float = TEMPERATURE) -> NDArray[np.float32]:
+def soft_labels(model: Detector, crops: NDArray[np.uint8], temperature: float) -> NDArray[np.float32]:
     """What a teacher tells its student of each crop: softmax(logits / temperature), [B, 2]: real, fake."""
-    with torch.inference_mode():
-        was_training = model.training
-        logits = model.eval()(normalise(crops, model.config, device_of(model)))
-        model.train(was_training)
+    with hooked(model), torch.inference_mode():
+        logits = model(normalise(crops, model.config, device_of(model)))
     return (logits.float() / temperature).softmax(1).cpu().numpy()

@@ -2,47 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dtn_fast.dataclass_json import from_json
 from dtn_fast.errors import UsageError
-from dtn_fast.model.config import DTNConfig
+from dtn_fast.model.config import DTNConfig, TimmConfig, read_config
 from dtn_fast.model.detector import CONFIG, Detector, check_folder, device_of
 from dtn_fast.model.dtn import DTN
+from dtn_fast.model.hooks import hooked
 from dtn_fast.model.timm_compat import import_timm
-
-
-@dataclass(frozen=True)
-class TimmConfig:
-    """A detector from timm, or from whatever registers itself there."""
-
-    timm: str
-    """Name in timm's registry, such as legacy_xception or efficientnet_b0."""
-    image_size: int = 256
-    num_classes: int = 2
-    """Logits: 0 real, 1 fake."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.timm, str):
-            raise UsageError(f"TimmConfig.timm is {self.timm!r}; it must be a name in timm's registry")
-        if not isinstance(self.image_size, int) or not 16 <= self.image_size <= 4096:
-            raise UsageError(f"TimmConfig.image_size is {self.image_size!r}; it must be 16 to 4096")
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str, where: str = "config") -> TimmConfig:
-        """Inverse of :meth:`to_json`.  Raises UsageError naming ``where``."""
-        return from_json(cls, text, where)
 
 
 class TimmDetector(Detector):
@@ -78,12 +48,10 @@ class TimmDetector(Detector):
         if layer is None:
             return None
         shapes: list[int] = []
-        handle = layer.register_forward_hook(lambda _module, _inputs, output: shapes.append(output.dim()))
-        was_training, side = self.training, self.config.image_size
-        with torch.no_grad():
-            self.eval()(torch.zeros(1, 3, side, side, device=device_of(self)))
-        self.train(was_training)
-        handle.remove()
+        look = lambda _module, _inputs, output: shapes.append(output.dim())
+        side = self.config.image_size
+        with hooked(self, [(layer, look)]), torch.no_grad():
+            self(torch.zeros(1, 3, side, side, device=device_of(self)))
         return layer if shapes == [4] else None
 
 
@@ -93,23 +61,6 @@ def _takes_size(timm, name: str) -> bool:
         return bool(timm.get_pretrained_cfg(name) and timm.get_pretrained_cfg(name).fixed_input_size)
     except RuntimeError:
         return False
-
-
-def parse_config(text: str, where: str) -> DTNConfig | TimmConfig:
-    """The configuration of either kind.  Raises UsageError naming ``where``."""
-    try:
-        timm = "timm" in json.loads(text)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{where}: not a model's configuration ({error})") from error
-    return TimmConfig.from_json(text, where) if timm else DTNConfig.from_json(text, where)
-
-
-def read_config(path: Path) -> DTNConfig | TimmConfig:
-    """The configuration in a JSON file.  Raises UsageError naming it."""
-    try:
-        return parse_config(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a model's configuration ({error})") from error
 
 
 def build_detector(config: DTNConfig | TimmConfig, pretrained: bool = False) -> Detector:

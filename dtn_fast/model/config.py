@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dtn_fast.dataclass_json import from_json
@@ -63,6 +64,9 @@ class DTNConfig:
     """RGB mean subtracted from pixels in [0, 1] (*choice*: ImageNet's)."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """RGB standard deviation that divides them (*choice*: ImageNet's)."""
+    margin: float = 1.3
+    """Side of a crop over the longest side of the face in it: how crops were cut in training, and are in detection
+    (*choice*: the habit of FaceForensics++)."""
 
     def __post_init__(self) -> None:
         width = self.channels[-1] if self.channels else 0
@@ -96,6 +100,7 @@ class DTNConfig:
             (self.depth >= 0, "depth", ">= 0"),
             (self.mlp_ratio > 0, "mlp_ratio", ">= 1"),
             (self.num_classes >= 2, "num_classes", ">= 2"),
+            (self.margin > 0, "margin", "> 0"),
         ]
         for good, name, allowed in checks:
             if not good:
@@ -129,3 +134,55 @@ PRESETS = {
         mlp_ratio=2,
     ),
 }
+
+
+@dataclass(frozen=True)
+class TimmConfig:
+    """A detector from timm's registry."""
+
+    timm: str
+    """Name in timm's registry, such as legacy_xception or efficientnet_b0."""
+    image_size: int = DTNConfig.image_size
+    """Side of the crops in pixels."""
+    num_classes: int = DTNConfig.num_classes
+    """Logits: 0 real, 1 fake."""
+    mean: tuple[float, float, float] = DTNConfig.mean
+    """RGB mean subtracted from pixels in [0, 1]."""
+    std: tuple[float, float, float] = DTNConfig.std
+    """RGB standard deviation that divides them."""
+    margin: float = DTNConfig.margin
+    """Side of a crop over the longest side of the face in it."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.timm, str):
+            raise UsageError(f"TimmConfig.timm is {self.timm!r}; it must be a name in timm's registry")
+        if not isinstance(self.image_size, int) or not 16 <= self.image_size <= 4096:
+            raise UsageError(f"TimmConfig.image_size is {self.image_size!r}; it must be 16 to 4096")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "config") -> TimmConfig:
+        """Inverse of :meth:`to_json`.  Raises UsageError naming ``where``."""
+        return from_json(cls, text, where)
+
+
+ModelConfig = DTNConfig | TimmConfig
+
+
+def parse_config(text: str, where: str) -> ModelConfig:
+    """The configuration of either kind in JSON ``text``.  Raises UsageError naming ``where``."""
+    try:
+        timm = "timm" in json.loads(text)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{where}: not a model's configuration ({error})") from error
+    return TimmConfig.from_json(text, where) if timm else DTNConfig.from_json(text, where)
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The configuration in a JSON file.  Raises UsageError naming it."""
+    try:
+        return parse_config(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a model's configuration ({error})") from error

@@ -92,6 +92,6 @@ def device_of(model: nn.Module) -> torch.device:
 Model = TypeVar("Model", bound=Detector)
 
 
-def place(model: Model, device: str | torch.device) -> Model:
+def move_to(model: Model, device: str | torch.device) -> Model:
     """``model`` moved to ``device``, its convolutions in channels_last."""
     return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

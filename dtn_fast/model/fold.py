@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dtn_fast.kernels.ops import mas_attention_packed
 from dtn_fast.model.backbone import Backbone
-from dtn_fast.model.detector import Detector, device_of, place
+from dtn_fast.model.detector import Detector, device_of, move_to
 from dtn_fast.model.dtn import DTN
 from dtn_fast.model.levt import LEVTBlock
 from dtn_fast.model.mas import reattend
@@ -161,4 +161,4 @@ def _linear(weight: Tensor, bias: Tensor, like: Tensor) -> nn.Linear:
 def frozen(model: Detector) -> Detector:
     """A copy for inference alone, where ``model`` is: a DTN folded, any other in eval mode; without gradients."""
     copied: Detector = fold(model) if isinstance(model, DTN) else copy.deepcopy(model).eval().requires_grad_(False)
-    return place(copied, device_of(model))
+    return move_to(copied, device_of(model))

@@ -1,1 +1,6 @@
-"""Model files of every kind, run behind one interface."""
+"""Model files of every kind, run behind one interface: ``load_scorer`` opens any of them."""
+
+from dtn_fast.runtime.config import Runtime
+from dtn_fast.runtime.load import load_scorer
+
+__all__ = ["Runtime", "load_scorer"]

@@ -12,7 +12,7 @@ from typing import Any
 from dtn_fast.dataclass_json import from_json
 from dtn_fast.errors import UsageError
 from dtn_fast.files import write_whole
-from dtn_fast.model.build import parse_config
+from dtn_fast.model.config import parse_config
 
 
 @dataclass(frozen=True)

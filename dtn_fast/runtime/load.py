@@ -5,24 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from dtn_fast.device import choose_device
 from dtn_fast.errors import UsageError
 from dtn_fast.model.build import load_detector
-from dtn_fast.model.detector import CONFIG, WEIGHTS, Detector, place
+from dtn_fast.model.detector import CONFIG, WEIGHTS, Detector, move_to
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.scorer import Scorer
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
 SUMMARY = "summary.json"
 """In a training run: its generations, and which is best."""
+RECIPE = "recipe.json"
+"""In a training run: its recipe and model, as they were asked for."""
 
 
-def load_scorer(path: Path, runtime: Runtime = Runtime()) -> Scorer:
+def load_scorer(path: str | Path, runtime: Runtime = Runtime()) -> Scorer:
     """A scorer for ``path``: .onnx, .mnn, .engine, .rtx, a checkpoint folder, or a training run (its best generation).
 
     Raises UsageError when there is nothing usable, or this machine cannot run it.
     """
+    path = Path(path)
     kinds = {".onnx": "onnx", ".mnn": "mnn", ".engine": "tensorrt", ".rtx": "tensorrt"}
     takes = {".onnx": ("device", "provider"), ".mnn": (), ".engine": (), ".rtx": ()}
     for field in dataclasses.fields(runtime):
@@ -37,7 +41,7 @@ def load_scorer(path: Path, runtime: Runtime = Runtime()) -> Scorer:
 
         scorer: Scorer = import_module(f"dtn_fast.runtime.{kinds[path.suffix]}").load(path, runtime)
         return scorer
-    return TorchScorer(place(load_model(path), choose_device(runtime.device)), runtime=runtime)
+    return TorchScorer(move_to(load_model(path), choose_device(runtime.device)), runtime=runtime)
 
 
 def load_model(path: Path) -> Detector:
@@ -59,3 +63,18 @@ def best_checkpoint(run: Path) -> Path:
         return run / f"generation-{int(json.loads((run / SUMMARY).read_text(encoding='utf-8'))['best'])}"
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{run / SUMMARY}: damaged ({error}); name a generation's folder instead") from error
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe's fields of a training run, or of the run that a generation's folder belongs to; empty: none is there.
+
+    For readers that must not depend on training; ``dtn_fast.train.run_folder.load_run`` reads it checked.
+    """
+    for folder in (path, path.parent):
+        try:
+            recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))["recipe"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(recipe, dict):
+            return recipe
+    return {}

@@ -20,12 +20,15 @@ from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.export_manifest import ExportManifest, read_export_manifest
 from dtn_fast.runtime.scorer import Scorer
 
+BATCH = 8
+"""Crops that are run at once."""
+
 
 class MnnScorer(Scorer):
     """A .mnn file; calls wait for one another, each takes all cores."""
 
-    def __init__(self, path: Path, manifest: ExportManifest, batch_size: int = 8) -> None:
-        super().__init__(manifest.detector_config(), manifest.notice, "MNN", batch_size)
+    def __init__(self, path: Path, manifest: ExportManifest) -> None:
+        super().__init__(manifest.detector_config(), manifest.notice, "MNN", BATCH)
         self.weights = manifest.weights
         self._net, self._lock = open_module(path), threading.Lock()
 

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from dtn_fast.device import choose_device
 from dtn_fast.errors import UsageError
-from dtn_fast.model.build import parse_config
+from dtn_fast.model.config import parse_config
 from dtn_fast.model.preprocess import normalise
 from dtn_fast.packages import require
 from dtn_fast.runtime.config import Runtime
-from dtn_fast.runtime.scorer import Scorer
+from dtn_fast.runtime.scorer import BATCH, Scorer
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS = {
@@ -57,7 +57,7 @@ class OnnxScorer(Scorer):
     """
 
     def __init__(
-        self, source: Path | bytes, provider: Provider = "cpu", batch_size: int = 64, optimise: bool = True
+        self, source: Path | bytes, provider: Provider = "cpu", batch_size: int = BATCH, optimise: bool = True
     ) -> None:
         name = str(source) if isinstance(source, Path) else "the model"
         model = source if isinstance(source, bytes) else name

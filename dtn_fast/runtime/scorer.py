@@ -15,11 +15,14 @@ from numpy.typing import NDArray
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import DtnError, UsageError
 
+BATCH = 64
+"""Crops that a scorer runs at once."""
+
 
 class Scorer(ABC):
     """Scores face crops; what every runtime offers.  Any number of threads may call one."""
 
-    def __init__(self, config: Any, notice: str, name: str, batch_size: int = 64) -> None:
+    def __init__(self, config: Any, notice: str, name: str, batch_size: int = BATCH) -> None:
         self.config = config
         """The detector's: image_size, mean, std, num_classes."""
         self.notice = notice

@@ -13,13 +13,13 @@ from dtn_fast.model.fold import frozen
 from dtn_fast.model.preprocess import normalise
 from dtn_fast.runtime.batch_graphs import BatchGraphs
 from dtn_fast.runtime.config import Runtime
-from dtn_fast.runtime.scorer import Scorer
+from dtn_fast.runtime.scorer import BATCH, Scorer
 
 
 class TorchScorer(Scorer):
     """A detector, folded, on the device where its weights are; a copy: training changes nothing here."""
 
-    def __init__(self, model: Detector, batch_size: int = 64, runtime: Runtime = Runtime()) -> None:
+    def __init__(self, model: Detector, batch_size: int = BATCH, runtime: Runtime = Runtime()) -> None:
         super().__init__(model.config, model.notice, "torch", batch_size)
         self.model, self._dtype = model, PRECISIONS[runtime.precision]
         self.folded = frozen(model).to(self._dtype)

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from dtn_fast.detect.config import DetectConfig
 from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.packages import require
 from dtn_fast.runtime.scorer import Scorer
@@ -41,7 +42,7 @@ class Refused(DtnError):
         self.status = status
 
 
-def create_app(scorer: Scorer, config: ServeConfig = ServeConfig()) -> Any:
+def create_app(scorer: Scorer, config: ServeConfig = ServeConfig(), detection: DetectConfig = DetectConfig()) -> Any:
     """The ASGI application.  Raises UsageError when its packages are not installed."""
     require("starlette", EXTRA)
     from starlette.applications import Starlette
@@ -49,7 +50,7 @@ def create_app(scorer: Scorer, config: ServeConfig = ServeConfig()) -> Any:
     from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
     from starlette.routing import Route
 
-    judge = Judge(scorer, config)
+    judge = Judge(scorer, config, detection)
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     headers = _headers(page)
 
@@ -57,7 +58,7 @@ def create_app(scorer: Scorer, config: ServeConfig = ServeConfig()) -> Any:
         return HTMLResponse(page, headers=headers)
 
     async def about(_: Request) -> Response:
-        limits = {"max_mb": config.max_mb, "frames": config.frames, "threshold": config.threshold}
+        limits = {"max_mb": config.max_mb, "frames": detection.frames, "threshold": detection.threshold}
         facts = {"version": __version__, "runtime": scorer.name, "notice": scorer.notice}
         return JSONResponse({**facts, **limits, "formats": sorted(judge.formats)}, headers=headers)
 
@@ -156,10 +157,10 @@ class Metrics:
 class Judge:
     """Admits uploads, stores and judges them."""
 
-    def __init__(self, scorer: Scorer, config: ServeConfig) -> None:
+    def __init__(self, scorer: Scorer, config: ServeConfig, detection: DetectConfig) -> None:
         from dtn_fast.data.video import IMAGES, VIDEOS
 
-        self.config = config
+        self.config, self.detection = config, detection
         self.formats = IMAGES | VIDEOS
         self.batcher = MicroBatcher(scorer)
         self.inside = 0
@@ -168,7 +169,7 @@ class Judge:
         self._folder = tempfile.TemporaryDirectory(prefix="dtn-fast-")
         self._model = getattr(scorer, "model", None)
         self.metrics = Metrics(self)
-        self._detector()  # says at once when dlib is missing
+        self._finder()  # an error now rather than at the first upload, when dlib is missing
 
     @contextlib.contextmanager
     def admitted(self) -> Any:
@@ -223,13 +224,13 @@ class Judge:
             raise Refused(400, "the upload broke off") from None
         return size
 
-    def _detector(self) -> Any:
+    def _finder(self) -> Any:
         """One for each worker thread."""
         from dtn_fast.data.faces import FaceFinder
 
-        if not hasattr(self._own, "detector"):
-            self._own.detector = FaceFinder()
-        return self._own.detector
+        if not hasattr(self._own, "finder"):
+            self._own.finder = FaceFinder()
+        return self._own.finder
 
     def _judge(self, path: Path, name: str, begin: float) -> dict[str, Any]:
         from dtn_fast.detect.pipeline import detect
@@ -241,8 +242,7 @@ class Judge:
                 raise Refused(504, f"no verdict within {self.config.timeout:g} s; send a shorter video")
 
         watch(0)  # it may have waited too long
-        result = detect(path, self.batcher, self._detector(), self.config.frames, self.config.threshold,
-                        watch=watch, model=self._model)  # fmt: skip
+        result = detect(path, self.batcher, self.detection, self._finder(), watch, self._model)
         self.metrics.frames.inc(result.frames_read)
         self.metrics.faces.inc(sum(len(frame.faces) for frame in result.frames))
         if result.verdict == "failed":
@@ -253,7 +253,7 @@ class Judge:
              "heat": None if p.heat is None else heat_uri(p)}
             for p in result.pictures
         ]  # fmt: skip
-        facts = {"path": name, "rule": RULE, "threshold": self.config.threshold, "notice": self.batcher.notice}
+        facts = {"path": name, "rule": RULE, "threshold": self.detection.threshold, "notice": self.batcher.notice}
         error = result.error and result.error.replace(str(path), name)
         return {**result.to_json(), **facts, "error": error, "pictures": pictures}
 
@@ -263,9 +263,9 @@ class Judge:
         self._folder.cleanup()
 
 
-def run(scorer: Scorer, config: ServeConfig) -> None:
+def run(scorer: Scorer, config: ServeConfig, detection: DetectConfig) -> None:
     """Serves until interrupted; uploads inside are still answered."""
-    app = create_app(scorer, config)
+    app = create_app(scorer, config, detection)
     uvicorn = require("uvicorn", EXTRA)
     try:
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET

@@ -14,21 +14,18 @@ class ServeConfig:
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is every network."""
     port: int = 8000
-    frames: int = 32
-    """Frames per video that are looked at, spread evenly."""
-    threshold: float = 0.5
-    """P(fake) from which the verdict is fake."""
+    """Port to listen on; 0: a free one."""
     workers: int = 2
     """Uploads judged at the same time; their faces share batches."""
     waiting: int = 16
-    """Uploads that may wait for a worker; more are told to come back (503)."""
+    """Uploads that may wait for a worker; further ones are refused for now (status 503)."""
     max_mb: float = 200.0
-    """Largest upload, MB."""
+    """Upload limit: the largest file accepted, in MB."""
     timeout: float = 120.0
     """Seconds that an upload may take to arrive, and again to be judged."""
 
     def __post_init__(self) -> None:
-        if min(self.frames, self.workers) < 1 or self.waiting < 0 or not (self.max_mb > 0 and self.timeout > 0):
-            raise UsageError("--frames, --workers, --max-mb and --timeout must be above 0, --waiting 0 or more")
+        if self.workers < 1 or self.waiting < 0 or not (self.max_mb > 0 and self.timeout > 0):
+            raise UsageError("--workers, --max-mb and --timeout must be above 0, --waiting 0 or more")
         if not 0 <= self.port <= 65535:
             raise UsageError(f"--port {self.port}: 1 to 65535, or 0 for a free one")

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtn_fast.bench import bench_kernels, gpu, results, roofline
+from dtn_fast.bench import bench_kernels, gpu, results, roofline, tables
 from dtn_fast.bench import run as runner
 from dtn_fast.bench.bench_kernels import attention_cases, gate_cases
 from dtn_fast.bench.bench_train import techniques, train_case
-from dtn_fast.bench.machine import Machine
+from dtn_fast.bench.machine import DATASHEETS, Machine, measure_machine
 from dtn_fast.bench.measure import Case, Measurement, lines, measure, seconds
 from dtn_fast.bench.roofline import floor, inference, training_floor
 from dtn_fast.errors import DtnError, UsageError
@@ -79,10 +79,10 @@ def test_a_part_is_bound_by_the_slower_of_the_two() -> None:
 
 
 def test_ceilings_of_this_machine_have_the_right_magnitude() -> None:
-    machine = roofline.measure_machine(torch.device("cpu"), torch.float32, quick=True)
+    machine = measure_machine(torch.device("cpu"), torch.float32, quick=True)
     assert 1e9 < machine.flops < 1e15
     assert 1e8 < machine.bandwidth < 1e14
-    for flops, bandwidth in roofline.DATASHEETS.values():
+    for flops, bandwidth in DATASHEETS.values():
         assert 1e14 < flops < 1e16
         assert 1e12 < bandwidth < 1e13
 
@@ -166,26 +166,26 @@ def test_compare_shows_what_moved_beyond_the_spread(tmp_path: Path, capsys: pyte
 
 
 def test_committed_tables_are_made_of_the_committed_results(tmp_path: Path) -> None:
-    readme = (results.REPOSITORY / "README.md").read_text(encoding="utf-8")
+    readme = (tables.REPOSITORY / "README.md").read_text(encoding="utf-8")
     made = readme.split(results.BEGIN)[1].split(results.END)[0].strip()
-    assert made == results.readme_table().strip()
-    assert (results.REPOSITORY / "BENCHMARKS.md").read_text(encoding="utf-8") == results.benchmarks_page()
-    assert {path.name for path in results.plots()} == {path.name for path in results.FOLDER.glob("*.svg")}
-    for path, data in results.plots().items():
-        results.plot(data, tmp_path / path.name)
+    assert made == tables.readme_table().strip()
+    assert (tables.REPOSITORY / "BENCHMARKS.md").read_text(encoding="utf-8") == tables.benchmarks_page()
+    assert {path.name for path in tables.plots()} == {path.name for path in results.FOLDER.glob("*.svg")}
+    for path, data in tables.plots().items():
+        tables.plot(data, tmp_path / path.name)
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
 def test_what_was_not_run_is_said(tmp_path: Path) -> None:
-    assert "**GPU: not run.**" in results.benchmarks_page(tmp_path)
-    assert "not run" in results.readme_table(tmp_path)
+    assert "**GPU: not run.**" in tables.benchmarks_page(tmp_path)
+    assert "not run" in tables.readme_table(tmp_path)
     results.store(tmp_path, "model", measure(sleepy("with | bar")), H200, ENV, {})
-    page = results.benchmarks_page(tmp_path)
+    page = tables.benchmarks_page(tmp_path)
     assert "### train\n\nnot run" in page
     assert "| **fast** |" in page
     (tmp_path / "README.md").write_text("no markers")
     with pytest.raises(UsageError, match="markers"):
-        results.write_tables(tmp_path, tmp_path)
+        tables.write_tables(tmp_path, tmp_path)
 
 
 def test_kernel_suite_checks_every_contender_before_timing() -> None:
@@ -257,7 +257,7 @@ def test_suites_stop_at_the_budget_and_keep_what_they_have(tmp_path: Path, monke
     monkeypatch.setattr(suite, "cases", lambda machine, quick: iter([sleepy("one"), sleepy("two"), sleepy("three")]))
     path = runner.run_suite("model", tmp_path, H200, quick=True, budget=0.0)
     assert path is not None
-    assert list(results.by_case(results.load(path)["suites"]["model"]["rows"])) == ["one"]
+    assert list(tables.by_case(results.load(path)["suites"]["model"]["rows"])) == ["one"]
 
 
 def test_gpu_runner_on_a_machine_without_one(
@@ -297,7 +297,7 @@ def test_needs_no_installed_package(tmp_path: Path) -> None:
             "dtn_fast.bench.bench_model, dtn_fast.bench.bench_train, dtn_fast.bench.bench_data; "
             "bad = {'tyro', 'dlib', 'av', 'albumentations', 'tensorrt', 'onnxruntime', 'jinja2'} & set(sys.modules); "
             "raise SystemExit(f'imported {bad}' if bad else 0)")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], cwd=results.REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tables.REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

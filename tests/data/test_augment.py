@@ -14,7 +14,7 @@ from skimage import data
 
 from dtn_fast.data.augment import Augment, DeviceAugment, jpeg
 from dtn_fast.data.blend import METHOD, BlendedCrops, self_blend, self_blended
-from dtn_fast.data.config import PRESETS, AugmentPreset
+from dtn_fast.data.config import AUGMENTATIONS, AugmentPreset
 from dtn_fast.data.crop_dataset import CropDataset, Crops
 from dtn_fast.data.randomness import sample_seeds, uniform
 from dtn_fast.errors import UsageError
@@ -38,9 +38,9 @@ BOTH = pytest.mark.parametrize("augment", [on_cpu, on_device])
 
 
 @BOTH
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_a_seed_gives_the_same_picture_in_any_batch(augment, name: str) -> None:
-    preset = PRESETS[name]
+    preset = AUGMENTATIONS[name]
     before = BATCH.copy()
     whole = augment(preset)
     assert np.array_equal(BATCH, before), "the input is left alone"
@@ -127,7 +127,7 @@ def test_jpeg_is_what_an_encoder_makes(quality: int) -> None:
 
 def test_device_augmentation_names_a_wrong_shape() -> None:
     with pytest.raises(UsageError, match="40x40 pixels"):
-        on_device(PRESETS["light"], BATCH[:, :40, :40])
+        on_device(AUGMENTATIONS["light"], BATCH[:, :40, :40])
 
 
 def test_per_sample_randomness_is_uniform_and_distinct() -> None:

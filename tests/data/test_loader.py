@@ -16,7 +16,7 @@ from small import RECIPE, SMALL, changed
 
 from dtn_fast import DTN
 from dtn_fast.data.augment import Augment
-from dtn_fast.data.config import PRESETS
+from dtn_fast.data.config import AUGMENTATIONS
 from dtn_fast.data.crop_dataset import CropDataset, Crops
 from dtn_fast.data.loader import Loader, epoch_order
 from dtn_fast.data.open import open_data
@@ -235,7 +235,7 @@ def test_a_broken_picture_stops_training_by_name(pictures: Path, tmp_path: Path)
 
 def test_cpu_augmentation_gets_the_samples_seeds(dataset: CropDataset) -> None:
     rows = dataset.select("train")
-    loader = Loader(dataset, rows, 8, transform=Augment(PRESETS["forensic"]))
+    loader = Loader(dataset, rows, 8, transform=Augment(AUGMENTATIONS["forensic"]))
     batch = next(loader.epoch(4))
-    expected = Augment(PRESETS["forensic"])(dataset.get(batch.rows), batch.seeds)
+    expected = Augment(AUGMENTATIONS["forensic"])(dataset.get(batch.rows), batch.seeds)
     assert np.array_equal(batch.crops.numpy(), expected)

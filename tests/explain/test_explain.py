@@ -25,7 +25,8 @@ from dtn_fast.explain.internals import (
     head_scales,
     soft_labels,
 )
-from dtn_fast.model.build import TimmConfig, build_detector
+from dtn_fast.model.build import build_detector
+from dtn_fast.model.config import TimmConfig
 from dtn_fast.model.preprocess import normalise
 from dtn_fast.train.config import Recipe
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dtn_fast import DTN, DTNConfig
 from dtn_fast.kernels import ops, reference
-from dtn_fast.model.detector import place
+from dtn_fast.model.detector import move_to
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
@@ -131,7 +131,7 @@ def test_scoring_replays_a_graph_per_batch_size_from_any_thread(precision: Liter
     model = DTN(DTNConfig.preset("tiny")).eval()
     crops = torch.randint(256, (21, 128, 128, 3), dtype=torch.uint8).numpy()
     exact = TorchScorer(model, runtime=Runtime("cpu")).logits(crops)
-    scorer = TorchScorer(place(model, "cuda"), batch_size=8, runtime=Runtime("cuda", precision))
+    scorer = TorchScorer(move_to(model, "cuda"), batch_size=8, runtime=Runtime("cuda", precision))
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         sizes = [1, 2, 3, 5, 8, 13, 21] * 3
         for size, got in zip(sizes, pool.map(lambda n: scorer.logits(crops[:n]), sizes), strict=True):

@@ -9,8 +9,8 @@ import torch
 
 from dtn_fast.evaluation.mac_count import count
 from dtn_fast.evaluation.paper_numbers import TABLE8_SIZES
-from dtn_fast.model.build import TimmConfig, TimmDetector, build_detector
-from dtn_fast.model.config import DTNConfig
+from dtn_fast.model.build import TimmDetector, build_detector
+from dtn_fast.model.config import DTNConfig, TimmConfig
 
 NAMES = [
     "vit_b16", "vit_b16_reattention", "vit_b16_mas", "cvit", "cvit_reattention", "cvit_mas", "efficient_vit",

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from dtn_fast import DTN
 from dtn_fast.errors import UsageError
 from dtn_fast.explain.heatmap import grad_cam
-from dtn_fast.model.build import TimmConfig, TimmDetector, build_detector, load_detector, parse_config
+from dtn_fast.model.build import TimmDetector, build_detector, load_detector
+from dtn_fast.model.config import TimmConfig, parse_config
 from dtn_fast.model.mas import HeadScale, with_mas
 from dtn_fast.runtime.load import load_scorer
 from dtn_fast.runtime.torch_scorer import TorchScorer

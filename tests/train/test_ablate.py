@@ -20,8 +20,8 @@ from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.mac_count import count
 from dtn_fast.evaluation.paper_numbers import TABLE1
 from dtn_fast.evaluation.tables import ResultTable, TableRow
-from dtn_fast.model.build import TimmConfig, build_detector
-from dtn_fast.model.config import NOISES
+from dtn_fast.model.build import build_detector
+from dtn_fast.model.config import NOISES, TimmConfig
 from dtn_fast.model.moe_gate import MoEGate, disturb
 from dtn_fast.train import ablate as ablations
 from dtn_fast.train.ablate import ablate, folder_of
@@ -307,7 +307,7 @@ def test_losses_by_weight_and_by_features(dataset: CropDataset) -> None:
     centers = torch.randn(2, 7)
     found = initial_loss(logits, labels, centers, 1.0, (2.0, 0.5), points)
     assert found["loss"] == pytest.approx(float(2 * found["ce"] + 0.5 * found["center"]))
-    assert found["center"] == pytest.approx(float(contrastive_center(points, labels, centers)))
+    assert found["center"] == pytest.approx(float(contrastive_center(points, labels, centers, 1.0)))
     recipe = changed(QUICK, center_on="features")
     step = TrainStep(DTN(SMALL), recipe, Execution(), torch.device("cpu"))
     assert step.centers.shape == (2, 64)

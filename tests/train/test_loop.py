@@ -21,7 +21,7 @@ from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.runtime.load import best_checkpoint, load_model
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train import distill as chain
-from dtn_fast.train import loop
+from dtn_fast.train import loop, run_folder
 from dtn_fast.train import step as step_module
 from dtn_fast.train.checkpoint import load_state, save_state
 from dtn_fast.train.config import Execution, Recipe
@@ -85,7 +85,7 @@ def test_best_epoch_is_kept_and_patience_stops(
     monkeypatch.setattr(loop, "evaluate_scores", lambda y, s: real(y, s)._replace(auc=next(aucs)))
     saved: list[int] = []
     monkeypatch.setattr(DTN, "save_pretrained", lambda self, folder: saved.append(len(saved)))
-    epochs = train(tmp_path, dataset, changed(RECIPE, epochs=9, patience=2))
+    epochs = train(tmp_path, dataset, changed(RECIPE, epochs=9, epoch_patience=2))
     assert [e.best_auc for e in epochs] == [0.6, 0.9, 0.9, 0.9]
     assert len(saved) == 2
 
@@ -196,26 +196,32 @@ def test_algorithm_1(trained: Path, dataset: CropDataset, tmp_path: Path, monkey
 
     monkeypatch.setattr(chain, "fit", spy)
     aucs = {0: 0.8, 1: 0.9, 2: 0.9}
-    monkeypatch.setattr(chain, "best_auc", lambda run_, generation: aucs[generation])
+    for module in (chain, run_folder):
+        monkeypatch.setattr(module, "best_auc", lambda run_, generation: aucs[generation])
     list(chain.distill(run, dataset))
     assert [g for g, _ in seen] == [1, 2]
     assert json.loads((run / "summary.json").read_text())["best"] == 1
 
 
-@pytest.mark.parametrize(("minimum", "expected"), [(0, [1]), (2, [1, 2])])
+@pytest.mark.parametrize(
+    ("minimum", "patience", "expected"), [(0, 1, [1]), (2, 1, [1, 2]), (0, 2, [1, 2]), (0, 3, [1, 2, 3])]
+)
 def test_the_chain_stops_without_improvement(
     trained: Path,
     dataset: CropDataset,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     minimum: int,
+    patience: int,
     expected: list[int],
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    (run / chain.RECIPE).unlink()
-    chain.start_run(run, changed(RECIPE, epochs=1, generations=4, min_generations=minimum), SMALL)
-    monkeypatch.setattr(chain, "best_auc", lambda run_, generation: 0.9 - generation / 100)
+    (run / run_folder.RECIPE).unlink()
+    recipe = changed(RECIPE, epochs=1, generations=4, min_generations=minimum, generation_patience=patience)
+    run_folder.start_run(run, recipe, SMALL)
+    for module in (chain, run_folder):
+        monkeypatch.setattr(module, "best_auc", lambda run_, generation: 0.9 - generation / 100)
     done = [e.generation for e in chain.distill(run, dataset) if isinstance(e, Epoch)]
     assert done == expected
     assert best_checkpoint(run) == run / "generation-0"
@@ -224,7 +230,8 @@ def test_the_chain_stops_without_improvement(
 def test_the_chain_resumes(
     trained: Path, dataset: CropDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chain, "best_auc", lambda run_, generation: generation / 10)
+    for module in (chain, run_folder):
+        monkeypatch.setattr(module, "best_auc", lambda run_, generation: generation / 10)
     for name in ("whole", "paused"):
         shutil.copytree(trained, tmp_path / name)
     list(chain.distill(tmp_path / "whole", dataset))
@@ -242,15 +249,15 @@ def test_the_chain_resumes(
 def test_run_folders_are_checked(trained: Path, dataset: CropDataset, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no training run"):
         list(chain.distill(tmp_path, dataset))
-    chain.start_run(tmp_path / "new", RECIPE, SMALL)
+    run_folder.start_run(tmp_path / "new", RECIPE, SMALL)
     with pytest.raises(UsageError, match="generation 0 is not trained"):
         list(chain.distill(tmp_path / "new", dataset))
-    chain.start_run(tmp_path / "new", changed(RECIPE, lr=2.0), SMALL)  # nothing has begun there
-    assert chain.load_run(tmp_path / "new")[0].lr == 2.0
+    run_folder.start_run(tmp_path / "new", changed(RECIPE, lr=2.0), SMALL)  # nothing has begun there
+    assert run_folder.load_run(tmp_path / "new")[0].lr == 2.0
     (tmp_path / "new" / "generation-0").mkdir()
     (tmp_path / "new" / "generation-0" / "last.pt").touch()
     with pytest.raises(UsageError, match="another recipe"):
-        chain.start_run(tmp_path / "new", changed(RECIPE, lr=1.0), SMALL)
+        run_folder.start_run(tmp_path / "new", changed(RECIPE, lr=1.0), SMALL)
     nan, inf = float("nan"), float("inf")
     wrong = [
         ("lr", 0),
@@ -258,7 +265,7 @@ def test_run_folders_are_checked(trained: Path, dataset: CropDataset, tmp_path: 
         ("temperature", inf),
         ("epochs", 0),
         ("ema", 1.0),
-        ("patience", -1),
+        ("epoch_patience", -1),
         ("max_nonfinite", -1),
     ]
     for name, value in [*wrong, ("weights", (1.0, -1.0, 1.0)), ("weights", (1.0, nan, 1.0))]:
@@ -266,7 +273,7 @@ def test_run_folders_are_checked(trained: Path, dataset: CropDataset, tmp_path: 
             changed(RECIPE, **{name: value})
     for restart in (0, -1, 7):
         with pytest.raises(UsageError, match=f"--restart {restart}"):
-            chain.forget(trained, restart)
+            run_folder.forget(trained, restart)
     model = load_model(trained)
     assert model.notice.startswith("synthetic")
     rows = dataset.select("val")
@@ -316,7 +323,7 @@ def test_restarting_forgets_that_generation_and_the_later_ones(
     for generation in (1, 2, 3, 10):
         shutil.copytree(run / "generation-0", run / f"generation-{generation}")
     (run / "generation-notes").mkdir()
-    chain.forget(run, 2)
+    run_folder.forget(run, 2)
     assert sorted(p.name for p in run.glob("generation-*")) == ["generation-0", "generation-1", "generation-notes"]
     done = [e.generation for e in chain.distill(run, dataset, restart=1) if isinstance(e, Epoch)]
     assert done[0] == 1
@@ -327,6 +334,6 @@ def test_published_weights_are_asked_for(dataset: CropDataset, tmp_path: Path, m
     monkeypatch.setattr(chain, "build_detector", lambda config, pretrained: asked.append(pretrained) or DTN(config))
     for pretrained in (True, False):
         run = tmp_path / str(pretrained)
-        chain.start_run(run, changed(RECIPE, epochs=1, pretrained=pretrained), SMALL)
+        run_folder.start_run(run, changed(RECIPE, epochs=1, pretrained=pretrained), SMALL)
         list(chain.train_initial(run, dataset))
     assert asked == [True, False]

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from small import RECIPE
 
 from dtn_fast.train import losses
 
@@ -34,9 +35,9 @@ def by_hand(temperature: float, delta: float) -> tuple[float, float, float]:
 @pytest.mark.parametrize(("temperature", "delta"), [(1.0, 1.0), (2.0, 1.0), (4.0, 0.1)])
 def test_terms_and_sums_by_hand(temperature: float, delta: float) -> None:
     ce, kd, center = by_hand(temperature, delta)
-    first = losses.initial_loss(LOGITS, LABELS, CENTERS, delta)
+    first = losses.initial_loss(LOGITS, LABELS, CENTERS, delta, RECIPE.initial_weights)
     assert first["loss"].item() == pytest.approx(ce + center, rel=1e-12)
-    dsd = losses.dsd_loss(LOGITS, LABELS, TEACHER, CENTERS, temperature=temperature, delta=delta)
+    dsd = losses.dsd_loss(LOGITS, LABELS, TEACHER, CENTERS, RECIPE.weights, temperature, delta)
     assert (dsd["ce"].item(), dsd["kd"].item(), dsd["center"].item()) == pytest.approx((ce, kd, center), rel=1e-12)
     assert dsd["loss"].item() == pytest.approx(4 * ce + 0.4 * kd + 0.6 * center, rel=1e-12)
 
@@ -45,18 +46,18 @@ def test_gradients() -> None:
     z, c = LOGITS.clone().requires_grad_(), CENTERS.clone().requires_grad_()
     check = torch.autograd.gradcheck
     assert check(lambda z: losses.cross_entropy(z, LABELS), (z,))
-    assert check(lambda z, c: losses.contrastive_center(z, LABELS, c), (z, c))
+    assert check(lambda z, c: losses.contrastive_center(z, LABELS, c, 1.0), (z, c))
     assert check(lambda z: losses.distillation(z, TEACHER, 3.0), (z,))
-    assert check(lambda z, c: losses.dsd_loss(z, LABELS, TEACHER, c)["loss"], (z, c))
+    assert check(lambda z, c: losses.dsd_loss(z, LABELS, TEACHER, c, RECIPE.weights, 2.0, 1.0)["loss"], (z, c))
 
 
 def test_teacher_gets_no_gradient_and_equal_models_no_kd() -> None:
     t = TEACHER.clone().requires_grad_()
     z = LOGITS.clone().requires_grad_()
-    losses.dsd_loss(z, LABELS, t, CENTERS)["loss"].backward()
+    losses.dsd_loss(z, LABELS, t, CENTERS, RECIPE.weights, 2.0, 1.0)["loss"].backward()
     assert t.grad is None
     assert z.grad is not None
-    assert losses.distillation(TEACHER, TEACHER).item() == pytest.approx(0, abs=1e-15)
+    assert losses.distillation(TEACHER, TEACHER, 2.0).item() == pytest.approx(0, abs=1e-15)
 
 
 def test_three_classes() -> None:
@@ -67,4 +68,4 @@ def test_three_classes() -> None:
         0.5 * (z[i] - c[y[i]]).square().sum() / (sum((z[i] - c[k]).square().sum() for k in range(3) if k != y[i]) + 1)
         for i in range(4)
     )
-    assert losses.contrastive_center(z, y, c).item() == pytest.approx(float(expected) / 4)
+    assert losses.contrastive_center(z, y, c, 1.0).item() == pytest.approx(float(expected) / 4)

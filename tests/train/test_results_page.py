@@ -12,7 +12,7 @@ import pytest
 
 from dtn_fast.errors import UsageError
 from dtn_fast.provenance import COMMANDS, commands, commit, record
-from dtn_fast.train.results_page import write_report
+from dtn_fast.train.results_page import write_results_page
 
 CHROMIUM = shutil.which("chromium")
 
@@ -37,7 +37,7 @@ def test_runs_tables_and_pictures_on_one_page(trained: Path, tmp_path: Path) -> 
     (tables / "table1.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     (tables / "plot.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'><script>alert(2)</script></svg>")
     record(tables, ["evaluate", "a b", "--model", "<x>"])
-    write_report([trained, tables], tmp_path / "report.html")
+    write_results_page([trained, tables], tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     tags = Tags(text).found
     assert not {"script", "link", "iframe", "x"} & {tag for tag, _ in tags}
@@ -66,7 +66,7 @@ def test_the_page_in_a_browser(width: int, trained: Path, tmp_path: Path) -> Non
     cells = " | ".join(f"column {n}" for n in range(14))
     (tables / "wide.md").write_text(f"| {cells} |\n|{'---|' * 14}\n| {cells} |\n")
     record(tables, ["evaluate", "x" * 300])
-    write_report([trained, tables], tmp_path / "report.html")
+    write_results_page([trained, tables], tmp_path / "report.html")
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": width, "height": 900})
@@ -84,17 +84,17 @@ def test_the_page_in_a_browser(width: int, trained: Path, tmp_path: Path) -> Non
 
 def test_what_cannot_be_shown_is_named(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such folder"):
-        write_report([tmp_path / "none"], tmp_path / "r.html")
+        write_results_page([tmp_path / "none"], tmp_path / "r.html")
     with pytest.raises(UsageError, match="no run, table or picture in it"):
-        write_report([tmp_path], tmp_path / "r.html")
+        write_results_page([tmp_path], tmp_path / "r.html")
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     with (run / "generation-0" / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 7}\n')
     with pytest.raises(UsageError, match=r"metrics\.jsonl: damaged, a line without val_auc"):
-        write_report([run], tmp_path / "r.html")
+        write_results_page([run], tmp_path / "r.html")
     (tmp_path / "big.png").write_bytes(bytes(9 * 2**20))
-    write_report([tmp_path], tmp_path / "r.html")
+    write_results_page([tmp_path], tmp_path / "r.html")
     assert "big.png: over 8 MiB" in (tmp_path / "r.html").read_text()
 
 

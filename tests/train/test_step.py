@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dtn_fast import DTN
 from dtn_fast.errors import UsageError
-from dtn_fast.model.build import TimmConfig, TimmDetector
+from dtn_fast.model.build import TimmDetector
+from dtn_fast.model.config import TimmConfig
 from dtn_fast.model.detector import Detector
 from dtn_fast.model.fold import frozen
 from dtn_fast.model.preprocess import normalise
@@ -50,7 +51,7 @@ def losses(step: TrainStep, steps: int = 4) -> Tensor:
 
 def by_hand(recipe: Recipe, teacher: Detector | None, steps: int = 4) -> tuple[Tensor, DTN]:
     """The same steps in the plainest torch."""
-    model, centers = detector().train(), nn.Parameter(initial_centers())
+    model, centers = detector().train(), nn.Parameter(initial_centers(2))
     optimizer = torch.optim.Adam([*model.parameters(), centers], lr=recipe.lr, weight_decay=recipe.weight_decay)
     values = []
     for n in range(steps):
@@ -60,7 +61,7 @@ def by_hand(recipe: Recipe, teacher: Detector | None, steps: int = 4) -> tuple[T
         parts = []
         for x, y in zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True):
             if teacher is None:
-                terms = initial_loss(model(x), y, centers, recipe.delta)
+                terms = initial_loss(model(x), y, centers, recipe.delta, recipe.initial_weights)
             else:
                 how = (recipe.weights, recipe.temperature, recipe.delta)
                 terms = dsd_loss(model(x), y, teacher.eval()(x), centers, *how)

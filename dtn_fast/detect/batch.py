@@ -1,0 +1,83 @@
+"""Many inputs judged one after another, and what is written of them: results.json, report.html, annotated videos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dtn_fast.data.faces import FaceFinder
+from dtn_fast.data.video import VIDEOS
+from dtn_fast.detect.annotate import annotate as write_annotated
+from dtn_fast.detect.config import DetectConfig
+from dtn_fast.detect.inputs import find_inputs
+from dtn_fast.detect.pipeline import detect
+from dtn_fast.detect.report import trained_on, write_report, write_results
+from dtn_fast.detect.verdict import Result, Timing
+from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.runtime.scorer import Scorer
+
+
+@dataclass
+class BatchResult:
+    """What many inputs came to."""
+
+    inputs: int = 0
+    """Number of inputs found."""
+    results: list[Result] = field(default_factory=list)
+    """One for each input, in order."""
+    timing: Timing = field(default_factory=Timing)
+    """Sums over all inputs."""
+    annotated: list[Path] = field(default_factory=list)
+    """Annotated videos written."""
+    problems: list[str] = field(default_factory=list)
+    """A line for each input without a verdict and for each annotated video that could not be written."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every input has a verdict and every annotated video was written."""
+        return not self.problems
+
+    @property
+    def frames_read(self) -> int:
+        return sum(result.frames_read for result in self.results)
+
+
+def detect_many(
+    inputs: Sequence[str],
+    scorer: Scorer,
+    out: Path,
+    config: DetectConfig = DetectConfig(),
+    annotate: bool = False,
+    watch: Callable[[BatchResult, str], object] = lambda _batch, _note: None,
+) -> BatchResult:
+    """Judges images, videos, folders (searched recursively) and globs; writes ``out``/results.json and report.html.
+
+    annotate: also write each video with its faces framed and the forged spans marked.  watch: called often with what
+    there is so far and a note of what is being done.  Raises UsageError without any input; an input that cannot be
+    judged is a line in ``problems``, and the rest goes on.
+    """
+    if not inputs:
+        raise UsageError("no inputs; name images, videos, folders or globs, such as clip.mp4")
+    paths, finder, batch = list(find_inputs(list(inputs))), FaceFinder(), BatchResult()
+    batch.inputs = len(paths)
+    for number, (path, error) in enumerate(paths, 1):
+        tell = lambda frames, name=path.name: watch(batch, f"{name}, {frames} frames")
+        result = Result(path, error=error) if error else detect(path, scorer, config, finder, tell)
+        batch.timing.add(result.timing)
+        if result.error:
+            batch.problems.append(result.error)
+        elif annotate and path.suffix.lower() in VIDEOS:
+            target = out / f"{number:03d}-{path.stem}.mp4"
+            try:
+                for drawn in write_annotated(result, target, config.threshold):
+                    watch(batch, f"{target.name}, {drawn} frames drawn")
+                batch.annotated.append(target)
+            except (DtnError, OSError, ValueError) as failed:  # PyAV's errors are OSErrors and ValueErrors
+                batch.problems.append(f"{target}: the annotated video was not written ({failed})")
+        batch.results.append(result)
+        watch(batch, path.name)
+    write_results(out / "results.json", batch.results, scorer.notice, config.threshold)
+    title, notices = "Face forgery report", [trained_on(scorer.notice)]
+    write_report(out / "report.html", title, notices, None, batch.results, threshold=config.threshold)
+    return batch
