@@ -10,6 +10,8 @@ from typing import TypeVar
 Item = TypeVar("Item")
 POLL = 0.1
 """Seconds after which a waiting producer looks whether anybody still wants its items."""
+ASK = 0.5
+"""Seconds between two calls of ``waiting``."""
 
 
 class Stopped(Exception):
@@ -21,13 +23,12 @@ def produced(
     ahead: int,
     name: str,
     waiting: Callable[[], object] = lambda: None,
-    every: float = 0.5,
 ) -> Generator[Item, None, None]:
     """The items of ``source``, taken on a thread called ``name``, at most ``ahead`` of them early.
 
     ``source`` is called on that thread with a function that raises Stopped once nobody wants its items; long work
     between two items calls it.  Errors of the source are raised where the items are used.  ``waiting`` is called
-    ``every`` seconds while none comes; what it raises ends the iteration.  Closing the iterator ends the thread.
+    every ASK seconds while none comes; what it raises ends the iteration.  Closing the iterator ends the thread.
     """
     ready: queue.Queue[tuple[bool, Item | BaseException | None]] = queue.Queue(ahead)
     stop = threading.Event()
@@ -58,7 +59,7 @@ def produced(
     try:
         while True:
             try:
-                is_item, item = ready.get(timeout=every)
+                is_item, item = ready.get(timeout=ASK)
             except queue.Empty:
                 waiting()
                 continue

@@ -276,13 +276,11 @@ def _logits(proto: Any, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
     return OnnxScorer(runnable(proto).SerializeToString(), batch_size=16, optimise=False).logits(crops)
 
 
-def check_accuracy(
-    reference: Scorer, proto: Any, dataset: CropDataset, config: QuantizeConfig, split: str = "val"
-) -> AccuracyCheck:
-    """Both models on a split: AUC and logits.  Raises DtnError past the configuration's limits."""
-    rows = dataset.select(split)
+def check_accuracy(reference: Scorer, proto: Any, dataset: CropDataset, config: QuantizeConfig) -> AccuracyCheck:
+    """Both models on the validation split: AUC and logits.  Raises DtnError past the configuration's limits."""
+    rows = dataset.select("val")
     if not len(rows):
-        raise UsageError(f"--calibrate {config.calibrate}: no crop in its {split} split to judge by")
+        raise UsageError(f"--calibrate {config.calibrate}: no crop in its val split to judge by")
     scorer = OnnxScorer(runnable(proto).SerializeToString(), batch_size=16, optimise=False)
     exact, got = reference.logits_rows(dataset, rows), scorer.logits_rows(dataset, rows)
     labels = dataset.labels[rows]

@@ -15,7 +15,7 @@ import torch
 
 from dtn_fast.errors import DtnError
 from dtn_fast.export.config import OnnxConfig
-from dtn_fast.export.to_onnx import Parity, example_inputs, to_proto, weights_hash
+from dtn_fast.export.to_onnx import BATCHES, Parity, example_inputs, to_proto, weights_hash
 from dtn_fast.files import write_whole
 from dtn_fast.model.detector import Detector
 from dtn_fast.model.preprocess import normalise
@@ -29,7 +29,7 @@ CONVERT = "import sys, _tools; _tools.mnnconvert(sys.argv)"
 """MNN's compiled converter.  Its Python wrapper would install a package and report each conversion over the network."""
 
 
-def export_mnn(model: Detector, path: Path, batches: tuple[int, ...] = (1, 2, 7)) -> list[Parity]:
+def export_mnn(model: Detector, path: Path, batches: tuple[int, ...] = BATCHES) -> list[Parity]:
     """Writes ``model`` (float32) to ``path`` and its manifest beside it; both appear only when the answers agree.
 
     Raises UsageError without MNN, DtnError when it cannot convert the model or answers differently.
@@ -57,7 +57,7 @@ def export_mnn(model: Detector, path: Path, batches: tuple[int, ...] = (1, 2, 7)
     return report
 
 
-def convert(model: Detector, name: str = "the model") -> bytes:
+def convert(model: Detector, name: str) -> bytes:
     """The MNN file of ``model``, input ``images`` float32 [B, 3, S, S], output ``logits``; not compared yet."""
     mnn.package()
     proto = to_proto(model, OnnxConfig("fp32", "images", nodes=False))  # it knows neither functions nor other domains

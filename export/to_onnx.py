@@ -33,6 +33,8 @@ from dtn_fast.runtime.onnx import session_of
 from dtn_fast.version import __version__
 
 OPSET = {"fp32": 20, "fp16": 20, "bf16": 22}  # the first whose convolutions know the dtype, from 20
+BATCHES = (1, 2, 7)
+"""Batch sizes at which a file is compared with torch."""
 TOLERANCE = {
     "fp32": 1e-4,  # sums in another order
     "fp16": 2e-2,  # weights and maps rounded to 2^-11, some 40 layers deep
@@ -91,7 +93,7 @@ def export_onnx(model: Detector, path: Path, config: OnnxConfig = OnnxConfig()) 
 
 
 def check(
-    model: Detector, proto: Any, config: OnnxConfig, name: str, batches: tuple[int, ...] = (1, 2, 7)
+    model: Detector, proto: Any, config: OnnxConfig, name: str, batches: tuple[int, ...] = BATCHES
 ) -> list[Parity]:
     """:func:`compare`, and DtnError past TOLERANCE naming ``name``."""
     report = compare(model, proto, config, batches)

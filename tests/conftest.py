@@ -9,7 +9,7 @@ import torch
 from small import RECIPE, SET, SMALL
 
 from dtn_fast import DTN
-from dtn_fast.data.config import PrepareConfig
+from dtn_fast.data.config import PrepareConfig, WorkConfig
 from dtn_fast.data.crop_dataset import CropDataset, open_crop_dataset
 from dtn_fast.data.datasets.ffpp import read_ffpp
 from dtn_fast.data.prepare import prepare
@@ -38,7 +38,7 @@ def own_backends() -> None:
 @pytest.fixture(scope="session")
 def video_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("synthetic") / "set"
-    for _ in make_synthetic(root, SET):
+    for _ in make_synthetic(root, SET, workers=2):
         pass
     return root
 
@@ -46,7 +46,7 @@ def video_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def crops(video_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("crops")
-    for _ in prepare(read_ffpp(video_set), out, SMALL.image_size, PrepareConfig(frames=3)):
+    for _ in prepare(read_ffpp(video_set), out, SMALL.image_size, PrepareConfig(frames=3), WorkConfig()):
         pass
     return out
 

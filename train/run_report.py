@@ -49,7 +49,7 @@ class Validation(NamedTuple):
     auc: float
 
     def confusion(self) -> NDArray[np.int64]:
-        """[2, 2] counts: rows are what crops are (real, fake), columns what they are taken for at EvaluateConfig.threshold."""
+        """[2, 2] counts: true class (real, fake) by verdict at the threshold."""
         return np.bincount(2 * self.labels + (self.scores >= EvaluateConfig.threshold), minlength=4).reshape(2, 2)
 
 

@@ -154,12 +154,12 @@ def _hopper() -> NDArray[np.uint8]:
     return read_image(Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)))
 
 
-def _pan(image: NDArray[np.uint8], frames: int = 24) -> list[NDArray[np.uint8]]:
+def _pan(image: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
     """A slow zoom into the upper middle of a photograph, 480x480."""
     height, width = image.shape[:2]
     out = []
-    for index in range(frames):
-        side = int(min(height, width) * (1 - 0.2 * index / frames))
+    for index in range(DETECTION.frames):
+        side = int(min(height, width) * (1 - 0.2 * index / DETECTION.frames))
         left, top = (width - side) // 2, int((height - side) * 0.1)
         out.append(cv2.resize(image[top : top + side, left : left + side], (480, 480), interpolation=cv2.INTER_AREA))
     return out

@@ -14,6 +14,7 @@ from dtn_fast.data.prepare import PrepareProgress
 from dtn_fast.data.synthetic_faces import make_synthetic
 from dtn_fast.data.synthetic_marker import STAMP
 from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.evaluation.config import RobustnessConfig
 
 ModelPreset = Literal["paper", "tiny"]
 LOG_EVERY = 30
@@ -128,7 +129,7 @@ def corrupt(
     out: Path,
     kind: str,
     level: int = 3,
-    seed: int = 0,
+    seed: int = RobustnessConfig.seed,
 ) -> None:
     """Write a corrupted copy of an image (.png) or a video (.mp4), as the robustness protocol does.
 

@@ -85,8 +85,10 @@ class CropDataset:
     def check_fits(self, config: ModelConfig, name: str) -> None:
         """Raises UsageError naming the model ``name`` when it takes crops of another size or margin than these."""
         if self.size != config.image_size:
-            raise UsageError(f"{name}: takes {config.image_size} pixels, the crops have {self.size}; prepare again with "
-                             f"--size {config.image_size}")  # fmt: skip
+            side = config.image_size
+            raise UsageError(
+                f"{name}: takes {side} pixels, the crops have {self.size}; prepare again with --size {side}"
+            )
         if self.margin is not None and self.margin != config.margin:
             raise UsageError(f"{name}: takes crops of margin {config.margin:g}, these have {self.margin:g}; prepare "
                              f"again with --margin {config.margin:g}")  # fmt: skip

@@ -76,7 +76,7 @@ IRISES = np.array([[40, 60, 90], [90, 60, 40], [60, 90, 60]], np.float32)
 class Face:
     """One identity in one take; :meth:`draw` gives its frame at a time in seconds."""
 
-    def __init__(self, identity: int, take: int, size: int = 256) -> None:
+    def __init__(self, identity: int, take: int, size: int) -> None:
         who, how = np.random.default_rng((identity, 1)), np.random.default_rng((identity, take, 2))
         self.size, self.who, self.seed = size, who, (identity, take)
         # identity

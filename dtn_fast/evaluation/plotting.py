@@ -20,9 +20,9 @@ def drawing(style: dict[str, Any] | None = None) -> Iterator[type[Any]]:
 
     Raises UsageError without matplotlib.
     """
-    matplotlib = require("matplotlib", "matplotlib")
+    style_sheets = require("matplotlib.style", "matplotlib")
     figure = require("matplotlib.figure", "matplotlib").Figure  # pyplot would look for a display and keep state
-    with matplotlib.style.context(["default", {**REPEATABLE, **(style or {})}]):
+    with style_sheets.context(["default", {**REPEATABLE, **(style or {})}]):
         yield figure
 
 

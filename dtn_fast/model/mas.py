@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dtn_fast.model.config import DTNConfig
+
 
 class HeadScale(nn.Module):
     """Multiplies each head's channels by sigmoid(head_scale) (MAS, Eq. 20): [..., H D] -> the same."""
@@ -18,7 +20,7 @@ class HeadScale(nn.Module):
         return (x.unflatten(-1, (len(gates), -1)) * gates[:, None]).flatten(-2)
 
 
-def with_mas(model: nn.Module, mas_init: float = 0.0) -> nn.Module:
+def with_mas(model: nn.Module, mas_init: float = DTNConfig.mas_init) -> nn.Module:
     """Puts a learnable scale on every attention head of a timm transformer, in place, and returns it.
 
     The scales start at sigmoid(``mas_init``) and the projection after them at its inverse, so that answers stay what

@@ -22,10 +22,11 @@ PROVIDERS = {
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
     "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
 }
+CPU: Provider = "cpu"
 NEEDED = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu", "tensorrt": "onnxruntime-gpu"}
 
 
-def session_of(model: str | bytes, name: str, provider: Provider = "cpu", optimise: bool = True) -> Any:
+def session_of(model: str | bytes, name: str, provider: Provider = CPU, optimise: bool = True) -> Any:
     """An onnxruntime session of a file or of serialized bytes.  ``optimise``: rewrite the graph, which also changes how
     quantised values round.  Raises UsageError naming ``name``."""
     onnxruntime = require("onnxruntime", NEEDED[provider])
@@ -57,7 +58,7 @@ class OnnxScorer(Scorer):
     """
 
     def __init__(
-        self, source: Path | bytes, provider: Provider = "cpu", batch_size: int = BATCH, optimise: bool = True
+        self, source: Path | bytes, provider: Provider = CPU, batch_size: int = BATCH, optimise: bool = True
     ) -> None:
         name = str(source) if isinstance(source, Path) else "the model"
         model = source if isinstance(source, bytes) else name

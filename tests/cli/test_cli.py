@@ -298,8 +298,8 @@ def test_corrupt_and_bench(run, video_set: Path, tmp_path: Path) -> None:
         (["corrupt", video, "--out", tmp_path / "v.mp4", "--kind", "fog"], "unknown corruption 'fog'"),
         (["bench", "everything"], "unknown suite 'everything'"),
         (["bench", "compare", tmp_path / "a.json", tmp_path / "b.json"], "a.json: No such file"),
-        (["prepare", video_set, "--out", tmp_path / "c", "--shard", "5/4"], "--shard 5/4"),
-        (["prepare", video_set, "--out", tmp_path / "c", "--shard", "half"], "i/n was expected"),
+        (["prepare", video_set, "--out", tmp_path / "c", "--share", "5/4"], "--share 5/4"),
+        (["prepare", video_set, "--out", tmp_path / "c", "--share", "half"], "i/n was expected"),
         (["prepare", video_set, "--out", tmp_path / "c", "--dataset", "dfd"], "with DFD in it"),
     ):
         code, _, err = run(*words)

@@ -15,7 +15,7 @@ from skimage import data
 from dtn_fast.data.augment import Augment, DeviceAugment, jpeg
 from dtn_fast.data.blend import METHOD, BlendedCrops, self_blend, self_blended
 from dtn_fast.data.config import AUGMENTATIONS, AugmentPreset
-from dtn_fast.data.crop_dataset import CropDataset, Crops
+from dtn_fast.data.crop_dataset import CropDataset, ShardFiles
 from dtn_fast.data.randomness import sample_seeds, uniform
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.metrics import evaluate_scores
@@ -186,16 +186,16 @@ def test_self_blended_shards_double_the_reals(dataset: CropDataset) -> None:
     assert 0.2 < kept < 0.8, "about half of the reals are recoloured"
     no_reals = dataclasses.replace(dataset, videos=[v._replace(label=1, method="x") for v in dataset.videos])
     with pytest.raises(UsageError, match="needs real faces"):
-        self_blended(no_reals)
+        self_blended(no_reals, 0)
 
 
 def test_colour_alone_does_not_tell_a_blend_from_a_real() -> None:
     """A classifier on the mean colour of the surroundings scores chance."""
-    crops = Crops([np.stack([FACE] * 300)], 128)
+    crops = ShardFiles([np.stack([FACE] * 300)], 128)
     source = BlendedCrops(crops, np.arange(300), None, seed=1)
     out = np.empty((600, 128, 128, 3), np.uint8)
     source.fill(np.arange(600), out)
     corner = out[:, :8].astype(float).mean((1, 2))
     change = np.abs(corner - FACE[:8].astype(float).mean((0, 1))).mean(1)
-    auc = evaluate_scores(np.repeat([0, 1], 300), change).auc
+    auc = evaluate_scores(np.repeat([0, 1], 300), change, 0.5).auc
     assert auc == pytest.approx(0.5, abs=0.1)

@@ -47,20 +47,20 @@ def test_levels_get_worse_from_nothing_and_repeat_with_the_seed(name: str) -> No
     assert np.array_equal(one, corrupt(FACE, name, 5, 1))
     assert np.array_equal(FACE, before), "the input is left alone"
     assert one.dtype == np.uint8
-    odd = corrupt(FACE[:61, :63], name, 3)
+    odd = corrupt(FACE[:61, :63], name, 3, 0)
     assert odd.shape == (61, 63, 3)
 
 
 @pytest.mark.parametrize("level", EVERY)
 def test_saturation_scales_the_chroma(level: int) -> None:
     grey = np.asarray(ImageEnhance.Color(Image.fromarray(FACE)).enhance(LEVELS["saturation"][level - 1]))
-    assert distance(corrupt(FACE, "saturation", level), grey) < 0.6  # Pillow rounds the grey first
+    assert distance(corrupt(FACE, "saturation", level, 0), grey) < 0.6  # Pillow rounds the grey first
 
 
 @pytest.mark.parametrize("level", EVERY)
 def test_contrast_scales_the_pixels(level: int) -> None:
     table = [round(value * LEVELS["contrast"][level - 1]) for value in range(256)]
-    assert np.array_equal(corrupt(FACE, "contrast", level), np.array(table, np.uint8)[FACE])
+    assert np.array_equal(corrupt(FACE, "contrast", level, 0), np.array(table, np.uint8)[FACE])
 
 
 @pytest.mark.parametrize("level", EVERY)
@@ -94,7 +94,7 @@ def test_blur_is_a_gaussian_of_a_sixth_of_its_kernel(level: int) -> None:
     expected = ndimage.correlate1d(
         ndimage.correlate1d(FACE.astype(float), taps, 0, mode="mirror"), taps, 1, mode="mirror"
     )
-    assert np.abs(corrupt(FACE, "blur", level) - expected).max() < 2
+    assert np.abs(corrupt(FACE, "blur", level, 0) - expected).max() < 2
 
 
 @pytest.mark.parametrize("level", EVERY)
@@ -112,14 +112,14 @@ def test_pixelation_is_bilinear_down_and_up(level: int) -> None:
     for side in (256 // factor, 256):
         planes = [linear(linear(expected[..., c], side).T, side).T for c in range(3)]
         expected = np.rint(np.stack(planes, 2))
-    assert np.abs(corrupt(FACE, "pixelation", level) - expected).max() <= 2
+    assert np.abs(corrupt(FACE, "pixelation", level, 0) - expected).max() <= 2
 
 
 @pytest.mark.parametrize("level", EVERY)
 def test_jpeg_of_its_quality(level: int) -> None:
     file = io.BytesIO()
     Image.fromarray(FACE).save(file, "JPEG", quality=100 - int(LEVELS["jpeg"][level - 1]))
-    out = corrupt(FACE, "jpeg", level)
+    out = corrupt(FACE, "jpeg", level, 0)
     assert np.array_equal(out, np.asarray(Image.open(file)))
 
 
@@ -132,7 +132,7 @@ def clip(path: Path, count: int = 20) -> Path:
 @pytest.mark.parametrize("level", EVERY)
 def test_video_compression_is_h264_of_the_crf(tmp_path: Path, level: int) -> None:
     source, out = clip(tmp_path / "a.mp4"), tmp_path / "b.mp4"
-    assert list(corrupt_video(source, out, [("video", level)]))[-1] == 20
+    assert list(corrupt_video(source, out, [("video", level)], 0))[-1] == 20
     with av.open(str(out)) as container:
         stream = container.streams.video[0]
         assert stream.codec_context.name == "h264"
@@ -147,14 +147,14 @@ def test_videos_get_the_image_corruptions_and_compression_last(tmp_path: Path) -
     for _ in corrupt_video(source, out, [("contrast", 5), ("blocks", 2)], seed=1):
         pass
     for before, after in zip(read_frames(source), read_frames(out), strict=True):
-        dark = corrupt(before.image, "contrast", 5)
+        dark = corrupt(before.image, "contrast", 5, 0)
         assert 0.02 < (np.abs(after.image.astype(int) - dark).max(2) > 40).mean() < 0.037  # 32 blocks of 64 in 240x240
     with pytest.raises(UsageError, match="comes last"):
-        list(corrupt_video(source, out, [("video", 1), ("blur", 1)]))
+        list(corrupt_video(source, out, [("video", 1), ("blur", 1)], 0))
 
 
 def test_errors_name_the_corruption_and_the_level() -> None:
     with pytest.raises(UsageError, match="unknown corruption 'fog'; known are saturation"):
-        corrupt(FACE, "fog", 1)
+        corrupt(FACE, "fog", 1, 0)
     with pytest.raises(UsageError, match="level 6 of blur"):
-        corrupt(FACE, "blur", 6)
+        corrupt(FACE, "blur", 6, 0)

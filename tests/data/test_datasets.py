@@ -102,7 +102,7 @@ def dfd(root: Path) -> Miniature:
     return Source("dfd", compression="c40"), rows, "test/DeepFakeDetection has 2 videos, published are 3068"
 
 
-def celebdf(root: Path, video_set: Any = "celebdf-v2", inside: str = "") -> Miniature:
+def celebdf(root: Path, dataset: Any = "celebdf-v2", inside: str = "") -> Miniature:
     rows = []  # id1, id2 and 00005 fall to val
     for kind, names in {
         "Celeb-real": {"id0_0000": "test", "id0_0001": "train", "id1_0000": "val"},
@@ -117,10 +117,10 @@ def celebdf(root: Path, video_set: Any = "celebdf-v2", inside: str = "") -> Mini
     put(root, *(row.path for row in rows), f"Celeb-synthesis/{inside}id0_id1_0000.mp4", "other/id7_0000.mp4")
     listed = "1 Celeb-real/id0_0000.mp4\n1 YouTube-real/00001.mp4\n0 Celeb-synthesis/id4_id0_0002.mp4\n"
     put(root, "List_of_testing_videos.txt", data=listed)
-    return Source(video_set, SPLITS), rows, {
+    return Source(dataset, SPLITS), rows, {
         "celebdf-v1": "10 videos in all, published are 408 reals and 795 fakes",
         "celebdf-v2": "test/real has 2 videos, published are 178",
-    }[video_set]  # fmt: skip
+    }[dataset]  # fmt: skip
 
 
 def dfdc(root: Path) -> Miniature:
@@ -222,7 +222,7 @@ def reals(root: Path) -> Miniature:
 MINIATURES: dict[str, Callable[[Path], Miniature]] = {
     "ffpp": ffpp,
     "dfd": dfd,
-    "celebdf-v1": functools.partial(celebdf, video_set="celebdf-v1"),
+    "celebdf-v1": functools.partial(celebdf, dataset="celebdf-v1"),
     "celebdf-v2": celebdf,
     "celebdf-v2 under videos": functools.partial(celebdf, inside="videos/"),
     "dfdc": dfdc,
@@ -265,7 +265,7 @@ def test_selection_and_unknown_choices(tmp_path: Path) -> None:
     refused(tmp_path, replace(source, methods=("FaceSwap",)), "no videos of FaceSwap; there are Deepfakes, Face2Face")
     refused(tmp_path, replace(source, compression="c40"), "manipulated_sequences")
     refused(tmp_path, replace(source, splits=("dev",)), "--splits dev: known are train, val, test")
-    refused(tmp_path, replace(source, video_set="nope"), "--dataset nope: known are ffpp, dfd")
+    refused(tmp_path, replace(source, dataset="nope"), "--dataset nope: known are ffpp, dfd")
     refused(tmp_path / "nowhere", source, "no such folder")
 
 
@@ -313,11 +313,11 @@ def test_deeperforensics_reals_are_perturbed(tmp_path: Path, variant: str) -> No
     refused(tmp_path, replace(source, ffpp=None), "--ffpp")
 
 
-def complete(root: Path, video_set: Any) -> tuple[Source, dict[str, int], str]:
+def complete(root: Path, dataset: Any) -> tuple[Source, dict[str, int], str]:
     """How to read it, its counts, and one of its fakes."""
-    source, thousand, files = Source(video_set), [f"{n:03d}" for n in range(1000)], []
+    source, thousand, files = Source(dataset), [f"{n:03d}" for n in range(1000)], []
     counts: dict[str, int] = {}
-    if video_set == "ffpp":
+    if dataset == "ffpp":
         pairs = [*zip(thousand[::2], thousand[1::2], strict=True)]
         for split, some in zip(SPLITS, (pairs[:360], pairs[360:430], pairs[430:]), strict=True):
             put(root, f"splits/{split}.json", data=some)
@@ -325,19 +325,19 @@ def complete(root: Path, video_set: Any) -> tuple[Source, dict[str, int], str]:
         files = [f"{YOUTUBE}/{name}.mp4" for name in thousand]
         files += [f"manipulated_sequences/{method}/c23/videos/{x}_{y}.mp4"
                   for a, b in pairs for x, y in ((a, b), (b, a)) for method in FFPP_METHODS]  # fmt: skip
-    elif video_set == "dfd":
+    elif dataset == "dfd":
         files = [f"original_sequences/actors/c23/videos/{n % 28:02d}__scene_{n // 28}.mp4" for n in range(363)]
         files += [f"manipulated_sequences/{DFD}/c23/videos/{n % 28:02d}_{(n + 1) % 28:02d}__scene__{n:08X}.mp4"
                   for n in range(3068)]  # fmt: skip
         counts = {"test/real": 363, f"test/{DFD}": 3068}
-    elif video_set == "celebdf-v2":
+    elif dataset == "celebdf-v2":
         files = [f"Celeb-real/id{n % 59}_{n // 59:04d}.mp4" for n in range(590)]
         files += [f"YouTube-real/{n:05d}.mp4" for n in range(300)]
         files += [f"Celeb-synthesis/id{n % 59}_id{(n + 1) % 59}_{n // 59:04d}.mp4" for n in range(5639)]
         listed = [f"1 {name}" for name in files[500:678]] + [f"0 {name}" for name in files[-340:]]
         put(root, "List_of_testing_videos.txt", data="\n".join(listed))
         counts = {"test/real": 178, "test/Celeb-synthesis": 340}
-    elif video_set == "dfdc":
+    elif dataset == "dfdc":
         files = [f"test/videos/v{n:04d}.mp4" for n in range(5000)]
         rows = [f"v{n:04d}.mp4,{n % 2}" for n in range(5000)]
         put(root, "test/labels.csv", data="\r\n".join(["filename,label", *rows]))
@@ -354,14 +354,14 @@ def complete(root: Path, video_set: Any) -> tuple[Source, dict[str, int], str]:
 
 
 @pytest.mark.parametrize("dataset", ["ffpp", "dfd", "celebdf-v2", "dfdc", "deeperforensics"])
-def test_published_counts(tmp_path: Path, video_set: str) -> None:
-    source, counts, victim = complete(tmp_path, video_set)
+def test_published_counts(tmp_path: Path, dataset: str) -> None:
+    source, counts, victim = complete(tmp_path, dataset)
     table, total = read(tmp_path, source), sum(counts.values())
     assert Counter(f"{v.split}/{v.method}" for v in table.videos) == counts
     assert not any(re.search("accepted|not there|not checked", note) for note in table.notes)
     (tmp_path / victim).unlink()
     missing = f"1 of {total} videos are missing, the first is (?i:{victim})"
-    missing = "has 3067 videos, published are 3068" if video_set == "dfd" else missing  # no list names its videos
+    missing = "has 3067 videos, published are 3068" if dataset == "dfd" else missing  # no list names its videos
     refused(tmp_path, source, missing)
     table = read(tmp_path, replace(source, allow=("counts",)))
     assert len(table.videos) == total - 1
@@ -609,7 +609,7 @@ def test_compression_in_the_middle_of_a_mix(tmp_path: Path) -> None:
     uncompressed = video._replace(corruptions=(("contrast", 5), ("blocks", 5)))
     mixed, other = list(video_frames(tmp_path, video, 3)), video_frames(tmp_path, uncompressed, 3)
     assert [frame.number for frame in mixed] == [0, 2, 4]
-    assert len([*corrupt_video(tmp_path / "a.mp4", tmp_path / "b.mp4", video.corruptions[:2])]) == 5
+    assert len([*corrupt_video(tmp_path / "a.mp4", tmp_path / "b.mp4", video.corruptions[:2], 0)]) == 5
     whole, plains = (read_frames(tmp_path / name, 3) for name in ("b.mp4", "a.mp4"))
     for a, b, c, plain in zip(mixed, other, whole, plains, strict=True):
         assert (a.image == 128).all(2).mean() > 0.3, "blocks come after the compression and are sharp"

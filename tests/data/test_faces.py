@@ -47,4 +47,4 @@ def test_crop_is_the_square_around_the_box_times_the_margin() -> None:
 @pytest.mark.parametrize("box", [Box(-30, -30, 20, 20), Box(280, 180, 340, 240), Box(-50, -50, 350, 250)])
 def test_crop_over_the_edge_replicates_it(box: Box) -> None:
     image = np.full((200, 300, 3), 7, np.uint8)
-    assert (crop_face(image, box, 64) == 7).all()
+    assert (crop_face(image, box, 64, 1.3) == 7).all()

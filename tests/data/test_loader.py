@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,7 +18,7 @@ from small import RECIPE, SMALL, changed
 from dtn_fast import DTN
 from dtn_fast.data.augment import Augment
 from dtn_fast.data.config import AUGMENTATIONS
-from dtn_fast.data.crop_dataset import CropDataset, Crops
+from dtn_fast.data.crop_dataset import CropDataset, ShardFiles
 from dtn_fast.data.loader import Loader, epoch_order
 from dtn_fast.data.open import open_data
 from dtn_fast.data.video_table import Video
@@ -33,7 +34,11 @@ def numbered(count: int = 40, fakes: int = 30, side: int = 16) -> CropDataset:
     video = (np.arange(count) >= count - fakes).astype(np.int64)
     zeros = np.zeros(count, np.int64)
     parts = [crops[:7], crops[7:8], crops[8:]]
-    return CropDataset(Crops(parts, side), video, zeros, zeros, videos, [{}, {}], False)
+    return CropDataset(ShardFiles(parts, side), video, zeros, zeros, videos, [{}, {}], False)
+
+
+def load(dataset: CropDataset, rows: np.ndarray, batch_size: int, **how: Any) -> Loader:
+    return Loader(dataset, rows, batch_size, **{"seed": (0,), "real_repeat": 0, **how})
 
 
 def rows_of(loader: Loader, epoch: int = 0, start: int = 0) -> list[list[int]]:
@@ -42,7 +47,7 @@ def rows_of(loader: Loader, epoch: int = 0, start: int = 0) -> list[list[int]]:
 
 def test_batches_hold_the_crops_and_labels_of_their_rows() -> None:
     dataset = numbered()
-    for batch in Loader(dataset, np.arange(40), 8).epoch(0):
+    for batch in load(dataset, np.arange(40), 8).epoch(0):
         assert batch.crops.dtype == torch.uint8
         assert batch.crops.shape == (8, 16, 16, 3)
         assert torch.equal(batch.crops[:, 3, 5, 1], torch.from_numpy(batch.rows))
@@ -52,14 +57,14 @@ def test_batches_hold_the_crops_and_labels_of_their_rows() -> None:
 
 def test_epochs_are_shuffled_balanced_and_repeat() -> None:
     dataset = numbered(40, 30)
-    loader = Loader(dataset, np.arange(40), 6, seed=(3,))
+    loader = load(dataset, np.arange(40), 6, seed=(3,))
     first = rows_of(loader)
-    assert first == rows_of(Loader(dataset, np.arange(40), 6, seed=(3,)))
+    assert first == rows_of(load(dataset, np.arange(40), 6, seed=(3,)))
     assert first != rows_of(loader, 1)
-    assert first != rows_of(Loader(dataset, np.arange(40), 6, seed=(4,)))
+    assert first != rows_of(load(dataset, np.arange(40), 6, seed=(4,)))
     everything = [row for batch in first for row in batch]
     assert sorted(everything) == sorted([*range(10, 40), *list(range(10)) * 3]), "10 reals three times, 30 fakes once"
-    batch, *_ = Loader(dataset, np.arange(40), 60).epoch(0)
+    batch, *_ = load(dataset, np.arange(40), 60).epoch(0)
     real = batch.rows < 10
     assert len(set(batch.seeds[real].tolist())) == 30, "each copy of a real is augmented on its own"
 
@@ -74,10 +79,10 @@ def test_ranks_share_the_global_batch_without_overlap(count, fakes, size, world,
     rows = np.arange(count)
     if count < world:
         with pytest.raises(UsageError, match="cannot be shared"):
-            Loader(dataset, rows, size, world=world)
+            load(dataset, rows, size, world=world)
         return
-    whole = rows_of(Loader(dataset, rows, size * world, real_repeat=repeat), epoch)
-    ranks = [rows_of(Loader(dataset, rows, size, real_repeat=repeat, rank=r, world=world), epoch) for r in range(world)]
+    whole = rows_of(load(dataset, rows, size * world, real_repeat=repeat), epoch)
+    ranks = [rows_of(load(dataset, rows, size, real_repeat=repeat, rank=r, world=world), epoch) for r in range(world)]
     for step, expected in enumerate(whole):
         together = [ranks[r][step] for r in range(world)]
         joined = [together[i % world][i // world] for i in range(len(expected))]
@@ -92,7 +97,7 @@ def test_the_rest_of_an_epoch_is_the_same_after_resuming() -> None:
     def mark(crops: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         return crops ^ (seeds & np.uint64(255)).astype(np.uint8)[:, None, None, None]
 
-    loader = Loader(dataset, np.arange(40), 7, transform=mark)
+    loader = load(dataset, np.arange(40), 7, transform=mark)
     whole = list(loader.epoch(2))
     rest = list(loader.epoch(2, start=3))
     assert len(rest) == len(loader) - 3
@@ -104,7 +109,7 @@ def test_the_rest_of_an_epoch_is_the_same_after_resuming() -> None:
 def test_resident_crops_are_the_same_batches() -> None:
     dataset = numbered()
     rows = np.array([3, 9, 11, 12, 30, 39])
-    plain, resident = (Loader(dataset, rows, 4, resident=r) for r in (False, True))
+    plain, resident = (load(dataset, rows, 4, resident=r) for r in (False, True))
     dataset.crops.fill = None  # type: ignore[method-assign, assignment]
     with pytest.raises(TypeError):
         next(plain.epoch(0))
@@ -139,9 +144,9 @@ def slow_shards(source: Slow) -> CropDataset:
 def test_the_readers_error_reaches_the_consumer_and_threads_end() -> None:
     before = threading.active_count()
     with pytest.raises(MediaError, match=r"five\.png"):
-        list(Loader(slow_shards(Slow(True)), np.arange(64), 4).epoch(0))
+        list(load(slow_shards(Slow(True)), np.arange(64), 4).epoch(0))
     source = Slow(False)
-    batches = Loader(slow_shards(source), np.arange(64), 4, prefetch=3).epoch(0)
+    batches = load(slow_shards(source), np.arange(64), 4, prefetch=3).epoch(0)
     next(batches)
     time.sleep(0.3)
     assert 4 <= source.asked <= 5, "a few batches ahead, and no more"
@@ -235,7 +240,7 @@ def test_a_broken_picture_stops_training_by_name(pictures: Path, tmp_path: Path)
 
 def test_cpu_augmentation_gets_the_samples_seeds(dataset: CropDataset) -> None:
     rows = dataset.select("train")
-    loader = Loader(dataset, rows, 8, transform=Augment(AUGMENTATIONS["forensic"]))
+    loader = load(dataset, rows, 8, transform=Augment(AUGMENTATIONS["forensic"]))
     batch = next(loader.epoch(4))
     expected = Augment(AUGMENTATIONS["forensic"])(dataset.get(batch.rows), batch.seeds)
     assert np.array_equal(batch.crops.numpy(), expected)

@@ -27,19 +27,19 @@ from small import SMALL
 
 from dtn_fast.data import prepare as P
 from dtn_fast.data import video
-from dtn_fast.data.config import PrepareConfig, Source
+from dtn_fast.data.config import PrepareConfig, Source, WorkConfig
 from dtn_fast.data.crop_dataset import open_crop_dataset
 from dtn_fast.data.datasets import read
 from dtn_fast.data.datasets.ffpp import read_ffpp
 from dtn_fast.data.faces import Box, FaceFinder, FaceTracker
-from dtn_fast.data.prepare import Progress, prepare
+from dtn_fast.data.prepare import PrepareProgress, prepare
 from dtn_fast.data.video import read_frames, write_video
 from dtn_fast.data.video_table import Video, VideoTable
 from dtn_fast.errors import MediaError, UsageError
 from dtn_fast.files import write_whole
 
 SIZE = SMALL.image_size
-EACH = PrepareConfig(frames=P.PART_CROPS, every=1)
+EACH = PrepareConfig(frames=P.SHARD_CROPS, every=1)
 """As many frames as a part has crops: each video of the folder layout is a part of its own."""
 FLAGS = ("--dataset", "folder", "--size", SIZE, "--frames", EACH.frames, "--every", EACH.every)
 FACE = data.astronaut()[:256, 96:352]
@@ -50,8 +50,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def finished(out: Path) -> dict[Path, int]:
-    """The parts that are done, and when."""
-    return {path: path.stat().st_mtime_ns for path in sorted((out / "parts").glob("[0-9]*.json"))}
+    """The shards that are done, and when."""
+    return {path: path.stat().st_mtime_ns for path in sorted((out / "shards").glob("[0-9]*.json"))}
 
 
 def start(*words: object) -> subprocess.Popen[str]:
@@ -90,8 +90,8 @@ def inline() -> Iterator[None]:
 
 
 def run(table: VideoTable, out: Path, config: PrepareConfig = PrepareConfig(), **more: Any) -> dict[str, Any]:
-    """Prepares, and reads the index."""
-    for _ in prepare(table, out, SIZE, config, **more):
+    """Prepares, and reads the index; more: fields of WorkConfig."""
+    for _ in prepare(table, out, SIZE, config, WorkConfig(**more)):
         pass
     return json.loads((out / "index.json").read_text())
 
@@ -149,18 +149,18 @@ def rows(*names: str, label: int = 0, target: str = "") -> list[Video]:
 
 
 def test_every_video_has_its_rows_or_a_reason(video_set, crops, dataset, tmp_path: Path, monkeypatch) -> None:
-    good = [v._replace(path=f"{dataset}/{v.path}", target=v.target and f"{dataset}/{v.target}")
+    good = [v._replace(path=f"{video_set}/{v.path}", target=v.target and f"{video_set}/{v.target}")
             for v in read_ffpp(video_set).videos]  # fmt: skip
     (tmp_path / "text.mp4").write_text("no video")
     write_video(tmp_path / "blank.mp4", [np.full((200, 200, 3), 90, np.uint8)] * 4)
-    monkeypatch.setattr(P, "PART_CROPS", 1)
+    monkeypatch.setattr(P, "SHARD_CROPS", 1)
     out = tmp_path / "out"
     index = run(
         VideoTable(tmp_path, [good[0], *rows("text.mp4", "blank.mp4"), *good[1:]]), out, PrepareConfig(frames=3)
     )
-    for folder, parts in ((out, 10), (crops, 1)):  # a real and its fakes stay together
-        assert {path.name for path in folder.iterdir()} == {"index.json", "job.json", "parts"}
-        assert len(finished(folder)) == parts
+    for folder, shards in ((out, 10), (crops, 1)):  # a real and its fakes stay together
+        assert {path.name for path in folder.iterdir()} == {"index.json", "job.json", "shards"}
+        assert len(finished(folder)) == shards
     some = open_crop_dataset(out, verify=True)
     order = np.lexsort((some.frame, some.video))
     assert some.video[order].tolist() == [number for number in (0, *range(3, 42)) for _ in range(3)]
@@ -170,7 +170,7 @@ def test_every_video_has_its_rows_or_a_reason(video_set, crops, dataset, tmp_pat
     assert len(some.select("test")) == 30
     pictures = some.get(order)
     assert (pictures.shape, pictures.dtype) == ((120, SIZE, SIZE, 3), np.uint8)
-    assert np.array_equal(pictures, dataset.get(np.lexsort((dataset.frame, dataset.video)))), "whatever the parts"
+    assert np.array_equal(pictures, dataset.get(np.lexsort((dataset.frame, dataset.video)))), "whatever the shards"
     assert all(40 < box[2] - box[0] == pytest.approx(box[3] - box[1], abs=2) for box in index["box"])
     fine = {"asked": 3, "frames": 3, "faces": 3, "boxes": "own", "error": None, "reason": None}
     text, blank = some.status[1:3]
@@ -207,7 +207,7 @@ def test_damaged_landmarks_leave_the_rows_in_step(tmp_path: Path, content: bytes
     assert len(index["box"]) == len(some.frame) == len(some.video) == len(some.landmarks) == len(some.crops)
     assert [*zip(some.video.tolist(), some.frame.tolist(), strict=True)][-3:] == [(1, 0), (1, 1), (1, 2)]
     assert some.status[0]["faces"] == np.count_nonzero(some.video == 0)
-    (tmp_path / "out/parts/000000.landmarks.npy").unlink()
+    (tmp_path / "out/shards/000000.landmarks.npy").unlink()
     run(VideoTable(tmp_path, videos, crops=True), tmp_path / "out")
     open_crop_dataset(tmp_path / "out")
 
@@ -227,7 +227,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(many: VideoTable, who
         assert done.items() <= finished(tmp_path).items(), "what is done is not done again"
         assert not (tmp_path / "index.json").exists()
         done = finished(tmp_path)
-    for name in (".job.json.1.partial", ".index.json.1.partial", "parts/.000000.npy.1.partial"):
+    for name in (".job.json.1.partial", ".index.json.1.partial", "shards/.000000.npy.1.partial"):
         (tmp_path / name).touch()  # as when killed just then
     assert ended(start(many.root, "--out", tmp_path, *FLAGS)) == (0, "")
     assert done.items() <= finished(tmp_path).items()
@@ -266,21 +266,21 @@ def test_a_dead_process_ends_the_others(many: VideoTable, whole: Path, tmp_path:
         assert (code, err.count("\n")) == (1, 1)
         assert f"{tmp_path}: a worker was killed" in err
     done = len(finished(tmp_path))
-    steps = [*prepare(many, tmp_path, SIZE, EACH)]
+    steps = [*prepare(many, tmp_path, SIZE, EACH, WorkConfig())]
     assert 2 < done == steps[0].done < steps[0].total == steps[-1].done == 60
     assert files(tmp_path) == files(whole)
 
 
-def test_shards_on_several_machines_fill_one_folder(many: VideoTable, whole: Path, tmp_path: Path) -> None:
-    both = [start(many.root, "--out", tmp_path, *FLAGS, "--shard", f"{n}/3", "--workers", n) for n in (3, 1)]
+def test_shares_on_several_machines_fill_one_folder(many: VideoTable, whole: Path, tmp_path: Path) -> None:
+    both = [start(many.root, "--out", tmp_path, *FLAGS, "--share", f"{n}/3", "--workers", n) for n in (3, 1)]
     assert [ended(process) for process in both] == [(0, "")] * 2
     with pytest.raises(UsageError, match=r"index\.json is missing.*unfinished prepare"):
         open_crop_dataset(tmp_path)
     assert files(tmp_path).items() < files(whole).items()
-    steps = [*prepare(many, tmp_path, SIZE, EACH, shard=(2, 3))]
-    assert (steps[0], steps[-1].done) == (Progress(0, 20, 0), 20)
+    steps = [*prepare(many, tmp_path, SIZE, EACH, WorkConfig(share="2/3"))]
+    assert (steps[0], steps[-1].done) == (PrepareProgress(0, 20, 0), 20)
     assert files(tmp_path) == files(whole)
-    for wrong in ({"shard": (0, 3)}, {"shard": (4, 3)}, {"workers": 0}):
+    for wrong in ({"share": "0/3"}, {"share": "4/3"}, {"share": "half"}, {"workers": 0}):
         with pytest.raises(UsageError, match=f"--{next(iter(wrong))}"):
             run(many, tmp_path, EACH, **wrong)
 
@@ -341,7 +341,7 @@ def test_only_the_damaged_part_is_made_again(many: VideoTable, whole: Path, tmp_
     suffix, damage, hidden = DAMAGE[kind]
     out = tmp_path / "out"
     shutil.copytree(whole, out)
-    victim = out / "parts" / f"000003.{suffix}"
+    victim = out / "shards" / f"000003.{suffix}"
     victim.write_bytes(damage(victim.read_bytes()))
     if suffix == "npy":
         with pytest.raises(UsageError, match=r"damaged crops .*--verify") as error:
@@ -358,7 +358,7 @@ def test_a_lost_or_damaged_index_is_written_again(many: VideoTable, whole: Path,
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     index, good = out / "index.json", (whole / "index.json").read_bytes()
-    version = good.replace(b'"version": 2', b'"version": 1', 1)
+    version = good.replace(b'"version": 3', b'"version": 1', 1)
     for content in (None, b"", b"[]", b"{}", b"null", b"\xff\xfe", half(good), version):
         index.unlink() if content is None else index.write_bytes(content)
         match = "index.json is missing" if content is None else "version 1" if content == version else "damaged crops"
@@ -378,15 +378,15 @@ def test_another_job_in_the_same_folder_is_refused(many: VideoTable, whole: Path
         (VideoTable(many.root, many.videos[1:], "folder"), SIZE, EACH, "videos 60 .asked: 59."),
     ]:
         with pytest.raises(UsageError, match=f"made otherwise: {match}") as error:
-            next(prepare(table, tmp_path / "out", size, config))
+            next(prepare(table, tmp_path / "out", size, config, WorkConfig()))
         assert "\n" not in str(error.value)
     assert files(tmp_path / "out") == files(whole)
     job = tmp_path / "out" / "job.json"
-    old = job.read_bytes().replace(b'"version": 2', b'"version": 1')
+    old = job.read_bytes().replace(b'"version": 3', b'"version": 1')
     for content in (b"", b"{", b"[]", b"null", b"\xff\xfe", old):
         job.write_bytes(content)
-        with pytest.raises(UsageError, match="version 1 .asked: 2." if content == old else r"job\.json: damaged"):
-            next(prepare(many, tmp_path / "out", SIZE, EACH))
+        with pytest.raises(UsageError, match="version 1 .asked: 3." if content == old else r"job\.json: damaged"):
+            next(prepare(many, tmp_path / "out", SIZE, EACH, WorkConfig()))
         assert job.read_bytes() == content
 
 
@@ -406,14 +406,14 @@ class KnownFaces:
 
 def track(frames: list[list[Box]], every: int) -> tuple[list[dict[int, Box]], list[int]]:
     """Per frame the box of each person; and the frames that were searched as a whole."""
-    detector: Any = KnownFaces(frames)
-    tracker, found = FaceTracker(detector, every), []
+    finder: Any = KnownFaces(frames)
+    tracker, found = FaceTracker(finder, every), []
     for number in range(len(frames)):
         faces = tracker(np.full((1, 1, 3), number, np.uint8))
         found.append({face.person: face.box for face in faces})
         assert len(found[-1]) == len(faces)
         assert [face.box.area for face in faces] == sorted((face.box.area for face in faces), reverse=True)
-    return found, detector.whole
+    return found, finder.whole
 
 
 def at(x: int, y: int = 0, side: int = 100) -> Box:

@@ -13,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from small import SET
 
-from dtn_fast.data.config import PrepareConfig, SyntheticConfig
+from dtn_fast.data.config import PrepareConfig, SyntheticConfig, WorkConfig
 from dtn_fast.data.crop_dataset import CropDataset, open_crop_dataset
 from dtn_fast.data.datasets.ffpp import read_ffpp
 from dtn_fast.data.prepare import prepare
@@ -58,15 +58,15 @@ def test_generation_resumes_and_refuses_other_folders(video_set: Path, tmp_path:
     victim = next(copy.glob("manipulated_sequences/*/c23/videos/*.mp4"))
     before = victim.read_bytes()
     victim.unlink()
-    steps = list(make_synthetic(copy, SET))
+    steps = list(make_synthetic(copy, SET, 2))
     assert steps[0] == (steps[-1][1] - 1, steps[-1][1])
     assert victim.read_bytes() == before
     with pytest.raises(UsageError, match="another configuration"):
-        next(make_synthetic(copy, SyntheticConfig(seed=1)))
+        next(make_synthetic(copy, SyntheticConfig(seed=1), 2))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious.txt").touch()
     with pytest.raises(UsageError, match="not empty"):
-        next(make_synthetic(tmp_path / "other", SET))
+        next(make_synthetic(tmp_path / "other", SET, 2))
     with pytest.raises(UsageError, match="even number"):
         SyntheticConfig(train=3)
 
@@ -75,9 +75,9 @@ def test_generation_resumes_and_refuses_other_folders(video_set: Path, tmp_path:
 def larger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CropDataset]:
     """A set of short videos with enough identities for statistics."""
     root = tmp_path_factory.mktemp("larger")
-    for _ in make_synthetic(root / "set", SyntheticConfig(train=24, val=2, test=24, frames=1)):
+    for _ in make_synthetic(root / "set", SyntheticConfig(train=24, val=2, test=24, frames=1), 2):
         pass
-    for _ in prepare(read_ffpp(root / "set"), root / "crops", 128, PrepareConfig(frames=1)):
+    for _ in prepare(read_ffpp(root / "set"), root / "crops", 128, PrepareConfig(frames=1), WorkConfig()):
         pass
     return root / "set", open_crop_dataset(root / "crops")
 
@@ -85,7 +85,7 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CropDataset]
 def _auc(features: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray) -> float:
     model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
     model.fit(features[train], labels[train])
-    auc = evaluate_scores(labels[test], model.predict_proba(features[test])[:, 1]).auc
+    auc = evaluate_scores(labels[test], model.predict_proba(features[test])[:, 1], 0.5).auc
     assert auc is not None
     return auc
 

@@ -28,6 +28,7 @@ from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.faces import Box, FaceFinder
 from dtn_fast.data.video import Frame, read_frames, write_video
 from dtn_fast.detect.annotate import annotate
+from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.inputs import find_inputs
 from dtn_fast.detect.pipeline import AHEAD, detect
 from dtn_fast.detect.report import write_report, write_results
@@ -57,7 +58,7 @@ class Fixed(TorchScorer):
 def test_image_with_two_faces_takes_the_higher(small: DTN, detector: FaceFinder, tmp_path: Path) -> None:
     face = data.astronaut()[:256, 96:352]
     Image.fromarray(np.hstack([face, face])).save(tmp_path / "two.png")
-    result = detect(tmp_path / "two.png", Fixed(small, [0.2, 0.9]), detector)
+    result = detect(tmp_path / "two.png", Fixed(small, [0.2, 0.9]), finder=detector)
     assert (result.verdict, result.score, len(result.frames[0].faces)) == ("fake", 0.9, 2)
     assert [p.score for p in result.pictures] == [0.9, 0.2]
     assert all(p.heat is not None for p in result.pictures)
@@ -67,11 +68,11 @@ def test_video_score_is_the_mean_over_frames_with_a_face(small: DTN, detector: F
     face = data.astronaut()[:256, 96:352]
     blank = np.zeros_like(face)
     write_video(tmp_path / "v.mp4", [face, face, blank, face], fps=2)
-    result = detect(tmp_path / "v.mp4", Fixed(small, [0.1, 0.3, 0.8]), detector)
+    result = detect(tmp_path / "v.mp4", Fixed(small, [0.1, 0.3, 0.8]), finder=detector)
     assert result.score == pytest.approx(0.4)
     assert (result.verdict, result.frames_read, len(result.frames)) == ("real", 4, 3)
     assert [f.seconds for f in result.frames] == pytest.approx([0, 0.5, 1.5])
-    loose = detect(tmp_path / "v.mp4", Fixed(small, [0.1, 0.3, 0.8]), detector, threshold=0.4)
+    loose = detect(tmp_path / "v.mp4", Fixed(small, [0.1, 0.3, 0.8]), DetectConfig(threshold=0.4), detector)
     assert loose.verdict == "fake"
 
 
@@ -101,7 +102,7 @@ def test_two_people_are_told_apart_in_a_video(small: DTN, detector: FaceFinder, 
         def score(self, crops: np.ndarray) -> np.ndarray:
             return np.where(crops.mean((1, 2, 3)) > 90, 0.9, 0.2)
 
-    result = detect(tmp_path / "two.mp4", ByLight(small), detector)
+    result = detect(tmp_path / "two.mp4", ByLight(small), finder=detector)
     assert [(p.frames, pytest.approx(p.score)) for p in result.people] == [(5, 0.9), (5, 0.2)]
     assert (result.verdict, result.score) == ("fake", pytest.approx(0.9))
     assert [(s.start, s.end) for s in result.spans] == [(0, 4)]
@@ -114,13 +115,13 @@ def test_frames_by_count_rate_or_all(small: DTN, detector: FaceFinder, tmp_path:
     face = data.astronaut()[:256, 96:352]
     write_video(tmp_path / "v.mp4", [face] * 40, fps=10)
     scorer = TorchScorer(small)
-    read = lambda **how: detect(tmp_path / "v.mp4", scorer, detector, **how).frames_read
+    read = lambda **how: detect(tmp_path / "v.mp4", scorer, DetectConfig(**how), detector).frames_read
     assert (read(frames=7), read(frames=0), read(rate=2.0), read(frames=3, rate=0.1)) == (7, 40, 8, 1)
     told: list[int] = []
-    timing = detect(tmp_path / "v.mp4", scorer, detector, 5, watch=told.append).timing
+    timing = detect(tmp_path / "v.mp4", scorer, DetectConfig(5), detector, watch=told.append).timing
     assert told == [1, 2, 3, 4, 5]
-    assert min(timing.decode, timing.detect, timing.score) > 0
-    assert timing.wall <= timing.decode + timing.detect + timing.score + 1
+    assert min(timing.decode, timing.find_faces, timing.score) > 0
+    assert timing.wall <= timing.decode + timing.find_faces + timing.score + 1
     assert sum(float(part) for part in re.findall(r"(\d+)%", timing.shares())) == pytest.approx(100, abs=2)
 
 
@@ -150,7 +151,7 @@ def test_a_long_video_streams(small: DTN, tmp_path: Path, monkeypatch: pytest.Mo
             return np.full(len(crops), 0.25)
 
     monkeypatch.setattr("dtn_fast.detect.pipeline.frames_of", endless)
-    result = detect(tmp_path / "x.mp4", Quick(small), Always(), model=small)
+    result = detect(tmp_path / "x.mp4", Quick(small), finder=Always(), model=small)
     assert (result.frames_read, len(result.frames), result.score) == (2000, 2000, 0.25)
     assert most <= AHEAD + 4
 
@@ -160,7 +161,7 @@ def test_a_long_video_streams(small: DTN, tmp_path: Path, monkeypatch: pytest.Mo
 
     made = 0
     with pytest.raises(KeyboardInterrupt):
-        detect(tmp_path / "x.mp4", Quick(small), Always(), watch=stop)
+        detect(tmp_path / "x.mp4", Quick(small), finder=Always(), watch=stop)
     assert made <= 10 + AHEAD + 2
     assert not [t for t in threading.enumerate() if t.name.startswith(("decoding", "scoring"))]
 
@@ -168,8 +169,8 @@ def test_a_long_video_streams(small: DTN, tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_annotated_video_frames_faces_and_marks_spans(small: DTN, detector: FaceFinder, tmp_path: Path) -> None:
     face = cv2.resize(data.astronaut()[:256, 96:352], (480, 480))
     write_video(tmp_path / "v.mp4", [face] * 12, fps=4)
-    result = detect(tmp_path / "v.mp4", Fixed(small, [0.9] * 2 + [0.1] * 4), detector, frames=6)
-    assert list(annotate(result, tmp_path / "out.mp4")) == [*range(1, 13)]
+    result = detect(tmp_path / "v.mp4", Fixed(small, [0.9] * 2 + [0.1] * 4), DetectConfig(6), detector)
+    assert list(annotate(result, tmp_path / "out.mp4", 0.5)) == [*range(1, 13)]
     frames = list(read_frames(tmp_path / "out.mp4"))
     assert (len(frames), frames[0].image.shape) == (12, (480, 480, 3))
     box = result.frames[0].faces[0].box
@@ -194,7 +195,7 @@ def test_bad_inputs_are_verdicts_not_crashes(small: DTN, detector: FaceFinder, t
         ("notes.txt", "failed", "neither an image"),
         ("nowhere.png", "failed", "no such file"),
     ):
-        result = detect(tmp_path / name, scorer, detector)
+        result = detect(tmp_path / name, scorer, finder=detector)
         assert (result.verdict, result.ok) == (verdict, False)
         assert word in (result.error or "")
         assert name in (result.error or "")
@@ -282,10 +283,10 @@ def test_report_is_self_contained_and_escaped(small: DTN, detector: FaceFinder, 
     evil.mkdir()
     write_video(evil / "v.mp4", [face] * 3)
     results = [
-        detect(evil / "v.mp4", Fixed(small, [0.9, 0.8, 0.1]), detector),
+        detect(evil / "v.mp4", Fixed(small, [0.9, 0.8, 0.1]), finder=detector),
         Result(Path("x<b>.png"), error="x<b>.png: no & such file"),
     ]
-    write_report(tmp_path / "r.html", "Title & more", ["a <notice>"], None, results)
+    write_report(tmp_path / "r.html", "Title & more", ["a <notice>"], None, results, threshold=0.5)
     text = (tmp_path / "r.html").read_text()
     page = Parsed(text)
     assert not {"script", "link", "iframe", "b", "notice"} & {tag for tag, _ in page.tags}

@@ -16,7 +16,7 @@ ROWS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 8)), min_size=1, max
 @given(ROWS)
 def test_against_scikit_learn(rows: list[tuple[int, int]]) -> None:
     y, s = np.array([r[0] for r in rows]), np.array([r[1] / 8 for r in rows])  # few values: many ties
-    m = evaluate_scores(y, s)
+    m = evaluate_scores(y, s, 0.5)
     assert m.acc == pytest.approx(sk.accuracy_score(y, s >= 0.5))
     if len(set(y.tolist())) == 1:
         assert (m.auc, m.eer, m.ap) == (None, None, None)
@@ -32,20 +32,20 @@ def test_against_scikit_learn(rows: list[tuple[int, int]]) -> None:
 
 
 def test_known_eer() -> None:
-    assert evaluate_scores([0, 0, 1, 1], [0.1, 0.2, 0.8, 0.9]).eer == 0
-    assert evaluate_scores([0, 0, 1, 1], [0.8, 0.9, 0.1, 0.2]).eer == 1
-    assert evaluate_scores([0, 1, 0, 1], [0.1, 0.4, 0.6, 0.9]).eer == pytest.approx(0.5)
+    assert evaluate_scores([0, 0, 1, 1], [0.1, 0.2, 0.8, 0.9], 0.5).eer == 0
+    assert evaluate_scores([0, 0, 1, 1], [0.8, 0.9, 0.1, 0.2], 0.5).eer == 1
+    assert evaluate_scores([0, 1, 0, 1], [0.1, 0.4, 0.6, 0.9], 0.5).eer == pytest.approx(0.5)
 
 
 def test_empty_and_bad_input() -> None:
-    assert evaluate_scores([], []).acc is None
+    assert evaluate_scores([], [], 0.5).acc is None
     for labels, scores, word in (
         ([0, 1], [0.5], "equally long"),
         ([0, 2], [0.1, 0.2], "0 .real."),
         ([0, 1], [0.1, np.nan], "not finite"),
     ):
         with pytest.raises(ValueError, match=word):
-            evaluate_scores(labels, scores)
+            evaluate_scores(labels, scores, 0.5)
 
 
 def test_videos_are_grouped_by_full_path() -> None:
@@ -64,18 +64,18 @@ def test_interval_of_auc() -> None:
     labels = (videos % 2).astype(int)
     scores = np.round(labels * 0.5 + rng.normal(size=24)[videos] + 0.1 * rng.normal(size=240), 1)
     names = [f"v{n}" for n in videos]
-    low, high = auc_interval(labels, scores, names, draws=2000)
+    low, high = auc_interval(labels, scores, names, 2000, 0.95)
     plain = []
     for _ in range(2000):
         drawn = np.concatenate([rng.choice(np.arange(kind, 24, 2), 12) for kind in (0, 1)])
         rows = np.concatenate([np.flatnonzero(videos == v) for v in drawn])
-        plain.append(evaluate_scores(labels[rows], scores[rows]).auc)
+        plain.append(evaluate_scores(labels[rows], scores[rows], 0.5).auc)
     assert np.allclose((low, high), np.quantile(plain, [0.025, 0.975]), atol=0.03)
-    auc = evaluate_scores(labels, scores).auc
+    auc = evaluate_scores(labels, scores, 0.5).auc
     assert low < auc < high
-    frames = auc_interval(labels, scores, [str(n) for n in range(240)])
+    frames = auc_interval(labels, scores, [str(n) for n in range(240)], 1000, 0.95)
     assert frames[1] - frames[0] < 0.6 * (high - low)
-    assert auc_interval(labels, scores, names) == auc_interval(labels, scores, names)
-    assert auc_interval(np.ones(3, int), np.zeros(3), list("abc")) is None
-    assert auc_interval([0, 1, 0, 1], [0.5] * 4, list("abcd")) == (0.5, 0.5)
-    assert auc_interval([0, 1], [0.1, 0.9], list("ab")) == (1.0, 1.0)
+    assert auc_interval(labels, scores, names, 1000, 0.95) == auc_interval(labels, scores, names, 1000, 0.95)
+    assert auc_interval(np.ones(3, int), np.zeros(3), list("abc"), 1000, 0.95) is None
+    assert auc_interval([0, 1, 0, 1], [0.5] * 4, list("abcd"), 1000, 0.95) == (0.5, 0.5)
+    assert auc_interval([0, 1], [0.1, 0.9], list("ab"), 1000, 0.95) == (1.0, 1.0)

@@ -13,10 +13,11 @@ from small import SMALL
 
 from dtn_fast import DTN
 from dtn_fast.data.corrupt import LEVELS, corrupt
-from dtn_fast.data.crop_dataset import CropDataset, Crops
+from dtn_fast.data.crop_dataset import CropDataset, ShardFiles
 from dtn_fast.errors import UsageError
+from dtn_fast.evaluation.config import RobustnessConfig
 from dtn_fast.evaluation.metrics import by_video, evaluate_scores
-from dtn_fast.evaluation.robustness import KINDS, robustness
+from dtn_fast.evaluation.robustness import robustness
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
 
@@ -34,11 +35,12 @@ def read(out: Path) -> dict:
 
 
 def test_the_papers_corruptions() -> None:
-    assert KINDS == ("saturation", "contrast", "blocks", "uniform_noise", "blur", "pixelation", "video", "jpeg")
+    printed = ("saturation", "contrast", "blocks", "uniform_noise", "blur", "pixelation", "video", "jpeg")
+    assert RobustnessConfig.kinds == printed
 
 
 def test_figures_are_those_of_corrupted_crops(scorers: dict, dataset: CropDataset, tmp_path: Path) -> None:
-    states = list(robustness(scorers, dataset, tmp_path, ("blocks", "jpeg"), (0, 2, 5)))
+    states = list(robustness(scorers, dataset, tmp_path, RobustnessConfig(("blocks", "jpeg"), (0, 2, 5))))
     assert [s.name for s in states] == ["untouched", "blocks 2", "blocks 5", "jpeg 2", "jpeg 5", ""]
     assert states[-1].done == states[-1].total == 5
     got, rows = read(tmp_path), dataset.select("test")
@@ -53,8 +55,8 @@ def test_figures_are_those_of_corrupted_crops(scorers: dict, dataset: CropDatase
                     [corrupt(c, kind, level, (0, int(r), place, level)) for c, r in zip(crops, rows, strict=True)]
                 )
             scores = scorer.score(crops)
-            assert got[name][cell]["frame"] == evaluate_scores(labels, scores).auc
-            assert got[name][cell]["video"] == evaluate_scores(*by_video(videos, labels, scores)).auc
+            assert got[name][cell]["frame"] == evaluate_scores(labels, scores, 0.5).auc
+            assert got[name][cell]["video"] == evaluate_scores(*by_video(videos, labels, scores), 0.5).auc
     table = (tmp_path / "robustness.md").read_text()
     value = got["model <0>"]["jpeg 5"]["frame"]
     mean = (got["model <0>"]["blocks 5"]["frame"] + value) / 2
@@ -64,14 +66,14 @@ def test_figures_are_those_of_corrupted_crops(scorers: dict, dataset: CropDatase
     assert picture.count("<svg") == 1
     assert "<!-- model &lt;1&gt; -->" in picture
     assert "test split, 10 videos (2 real, 8 fake), 3.0 frames each on average, largest face;" in table
-    list(robustness(scorers, dataset, tmp_path, ("blocks", "jpeg"), (0, 2, 5)))
+    list(robustness(scorers, dataset, tmp_path, RobustnessConfig(("blocks", "jpeg"), (0, 2, 5))))
     assert (tmp_path / "robustness.svg").read_text() == picture
 
 
 def test_what_is_there_is_not_measured_again(scorers: dict, dataset: CropDataset, tmp_path: Path) -> None:
     whole, name = tmp_path / "whole", "model <0>"
-    list(robustness(scorers, dataset, whole, ("jpeg",), (0, 1, 2)))
-    events = robustness({name: scorers[name]}, dataset, tmp_path / "paused", ("jpeg",), (0, 1, 2))
+    list(robustness(scorers, dataset, whole, RobustnessConfig(("jpeg",), (0, 1, 2))))
+    events = robustness({name: scorers[name]}, dataset, tmp_path / "paused", RobustnessConfig(("jpeg",), (0, 1, 2)))
     for state in events:
         if state.done == 2:
             events.close()
@@ -86,12 +88,12 @@ def test_what_is_there_is_not_measured_again(scorers: dict, dataset: CropDataset
             return super().score(crops)
 
     counting = Counting(scorers[name].model)
-    list(robustness({name: counting}, dataset, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
+    list(robustness({name: counting}, dataset, tmp_path / "paused", RobustnessConfig(("jpeg",), (0, 1, 2))))
     assert Counting.asked == 1, "the one cell that was missing"
-    list(robustness({name: scorers["model <1>"]}, dataset, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
+    list(robustness({name: scorers["model <1>"]}, dataset, tmp_path / "paused", RobustnessConfig(("jpeg",), (0, 1, 2))))
     assert read(tmp_path / "paused")[name] == read(whole)["model <1>"], "another model under the same name"
-    list(robustness({name: counting}, dataset, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
-    list(robustness(scorers, dataset, tmp_path / "paused", ("jpeg",), (0, 1, 2)))
+    list(robustness({name: counting}, dataset, tmp_path / "paused", RobustnessConfig(("jpeg",), (0, 1, 2))))
+    list(robustness(scorers, dataset, tmp_path / "paused", RobustnessConfig(("jpeg",), (0, 1, 2))))
     assert read(tmp_path / "paused") == read(whole)
 
 
@@ -105,23 +107,23 @@ def test_another_model_that_is_as_sure_is_another(dataset: CropDataset, tmp_path
             model.head.bias[0] += 30
         scorer = TorchScorer(model)
         assert scorer.score(dataset.get(dataset.select("test"))).max() < 1e-9
-        list(robustness({"same": scorer}, dataset, tmp_path, ("jpeg",), (0,)))
+        list(robustness({"same": scorer}, dataset, tmp_path, RobustnessConfig(("jpeg",), (0,))))
         figures.append(read(tmp_path)["same"])
     assert figures[0] != figures[1]
 
 
 def test_other_pixels_are_other_data(scorers: dict, dataset: CropDataset, tmp_path: Path) -> None:
-    list(robustness(scorers, dataset, tmp_path, ("jpeg",), (0,)))
+    list(robustness(scorers, dataset, tmp_path, RobustnessConfig(("jpeg",), (0,))))
     everything = np.arange(len(dataset.video))
-    again = dataclasses.replace(dataset, crops=Crops([255 - dataset.get(everything)], dataset.size))
+    again = dataclasses.replace(dataset, crops=ShardFiles([255 - dataset.get(everything)], dataset.size))
     with pytest.raises(UsageError, match="other data, split or seed"):
-        list(robustness(scorers, again, tmp_path, ("jpeg",), (0,)))
+        list(robustness(scorers, again, tmp_path, RobustnessConfig(("jpeg",), (0,))))
 
 
 def test_refusals(scorers: dict, dataset: CropDataset, tmp_path: Path) -> None:
-    run = lambda **how: list(
-        robustness(**{"scorers": scorers, "shards": dataset, "out": tmp_path, "levels": (0,), **how})
-    )
+    def run(scorers=scorers, **how) -> None:
+        list(robustness(scorers, dataset, tmp_path, RobustnessConfig(**{"levels": (0,), **how})))
+
     run(kinds=("jpeg",))
     for how, message in (
         ({"kinds": ("fog",)}, "unknown corruption"),

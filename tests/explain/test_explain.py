@@ -14,10 +14,10 @@ from small import SMALL
 from dtn_fast import DTN
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import UsageError
-from dtn_fast.evaluation.figures import KINDS, choose, draw
+from dtn_fast.evaluation.config import FIGURES, FigureConfig
+from dtn_fast.evaluation.figures import choose, draw
 from dtn_fast.explain.heatmap import feature_map
 from dtn_fast.explain.internals import (
-    TEMPERATURE,
     attention_maps,
     attentions,
     collapse,
@@ -111,7 +111,7 @@ def test_collapse_is_one_for_equal_heads_and_falls_with_diversity() -> None:
 def test_features_are_what_the_classifier_sees(small: DTN, faces: np.ndarray) -> None:
     with torch.no_grad():
         expected = small.forward_head(small.forward_features(normalise(faces, small.config)), pre_logits=True)
-    assert features(small, faces, batch_size=2) == pytest.approx(expected.numpy(), abs=1e-6)
+    assert features(small, faces) == pytest.approx(expected.numpy(), abs=1e-6)
     other = build_detector(TimmConfig("resnet10t", 64)).eval()
     assert features(other, faces).shape == (3, 512)
     two_heads = build_detector(TimmConfig("cross_efficient_vit", 64)).eval()
@@ -136,10 +136,10 @@ def test_every_picture_is_drawn(small: DTN, dataset: CropDataset, tmp_path: Path
     plain = DTN(dataclasses.replace(SMALL, mas=False)).eval()
     small.notice = "synthetic faces"
     models = {"with $MAS": small, "plain": plain, "cnn": build_detector(TimmConfig("resnet10t", 64)).eval()}
-    faces = choose(dataset, "test", 12)
+    faces, soft = choose(dataset, "test", 12), dict.fromkeys(models, Recipe.temperature)
     assert faces.titles[0] == "real"
     assert len(faces.few) == 1 + len(dataset.methods)
-    assert list(draw(models, faces, tmp_path)) == list(KINDS)
+    assert list(draw(models, faces, tmp_path, FIGURES, soft)) == list(FIGURES)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"grad-cam.png", "attention.png", "scales.svg", "collapse.svg", "feature-maps.png", "t-sne.svg",
                      "soft-labels.png", "figures.json"}  # fmt: skip
@@ -148,27 +148,27 @@ def test_every_picture_is_drawn(small: DTN, dataset: CropDataset, tmp_path: Path
     assert set(figures["collapse"]) == {"with $MAS", "plain"}
     attentive = ["attention", "scales", "collapse", "feature-maps"]
     absent = {kind: ["plain", "cnn"] if kind == "scales" else ["cnn"] for kind in attentive}
-    assert figures["left out"] == {kind: absent.get(kind, []) for kind in KINDS}
+    assert figures["left out"] == {kind: absent.get(kind, []) for kind in FIGURES}
     assert list(figures["scales"]) == ["with $MAS"]
     assert len(figures["t-sne"]["cnn"]["points"]) == len(faces.many)
     assert len(figures["soft-labels"]["plain"]["real, fake"]) == len(faces.few)
-    assert figures["soft-labels"]["plain"]["temperature"] == TEMPERATURE == Recipe().temperature
+    assert figures["soft-labels"]["plain"]["temperature"] == Recipe.temperature
     again = tmp_path / "again"
-    list(draw(models, faces, again))
+    list(draw(models, faces, again, FIGURES, soft))
     for name in names:
         assert (again / name).read_bytes() == (tmp_path / name).read_bytes(), f"{name} differs from run to run"
-    list(draw(models, faces, again, ("scales", "soft-labels"), {"plain": 5.0}))  # the other figures stay
+    list(draw(models, faces, again, ("scales", "soft-labels"), {**soft, "plain": 5.0}))  # the other figures stay
     kept = json.loads((again / "figures.json").read_text())
     assert kept["collapse"] == figures["collapse"]
     assert kept["soft-labels"]["plain"]["temperature"] == 5
     vit = {"vit": build_detector(TimmConfig("vit_b16", 64)).eval()}
-    list(draw(vit, faces, again, ("attention", "scales")))
+    list(draw(vit, faces, again, ("attention", "scales"), {}))
     assert (again / "attention.png").read_bytes() != (tmp_path / "attention.png").read_bytes()
     assert not (again / "scales.svg").exists()  # it has none, and the other models' is not its own
     none = tmp_path / "none"
-    list(draw({"cnn": models["cnn"]}, faces, none, ("attention", "soft-labels")))
+    list(draw({"cnn": models["cnn"]}, faces, none, ("attention", "soft-labels"), soft))
     assert {path.name for path in none.iterdir()} == {"soft-labels.png", "figures.json"}
-    with pytest.raises(UsageError, match="unknown picture 'portrait'"):
-        list(draw(models, faces, tmp_path, ("portrait",)))
+    with pytest.raises(UsageError, match="unknown figure 'portrait'"):
+        FigureConfig(("portrait",))
     with pytest.raises(UsageError, match="holds no crops"):
         choose(dataset, "nowhere", 3)

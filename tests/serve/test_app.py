@@ -28,6 +28,7 @@ from small import SMALL
 from dtn_fast import DTN
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.video import write_video
+from dtn_fast.detect.config import DetectConfig
 from dtn_fast.errors import UsageError
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.serve.app import Judge, create_app
@@ -53,8 +54,10 @@ class Slow(TorchScorer):
 
 @contextlib.contextmanager
 def serving(scorer: TorchScorer, **limits: Any) -> Iterator[int]:
-    """The port of a server in a thread."""
-    server = uvicorn.Server(uvicorn.Config(create_app(scorer, ServeConfig(**limits)), port=0, log_level="error"))
+    """The port of a server in a thread; limits: fields of ServeConfig and DetectConfig."""
+    looked = DetectConfig(**{name: limits.pop(name) for name in ("frames", "threshold") if name in limits})
+    app = create_app(scorer, ServeConfig(**limits), looked)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
@@ -336,7 +339,7 @@ def test_an_error_reaches_every_caller_of_its_batch_and_no_other(model: DTN, dat
 
 
 def test_a_judge_closes_clean(model: DTN) -> None:
-    judge_ = Judge(TorchScorer(model), ServeConfig())
+    judge_ = Judge(TorchScorer(model), ServeConfig(), DetectConfig())
     folder = Path(judge_._folder.name)
     assert folder.is_dir()
     judge_.close()

@@ -238,14 +238,14 @@ def test_soft_labels_are_computed_once_and_survive_a_pause(dataset: CropDataset,
             drive(tmp_path / "paused", dataset, lambda: next(stops), recipe, teacher=teacher)
         drive(tmp_path / "paused", dataset, recipe=recipe, teacher=teacher)
     assert len(asked) == 2 * once
-    new = [Loader(dataset, dataset.select("train"), 4, views=v).epoch(e) for v in (0, 2) for e in (0, 1, 2)]
+    new = [Loader(dataset, dataset.select("train"), 4, (0,), 0, views=v).epoch(e) for v in (0, 2) for e in (0, 1, 2)]
     seen = [{(row, seed) for b in epoch for row, seed in zip(b.rows, b.seeds, strict=True)} for epoch in new]
     assert not seen[0] & seen[1], "without a cache every view is new"
     assert len(seen[3] | seen[4] | seen[5]) <= 2 * len(dataset.select("train"))
     known = seen[3] | seen[4] | seen[5]
     assert len(known) > len(dataset.select("train"))
     assert len({seed for _, seed in known}) == len(known), "every view of every crop has a seed of its own"
-    other = Loader(dataset, dataset.select("train"), 4, seed=(1,), views=2).epoch(0)
+    other = Loader(dataset, dataset.select("train"), 4, (1,), 0, views=2).epoch(0)
     assert not known & {(row, seed) for b in other for row, seed in zip(b.rows, b.seeds, strict=True)}
     one, two = (load_state(tmp_path / run / loop.STATE) for run in ("whole", "paused"))
     torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)

@@ -79,7 +79,7 @@ def test_says_what_the_run_did(run: Path) -> None:
 
 def test_curves_and_confusion_are_those_of_the_validation_scores(run: Path) -> None:
     text = page(run)
-    legend = f"generation 1: AUC {evaluate_scores(LABELS, SCORES).auc:.4f}"
+    legend = f"generation 1: AUC {evaluate_scores(LABELS, SCORES, 0.5).auc:.4f}"
     assert legend == "generation 1: AUC 0.9250"  # 18.5 of 20 pairs in order, a tie counting half
     assert legend in drawn(text)
     assert f'{legend}">' in text

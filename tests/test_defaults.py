@@ -1,0 +1,122 @@
+"""Each setting has one default, in the dataclass that declares it; functions take it without one."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("dtn_fast", "kernels", "train", "export", "bench")
+OTHER_THINGS = {
+    "compression": "of a dataset's videos, in augmentation",
+    "convs": "of a model, to quantise",
+    "device": "of a model file, of a function that computes on one",
+    "frames": "of a video that is prepared, judged or rendered",
+    "images": "to calibrate with, to compare two files on",
+    "name": "a served model's",
+    "precision": "of a running model, of a file, of training",
+    "seed": "of training, of the rendered set, of corruptions",
+    "size": "of a rendered frame",
+    "split": "to measure on, to compare two files on",
+    "std": "of pixels in the model, of noise in augmentation",
+    "workers": "processes, threads, uploads at a time",
+    "noise": "before the gate, in augmentation",
+    "target": "of INT8",
+}
+"""Fields of one name that several dataclasses declare, because they are different things."""
+OWN_SHAPES = ("dtn_fast/model/baselines.py",)
+"""Published architectures: their constructors' defaults are the published sizes."""
+OWN_CONSTANTS = ("export/to_mnn.py", "dtn_fast/cli/prepare.py")
+"""Their TOLERANCE and LOG_EVERY are of the exporter's own check and of a log file: nobody may set them."""
+COMPUTES_ANYWHERE = ("device", "scale", "name")
+"""Parameters of inner functions that are no settings: where tensors are, a score's factor, a name for an error."""
+OPERATORS = ("kernels/mas_attention.py", "kernels/moe_gate.py", "kernels/reference.py")
+"""The public operators: their defaults mean "none", whatever the model's are."""
+
+
+def sources() -> Iterator[tuple[str, ast.Module]]:
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in tracked.splitlines():
+        if name.startswith(FOLDERS) and (ROOT / name).is_file():
+            yield name, ast.parse((ROOT / name).read_text(encoding="utf-8"))
+
+
+def is_value(node: ast.expr | None) -> bool:
+    """Whether a default is a value of its own: a number, a text or a filled tuple, not another setting's default."""
+    if isinstance(node, ast.Constant):
+        return not isinstance(node.value, bool) and node.value not in (None, "")
+    if isinstance(node, ast.UnaryOp):
+        return is_value(node.operand)
+    return isinstance(node, ast.Tuple) and any(map(is_value, node.elts))
+
+
+def settings() -> dict[str, list[str]]:
+    """The fields of every dataclass in a config.py that declare a value: name -> where."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, tree in sources():
+        if Path(name).name != "config.py":
+            continue
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                for line in node.body:
+                    if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and is_value(line.value):
+                        found[line.target.id].append(f"{name}: {node.name}.{line.target.id}")
+    return found
+
+
+def defaults(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[str, ast.expr]]:
+    arguments = function.args
+    named = [*arguments.posonlyargs, *arguments.args]
+    yield from zip((a.arg for a in named[len(named) - len(arguments.defaults) :]), arguments.defaults, strict=True)
+    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        if default is not None:
+            yield argument.arg, default
+
+
+def test_a_setting_is_declared_once() -> None:
+    declared = settings()
+    assert {"threshold", "margin", "temperature", "frames", "epoch_patience"} <= set(declared)
+    again = {name: places for name, places in declared.items() if len(places) > 1 and name not in OTHER_THINGS}
+    assert not again
+
+
+def test_no_function_has_a_default_of_its_own() -> None:
+    known = settings()
+    second = []
+    for name, tree in sources():
+        if name in (*OWN_SHAPES, *OPERATORS):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                for argument, default in defaults(node):
+                    if argument in known and argument not in COMPUTES_ANYWHERE and is_value(default):
+                        second.append(f"{name}:{node.lineno} {node.name}({argument}={ast.unparse(default)})")
+    assert not second
+
+
+def test_no_constant_repeats_a_setting() -> None:
+    known = settings()
+    second = []
+    for name, tree in sources():
+        for node in tree.body:
+            if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [t.id for target in targets for t in ast.walk(target) if isinstance(t, ast.Name)]
+                second += [
+                    f"{name}: {n}"
+                    for n in names
+                    if n.lower() in known and is_value(node.value) and name not in OWN_CONSTANTS
+                ]
+    assert not second
+
+
+def test_a_second_default_would_be_seen() -> None:
+    tree = ast.parse(
+        "def judge(score, threshold=0.5, *, frames=-1, config=DetectConfig(), rate=DetectConfig.rate): ..."
+    )
+    (function,) = tree.body
+    assert isinstance(function, ast.FunctionDef)
+    assert [name for name, default in defaults(function) if is_value(default)] == ["threshold", "frames"]
