@@ -54,7 +54,7 @@ def cases(machine: Machine | None = None, quick: bool = False) -> Iterator[Case]
                 yield from bn_cases(*shape, pool, dtype, machine)
 
 
-def _floor(machine: Machine | None, work: tuple[float, float]) -> float:
+def _lower_bound(machine: Machine | None, work: tuple[float, float]) -> float:
     return max(work[0] / machine.flops, work[1] / machine.bandwidth) if machine else 0.0
 
 
@@ -142,7 +142,7 @@ def attention_cases(batch: int, n: int, dtype: torch.dtype, machine: Machine | N
         work = attention_work(batch, n, HEADS, DIM, qkv.element_size(), back)
         for cold in (False, True) if device == "cuda" and not back else (False,):
             yield Case(SUITE, f"{title} {shape}{' cold L2' if cold else ''}", calls, "dtn_fast", baseline, 0, *work,
-                       _floor(machine, work), wrong, tuple(notes), cold=cold)  # fmt: skip
+                       _lower_bound(machine, work), wrong, tuple(notes), cold=cold)  # fmt: skip
 
 
 def _inference(call: Callable[..., Tensor], qkv: Tensor, scale: Tensor, small: bool) -> Callable[[], Any]:
@@ -207,7 +207,7 @@ def gate_cases(batch: int, dtype: torch.dtype, machine: Machine | None) -> Itera
         baseline = "eager reference" if "eager reference" in forward else "dtn_fast"
         for title, calls, back in (("Expert gate", forward, False), ("Expert gate backward", backward, True)):
             work = gate_work(batch * 64, 2, 128, 512, x.element_size(), back)
-            yield Case(SUITE, f"{title} {shape}", calls, "dtn_fast", baseline, 0, *work, _floor(machine, work),
+            yield Case(SUITE, f"{title} {shape}", calls, "dtn_fast", baseline, 0, *work, _lower_bound(machine, work),
                        {} if back else errors, tuple(notes))  # fmt: skip
 
 
@@ -250,7 +250,7 @@ def bn_cases(
     what = "BN + ReLU + pool" if pool else "BN + ReLU"
     for title, calls, back in ((what, forward, False), (f"{what} backward", backward, True)):
         work = bn_work(x.numel(), x.element_size(), pool, back)
-        yield Case(SUITE, f"{title} {shape}", calls, "dtn_fast", baseline, 0, *work, _floor(machine, work),
+        yield Case(SUITE, f"{title} {shape}", calls, "dtn_fast", baseline, 0, *work, _lower_bound(machine, work),
                    {} if back else errors, tuple(notes))  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from dtn_fast import DTN, DTNConfig
 from dtn_fast.bench.bench_model import half
 from dtn_fast.bench.machine import Machine
 from dtn_fast.bench.measure import Case
-from dtn_fast.bench.roofline import PASSES, inference, training_floor
+from dtn_fast.bench.roofline import PASSES, inference, training_lower_bound
 from dtn_fast.device import PRECISIONS
 from dtn_fast.model.levt import ScaledAttention
 from dtn_fast.train.config import Execution, Recipe
@@ -136,17 +136,17 @@ def train_case(preset: str, batch: int, dsd: bool, machine: Machine | None, step
     baseline, ours = rows[0].name, [row for row in rows if not row.cached][-1].name
     errors = {name: float((values - losses[baseline]).abs().max()) for name, values in losses.items()}
     work = (3 + dsd) * sum(p.flops for p in inference(config, batch))
-    least = training_floor(config, batch, machine, PASSES["everything fused"], dsd) if machine else 0.0
+    bound = training_lower_bound(config, batch, machine, PASSES["everything fused"], dsd) if machine else 0.0
     notes = [
         f"error: largest difference of the loss over the first {steps} steps; it starts at {losses[baseline][0]:.2f}"
     ]
     if dsd:
-        notes.append("cached soft labels: the teacher's work, which this row leaves out, is in its TFLOP/s and floor")
+        notes.append("cached soft labels: this row leaves the teacher's work out; its TFLOP/s and lower bound hold it")
     if cuda:
         listed = "; ".join(f"{name} {peak / 2**20:,.0f}" for name, peak in peaks.items())
         notes.append(f"memory of each row alone at its peak, once warm, a graph's included, MiB: {listed}")
     title = f"DTN {preset} {side}x{side}, batch {batch}{', DSD' if dsd else ''}"
-    return Case(SUITE, title, calls, ours, baseline, batch, work, 0.0, least, errors, tuple(notes), rounds=7)
+    return Case(SUITE, title, calls, ours, baseline, batch, work, 0.0, bound, errors, tuple(notes), rounds=7)
 
 
 def cases(machine: Machine | None = None, quick: bool = False) -> Iterator[Case]:

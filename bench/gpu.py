@@ -110,10 +110,13 @@ def convolutions(out: Path, quick: bool) -> None:
     rows = []
     for conv in measured:
         for direction, taken in conv.directions():
-            print(f"{conv.name:24s} {direction:8s} {seconds(taken):>9s}  {conv.floor / taken:4.0%} of the floor")
+            share = conv.lower_bound / taken
+            print(f"{conv.name:24s} {direction:8s} {seconds(taken):>9s}  {share:4.0%} of the lower bound")
             case = f"The backbone's convolutions alone, batch {batch}, {machine.dtype}, channels_last: best of several"
             name = f"{conv.name} {direction}"
-            rows.append(Measurement("convolutions", case, name, taken, taken, taken, 1.0, share=conv.floor / taken))
+            rows.append(
+                Measurement("convolutions", case, name, taken, taken, taken, 1.0, share=conv.lower_bound / taken)
+            )
     results.store(out, "convolutions", rows, machine, results.environment(), {})
 
 

@@ -33,7 +33,7 @@ class Case:
     flops: float = 0.0
     bytes: float = 0.0
     """Least bytes moved to and from memory; 0 where unknown."""
-    floor: float = 0.0
+    lower_bound: float = 0.0
     """Least seconds per call by the roofline of the machine at hand; 0 where unknown."""
     errors: Mapping[str, float] = field(default_factory=dict)
     """Per contender, the largest error of its answer, checked before anything is timed."""
@@ -98,7 +98,7 @@ def _row(case: Case, name: str, times: list[float], base: float, peak: float | N
         images_per_second=case.images / median if case.images else None,
         tflops=case.flops / median / 1e12 if case.flops else None,
         gbytes=case.bytes / median / 1e9 if case.bytes else None,
-        share=case.floor / median if case.floor else None,
+        share=case.lower_bound / median if case.lower_bound else None,
         error=case.errors.get(name), ours=name == case.ours, peak_mib=peak,
         p99=sorted(times)[math.ceil(0.99 * len(times)) - 1] if case.tail else None,
     )  # fmt: skip
@@ -133,7 +133,7 @@ def lines(rows: list[Measurement]) -> Iterator[str]:
         parts += [f"{row.images_per_second:,.0f} images/s"] if row.images_per_second else []
         parts += [f"{row.tflops:.2f} TFLOP/s"] if row.tflops else []
         parts += [f"{row.gbytes:,.1f} GB/s"] if row.gbytes else []
-        parts += [f"{row.share:.0%} of the floor"] if row.share else []
+        parts += [f"{row.share:.0%} of the lower bound"] if row.share else []
         parts += [f"error {row.error:.1e}"] if row.error is not None else []
         parts += [f"peak {row.peak_mib:,.0f} MiB"] if row.peak_mib else []
         yield "  ".join(parts) + ("  *" if row.ours else "")

@@ -122,7 +122,7 @@ def seconds(part: Part, machine: Machine) -> float:
     return max(part.flops / machine.flops, part.bytes / machine.bandwidth)
 
 
-def floor(parts: list[Part], machine: Machine) -> float:
+def lower_bound(parts: list[Part], machine: Machine) -> float:
     return sum(seconds(part, machine) for part in parts)
 
 
@@ -149,19 +149,21 @@ def _output_bytes(config: DTNConfig, batch: int, width: int = 2) -> list[float]:
     ]
 
 
-def training_floor(config: DTNConfig, batch: int, machine: Machine, passes: float, teacher: bool = False) -> float:
+def training_lower_bound(
+    config: DTNConfig, batch: int, machine: Machine, passes: float, teacher: bool = False
+) -> float:
     """Least seconds of a training step."""
-    return floor(training(config, batch, passes, teacher), machine)
+    return lower_bound(training(config, batch, passes, teacher), machine)
 
 
 class Conv(NamedTuple):
-    """Measured seconds of one of the backbone's convolutions, alone, beside the floor of each direction."""
+    """Measured seconds of one of the backbone's convolutions, alone, beside the lower bound of each direction."""
 
     name: str
     forward: float
     dgrad: float
     wgrad: float
-    floor: float
+    lower_bound: float
 
     def directions(self) -> list[tuple[str, float]]:
         """(name, seconds) of what was measured; the first convolution needs no input gradient."""
@@ -208,18 +210,18 @@ def measure_convolutions(
 
 
 def table(parts: list[Part], batch: int, machine: Machine, layers: bool = False) -> list[list[str]]:
-    """Per group or layer: GFLOP and MB an image, floor in microseconds an image, and what binds."""
+    """Per group or layer: GFLOP and MB an image, least microseconds an image, and what binds."""
     groups: dict[str, list[Part]] = {}
     for part in parts:
         groups.setdefault(part.name if layers else part.group, []).append(part)
     rows = []
     for name, members in [*groups.items(), ("all", parts)]:
         flops, moved = sum(p.flops for p in members), sum(p.bytes for p in members)
-        least = floor(members, machine)
+        least_time = lower_bound(members, machine)
         memory = sum(seconds(p, machine) for p in members if p.bytes / machine.bandwidth > p.flops / machine.flops)
-        share = memory / least if least else 0.0
+        share = memory / least_time if least_time else 0.0
         bound = "memory" if share > 0.9 else "arithmetic" if share < 0.1 else f"{share:.0%} memory"
-        work = [f"{flops / batch / 1e9:.2f}", f"{moved / batch / 1e6:.2f}", f"{least / batch * 1e6:.2f}"]
+        work = [f"{flops / batch / 1e9:.2f}", f"{moved / batch / 1e6:.2f}", f"{least_time / batch * 1e6:.2f}"]
         rows.append([name, *work, bound])
     return rows
 
@@ -260,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--training", action="store_true", help="of a training step with compiled passes instead of inference"
     )
-    parser.add_argument("--measure", action="store_true", help="also time each convolution here, beside its floor")
+    parser.add_argument("--measure", action="store_true", help="also time each convolution beside its lower bound")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     config = DTNConfig.preset(options.preset)
@@ -284,20 +286,23 @@ def main(arguments: list[str] | None = None) -> int:
     print(machine.ceilings())
     wide = max(len(row[0]) for row in rows)
     print(f"{'':{wide}s} {'GFLOP':>7s} {'MB':>7s} {'us/image':>9s}  bound by")
-    for name, flops, moved, least, bound in rows:
-        print(f"{name:{wide}s} {flops:>7s} {moved:>7s} {least:>9s}  {bound}")
+    for name, flops, moved, least_time, bound in rows:
+        print(f"{name:{wide}s} {flops:>7s} {moved:>7s} {least_time:>9s}  {bound}")
     if options.measure:
-        print("measured alone, share of the floor:")
+        print("measured alone, share of the lower bound:")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         for conv in measure_convolutions(config, options.batch, machine, device, dtype):
             print(
-                f"{conv.name:24s}" + "".join(f" {name} {conv.floor / taken:4.0%}" for name, taken in conv.directions())
+                f"{conv.name:24s}"
+                + "".join(f" {name} {conv.lower_bound / taken:4.0%}" for name, taken in conv.directions())
             )
     print(f"drawn in {options.plot}")
-    whole = floor(inference(config, options.batch), machine) / options.batch
+    whole = lower_bound(inference(config, options.batch), machine) / options.batch
     print(f"inference: at most {1 / whole:,.0f} images/s")
     for name, passes in PASSES.items():
-        plain, dsd = (training_floor(config, options.batch, machine, passes, t) / options.batch for t in (False, True))
+        plain, dsd = (
+            training_lower_bound(config, options.batch, machine, passes, t) / options.batch for t in (False, True)
+        )
         print(f"training, {name}: at most {1 / plain:,.0f} images/s, DSD {1 / dsd:,.0f}")
     return 0
 

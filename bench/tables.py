@@ -29,7 +29,7 @@ def markdown(rows: Iterable[Measurement]) -> str:
         "images/s": [f"{r.images_per_second:,.0f}" if r.images_per_second else "" for r in rows],
         "TFLOP/s": [f"{r.tflops:.2f}" if r.tflops else "" for r in rows],
         "GB/s": [f"{r.gbytes:,.0f}" if r.gbytes else "" for r in rows],
-        "of the floor": [f"{r.share:.0%}" if r.share else "" for r in rows],
+        "of the lower bound": [f"{r.share:.0%}" if r.share else "" for r in rows],
         "error": [f"{r.error:.1e}" if r.error is not None else "" for r in rows],
         "peak MiB": [f"{r.peak_mib:,.0f}" if r.peak_mib else "" for r in rows],
     }
@@ -51,7 +51,7 @@ def by_case(rows: Iterable[Measurement]) -> dict[str, list[Measurement]]:
 
 INTRODUCTION = """Made by `dtn-fast bench tables` from `bench/results/`; do not edit.  The contenders of a table ran in
 turns in one process; times are medians, ratios are to the row at 1.00x, bold is this project's own way.  "Of the
-floor" is the least possible time by the roofline over the measured one."""
+lower bound" is the least possible time by the roofline over the measured one."""
 STRUCTURE_NOTE = """Compiled ahead of time with Triton {triton}; no GPU needed.  Every shipped configuration is in
 `bench/results/structure.json`; these are the paper model's.  Occupancy is the share of a multiprocessor's warps that
 registers and shared memory leave room for."""

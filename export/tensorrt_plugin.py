@@ -266,29 +266,47 @@ def register(trt: Any) -> None:
     """Registers both plugins with ``trt`` (the module tensorrt, 10.13 or newer), once a process."""
     if trt.__name__ in _registered:
         return
-    trtp = importlib.import_module(f"{trt.__name__}.plugin")
-    Desc, Params, Exprs = trtp.TensorDesc, trtp.KernelLaunchParams, trtp.SymExprs
-    Kernel = tuple[str | bytes, str | bytes, Params, Exprs]
-    dtypes = {getattr(trt.DataType, {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}[d]): d for d in DTYPES}
+    offers = _Offers(trt)
+    _register_attention(offers)
+    _register_gate(offers)
+    _registered.add(trt.__name__)
 
-    def tactics(images: tuple[Image, ...], dtype: str, count: int) -> list[Any]:
-        return [trtp.AutoTuneCombination(", ".join([DTYPES[dtype]] * count), "LINEAR", range(1, len(images) + 1))]
 
-    def kernel(image: Image, grid: tuple[Any, ...], extra: tuple[Any, ...]) -> Any:
-        params = Params(grid_x=grid[0], block_x=image.threads, shared_mem=image.shared)
+class _Offers:
+    """The compiled kernels in the words of TensorRT's plugin interface."""
+
+    def __init__(self, trt: Any) -> None:
+        self.trtp = importlib.import_module(f"{trt.__name__}.plugin")
+        names = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
+        self._dtypes = {getattr(trt.DataType, names[dtype]): dtype for dtype in DTYPES}
+
+    def attention(self, qkv: Any, scale: float) -> tuple[Image, ...]:
+        _, n, _, heads, dim = qkv.shape
+        return images_of("MASAttention", target_arch(), self._dtypes[qkv.dtype], (n, heads, dim), float(scale))
+
+    def gate(self, x: Any, w1: Any) -> tuple[Image, ...]:
+        return images_of("MoEGate", target_arch(), self._dtypes[x.dtype], tuple(w1.shape))
+
+    def tactics(self, images: tuple[Image, ...], dtype: Any, count: int) -> list[Any]:
+        """A tactic for each image, for ``count`` inputs and outputs of one dtype."""
+        kinds = ", ".join([DTYPES[self._dtypes[dtype]]] * count)
+        return [self.trtp.AutoTuneCombination(kinds, "LINEAR", range(1, len(images) + 1))]
+
+    def kernel(self, image: Image, grid: tuple[Any, ...], extra: tuple[Any, ...]) -> Any:
+        """An image with its grid and the integers that it takes after its inputs."""
+        params = self.trtp.KernelLaunchParams(grid_x=grid[0], block_x=image.threads, shared_mem=image.shared)
         if len(grid) > 1:
             params.grid_y = grid[1]
-        numbers = trtp.SymIntExprs(len(extra))
-        for place, value in enumerate(extra):
-            numbers[place] = trtp.SymInt32(value)
+        numbers = self.trtp.SymIntExprs(len(extra))
+        for position, value in enumerate(extra):
+            numbers[position] = self.trtp.SymInt32(value)
         return image.kernel, image.ptx, params, numbers
 
-    def attention(qkv: Any, scale: float) -> tuple[Image, ...]:
-        _, n, _, heads, dim = qkv.shape
-        return images_of("MASAttention", target_arch(), dtypes[qkv.dtype], (n, heads, dim), float(scale))
 
-    def gate(x: Any, w1: Any) -> tuple[Image, ...]:
-        return images_of("MoEGate", target_arch(), dtypes[x.dtype], tuple(w1.shape))
+def _register_attention(offers: _Offers) -> None:
+    trtp = offers.trtp
+    Desc = trtp.TensorDesc
+    Kernel = tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]
 
     @trtp.register("dtn::MASAttention")
     def mas_desc(qkv: Desc, head_scale: Desc, scale: float) -> Desc:
@@ -297,14 +315,20 @@ def register(trt: Any) -> None:
 
     @trtp.autotune("dtn::MASAttention")
     def mas_autotune(qkv: Desc, head_scale: Desc, scale: float, outputs: tuple[Desc]) -> list[trtp.AutoTuneCombination]:
-        return tactics(attention(qkv, scale), dtypes[qkv.dtype], 3)
+        return offers.tactics(offers.attention(qkv, scale), qkv.dtype, 3)
 
     @trtp.aot_impl("dtn::MASAttention")
     def mas_kernel(qkv: Desc, head_scale: Desc, scale: float, outputs: tuple[Desc], tactic: int) -> Kernel:
-        image = attention(qkv, scale)[max(tactic - 1, 0)]
+        image = offers.attention(qkv, scale)[max(tactic - 1, 0)]
         pairs = qkv.shape_expr[0] * qkv.shape[3]
         grid = (-(-qkv.shape[1] // image.rows), pairs) if image.rows else (pairs,)
-        return kernel(image, grid, ())
+        return offers.kernel(image, grid, ())
+
+
+def _register_gate(offers: _Offers) -> None:
+    trtp = offers.trtp
+    Desc = trtp.TensorDesc
+    Kernel = tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]
 
     @trtp.register("dtn::MoEGate")
     def moe_desc(x: Desc, w1: Desc, b1: Desc, w2: Desc, b2: Desc, expert_scale: Desc) -> Desc:
@@ -314,17 +338,15 @@ def register(trt: Any) -> None:
     def moe_autotune(
         x: Desc, w1: Desc, b1: Desc, w2: Desc, b2: Desc, expert_scale: Desc, outputs: tuple[Desc]
     ) -> list[trtp.AutoTuneCombination]:
-        return tactics(gate(x, w1), dtypes[x.dtype], 7)
+        return offers.tactics(offers.gate(x, w1), x.dtype, 7)
 
     @trtp.aot_impl("dtn::MoEGate")
     def moe_kernel(
         x: Desc, w1: Desc, b1: Desc, w2: Desc, b2: Desc, expert_scale: Desc, outputs: tuple[Desc], tactic: int
     ) -> Kernel:
-        image = gate(x, w1)[max(tactic - 1, 0)]
+        image = offers.gate(x, w1)[max(tactic - 1, 0)]
         rows = x.shape_expr[0] * x.shape_expr[1]
-        return kernel(image, (trtp.cdiv(rows, image.rows),), (rows,))
-
-    _registered.add(trt.__name__)
+        return offers.kernel(image, (trtp.cdiv(rows, image.rows),), (rows,))
 
 
 def main(arguments: list[str] | None = None) -> int:

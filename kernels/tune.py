@@ -6,6 +6,7 @@ python -m dtn_fast.kernels.tune --budget 120
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from dtn_fast.cuda_graph import capture, warm_up
 from dtn_fast.files import write_whole
+from dtn_fast.kernels import ops
 from dtn_fast.kernels.launch_values import FOLDER, override, slug
 from dtn_fast.timing import in_turns
 
@@ -59,88 +61,87 @@ def candidates() -> dict[str, list[dict[str, int]]]:
     }
 
 
+Call = Callable[[], list[Tensor]]
+"""Forward and backward once; the result does not depend on the launch values."""
+
+
 class Case(NamedTuple):
     """A shape whose kernels are tuned, and the row's bounds that its values are stored under."""
 
     kernels: tuple[str, ...]
     when: dict[str, int]
-    make: Callable[[], Callable[[], list[Tensor]]]
-    """Gives a call of forward and backward on fresh inputs; its results must not depend on the launch values."""
+    make: Callable[[], Call]
+    """Returns a call on fresh inputs."""
 
 
 def cases(device: str = "cuda", batch: int = 256) -> list[Case]:
     """The model's shapes at ``batch`` images, and attention at N = 197 and longer."""
-    from dtn_fast.kernels import ops
-
-    def attention(n: int, dim: int, images: int) -> Callable[[], Callable[[], list[Tensor]]]:
-        def make() -> Callable[[], list[Tensor]]:
-            qkv = torch.randn(images, n, 3, 8, dim, device=device, dtype=torch.bfloat16, requires_grad=True)
-            scale = torch.randn(8, device=device, requires_grad=True)
-            grad = torch.randn(images, n, 8, dim, device=device, dtype=torch.bfloat16)
-
-            def call() -> list[Tensor]:
-                out = ops.mas_attention_packed(qkv, scale, path="triton")
-                return [out.detach(), *torch.autograd.grad(out, (qkv, scale), grad)]
-
-            return call
-
-        return make
-
-    def gate() -> Callable[[], list[Tensor]]:
-        shapes = ((2, 128, 512), (2, 128), (2, 128), (2,), (2,))
-        x = torch.randn(batch, 512, 8, 8, device=device, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-        weights = [torch.randn(s, device=device) * 0.05 for s in shapes]
-        leaves = [t.requires_grad_() for t in (x, *weights)]
-        seed = torch.tensor(1, device=device)
-
-        def call() -> list[Tensor]:
-            out = ops.moe_gate(*leaves, noise_std=0.1, seed=seed, path="triton")
-            return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
-
-        return call
-
-    def norm(channels: int, side: int) -> Callable[[], Callable[[], list[Tensor]]]:
-        def make() -> Callable[[], list[Tensor]]:
-            x = torch.randn(batch // 4, channels, side, side, device=device, dtype=torch.bfloat16)
-            leaves = [x.to(memory_format=torch.channels_last).requires_grad_()]
-            leaves += [torch.randn(channels, device=device).requires_grad_() for _ in range(2)]
-
-            def call() -> list[Tensor]:
-                out = ops.bn_relu(*leaves, pool=True, path="triton")[0]
-                return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
-
-            return call
-
-        return make
-
-    def connection() -> Callable[[], list[Tensor]]:
-        maps = [torch.randn(batch, 512, 8, 8, device=device, dtype=torch.bfloat16) for _ in range(2)]
-        leaves = [t.to(memory_format=torch.channels_last).requires_grad_() for t in maps]
-        leaves += [torch.randn(512, 1, 3, 3, device=device).requires_grad_()]
-        leaves += [torch.randn(512, device=device).requires_grad_() for _ in range(3)]
-
-        def call() -> list[Tensor]:
-            out = ops.local_connection(*leaves, path="triton")[0]
-            return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
-
-        return call
-
+    attention = lambda n, images: functools.partial(_attention, device, n, 64, max(images, 1))
+    norm = lambda channels, side: functools.partial(_norm, device, channels, side, max(batch // 4, 1))
     norms = ("bn_stats", "bn_apply", "bn_backward_stats", "bn_backward_apply")
     small = ("mas_small_forward", "mas_small_backward")
     flash = ("mas_flash_forward", "mas_flash_backward_dq", "mas_flash_backward_dkdv")
+    gate = ("moe_forward", "moe_backward_rows", "moe_backward_weight")
     return [
-        Case(small, {"N": 64, "bytes": 2, "D": 64}, attention(64, 64, batch)),
-        Case(small, {"N": 128, "bytes": 2, "D": 64}, attention(128, 64, max(batch // 2, 1))),
-        Case(flash, {"bytes": 2, "D": 64}, attention(1024, 64, max(batch // 16, 1))),
+        Case(small, {"N": 64, "bytes": 2, "D": 64}, attention(64, batch)),
+        Case(small, {"N": 128, "bytes": 2, "D": 64}, attention(128, batch // 2)),
+        Case(flash, {"bytes": 2, "D": 64}, attention(1024, batch // 16)),
         Case(norms, {"C": 32, "bytes": 2}, norm(32, 256)),
         Case(norms, {"C": 128, "bytes": 2}, norm(128, 64)),
         Case(norms, {"C": 512, "bytes": 2}, norm(512, 16)),
-        Case(("lc_forward", "lc_backward"), {"C": 512, "bytes": 2}, connection),
-        Case(("moe_forward", "moe_backward_rows", "moe_backward_weight"), {"M": 128, "bytes": 2}, gate),
+        Case(("lc_forward", "lc_backward"), {"C": 512, "bytes": 2}, functools.partial(_connection, device, batch)),
+        Case(gate, {"M": 128, "bytes": 2}, functools.partial(_gate, device, batch)),
     ]
 
 
-def measure(make: Callable[[], Callable[[], list[Tensor]]], replays: int = 20) -> float:
+def _attention(device: str, n: int, dim: int, images: int) -> Call:
+    """MAS attention of ``images`` packed projections of n tokens and 8 heads."""
+    qkv = torch.randn(images, n, 3, 8, dim, device=device, dtype=torch.bfloat16, requires_grad=True)
+    scale = torch.randn(8, device=device, requires_grad=True)
+    return _both_ways(lambda: ops.mas_attention_packed(qkv, scale, path="triton"), [qkv, scale])
+
+
+def _gate(device: str, batch: int) -> Call:
+    """The expert gate of the paper's model, with noise."""
+    shapes = ((2, 128, 512), (2, 128), (2, 128), (2,), (2,))
+    weights = [torch.randn(s, device=device) * 0.05 for s in shapes]
+    leaves = [_map(device, batch, 512, 8), *(t.requires_grad_() for t in weights)]
+    seed = torch.tensor(1, device=device)
+    return _both_ways(lambda: ops.moe_gate(*leaves, noise_std=0.1, seed=seed, path="triton"), leaves)
+
+
+def _norm(device: str, channels: int, side: int, batch: int) -> Call:
+    """BN, ReLU and pool of a map [batch, channels, side, side]."""
+    leaves = [_map(device, batch, channels, side)]
+    leaves += [torch.randn(channels, device=device).requires_grad_() for _ in range(2)]
+    return _both_ways(lambda: ops.bn_relu(*leaves, pool=True, path="triton")[0], leaves)
+
+
+def _connection(device: str, batch: int) -> Call:
+    """The local connection of the paper's model."""
+    leaves = [_map(device, batch, 512, 8) for _ in range(2)]
+    leaves += [torch.randn(512, 1, 3, 3, device=device).requires_grad_()]
+    leaves += [torch.randn(512, device=device).requires_grad_() for _ in range(3)]
+    return _both_ways(lambda: ops.local_connection(*leaves, path="triton")[0], leaves)
+
+
+def _map(device: str, batch: int, channels: int, side: int) -> Tensor:
+    x = torch.randn(batch, channels, side, side, device=device, dtype=torch.bfloat16)
+    return x.to(memory_format=torch.channels_last).requires_grad_()
+
+
+def _both_ways(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Call:
+    """A call that returns the output and the gradients of ``leaves`` for a gradient drawn once."""
+    grad = torch.randn_like(forward().detach())
+
+    def call() -> list[Tensor]:
+        out = forward()
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+    return call
+
+
+def measure(make: Callable[[], Call], replays: int = 20) -> float:
     """Median seconds of one call: a CUDA graph over inputs that together overflow the L2 cache."""
     calls = [make()]
     size = sum(t.numel() * t.element_size() for t in calls[0]())

@@ -17,6 +17,7 @@ from dtn_fast.data.open import open_data
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.mac_count import count
+from dtn_fast.evaluation.paper_numbers import TABLE10, PaperValues
 from dtn_fast.evaluation.protocols import TRAINED_ON, Measured, measure, names_of
 from dtn_fast.evaluation.tables import ResultTable, TableRow
 from dtn_fast.model.build import load_detector
@@ -25,7 +26,7 @@ from dtn_fast.model.detector import WEIGHTS, move_to
 from dtn_fast.provenance import made_by, record
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train import distributed
-from dtn_fast.train.ablation_tables import ABLATIONS, GENERATIONS, Printed, Variant, configure, paper_row, variants_of
+from dtn_fast.train.ablation_tables import ABLATIONS, Variant, configure, variants_of
 from dtn_fast.train.config import Recipe
 from dtn_fast.train.distill import distill, train_initial
 from dtn_fast.train.loop import Epoch, Step
@@ -222,7 +223,7 @@ def _sizes(config: DTNConfig | TimmConfig, printed: tuple[float, float]) -> dict
             for title, mine, theirs in zip(("M params", "GMAC"), found, printed, strict=True)}  # fmt: skip
 
 
-def _generations(variant: Variant, run: Path) -> list[tuple[str, int, Printed]]:
+def _generations(variant: Variant, run: Path) -> list[tuple[str, int, PaperValues]]:
     """Titles, generations and the paper's rows of what is measured of a trained variant."""
     count = 1
     while (generation_folder(run, count) / WEIGHTS).is_file():
@@ -230,12 +231,12 @@ def _generations(variant: Variant, run: Path) -> list[tuple[str, int, Printed]]:
     if not variant.every_generation:
         best = max(range(1 if variant.distil and count > 1 else 0, count), key=lambda g: best_auc(run, g))
         return [(variant.name, best, variant.paper)]
-    printed = GENERATIONS.get(variant.name, ())
+    printed = TABLE10.get(variant.name, ())
     return [
         (
             f"{variant.name}-{'Teacher' if not g else f'Student {g}'}",
             g,
-            paper_row(*printed[g]) if g < len(printed) else {},
+            printed[g] if g < len(printed) else {},
         )
         for g in range(count)
     ]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -24,9 +25,11 @@ from dtn_fast.data.video import read_image, write_video
 from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.pipeline import detect
 from dtn_fast.detect.report import ReportTable, trained_on, write_report, write_results
+from dtn_fast.detect.verdict import Result
 from dtn_fast.errors import DtnError
 from dtn_fast.evaluation.evaluate import evaluate
-from dtn_fast.export.to_onnx import export_onnx
+from dtn_fast.export.to_onnx import Parity, export_onnx
+from dtn_fast.model.detector import Detector
 from dtn_fast.packages import require
 from dtn_fast.runtime.load import load_model, load_scorer
 from dtn_fast.runtime.torch_scorer import TorchScorer
@@ -59,20 +62,9 @@ def run(out: Path, workers: int, size: SyntheticConfig = SyntheticConfig(), reci
         train(crops, training, recipe, preset="demo")
     with _stage(4, "Distilling students (DSD)"):
         distill(crops, training)
-    dataset, summary = open_crop_dataset(crops), summarise(training)
+    summary = summarise(training)
     with _stage(5, f"Evaluating on unseen identities; {HELD_OUT} was never trained on"):
-        groups, rows = {"trained on": recipe.methods, "held out": (HELD_OUT,)}, []
-        for row in summary["generations"]:
-            generation = row["generation"]
-            measured = evaluate(load_scorer(generation_folder(training, generation)), dataset, groups=groups)
-            seen, unseen = measured.rows
-            rows.append([
-                f"student {generation}" if generation else "teacher",
-                *(r.text("auc") for r in (seen.frame, unseen.frame, seen.video, unseen.video)),
-                "best on validation" if generation == summary["best"] else "",
-            ])  # fmt: skip
-        header = ["model", "frame AUC", f"{HELD_OUT}, frame", "video AUC", f"{HELD_OUT}, video", ""]
-        quality = ReportTable(f"Test identities ({STAMP})", header, rows, measured.note())
+        quality = _evaluate(training, crops, recipe, summary)
         print_table(*quality[:3])
     model = load_model(training)
     with _stage(6, "Exporting to ONNX and comparing with torch"):
@@ -80,41 +72,67 @@ def run(out: Path, workers: int, size: SyntheticConfig = SyntheticConfig(), reci
         worst = max(parity, key=lambda p: p.error)
         print(f"largest logit error {worst.error:.2e} over batch sizes {', '.join(str(p.batch) for p in parity)}")
     with _stage(7, "Detecting in videos"):
-        videos = make_videos(out / "videos", size.train + size.val, size.seed)
-        scorer, finder = TorchScorer(model), FaceFinder()
-        results = [detect(path, scorer, DETECTION, finder) for path in videos]
-        onnx = [detect(path, load_scorer(out / "dtn.onnx"), DETECTION, finder) for path in videos]
-        for a, b in zip(results, onnx, strict=True):
-            if a.verdict != b.verdict or abs((a.score or 0) - (b.score or 0)) > 1e-3:
-                raise DtnError(f"{a.path}: torch says {a.score}, the exported model {b.score}; please report this")
-        verdicts = [[str(r.path), r.verdict, f"{r.score:.3f}" if r.ok else r.error or ""] for r in results]
-        print_table("Verdicts (the ONNX file gives the same)", ["input", "verdict", "P(fake)"], verdicts)
+        results = _detect(model, out, size)
+    _report(out, summary, quality, parity, results, model.notice)
+    teacher, best = quality.rows[0], quality.rows[summary["best"]]
+    print(f"\nDone in {time.perf_counter() - begin:.0f} s ({STAMP})")
+    print(f"teacher   test frame AUC {teacher[1]}, held-out forgery {teacher[2]}")
+    print(f"{best[0]:9s} test frame AUC {best[1]}, held-out forgery {best[2]} (best on validation)")
+    print(f"ONNX      largest logit error {worst.error:.2e}")
+    for result in results:
+        print(f"{result.verdict:9s} {result.path}" + (f", P(fake) {result.score:.3f}" if result.ok else ""))
+    print(f"report    {out / 'report.html'}")
+
+
+def _evaluate(training: Path, crops: Path, recipe: Recipe, summary: dict[str, Any]) -> ReportTable:
+    """Every generation on the test identities: the forgeries trained on, and the one held out."""
+    dataset, rows = open_crop_dataset(crops), []
+    groups = {"trained on": recipe.methods, "held out": (HELD_OUT,)}
+    for row in summary["generations"]:
+        generation = row["generation"]
+        measured = evaluate(load_scorer(generation_folder(training, generation)), dataset, groups=groups)
+        seen, unseen = measured.rows
+        rows.append([
+            f"student {generation}" if generation else "teacher",
+            *(r.text("auc") for r in (seen.frame, unseen.frame, seen.video, unseen.video)),
+            "best on validation" if generation == summary["best"] else "",
+        ])  # fmt: skip
+    header = ["model", "frame AUC", f"{HELD_OUT}, frame", "video AUC", f"{HELD_OUT}, video", ""]
+    return ReportTable(f"Test identities ({STAMP})", header, rows, measured.note())
+
+
+def _detect(model: Detector, out: Path, size: SyntheticConfig) -> list[Result]:
+    """The verdicts on three videos, by the checkpoint and by the ONNX file."""
+    videos = make_videos(out / "videos", size.train + size.val, size.seed)
+    finder, scorers = FaceFinder(), (TorchScorer(model), load_scorer(out / "dtn.onnx"))
+    results, onnx = ([detect(path, scorer, DETECTION, finder) for path in videos] for scorer in scorers)
+    for a, b in zip(results, onnx, strict=True):
+        if a.verdict != b.verdict or abs((a.score or 0) - (b.score or 0)) > 1e-3:
+            raise DtnError(f"{a.path}: torch says {a.score}, the exported model {b.score}; please report this")
+    rows = [[str(r.path), r.verdict, f"{r.score:.3f}" if r.ok else r.error or ""] for r in results]
+    print_table("Verdicts (the ONNX file gives the same)", ["input", "verdict", "P(fake)"], rows)
+    return results
+
+
+def _report(
+    out: Path,
+    summary: dict[str, Any],
+    quality: ReportTable,
+    parity: list[Parity],
+    results: list[Result],
+    notice: str,
+) -> None:
+    """Writes report.html and results.json."""
     generations = ReportTable("Generations", ["generation", "epochs", "validation frame AUC"], [
         [str(r["generation"]), str(r["epochs"]), f"{r['val_auc']:.4f}"] for r in summary["generations"]
     ])  # fmt: skip
     export_table = ReportTable("ONNX against torch", ["batch", "largest logit error"], [
         [str(p.batch), f"{p.error:.2e}"] for p in parity
     ])  # fmt: skip
-    notice = trained_on(model.notice)
-    report = out / "report.html"
     photos = "The photographs are real people; what this model says of them means nothing."
-    write_report(
-        report,
-        "dtn_fast demo",
-        [notice, photos],
-        [generations, quality, export_table],
-        results,
-        threshold=DETECTION.threshold,
-    )
-    write_results(out / "results.json", results, model.notice, DETECTION.threshold)
-    best = rows[summary["best"]]
-    print(f"\nDone in {time.perf_counter() - begin:.0f} s ({STAMP})")
-    print(f"teacher   test frame AUC {rows[0][1]}, held-out forgery {rows[0][2]}")
-    print(f"{best[0]:9s} test frame AUC {best[1]}, held-out forgery {best[2]} (best on validation)")
-    print(f"ONNX      largest logit error {worst.error:.2e}")
-    for result in results:
-        print(f"{result.verdict:9s} {result.path}" + (f", P(fake) {result.score:.3f}" if result.ok else ""))
-    print(f"report    {report}")
+    notices, tables = [trained_on(notice), photos], [generations, quality, export_table]
+    write_report(out / "report.html", "dtn_fast demo", notices, tables, results, threshold=DETECTION.threshold)
+    write_results(out / "results.json", results, notice, DETECTION.threshold)
 
 
 def demo(out: Path = Path("runs/demo"), workers: int = WorkConfig.workers) -> None:

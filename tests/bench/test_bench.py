@@ -19,7 +19,7 @@ from dtn_fast.bench.bench_kernels import attention_cases, gate_cases
 from dtn_fast.bench.bench_train import techniques, train_case
 from dtn_fast.bench.machine import DATASHEETS, Machine, measure_machine
 from dtn_fast.bench.measure import Case, Measurement, lines, measure, seconds
-from dtn_fast.bench.roofline import floor, inference, training_floor
+from dtn_fast.bench.roofline import inference, lower_bound, training_lower_bound
 from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.evaluation.mac_count import count
 from dtn_fast.kernels import compile_check
@@ -43,7 +43,7 @@ def test_floors_are_the_known_ones_of_an_h200() -> None:
     assert rows["blocks"] == pytest.approx([2.47, 9.6, 3.69], abs=0.03)
     assert rows["32 channels"][2] == pytest.approx(1.02 + 1.95 + 1.53, abs=0.02)
     assert rows["all"] == pytest.approx([19.6, 48, 26.6], rel=0.01)
-    steps = [256 / training_floor(PAPER, 256, H200, passes) for passes in (0, 6, 8)]
+    steps = [256 / training_lower_bound(PAPER, 256, H200, passes) for passes in (0, 6, 8)]
     assert steps == pytest.approx([12_546, 8_585, 7_789], rel=0.02)
 
 
@@ -75,7 +75,7 @@ def test_a_part_is_bound_by_the_slower_of_the_two() -> None:
     part = roofline.Part("", "", flops=1e12, bytes=1e9)
     assert roofline.seconds(part, Machine("", 1e12, 1e12, "")) == 1.0
     assert roofline.seconds(part, Machine("", 1e15, 1e9, "")) == 1.0
-    assert floor([part, part], Machine("", 1e12, 1e12, "")) == 2.0
+    assert lower_bound([part, part], Machine("", 1e12, 1e12, "")) == 2.0
 
 
 def test_ceilings_of_this_machine_have_the_right_magnitude() -> None:
@@ -100,7 +100,7 @@ def test_roofline_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def sleepy(name: str = "case", **fields: object) -> Case:
     calls = {"slow": lambda: time.sleep(0.004), "fast": lambda: time.sleep(0.001)}
     return dataclasses.replace(
-        Case("model", name, calls, "fast", "slow", images=8, flops=1e6, floor=5e-4, rounds=4), **fields
+        Case("model", name, calls, "fast", "slow", images=8, flops=1e6, lower_bound=5e-4, rounds=4), **fields
     )
 
 
@@ -193,7 +193,7 @@ def test_kernel_suite_checks_every_contender_before_timing() -> None:
         assert case.ours in case.contenders
         assert case.baseline in case.contenders
         assert case.flops > 0
-        assert case.floor == max(case.flops / H200.flops, case.bytes / H200.bandwidth)
+        assert case.lower_bound == max(case.flops / H200.flops, case.bytes / H200.bandwidth)
         assert all(error < 1e-5 for error in case.errors.values())
         assert len(measure(case, 1)) == len(case.contenders)
 

@@ -342,7 +342,7 @@ def test_demo_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd:
     from small import changed  # isort: skip
 
     recipe = changed(demo.RECIPE, epochs=1, generations=2)
-    demo.run(tmp_path, size=SyntheticConfig(train=4, val=2, test=2, frames=2), recipe=recipe)
+    demo.run(tmp_path, 2, size=SyntheticConfig(train=4, val=2, test=2, frames=2), recipe=recipe)
     out = capfd.readouterr().out
     assert re.search(r"teacher +test frame AUC 0\.\d{4}", out)
     assert "student 2" in out

@@ -126,7 +126,7 @@ def test_the_papers_figures_are_in_range_and_named_alike() -> None:
         assert set(row) <= set(paper_numbers.DATASETS)
         assert all(v is None or 0 < v <= 100 for pair in row.values() for v in pair)
     for table in paper_numbers.TABLE2.values():
-        assert set(table) == set(paper_numbers.FORGERIES) == set(table["DF"])
+        assert set(table) == set(paper_numbers.FF_NAMES.values()) == set(table["DF"])
 
 
 def test_names() -> None:
