@@ -18,15 +18,17 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup  ## make a set, train, distil, evaluate, export, detect: minutes on two cores
 	@$(BIN)/dtn-fast demo
 
-test: setup  ## every test that this machine can run
-	@$(BIN)/python -m pytest --ignore tests/kernels/interpreted $(ARGS)
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted $(ARGS)
+# Two workers, each with one thread: torch's threads would wait for one another on two busy cores.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: setup  ## every test that this machine can run, in two processes
+	@$(PYTEST) --ignore tests/kernels/interpreted $(ARGS)
+	@TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreted $(ARGS)
 
 OLDEST = $(VENV)/triton-3.6.0
 test-oldest: setup  ## the kernels with the oldest Triton that they support
 	@test -d $(OLDEST) || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST) triton==3.6.0
-	@PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted
-	@PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/kernels/test_compile_check.py tests/kernels/test_ops.py
+	@PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreted
+	@PYTHONPATH=$(OLDEST) $(PYTEST) tests/kernels/test_compile_check.py tests/kernels/test_ops.py
 
 lint: setup  ## ruff, mypy, and which folder may import which
 	@$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from dtn_fast.bench.measure import Case
 from dtn_fast.data.augment import Augment, DeviceAugment
 from dtn_fast.data.blend import self_blended
 from dtn_fast.data.config import AUGMENTATIONS
-from dtn_fast.data.crop_dataset import CropDataset, Crops
+from dtn_fast.data.crop_dataset import CropDataset, ShardFiles
 from dtn_fast.data.faces import Box, FaceFinder, FaceTracker, crop_face
 from dtn_fast.data.loader import Loader
 from dtn_fast.data.open import open_data
@@ -181,7 +181,7 @@ def stored(root: Path, count: int) -> tuple[np.ndarray, CropDataset, Path]:
         cv2.imwrite(str(path), crop[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
     zeros = np.zeros(count, np.int64)
     videos = [Video("real", 0, "real", "train"), Video("fake", 1, "Swap", "train")]
-    dataset = CropDataset(Crops(parts, 256), np.arange(count) % 2, zeros, zeros, videos, [{}, {}], False)
+    dataset = CropDataset(ShardFiles(parts, 256), np.arange(count) % 2, zeros, zeros, videos, [{}, {}], False)
     return np.load(root / "all.npy", mmap_mode="r"), dataset, root / "jpeg"
 
 

@@ -1,4 +1,4 @@
-"""``python -m dtn_fast`` is ``dtn-fast``."""
+"""Command line ``dtn-fast`` as ``python -m dtn_fast``."""
 
 from dtn_fast.cli.main import main
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 WARM_UP = 3
-"""Calls before a capture: compilation, cuDNN's search and lazy initialisation need them."""
+"""Number of calls before a capture, for compilation, cuDNN's algorithm search and lazy initialisation."""
 
 
 def warm_up(call: Callable[[], Any], times: int = WARM_UP, stream: torch.cuda.Stream | None = None) -> Any:
-    """Calls ``call`` on a side stream, since a capture excludes the default one; returns the last result."""
+    """Calls ``call`` on a side stream, as the default stream cannot be captured; returns the last result."""
     side, current = stream or torch.cuda.Stream(), torch.cuda.current_stream()
     side.wait_stream(current)
     with torch.cuda.stream(side):
@@ -23,9 +23,9 @@ def warm_up(call: Callable[[], Any], times: int = WARM_UP, stream: torch.cuda.St
 
 
 def capture(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """``call``, warmed up before, as a graph: the function that replays it, and the tensors that a replay fills.
+    """Captures ``call``, already warmed up; returns the function that replays it and the tensors that a replay fills.
 
-    Other threads may use the GPU meanwhile (a loader copies, a server scores).
+    Other threads may use the GPU during the capture (a loader copies, a server scores).
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):

@@ -12,23 +12,23 @@ Record = TypeVar("Record")
 
 
 def from_fields(kind: type[Record], fields: Any, where: str, remedy: str = "") -> Record:
-    """A ``kind`` made of a decoded JSON object, whose lists become tuples.
+    """Makes a dataclass ``kind`` from a decoded JSON object; lists become tuples.
 
-    Raises UsageError naming ``where`` (a file) and ending with ``remedy``, when ``fields`` is no object, or a field is
-    missing, unknown or refused by ``kind`` itself.
+    Raises UsageError, naming the file ``where`` and ending with ``remedy``, when ``fields`` is not an object or a field
+    is missing, unknown or rejected by ``kind``.
     """
     try:
         if not isinstance(fields, Mapping):
             raise TypeError(f"expected an object, got {type(fields).__name__}")
         return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
     except (ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{where}: not a {kind.__name__} ({error}){remedy}") from error
+        raise UsageError(f"{where}: not a valid {kind.__name__} ({error}){remedy}") from error
 
 
 def from_json(kind: type[Record], text: str, where: str, remedy: str = "") -> Record:
-    """:func:`from_fields` of JSON text."""
+    """Parses JSON text and calls :func:`from_fields`."""
     try:
         fields = json.loads(text)
     except ValueError as error:
-        raise UsageError(f"{where}: not a {kind.__name__} ({error}){remedy}") from error
+        raise UsageError(f"{where}: not a valid {kind.__name__} ({error}){remedy}") from error
     return from_fields(kind, fields, where, remedy)

@@ -1,4 +1,4 @@
-"""Number formats by name, and which of them a device computes in."""
+"""Choice of the device, and of a number format that it supports."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def choose_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of autocast on ``device``; float32 means none.
+    """The autocast dtype for ``device``; float32 means no autocast.
 
-    A CPU without bf16 instructions gets float32 from ``auto``: autocast to bf16 is about ten times slower there.
+    ``auto`` gives float32 on a CPU without bf16 instructions, where bf16 autocast is about ten times slower.
     """
     if precision != "auto":
         return PRECISIONS[precision]
@@ -24,7 +24,8 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype:
 
 
 def computes_in(precision: str) -> bool:
-    """Whether this CPU has instructions for it; without them a 16-bit convolution is ten times slower than float32."""
+    """Whether this CPU has instructions for ``precision``; a 16-bit convolution without them is ten times slower than
+    in float32."""
     known: dict[str, object] = dict(getattr(torch.cpu, "get_capabilities", dict)())
     return precision == "fp32" or bool(known.get(f"avx512_{precision}") or known.get(f"amx_{precision}"))
 
@@ -33,7 +34,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 def choose_device(device: Device) -> str:
-    """cpu or cuda.  Raises UsageError when a GPU is asked for and there is none."""
+    """Resolves ``device`` to cpu or cuda.  Raises UsageError when a GPU is requested and there is none."""
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise UsageError("--device cuda: torch sees no GPU; use --device cpu")

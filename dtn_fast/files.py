@@ -1,4 +1,4 @@
-"""Files written whole or not at all: what a reader finds is always complete."""
+"""Atomic writing of files: a reader finds a complete file or none."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 
 
 def write_whole(path: Path, content: bytes | str | Callable[[BinaryIO], object], shared: bool = False) -> None:
-    """Writes ``content`` (bytes, text, or what a function puts into the open file) to ``path``: write, fsync, rename.
+    """Writes ``content`` (bytes, text, or a function that writes to the open file) to ``path``: write, fsync, rename.
 
-    Text is UTF-8; bytes of a file name that are no UTF-8 become question marks.  ``shared``: other processes may write
-    the same file, with the same content, at the same time.  When it fails (a full disk), what was at ``path`` stays,
-    nothing is left beside it, and the OSError names ``path``.
+    Text is written as UTF-8; characters that UTF-8 cannot encode (from file names) become question marks.  ``shared``:
+    other processes may write the same content to the same path at the same time.  After a failure (a full disk) the
+    previous file at ``path`` is unchanged, no partial file is left, and the OSError names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(6) + '.' if shared else ''}partial")
@@ -30,7 +30,7 @@ def write_whole(path: Path, content: bytes | str | Callable[[BinaryIO], object],
             os.fsync(file.fileno())
         try:
             partial.replace(path)
-        except FileNotFoundError:  # swept up by another process that has finished the same work
+        except FileNotFoundError:  # removed by another process that has finished the same work
             if not (shared and path.is_file()):
                 raise
     except OSError as error:
@@ -41,10 +41,10 @@ def write_whole(path: Path, content: bytes | str | Callable[[BinaryIO], object],
 
 
 def load_array(path: Path) -> Any:
-    """An .npy file, memory-mapped.  Raises OSError or ValueError when it is missing or none."""
+    """Opens an .npy file memory-mapped.  Raises OSError when it cannot be read, ValueError when it is not an array."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError:
         raise
     except Exception as error:  # numpy's parser: EOFError, SyntaxError, TokenError, OverflowError
-        raise ValueError(f"{path.name} is no array ({error})") from error
+        raise ValueError(f"{path.name} is not an .npy array ({error})") from error

@@ -1,4 +1,4 @@
-"""Optional packages, imported where they are used, with one error text for all that are missing."""
+"""Import of optional packages where they are used, with one error text for a missing package."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from dtn_fast.errors import UsageError
 
 
 def require(module: str, install: str) -> Any:
-    """The imported ``module``.  Raises UsageError naming what is missing and the ``pip install`` words that add it.
+    """Imports ``module``.  Raises UsageError naming the missing package and the ``pip install`` command for it.
 
-    install: a package such as ``lmdb`` or an extra of this one such as ``dtn-fast[serve]``.
+    install: the argument of ``pip install``, a package such as ``lmdb`` or an extra such as ``dtn-fast[serve]``.
     """
     try:
+        importlib.import_module(module.partition(".")[0])  # a submodule may be loaded although its package is blocked
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]

@@ -1,4 +1,4 @@
-"""A bounded producer thread: items are made ahead of their use, a few at a time."""
+"""A producer thread with a bounded queue, which makes a few items ahead of their use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 POLL = 0.1
-"""Seconds after which a waiting producer looks whether anybody still wants its items."""
+"""Seconds between two checks of a blocked producer whether its consumer has left."""
 ASK = 0.5
 """Seconds between two calls of ``waiting``."""
 
@@ -24,11 +24,11 @@ def produced(
     name: str,
     waiting: Callable[[], object] = lambda: None,
 ) -> Generator[Item, None, None]:
-    """The items of ``source``, taken on a thread called ``name``, at most ``ahead`` of them early.
+    """Yields the items of ``source``, which runs on a thread called ``name``, at most ``ahead`` items in advance.
 
-    ``source`` is called on that thread with a function that raises Stopped once nobody wants its items; long work
-    between two items calls it.  Errors of the source are raised where the items are used.  ``waiting`` is called
-    every ASK seconds while none comes; what it raises ends the iteration.  Closing the iterator ends the thread.
+    ``source`` is called with a function that raises Stopped once the consumer has left; long work between two items
+    should call it.  Errors of the source are raised in the consumer.  ``waiting`` is called every ASK seconds while
+    the consumer waits for an item; an exception from it ends the iteration.  Closing the iterator ends the thread.
     """
     ready: queue.Queue[tuple[bool, Item | BaseException | None]] = queue.Queue(ahead)
     stop = threading.Event()
@@ -51,7 +51,7 @@ def produced(
                 if stop.is_set():
                     return
             put(False, None)
-        except BaseException as error:  # raised again where the items are used
+        except BaseException as error:  # raised again in the consumer
             put(False, error)
 
     thread = threading.Thread(target=run, name=name, daemon=True)

@@ -1,4 +1,4 @@
-"""Where results come from: the command, commit and versions that made a folder, kept in it."""
+"""Provenance of results: the command, commit and versions that made a folder, recorded in it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def commit(code: tuple[str, ...] = (".",)) -> str:
-    """The commit of the checkout that this package runs from, a plus behind it when tracked files of ``code`` (git's
-    path patterns) differ from it; "unknown" outside one."""
+    """The git commit that this package runs from, followed by a plus when tracked files of ``code`` (git's path
+    patterns) have uncommitted changes; "unknown" outside a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(REPOSITORY), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    # a package installed inside somebody else's checkout is not of that commit
+    # a package installed inside the checkout of another project does not belong to that project's commit
     if not shutil.which("git") or not git("ls-files", "--", "dtn_fast/provenance.py"):
         return "unknown"
     if not (head := git("rev-parse", "--short=12", "HEAD")):
@@ -38,12 +38,12 @@ def commit(code: tuple[str, ...] = (".",)) -> str:
 
 
 def made_by() -> str:
-    """This process's command and commit, a line to stand under what it made."""
+    """This process's command and commit, as a line to put under its output."""
     return f"made by `{shlex.join(['dtn-fast', *sys.argv[1:]])}`, commit {commit()}"
 
 
 def record(folder: Path, arguments: list[str] | None = None) -> None:
-    """Adds this process's command to ``folder``/commands.jsonl, unless it is the last one there already."""
+    """Adds this process's command to ``folder``/commands.jsonl, unless it is already the last entry."""
     words = sys.argv[1:] if arguments is None else arguments
     line = {"command": shlex.join(["dtn-fast", *words]), "commit": commit(), "dtn_fast": __version__,
             "torch": torch.__version__, "date": datetime.date.today().isoformat()}  # fmt: skip
@@ -54,7 +54,7 @@ def record(folder: Path, arguments: list[str] | None = None) -> None:
 
 
 def commands(folder: Path) -> list[dict[str, Any]]:
-    """What made ``folder``, oldest first; lines that are damaged are left out."""
+    """The commands that made ``folder``, oldest first; damaged lines are left out."""
     try:
         lines = (folder / COMMANDS).read_text(encoding="utf-8").splitlines()
     except OSError:

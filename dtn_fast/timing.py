@@ -1,4 +1,4 @@
-"""Timing: several calls in turns, on a GPU between events on its stream."""
+"""Timing of several calls in turns, on a GPU with events on its stream."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
-    """Seconds of one call; on a GPU between events on the current stream, so that launches overlap as in use."""
+    """Seconds of one call; on a GPU from events on the current stream, so that launches overlap as in real use."""
     if not torch.cuda.is_available():
         start = time.perf_counter()
         call()
@@ -29,9 +29,9 @@ def in_turns(
     warm_up: int,
     before: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, ``rounds`` times in turns after ``warm_up`` turns that are not counted.
+    """Seconds of each call, measured ``rounds`` times in turns after ``warm_up`` turns that are not counted.
 
-    ``before`` is called before each one and not timed, such as to flush a cache.
+    ``before`` is called untimed before each call, for example to flush a cache.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warm_up + rounds):

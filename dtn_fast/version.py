@@ -1,3 +1,3 @@
-"""The version, alone so that building a wheel imports nothing else."""
+"""The version number, in its own file so that building a wheel imports nothing else."""
 
 __version__ = "0.1.0"

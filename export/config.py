@@ -12,22 +12,22 @@ from dtn_fast.errors import UsageError
 
 @dataclass(frozen=True)
 class RepositoryConfig:
-    """How NVIDIA Triton Inference Server runs a model."""
+    """Settings of a model in NVIDIA Triton Inference Server."""
 
     name: str = "dtn"
     """Name of the model that takes crops; the ensemble that takes encoded pictures is called NAME_encoded."""
     max_batch: int = 64
-    """Largest batch that requests are joined to."""
+    """Largest batch that the server forms from requests."""
     delay_us: int = 2000
-    """Microseconds that a request waits for others to share its batch."""
+    """Longest time that a request waits for others to fill its batch, in microseconds."""
     instances: int = 1
-    """Copies of the model per GPU (or per machine without one)."""
+    """Number of copies of the model per GPU (or per machine without one)."""
 
     def __post_init__(self) -> None:
         if not self.name.replace("_", "").replace("-", "").isalnum():
-            raise UsageError(f"--name {self.name}: letters, digits, - and _ only; it becomes a folder")
+            raise UsageError(f"--name {self.name}: use letters, digits, - and _ only; it names a folder")
         if min(self.max_batch, self.instances) < 1 or self.delay_us < 0:
-            raise UsageError("--max-batch and --instances: at least 1; --delay-us: at least 0")
+            raise UsageError("--max-batch and --instances must be at least 1, --delay-us at least 0")
 
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -36,15 +36,15 @@ Input = Literal["crops", "images"]
 
 @dataclass(frozen=True)
 class OnnxConfig:
-    """What the file is to be."""
+    """Settings of the ONNX file."""
 
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Of weights and arithmetic; logits and scores are float32 always.  auto: fp16 in an engine, else fp32."""
+    """Dtype of weights and arithmetic; logits and scores are always float32.  auto: fp16 for an engine, else fp32."""
     input: Input = "crops"
-    """crops: uint8 RGB [B, S, S, 3] as cut from a picture, normalised inside; images: float32 [B, 3, S, S], normalised
-    outside."""
+    """Model input.  crops: uint8 RGB [B, S, S, 3] as cut from a picture, normalised by the model; images: float32
+    [B, 3, S, S], already normalised."""
     nodes: bool = True
-    """MAS attention and the gate as dtn:: nodes with a body of standard operators; off: those operators in line."""
+    """Write MAS attention and the expert gate as dtn:: nodes with a body of standard operators; off: as standard operators."""
 
     @property
     def dtype(self) -> Precision:
@@ -53,33 +53,34 @@ class OnnxConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How an engine is built."""
+    """Settings for building an engine."""
 
     batches: tuple[int, int, int] = (1, 8, 64)
-    """Least, best and greatest batch size."""
+    """Smallest, optimum and largest batch size of the engine, which is fastest at the optimum."""
     attention: Literal["native", "plugin", "fastest"] = "native"
-    """Of a .engine: TensorRT's own layers, this package's Triton kernels, or what is faster at the best batch size."""
+    """Layers for MAS attention and the expert gate in a .engine: TensorRT's own (native), this package's Triton kernels
+    (plugin), or the faster of the two at the optimum batch size (fastest)."""
     archs: tuple[int, ...] = ()
-    """Of a .rtx file: compute capabilities x 10 that it is compiled for; none: all that compute in its precision."""
+    """Compute capabilities x 10 that a .rtx file is compiled for, such as 89 120; default: all that support its precision."""
     hardware: Literal["this", "same", "ampere+"] = "this"
-    """Of a .engine: runs on this GPU model, on any of its compute capability, or on all from Ampere on (slower)."""
+    """GPUs that a .engine runs on: this GPU model, all of its compute capability, or all from Ampere on (slower)."""
     version_compatible: bool = False
-    """Of a .engine: later versions of TensorRT may load it."""
+    """Let later versions of TensorRT load a .engine."""
     refit: bool = False
-    """Of a .engine: its weights may be replaced (--refit-from) without building again."""
+    """Make a .engine whose weights can be replaced later (--refit-from) without building again."""
     refit_from: Path | None = None
-    """An engine built with --refit: put this model's weights into a copy of it instead of building."""
+    """Engine built with --refit: copy it with this model's weights instead of building a new engine."""
     effort: int = 3
     """Builder optimisation level, 0 (fast build) to 5 (fast engine)."""
     timing_cache: Path | None = None
-    """File of measured tactics; default: one per GPU and version in ~/.cache/dtn_fast."""
+    """File that stores TensorRT's tactic timings; default: one per GPU and TensorRT version in ~/.cache/dtn_fast."""
 
     def __post_init__(self) -> None:
         low, best, high = self.batches
         if not 1 <= low <= best <= high <= 4096:
-            raise UsageError(f"--batches {low} {best} {high}: give least <= best <= greatest, from 1 to 4096")
+            raise UsageError(f"--batches {low} {best} {high}: give smallest <= optimum <= largest, from 1 to 4096")
         if not 0 <= self.effort <= 5:
-            raise UsageError(f"--effort {self.effort}: 0 to 5")
+            raise UsageError(f"--effort {self.effort}: it must be 0 to 5")
 
 
 Width = Literal["none", "int8", "fp8"]
@@ -87,27 +88,27 @@ Width = Literal["none", "int8", "fp8"]
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """How values are rounded, and how far answers may move."""
+    """Settings of quantisation: number formats, calibration and the accuracy check."""
 
     convs: Width = "none"
-    """Of the 3x3 convolutions."""
+    """Number format of the 3x3 convolutions; none: not quantised."""
     linears: Width = "none"
-    """Of the transformer's products."""
+    """Number format of the transformer's matrix products; none: not quantised."""
     target: Literal["gpu", "cpu"] = "gpu"
-    """What runs INT8: TensorRT, or onnxruntime on a CPU (VNNI or AMX; without them its sums may overflow)."""
+    """Hardware that runs INT8: gpu (TensorRT) or cpu (onnxruntime; without VNNI or AMX its sums may overflow)."""
     calibrate: Path | None = None
-    """Crops written by dtn-fast prepare, or a folder of face pictures: scales come from its train split, the accuracy
-    gate from its val split."""
+    """Crops written by dtn-fast prepare, or a folder of face pictures: the train split is used for calibration, the val
+    split for the accuracy check."""
     images: int = 128
-    """Crops to calibrate with."""
+    """Number of crops to calibrate with."""
     keep: tuple[str, ...] = ()
-    """Layers, as the sensitivity table names them, that stay as they are."""
+    """Names of layers, as in the sensitivity table, that are not quantised."""
     sensitivity: bool = False
-    """Also quantise each layer alone and print how far it moves the logits."""
+    """Also quantise each layer alone and print how much the logits change."""
     max_auc_drop: float = 0.005
-    """Largest loss of frame AUC on the validation split; more is an error."""
+    """Largest accepted loss of frame AUC on the validation split; more is an error."""
     max_logit_change: float = 1.0
-    """Largest change of a logit there; more is an error."""
+    """Largest accepted change of a logit on the validation split; more is an error."""
 
     @property
     def on(self) -> bool:
@@ -116,13 +117,13 @@ class QuantizeConfig:
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """How two model files are compared."""
+    """Settings for comparing two model files."""
 
     split: Split = "val"
-    """Split of the crops."""
+    """Split that the crops are taken from."""
     images: int = 64
     """Number of crops, evenly spaced over the split."""
     layers: bool = False
-    """Also compare every convolution and product; checkpoints and ONNX files show them."""
+    """Also compare the output of every convolution and matrix product; checkpoints and ONNX files only."""
     tolerance: float = 0.01
-    """Largest difference of a logit that passes."""
+    """Largest accepted difference of a logit."""

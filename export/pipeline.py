@@ -1,4 +1,4 @@
-"""A model to a file of another runtime: traced, quantised, checked, built and written, as one library call."""
+"""Exports a model to a file of another runtime in one library call: trace, check, quantise, build, write."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ SUFFIXES = (".onnx", ".mnn", *ENGINES)
 
 @dataclass
 class Exported:
-    """What an export measured on its way to the file."""
+    """Result of an export: the file and the measurements made on the way."""
 
     path: Path
     parity: list[Parity] = field(default_factory=list)
-    """Differences from torch before quantisation, by batch size; empty for an engine built of an .onnx file."""
+    """Differences from torch before quantisation, by batch size; empty for an engine built from an .onnx file."""
     sensitivity: list[Sensitivity] = field(default_factory=list)
-    """Each layer quantised alone, most sensitive first; empty unless asked for."""
+    """Logit changes when each layer alone is quantised, most sensitive first; empty unless requested."""
     accuracy: AccuracyCheck | None = None
-    """What quantisation costs on the validation split."""
+    """Effect of quantisation on the validation split; None without quantisation."""
     built: Built | None = None
-    """The engine."""
+    """Size, layers and timings of the engine; None for other files."""
 
 
 def export(
@@ -46,12 +46,12 @@ def export(
     engine: EngineConfig = EngineConfig(),
     watch: Callable[[str, int, int], object] = lambda _step, _done, _total: None,
 ) -> Exported:
-    """Writes a run, a checkpoint folder or, for an engine, an .onnx file to ``out``, whose suffix says what it becomes.
+    """Exports a run, a checkpoint folder or, for an engine, an .onnx file to ``out``, whose suffix sets the format.
 
-    The answers are compared with torch before the file appears; a quantised model must keep its validation AUC and
-    logits within limits.  Engines and MNN files get a manifest beside them.  watch: called with the step at work, how
-    much of it is done, and out of how much (0: unknown).  Raises UsageError on options that do not fit ``out`` or
-    ``model``, DtnError when an answer differs too much; nothing is left at ``out`` then.
+    The logits are compared with torch before the file is written; a quantised model must keep its validation AUC and
+    logits within limits.  Engines and MNN files get an export manifest beside them.  watch: called with the name of the
+    current step, the amount done and the total (0: unknown).  Raises UsageError when options do not fit ``out`` or
+    ``model``, DtnError when logits differ too much; ``out`` is not written then.
     """
     _check_options(model, out, onnx, quantization, engine)
     made = Exported(out)
@@ -94,9 +94,9 @@ def _check_options(
     if out.suffix not in ENGINES:
         _refuse_changed(engine, EngineConfig(), out)
     if out.suffix == ".mnn" and onnx.precision not in ("auto", "fp32"):
-        raise UsageError(f"--precision {onnx.precision}: MNN files are float32")
+        raise UsageError(f"--precision {onnx.precision}: MNN files are float32; leave it out")
     if out.suffix == ".engine" and engine.attention != "native" and not onnx.nodes:
-        raise UsageError("--no-nodes: the plugins take the place of the dtn:: nodes; leave them in")
+        raise UsageError(f"--no-nodes: --attention {engine.attention} needs the dtn:: nodes; leave it out")
     if model.suffix != ".onnx":
         return
     _refuse_changed(onnx, OnnxConfig(), model)
@@ -112,7 +112,7 @@ def _refuse_changed(config: Any, default: Any, path: Path) -> None:
     """Raises UsageError if an option that does not apply to ``path`` was changed from its default."""
     for option in fields(config):
         if getattr(config, option.name) != getattr(default, option.name):
-            raise UsageError(f"--{option.name.replace('_', '-')}: not for {path}; leave it out")
+            raise UsageError(f"--{option.name.replace('_', '-')}: does not apply to {path}; leave it out")
 
 
 def _quantize(
@@ -122,7 +122,7 @@ def _quantize(
     made: Exported,
     watch: Callable[[str, int, int], object],
 ) -> Any:
-    """The quantised model, within the limits of ``config``; fills in what was measured."""
+    """Quantised model, checked against the limits of ``config``; stores the measurements in ``made``."""
     assert config.calibrate is not None
     dataset = open_data(config.calibrate, detector.config.image_size)
     dataset.check_fits(detector.config, "the model")

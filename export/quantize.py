@@ -25,29 +25,30 @@ from dtn_fast.runtime.onnx import OnnxScorer
 from dtn_fast.runtime.scorer import Scorer, probability
 
 RANGE = {"int8": (-127.0, 127.0), "uint8": (0.0, 255.0), "fp8": (-448.0, 448.0)}
-"""Smallest and largest stored value."""
+"""Smallest and largest stored value of each number format."""
 SMALLEST = 2.0**-14
-"""Least scale of a weight: fp16's smallest normal number.  A channel that wants less is as good as dead."""
+"""Smallest scale of a weight channel: fp16's smallest normal number.  Weights that need less are almost zero."""
 SAMPLE = 1 << 16
-"""Values of each tensor that its scale is chosen by."""
+"""Number of sampled values of a tensor from which its scale is chosen."""
 
 
 class Layer(NamedTuple):
-    """A product that can be quantised."""
+    """A convolution or matrix product that can be quantised."""
 
     name: str
     node: str
     """Name of the ONNX node."""
     x: str
-    """Its activation and its weight."""
+    """Name of its activation."""
     weight: str
+    """Name of its weight."""
     axis: int
-    """Of the weight's output channels."""
+    """Axis of the weight's output channels."""
     linear: bool
 
 
 class Grid(NamedTuple):
-    """How an activation is stored: value = (stored - zero) * scale."""
+    """Quantisation grid of an activation: value = (stored - zero) * scale."""
 
     kind: Literal["int8", "uint8", "fp8"]
     scale: float
@@ -63,12 +64,13 @@ class Sensitivity(NamedTuple):
 
 
 class AccuracyCheck(NamedTuple):
-    """What quantisation costs on the validation split."""
+    """Effect of quantisation on the validation split."""
 
     images: int
     auc: float | None
-    """Frame AUC of fp32 and of the quantised model; None when the split holds one class."""
+    """Frame AUC of the fp32 model; None if the split holds one class only."""
     auc_quantized: float | None
+    """Frame AUC of the quantised model; None if the split holds one class only."""
     worst: float
     """Largest difference of a logit."""
     mean: float
@@ -79,7 +81,7 @@ class AccuracyCheck(NamedTuple):
 
 
 def layers(proto: Any) -> list[Layer]:
-    """What can be quantised, in order, by the name of its module, such as backbone.3 or blocks.0.qkv."""
+    """Layers that can be quantised, in order, named by their torch modules, such as backbone.3 or blocks.0.qkv."""
     constants = {tensor.name for tensor in proto.graph.initializer}
     found: list[Layer] = []
     convs = 0
@@ -95,7 +97,7 @@ def layers(proto: Any) -> list[Layer]:
 
 
 def widths(proto: Any, config: QuantizeConfig) -> dict[str, tuple[Layer, Width]]:
-    """Layers to quantise by name.  Raises UsageError when --keep names none of them."""
+    """Layers to quantise and their number formats, by layer name.  Raises UsageError when --keep names no layer."""
     found = {layer.name: layer for layer in layers(proto)}
     for name in config.keep:
         if name not in found:
@@ -111,7 +113,7 @@ def widths(proto: Any, config: QuantizeConfig) -> dict[str, tuple[Layer, Width]]
 def calibrate(
     proto: Any, crops: NDArray[np.uint8], tensors: set[str], batch: int = 8
 ) -> dict[str, NDArray[np.float32]]:
-    """A sample of each tensor's values over ``crops`` [N, S, S, 3], [SAMPLE] at most, its extremes included."""
+    """Sample of each tensor's values over ``crops`` [N, S, S, 3]: about SAMPLE values, with the extremes."""
     onnx = require_onnx()
     probe = copy.deepcopy(runnable(proto))
     types = {v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(probe).graph.value_info}
@@ -132,7 +134,7 @@ def calibrate(
 
 
 def grid_of(values: NDArray[np.float32], kind: Literal["int8", "uint8", "fp8"]) -> Grid:
-    """The grid that rounds ``values`` with the least squared error.  Raises DtnError when one is not finite."""
+    """Grid that rounds ``values`` with the least squared error.  Raises DtnError when a value is not finite."""
     low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
     if not np.isfinite([low, high]).all():
         raise DtnError("calibration met values that are not finite; train the model again, or check the crops")
@@ -148,7 +150,7 @@ def grid_of(values: NDArray[np.float32], kind: Literal["int8", "uint8", "fp8"]) 
 
 
 def fake_quantize(values: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
-    """Stored and read again."""
+    """Quantises and dequantises ``values`` on ``grid``."""
     stored = np.clip(values / grid.scale + grid.zero, *RANGE[grid.kind])
     if grid.kind == "fp8":
         import ml_dtypes
@@ -160,7 +162,7 @@ def fake_quantize(values: NDArray[np.float32], grid: Grid) -> NDArray[np.float32
 
 
 def insert(proto: Any, chosen: dict[str, tuple[Layer, Width]], grids: dict[tuple[str, Width], Grid]) -> Any:
-    """A copy of the model with Q/DQ on the activations and quantised weights of the chosen layers."""
+    """Copy of the model in which the chosen layers have Q/DQ nodes on their activations and quantised weights."""
     onnx = require_onnx()
     proto = copy.deepcopy(proto)
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
@@ -195,14 +197,14 @@ def insert(proto: Any, chosen: dict[str, tuple[Layer, Width]], grids: dict[tuple
 
 
 def _weight(onnx: Any, proto: Any, layer: Layer, width: Width, constants: Any, at: list[Any]) -> str:
-    """Adds a layer's weight as integers or FP8 with their DequantizeLinear; the name of what it gives."""
+    """Adds a layer's INT8 or FP8 weight with its DequantizeLinear node; returns the name of the node's output."""
     given = constants[layer.weight]
     weight = _values(onnx, given)
     rest = tuple(i for i in range(weight.ndim) if i != layer.axis)
     top = np.abs(weight).max(rest)
     names = [f"{layer.weight}.{width}{end}" for end in ("", ".scale", ".zero", ".again")]
     stored = _tensor(onnx, names[1], np.maximum(np.where(top > 0, top, 1) / RANGE[width][1], SMALLEST), given.data_type)
-    scale = _values(onnx, stored)  # rounded to the model's dtype, as it will be read
+    scale = _values(onnx, stored)  # rounded to the model's dtype, as the runtime reads it
     shape = [1] * weight.ndim
     shape[layer.axis] = -1
     proto.graph.initializer.extend([
@@ -232,14 +234,14 @@ def _stored(onnx: Any, name: str, values: NDArray[np.float32], kind: str) -> Any
 
 
 def quantize(proto: Any, crops: NDArray[np.uint8], config: QuantizeConfig) -> Any:
-    """The quantised model; ``crops`` [N, S, S, 3] uint8 are real faces to calibrate with.
+    """Quantised model; ``crops`` [N, S, S, 3] uint8 are real crops to calibrate with.
 
-    Raises UsageError on an empty set of crops, of layers, or of widths.
+    Raises UsageError when there is no crop, or no layer to quantise.
     """
     onnx = require_onnx()
     chosen = widths(proto, config)
     if not chosen:
-        raise UsageError("nothing to quantise: give --convs int8 and --linears int8 or fp8, and keep fewer layers")
+        raise UsageError("nothing to quantise: give --convs int8 or --linears int8 or fp8, or --keep fewer layers")
     if not len(crops):
         raise UsageError(f"--calibrate {config.calibrate}: no crop in its train split")
     made = insert(proto, chosen, grids_of(proto, crops, chosen, config))
@@ -254,14 +256,14 @@ def quantize(proto: Any, crops: NDArray[np.uint8], config: QuantizeConfig) -> An
 def grids_of(
     proto: Any, crops: NDArray[np.uint8], chosen: dict[str, tuple[Layer, Width]], config: QuantizeConfig
 ) -> dict[tuple[str, Width], Grid]:
-    """The grid of each activation of the chosen layers."""
+    """Grids of the chosen layers' activations, by activation and number format."""
     samples = calibrate(proto, crops, {layer.x for layer, _ in chosen.values()})
     kinds: dict[Width, Any] = {"fp8": "fp8", "int8": "uint8" if config.target == "cpu" else "int8"}
     return {(layer.x, width): grid_of(samples[layer.x], kinds[width]) for layer, width in chosen.values()}
 
 
 def sensitivity(proto: Any, crops: NDArray[np.uint8], config: QuantizeConfig) -> Iterator[Sensitivity]:
-    """Each layer quantised alone, against none, on ``crops``, in the network's order."""
+    """Yields how much the logits on ``crops`` change when each layer alone is quantised, in the network's order."""
     chosen = widths(proto, config)
     if not len(crops):
         raise UsageError(f"--calibrate {config.calibrate}: no crop in its train split")
@@ -277,10 +279,10 @@ def _logits(proto: Any, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def check_accuracy(reference: Scorer, proto: Any, dataset: CropDataset, config: QuantizeConfig) -> AccuracyCheck:
-    """Both models on the validation split: AUC and logits.  Raises DtnError past the configuration's limits."""
+    """Compares AUC and logits of both models on the validation split.  Raises DtnError beyond the limits of ``config``."""
     rows = dataset.select("val")
     if not len(rows):
-        raise UsageError(f"--calibrate {config.calibrate}: no crop in its val split to judge by")
+        raise UsageError(f"--calibrate {config.calibrate}: no crop in its val split for the accuracy check")
     scorer = OnnxScorer(runnable(proto).SerializeToString(), batch_size=16, optimise=False)
     exact, got = reference.logits_rows(dataset, rows), scorer.logits_rows(dataset, rows)
     labels = dataset.labels[rows]
@@ -289,8 +291,8 @@ def check_accuracy(reference: Scorer, proto: Any, dataset: CropDataset, config: 
     result = AccuracyCheck(len(rows), areas[0], areas[1], float(change.max()), float(change.mean()))
     if not result.worst <= config.max_logit_change:
         raise DtnError(f"the quantised model moves a logit by {result.worst:.3g}, over the limit of "
-                       f"{config.max_logit_change}; see --sensitivity and --keep its worst layers")  # fmt: skip
+                       f"{config.max_logit_change}; find the worst layers with --sensitivity and --keep them")  # fmt: skip
     if not result.drop <= config.max_auc_drop:
         raise DtnError(f"the quantised model loses {result.drop:.4f} AUC, over the limit of {config.max_auc_drop}; "
-                       "see --sensitivity and --keep its worst layers")  # fmt: skip
+                       "find the worst layers with --sensitivity and --keep them")  # fmt: skip
     return result

@@ -1,14 +1,15 @@
-"""The operators as TensorRT plugins: our Triton kernels as PTX inside an engine, no Python when it runs.
+"""TensorRT plugins of the operators: an engine holds the Triton kernels as PTX and needs no Python to run.
 
-``register(tensorrt)`` makes dtn::MASAttention and dtn::MoEGate (see onnx_nodes for shapes) quickly deployable plugins,
-compiled ahead of time.  Each type offers several tactics; the builder measures them and keeps the best.  A kernel here
-takes TensorRT's arguments in its order, inputs, integers, outputs, and nothing else: Triton's trailing scratch pointers
-are stripped, and kernels that would need scratch, clusters, cooperative launches, descriptors or more than 48 KiB of
-shared memory are refused.
+``register(tensorrt)`` registers dtn::MASAttention and dtn::MoEGate (shapes: see onnx_nodes) as TensorRT's quickly
+deployable plugins, compiled ahead of time.  Each plugin offers several tactics; the builder times them and keeps the
+fastest.  TensorRT passes a kernel its inputs, integers and outputs, in this order, and nothing else: Triton's trailing
+scratch pointers are therefore removed, and kernels that need scratch memory, clusters, cooperative launches, tensor
+descriptors or more than 48 KiB of shared memory are refused.
 
     python -m dtn_fast.export.tensorrt_plugin MASAttention --arch 89 --dtype float16 --shape 64 8 64
 
-shows what is offered.  It is also how ``register`` compiles: a wrong PTX version aborts the compiling process.
+lists the tactics.  ``register`` compiles by this command, in a separate process, because a wrong PTX version aborts the
+compiling process.
 """
 
 import argparse
@@ -33,9 +34,9 @@ from dtn_fast.kernels.moe_gate import MAX_EXPERTS, MAX_HIDDEN
 from dtn_fast.kernels.moe_gate_kernel import moe_forward
 
 PTX_VERSION = 87
-"""What drivers from 570 (CUDA 12.8) on take."""
+"""PTX version x 10 that drivers from 570 (CUDA 12.8) on accept."""
 SHARED = 48 * 1024
-"""Shared memory that a launch gets without opting in, bytes."""
+"""Largest shared memory of a block without opting in to more, in bytes."""
 TACTICS = 4
 DTYPES = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
 
@@ -46,13 +47,13 @@ class Image(NamedTuple):
     kernel: str
     ptx: str
     threads: int
-    """Per block."""
+    """Threads per block."""
     shared: int
-    """Bytes per block."""
+    """Shared memory per block in bytes."""
     rows: int
-    """What one block serves: MASAttention: queries of one (batch, head), 0 for all of them; MoEGate: positions."""
+    """Rows that one block computes: for MASAttention queries of one (batch, head), 0 for all; for MoEGate positions."""
     values: dict[str, int]
-    """Launch values it was compiled with."""
+    """Launch values that the kernel was compiled with."""
 
 
 # ------------------------------------------------------------------------------------------------ kernels
@@ -64,7 +65,7 @@ def mas_attention_small(
     SCALE: tl.constexpr, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B H,).  SCALE = log2(e) / sqrt(D)."""
+    """MAS attention on packed QKV, N <= 128.  Grid (B H,).  SCALE = log2(e) / sqrt(D)."""
     mas_small_forward(
         QKV, QKV + H * D, QKV + 2 * H * D, HEAD_SCALE, O, N, SCALE,
         3 * N * H * D, 3 * H * D, D, 3 * N * H * D, 3 * H * D, D, 3 * N * H * D, 3 * H * D, D, N * H * D, H * D, D,
@@ -78,7 +79,7 @@ def mas_attention_flash(
     SCALE: tl.constexpr, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(N / BLOCK_M), B H)."""
+    """MAS attention on packed QKV, any N.  Grid (ceil(N / BLOCK_M), B H)."""
     mas_flash_forward(
         QKV, QKV + H * D, QKV + 2 * H * D, HEAD_SCALE, O, None, SCALE,
         3 * N * H * D, 3 * H * D, D, 3 * N * H * D, 3 * H * D, D, 3 * N * H * D, 3 * H * D, D, N * H * D, H * D, D,
@@ -92,7 +93,7 @@ def moe_gate(
     E: tl.constexpr, C: tl.constexpr, M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(rows_total / BLOCK_T),).  No noise: engines do not train."""
+    """Expert gate, without noise because engines do not train.  Grid (ceil(rows_total / BLOCK_T),)."""
     moe_forward(
         X, W1, B1, W2, B2, EXPERT_SCALE, None, Y, None, None, 0.0, rows_total, C, C,
         E, C, M, BLOCK_T, BLOCK_C, BLOCK_M, BLOCK_OUT, False, False, False, PRECISION,
@@ -103,7 +104,7 @@ def moe_gate(
 
 
 def unsupported(operator: str, shape: tuple[int, ...]) -> str | None:
-    """Why there is no kernel for MASAttention (N, H, D) or MoEGate (E, M, C), or None."""
+    """Reason why there is no kernel for MASAttention (N, H, D) or MoEGate (E, M, C), or None if there is one."""
     if any(size < 1 for size in shape):
         return f"shape {shape} is not fixed; only the batch may vary"
     if operator == "MASAttention":
@@ -119,7 +120,7 @@ def unsupported(operator: str, shape: tuple[int, ...]) -> str | None:
 
 
 def launches(operator: str, shape: tuple[int, ...], scale: float, dtype: torch.dtype) -> list[tuple[Launch, int]]:
-    """What is compiled, the tuned values first, and the rows that a block serves."""
+    """Launches to compile, tuned values first, each with the number of rows that a block computes."""
     empty = lambda *size: torch.empty(*size, dtype=dtype, device="meta")
     precision = {"PRECISION": "tf32" if dtype == torch.float32 else "ieee"}
     made: list[tuple[Launch, int]] = []
@@ -178,10 +179,10 @@ def _distinct(values: list[dict[str, int]]) -> list[dict[str, int]]:
 def compile_images(
     operator: str, arch: int, dtype: torch.dtype, shape: tuple[int, ...], scale: float = 0.0
 ) -> list[Image]:
-    """Up to TACTICS kernels for compute capability ``arch`` x 10, in this process.
+    """Compiles, in this process, up to TACTICS kernels for ``arch``, a compute capability x 10.
 
-    MASAttention: shape (N, H, D) and the scale of its scores; MoEGate: (E, M, C).  Raises ValueError where there is no
-    kernel, or none that an engine can hold.
+    MASAttention: shape (N, H, D) and the scale of its scores; MoEGate: shape (E, M, C).  Raises ValueError when there
+    is no kernel, or none that an engine can hold.
     """
     reason = unsupported(operator, shape)
     if reason:
@@ -207,7 +208,7 @@ def compile_images(
 
 
 def refusal(compiled: Any) -> str | None:
-    """Why TensorRT cannot launch this kernel, or None."""
+    """Reason why TensorRT cannot launch this kernel, or None if it can."""
     meta = compiled.metadata
     if meta.shared > SHARED:
         return f"{meta.shared} bytes of shared memory"
@@ -223,23 +224,25 @@ def refusal(compiled: Any) -> str | None:
 
 
 def strip_scratch(ptx: str, parameters: int) -> str:
-    """PTX whose entry takes its first ``parameters`` alone.  Raises ValueError when the body reads one of the rest."""
+    """PTX whose entry keeps only the first ``parameters`` parameters.  Raises ValueError when the body reads another."""
     entry = re.search(r"(\.visible \.entry \w+\()(.*?)\n\)", ptx, re.DOTALL)
     if entry is None:
-        raise ValueError("the compiled kernel has no entry; this version of Triton writes PTX in another form")
+        raise ValueError(
+            "the compiled kernel has no entry that can be read; this version of Triton writes PTX in another form"
+        )
     listed = [line.strip().rstrip(",") for line in entry[2].strip().splitlines()]
     if len(listed) < parameters:
         raise ValueError(f"the compiled kernel takes {len(listed)} parameters, {parameters} were expected")
     body = ptx[entry.end() :]
     for line in listed[parameters:]:
         if line.split()[-1] in body:
-            raise ValueError(f"the compiled kernel reads {line.split()[-1]}, which TensorRT does not give it")
+            raise ValueError(f"the compiled kernel reads {line.split()[-1]}, which TensorRT does not pass")
     return ptx[: entry.start(2)] + "\n\t" + ",\n\t".join(listed[:parameters]) + ptx[entry.end(2) :]
 
 
 @functools.lru_cache
 def images_of(operator: str, arch: int, dtype: str, shape: tuple[int, ...], scale: float = 0.0) -> tuple[Image, ...]:
-    """:func:`compile_images` in a process of its own."""
+    """Runs :func:`compile_images` in a separate process and caches the result."""
     command = [sys.executable, "-m", "dtn_fast.export.tensorrt_plugin", operator, "--arch", str(arch), "--dtype", dtype,
                "--scale", repr(scale), "--json", "--shape", *map(str, shape)]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -255,7 +258,7 @@ _registered: set[str] = set()
 
 
 def target_arch() -> int:
-    """Compute capability x 10 that plugins are compiled for: the GPU at hand, or ``tuned.target``."""
+    """Compute capability x 10 that plugins are compiled for: ``launch_values.target`` if set, else this machine's GPU."""
     if launch_values.target is not None:
         return launch_values.target
     major, minor = torch.cuda.get_device_capability()
@@ -356,11 +359,12 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="Example: python -m dtn_fast.export.tensorrt_plugin MoEGate --arch 89 --dtype float16 --shape 2 128 512",
     )
     parser.add_argument("operator", choices=("MASAttention", "MoEGate"))
-    parser.add_argument("--arch", type=int, choices=sorted(compile_check.SHARED_LIMIT), default=90)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float16")
+    parser.add_argument("--arch", type=int, choices=sorted(compile_check.SHARED_LIMIT), default=90,
+                        help="compute capability x 10")  # fmt: skip
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float16", help="dtype of inputs and outputs")
     parser.add_argument("--shape", type=int, nargs=3, required=True, help="MASAttention: N H D; MoEGate: E M C")
-    parser.add_argument("--scale", type=float, default=0.0, help="of the scores; default: 1 / sqrt(D)")
-    parser.add_argument("--json", action="store_true", help="with the PTX")
+    parser.add_argument("--scale", type=float, default=0.0, help="scale of the attention scores; default: 1 / sqrt(D)")
+    parser.add_argument("--json", action="store_true", help="print JSON, with the PTX, instead of a list")
     options = parser.parse_args(arguments)
     shape = tuple(options.shape)
     try:

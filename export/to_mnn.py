@@ -1,4 +1,4 @@
-"""A checkpoint to MNN, checked against torch."""
+"""Exports a model to MNN and compares it with torch."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ from dtn_fast.runtime.export_manifest import ExportManifest, file_hash
 from dtn_fast.runtime.mnn import MnnScorer
 
 TOLERANCE = 2e-3
-"""Largest difference of a logit, relative to the largest (at least 1): Winograd's transforms and MNN's erf."""
+"""Largest accepted difference of a logit, relative to the largest logit (at least 1); Winograd transforms and MNN's
+erf cause it."""
 CONVERT = "import sys, _tools; _tools.mnnconvert(sys.argv)"
-"""MNN's compiled converter.  Its Python wrapper would install a package and report each conversion over the network."""
+"""Call of MNN's compiled converter; its Python wrapper would install a package and report each conversion over the network."""
 
 
 def export_mnn(model: Detector, path: Path, batches: tuple[int, ...] = BATCHES) -> list[Parity]:
-    """Writes ``model`` (float32) to ``path`` and its manifest beside it; both appear only when the answers agree.
+    """Writes ``model`` (float32) to ``path`` and its manifest beside it, both only if the logits agree.
 
-    Raises UsageError without MNN, DtnError when it cannot convert the model or answers differently.
+    Raises UsageError when MNN is not installed, DtnError when MNN cannot convert the model or its logits differ.
     """
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder, "model.mnn")
@@ -51,16 +52,16 @@ def export_mnn(model: Detector, path: Path, batches: tuple[int, ...] = BATCHES) 
         worst = max(report, key=lambda p: p.error / p.scale)
         if not worst.error <= TOLERANCE * worst.scale:
             raise DtnError(f"{path}: MNN differs from torch by {worst.error:.2e} at batch {worst.batch}, over "
-                           f"the limit of {TOLERANCE:.0e}; the file was not kept")  # fmt: skip
+                           f"the limit of {TOLERANCE:.0e}; no file was written")  # fmt: skip
         write_whole(path, made.read_bytes())
         manifest.write(path)
     return report
 
 
 def convert(model: Detector, name: str) -> bytes:
-    """The MNN file of ``model``, input ``images`` float32 [B, 3, S, S], output ``logits``; not compared yet."""
+    """MNN file of ``model`` as bytes, input ``images`` float32 [B, 3, S, S], output ``logits``; not yet compared."""
     mnn.package()
-    proto = to_proto(model, OnnxConfig("fp32", "images", nodes=False))  # it knows neither functions nor other domains
+    proto = to_proto(model, OnnxConfig("fp32", "images", nodes=False))  # MNN has neither functions nor custom domains
     with tempfile.TemporaryDirectory() as folder:
         source, made = Path(folder, "model.onnx"), Path(folder, "model.mnn")
         source.write_bytes(proto.SerializeToString())

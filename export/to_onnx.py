@@ -1,6 +1,6 @@
-"""A checkpoint to ONNX, folded, with this package's operators as nodes that carry their meaning; checked against torch.
+"""Exports a model to ONNX, folded, with the operators as nodes with standard bodies, and compares it with torch.
 
-The file stands alone: configuration, notice, kind of input, precision and a hash of the weights travel as metadata.
+The file is self-contained: its metadata holds configuration, notice, kind of input, precision and a hash of the weights.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from dtn_fast.packages import require
 from dtn_fast.runtime.onnx import session_of
 from dtn_fast.version import __version__
 
-OPSET = {"fp32": 20, "fp16": 20, "bf16": 22}  # the first whose convolutions know the dtype, from 20
+OPSET = {"fp32": 20, "fp16": 20, "bf16": 22}  # lowest opset, from 20, whose convolutions take the dtype
 BATCHES = (1, 2, 7)
 """Batch sizes at which a file is compared with torch."""
 TOLERANCE = {
     "fp32": 1e-4,  # sums in another order
     "fp16": 2e-2,  # weights and maps rounded to 2^-11, some 40 layers deep
-    "bf16": 1e-1,  # to 2^-8
+    "bf16": 1e-1,  # rounded to 2^-8
 }
 """Largest difference of a logit that export accepts, relative to the largest logit (at least 1)."""
 
@@ -52,7 +52,7 @@ class Parity(NamedTuple):
 
 
 class Traced(nn.Module):
-    """What is traced: input as in OnnxConfig -> logits [B, classes] and P(fake) [B], both float32."""
+    """Module that the exporter traces: input as in OnnxConfig -> logits [B, classes] and P(fake) [B], both float32."""
 
     scale: Tensor
     shift: Tensor
@@ -60,7 +60,7 @@ class Traced(nn.Module):
     def __init__(self, model: Detector, config: OnnxConfig) -> None:
         super().__init__()
         self.dtype, self.raw = PRECISIONS[config.dtype], config.input == "crops"
-        if isinstance(model, DTN):  # head scales stay beside the node only as constants of value one
+        if isinstance(model, DTN):  # folds the head scales into W_O; a dtn:: node gets a constant gate of one
             self.net: nn.Module = fold(model, "kernel" if config.nodes else "native")
         else:
             self.net = copy.deepcopy(model).eval().requires_grad_(False)
@@ -79,12 +79,12 @@ class Traced(nn.Module):
 
 
 def export_onnx(model: Detector, path: Path, config: OnnxConfig = OnnxConfig()) -> list[Parity]:
-    """Writes ``model`` to ``path`` and compares it with torch (float32, not folded) at three batch sizes.
+    """Exports ``model`` to ``path`` after comparing it with torch (float32, not folded) at three batch sizes.
 
     Input ``crops`` uint8 [batch, S, S, 3] or ``images`` float32 [batch, 3, S, S]; outputs ``logits`` [batch, 2] and
-    ``score`` [batch], P(fake); batch dynamic, opset 20.  The file appears only when every comparison passed.  No CPU
-    computes bfloat16 in onnxruntime: such a file is compared with its values widened to float32.
-    Raises UsageError without the onnx packages, DtnError when the answers differ.
+    ``score`` [batch], P(fake); dynamic batch, opset 20 (bf16: 22).  The file is written only if every comparison passes.
+    onnxruntime cannot compute bfloat16 on a CPU: such a model is compared with its values widened to float32.
+    Raises UsageError when an onnx package is missing, DtnError when the logits differ.
     """
     proto = to_proto(model, config)
     report = check(model, proto, config, str(path))
@@ -95,18 +95,18 @@ def export_onnx(model: Detector, path: Path, config: OnnxConfig = OnnxConfig()) 
 def check(
     model: Detector, proto: Any, config: OnnxConfig, name: str, batches: tuple[int, ...] = BATCHES
 ) -> list[Parity]:
-    """:func:`compare`, and DtnError past TOLERANCE naming ``name``."""
+    """Runs :func:`compare`; raises DtnError, naming ``name``, when a difference exceeds TOLERANCE."""
     report = compare(model, proto, config, batches)
     worst = max(report, key=lambda p: p.error / p.scale)
     limit = TOLERANCE[config.dtype]
     if not worst.error <= limit * worst.scale:
         raise DtnError(f"{name}: onnxruntime differs from torch by {worst.error:.2e} at batch {worst.batch}, over "
-                       f"the limit of {limit:.0e}; the file was not kept")  # fmt: skip
+                       f"the limit of {limit:.0e}; no file was written")  # fmt: skip
     return report
 
 
 def to_proto(model: Detector, config: OnnxConfig) -> Any:
-    """The checked onnx.ModelProto, with metadata and the operators' bodies."""
+    """Checked onnx.ModelProto of ``model``, with metadata and the operators' bodies."""
     onnx = require_onnx()
     model = model.cpu().eval()
     example = example_inputs(model.config, config.input, 2, seed=0)
@@ -144,7 +144,7 @@ def to_proto(model: Detector, config: OnnxConfig) -> Any:
 
 
 def compare(model: Detector, proto: Any, config: OnnxConfig, batches: tuple[int, ...]) -> list[Parity]:
-    """onnxruntime's logits against those of ``model`` at each batch size."""
+    """Compares onnxruntime's logits with those of ``model`` at each batch size."""
     session = session_of(runnable(proto).SerializeToString(), "the model")
     report = []
     for batch in batches:
@@ -157,7 +157,7 @@ def compare(model: Detector, proto: Any, config: OnnxConfig, batches: tuple[int,
 
 
 def runnable(proto: Any) -> Any:
-    """What onnxruntime runs on a CPU: the model itself, or a copy of a bfloat16 one with its numbers in float32."""
+    """Model that onnxruntime can run on a CPU: ``proto`` itself, or if it is bfloat16 a copy with float32 values."""
     import onnx
 
     half, full = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
@@ -183,7 +183,7 @@ def runnable(proto: Any) -> Any:
 
 
 def module_of(node: Any) -> str:
-    """The torch module that a node was traced from, such as blocks.0.qkv: the exporter keeps its path; empty: none."""
+    """Torch module that a node was traced from, such as blocks.0.qkv, from the exporter's metadata; empty: none."""
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
             return ast.literal_eval(entry.value)[-2:][0].removeprefix("net.")
@@ -191,7 +191,7 @@ def module_of(node: Any) -> str:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of names, shapes and values of the weights: the same for a checkpoint wherever it lies."""
+    """SHA-256 of the names, dtypes, shapes and values of the weights; independent of where the checkpoint is stored."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -200,7 +200,7 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def example_inputs(config: Any, kind: Input, batch: int, seed: int) -> Tensor:
-    """Noise of the right shape and dtype."""
+    """Random input of ``kind`` with the shape and dtype that the model takes."""
     generator = torch.Generator().manual_seed(seed)
     side = config.image_size
     if kind == "crops":
@@ -215,7 +215,7 @@ def _images(x: Tensor, config: Any) -> Tensor:
 
 
 def require_onnx() -> Any:
-    """The onnx package.  Raises UsageError naming what is missing."""
+    """The onnx package.  Raises UsageError naming a missing package."""
     for name in ("onnxruntime", "onnxscript"):
         require(name, "onnx onnxscript onnxruntime")
     return require("onnx", "onnx onnxscript onnxruntime")
@@ -223,7 +223,7 @@ def require_onnx() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's own deprecations and progress."""
+    """Context that hides the exporter's deprecation warnings and progress messages."""
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():

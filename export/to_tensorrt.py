@@ -1,8 +1,8 @@
-"""A checkpoint or an ONNX file of ours to an engine of TensorRT (.engine) or TensorRT-RTX (.rtx), with its manifest.
+"""Builds a TensorRT (.engine) or TensorRT-RTX (.rtx) engine from an exported ONNX model, with its export manifest.
 
-One backend over a module object: ``tensorrt`` and ``tensorrt_rtx`` have the same interface.  RTX builds for any GPU
-ahead of time, without one; TensorRT builds for the GPU at hand.  Networks are strongly typed: precision is what the
-ONNX file says.
+The modules ``tensorrt`` and ``tensorrt_rtx`` have the same interface, so one code path takes either as ``trt``.
+TensorRT-RTX builds for any GPU and needs none; TensorRT builds for this machine's GPU.  Networks are strongly typed:
+the ONNX file sets the precision.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from dtn_fast.runtime.tensorrt import KINDS, check_fits, load_backend, open_engi
 
 RTX_ARCHS = (75, 80, 86, 89, 120)
 TURING = 75
-"""Builds fp16 alone: RTX has no float32 products for it, and Turing no bfloat16."""
+"""Compute capability x 10 of Turing, which takes fp16 only: TensorRT-RTX has no float32 products for it, and Turing no
+bfloat16."""
 FP8 = 89
 """First compute capability x 10 with FP8."""
 CACHE = Path.home() / ".cache" / "dtn_fast"
@@ -34,17 +35,17 @@ CACHE = Path.home() / ".cache" / "dtn_fast"
 
 class Built(NamedTuple):
     size: int
-    """Bytes."""
+    """Size of the engine in bytes."""
     layers: int
-    """Of the network before the builder fuses it."""
+    """Number of network layers before the builder fuses them; 0 for a refitted engine."""
     attention: str
     archs: tuple[int, ...]
     times: dict[str, float]
-    """Seconds a batch of each kind of attention, when they were compared."""
+    """Seconds per batch of each kind of attention, if both were timed."""
 
 
 def check_target(path: Path, config: EngineConfig) -> None:
-    """Raises UsageError when ``path`` cannot be built here, or an option is not for its kind.  Costs nothing."""
+    """Raises UsageError when ``path`` cannot be built here, or an option does not apply to it.  Builds nothing."""
     rtx = path.suffix == ".rtx"
     default = EngineConfig()
     others = (
@@ -53,22 +54,22 @@ def check_target(path: Path, config: EngineConfig) -> None:
     for name in others:
         if getattr(config, name) != getattr(default, name):
             raise UsageError(f"--{name.replace('_', '-')}: not for a {path.suffix} file; "
-                             + ("TensorRT-RTX has no such thing at build time" if rtx else
-                                "TensorRT builds for the GPU at hand"))  # fmt: skip
+                             + ("TensorRT-RTX has no such option at build time" if rtx else
+                                "TensorRT builds for this machine's GPU"))  # fmt: skip
     if config.attention != "native" and config.hardware == "ampere+":
         raise UsageError(f"--attention {config.attention}: its kernels are compiled for one compute capability; use "
                          "--hardware this or same")  # fmt: skip
     load_backend(KINDS[path.suffix])
     if not rtx and not torch.cuda.is_available():
         raise UsageError(f"{path}: TensorRT builds on the GPU that will run the engine, and there is none here; "
-                         "a .rtx file builds anywhere")  # fmt: skip
+                         "build a .rtx file instead, which needs no GPU")  # fmt: skip
 
 
 def export_engine(model: bytes | Path, path: Path, config: EngineConfig = EngineConfig()) -> Built:
     """Builds ``path`` (.engine or .rtx) from an ONNX model of to_onnx or quantize; writes its manifest beside it.
 
-    Raises UsageError without the library or a GPU where one is needed, DtnError with the library's own words when the
-    build fails.  Nothing is left at ``path`` then.
+    Raises UsageError when the library or a GPU that it needs is missing, DtnError with the library's messages when the
+    build fails; ``path`` is not written then.
     """
     data = model.read_bytes() if isinstance(model, Path) else model
     check_target(path, config)
@@ -97,7 +98,7 @@ def export_engine(model: bytes | Path, path: Path, config: EngineConfig = Engine
 
 
 def build(trt: Any, data: bytes, kind_of_input: str, config: EngineConfig, rtx: bool) -> tuple[bytes, int]:
-    """The serialized engine and its network's layer count; ``trt`` is tensorrt or tensorrt_rtx."""
+    """Serialised engine and the layer count of its network; ``trt`` is tensorrt or tensorrt_rtx."""
     logger = Log(trt)
     plugin = config.attention == "plugin"
     if plugin:
@@ -110,7 +111,7 @@ def build(trt: Any, data: bytes, kind_of_input: str, config: EngineConfig, rtx: 
     builder = trt.Builder(logger.logger)
     flags = 0
     strong = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    if strong is not None:  # TensorRT 11 knows nothing else and may drop the flag
+    if strong is not None:  # TensorRT 11 is always strongly typed and may drop the flag
         flags |= 1 << int(strong)
     if plugin and (aot := getattr(trt.NetworkDefinitionCreationFlag, "PREFER_AOT_PYTHON_PLUGINS", None)) is not None:
         flags |= 1 << int(aot)
@@ -132,8 +133,8 @@ def build(trt: Any, data: bytes, kind_of_input: str, config: EngineConfig, rtx: 
     if file is not None and cache is not None:
         try:
             write_whole(file, bytes(cache.serialize()), shared=True)
-        except OSError as error:  # the engine is what was asked for
-            warnings.warn(f"{file}: the timing cache cannot be kept ({error.strerror})", stacklevel=2)
+        except OSError as error:  # the engine is built, so only warn
+            warnings.warn(f"{file}: the timing cache cannot be written ({error.strerror})", stacklevel=2)
     return bytes(engine), network.num_layers
 
 
@@ -148,7 +149,7 @@ def _profile(builder: Any, options: Any, network: Any, kind_of_input: str, confi
 
 
 def _gpu_options(trt: Any, options: Any, config: EngineConfig, rtx: bool) -> Path | None:
-    """Sets RTX's target GPUs, or TensorRT's flags and timing cache, whose file it returns."""
+    """Sets TensorRT-RTX's target GPUs, or TensorRT's flags and timing cache; returns the cache's file (RTX: None)."""
     if rtx:
         options.num_compute_capabilities = len(config.archs)
         for place, arch in enumerate(config.archs):
@@ -178,7 +179,10 @@ def _gpu_slug() -> str:
 
 
 def _fastest(trt: Any, data: bytes, meta: dict[str, str], config: EngineConfig) -> tuple[bytes, int, dict[str, float]]:
-    """Both kinds timed in turns at the best batch: the faster engine, its layers, seconds of each."""
+    """Builds both kinds of attention and times them in turns at the optimum batch size.
+
+    Returns the faster engine, its layer count and the seconds per batch of each.
+    """
     from dtn_fast.runtime.tensorrt import time_engines
 
     made = {
@@ -191,14 +195,14 @@ def _fastest(trt: Any, data: bytes, meta: dict[str, str], config: EngineConfig) 
 def _refitted(trt: Any, data: bytes, meta: dict[str, str], source: Path, path: Path) -> Built:
     """Writes the engine ``source`` with the weights of the ONNX model ``data``, and its manifest, to ``path``.
 
-    Raises UsageError when the two are not of one shape and precision.
+    Raises UsageError when the two differ in configuration, precision, input or quantisation.
     """
     old = read_export_manifest(source, "tensorrt")
     check_fits(old, trt.__version__, str(source))
     mine = (json.loads(meta["dtn_config"]), meta["precision"], meta["input"], meta.get("quantized", ""))
     if mine != (old.config, old.precision, old.input, old.quantized):
         raise UsageError(
-            f"--refit-from {source}: of another configuration, precision or input than this model; build anew"
+            f"--refit-from {source}: its configuration, precision or input is not this model's; build a new engine"
         )
     engine = _refit(trt, data, source, old.attention == "plugin")
     sha = hashlib.sha256(engine).hexdigest()
@@ -222,7 +226,7 @@ def _refit(trt: Any, data: bytes, source: Path, plugin: bool) -> bytes:
 
 
 def inlined(data: bytes) -> bytes:
-    """An ONNX model whose dtn:: nodes are replaced by their bodies: a refitter does not look into functions."""
+    """ONNX model whose dtn:: nodes are replaced by their bodies, because a refitter does not look into functions."""
     onnx = require_onnx()
     from onnx import inliner
 
@@ -230,8 +234,8 @@ def inlined(data: bytes) -> bytes:
 
 
 def without_bodies(data: bytes) -> bytes:
-    """An ONNX model without the bodies of dtn:: nodes: newer parsers take a body before a plugin, and none takes a
-    plugin for a body that it does not find, so this leaves exactly one way."""
+    """ONNX model without the bodies of dtn:: nodes, which leaves the parser only the plugins: newer parsers prefer a body
+    to a plugin."""
     onnx = require_onnx()
     proto = onnx.load_model_from_string(data)
     if not any(node.domain == DOMAIN for node in proto.graph.node):
@@ -241,30 +245,32 @@ def without_bodies(data: bytes) -> bytes:
 
 
 def _metadata(data: bytes, name: str) -> dict[str, str]:
-    """What to_onnx wrote into the file.  Raises UsageError on others."""
+    """Metadata that to_onnx wrote into the file.  Raises UsageError on any other file."""
     onnx = require_onnx()
     try:
         proto = onnx.load_model_from_string(data)
-    except Exception as error:  # protobuf's own class moves between versions
+    except Exception as error:  # protobuf's exception class differs between versions
         raise UsageError(f"{name}: not an ONNX file ({error})") from error
     meta = {entry.key: entry.value for entry in proto.metadata_props}
     if not {"dtn_config", "input", "precision", "weights"} <= meta.keys():
-        raise UsageError(f"{name}: an ONNX file, but not one written by this version of dtn-fast export")
+        raise UsageError(
+            f"{name}: an ONNX file, but not one written by this version of dtn-fast export; export it again"
+        )
     return meta
 
 
-def _archs(asked: tuple[int, ...], precision: str, fp8: bool) -> tuple[int, ...]:
-    """``asked``, or every GPU that computes in the model's precisions.  Raises UsageError on those that do not."""
+def _archs(requested: tuple[int, ...], precision: str, fp8: bool) -> tuple[int, ...]:
+    """``requested`` or, if empty, all that support the model's precisions.  Raises UsageError on one that does not."""
     fits = [arch for arch in (*RTX_ARCHS, 121) if (arch != TURING or precision == "fp16") and (arch >= FP8 or not fp8)]
-    if not asked:
+    if not requested:
         return tuple(arch for arch in fits if arch in RTX_ARCHS)
-    for arch in asked:
+    for arch in requested:
         if arch not in (*RTX_ARCHS, 121):
             raise UsageError(f"--archs {arch}: TensorRT-RTX compiles for {', '.join(map(str, RTX_ARCHS))} and 121")
         if arch not in fits:
             remedy = "build it without FP8" if fp8 and arch < FP8 else "use --precision fp16"
             raise UsageError(f"--archs {arch}: not for a model of {precision}{' and FP8' * fp8}; {remedy}")
-    return asked
+    return requested
 
 
 def _engine_archs(config: EngineConfig) -> tuple[int, ...]:
@@ -292,7 +298,7 @@ def _manifest(
 
 
 class Log:
-    """The library's messages: errors are kept to be told, nothing is printed."""
+    """Logger for the library: keeps error messages for exceptions and prints nothing."""
 
     def __init__(self, trt: Any) -> None:
         messages: list[str] = []
@@ -308,11 +314,11 @@ class Log:
         self.logger, self.messages = Logger(), messages
 
     def text(self) -> str:
-        return " ".join("; ".join(self.messages[:3]).split())[:500] or "it gave no reason"
+        return " ".join("; ".join(self.messages[:3]).split())[:500] or "the library gave no reason"
 
 
 def commands(onnx: Path, config: EngineConfig) -> list[str]:
-    """A like build, without flags of compatibility, refit and plugins, by NVIDIA's own tools, to copy."""
+    """Shell commands of NVIDIA's tools for a similar build, without compatibility, refit and plugin flags."""
     meta = _metadata(onnx.read_bytes(), str(onnx))
     name, side = meta["input"], json.loads(meta["dtn_config"])["image_size"]
     rest = [side, side, 3] if name == "crops" else [3, side, side]

@@ -1,4 +1,4 @@
-"""A model repository of NVIDIA Triton Inference Server: the model, a decoder of pictures, and both as an ensemble."""
+"""Writes a model repository for NVIDIA Triton Inference Server: the model, a picture decoder, and their ensemble."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ ensemble_scheduling {
   ]
 }
 """)
-CODE = '''"""Encoded face crops (JPEG, PNG, WebP) to RGB uint8 [S, S, 3].  Needs opencv-python-headless there."""
+CODE = '''"""Decodes face crops (JPEG, PNG, WebP) to RGB uint8 [S, S, 3].  The server needs opencv-python-headless."""
 
 import json
 import os
 
 MAX_BYTES, MAX_PIXELS = 32_000_000, 64_000_000
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))  # read when it is imported
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))  # read when cv2 is imported
 
 import cv2
 import numpy as np
@@ -99,7 +99,7 @@ class TritonPythonModel:
         except cv2.error:
             image = None
         if image is None or image.shape[0] * image.shape[1] > MAX_PIXELS:
-            raise ValueError("not a JPEG, PNG or WebP picture, or one too large; send an encoded face crop")
+            raise ValueError("not a JPEG, PNG or WebP picture, or too large; send an encoded face crop")
         size = (self.side, self.side)
         if image.shape[:2] != size:
             shrinks = min(image.shape[:2]) > self.side
@@ -111,7 +111,7 @@ class TritonPythonModel:
 def write_repository(model: Path, out: Path, config: RepositoryConfig = RepositoryConfig()) -> list[Path]:
     """Writes NAME (the model), NAME_decode and NAME_encoded (picture to score) into ``out``; returns the files.
 
-    model: an .onnx or .engine of ``dtn-fast export`` that takes raw crops.  Raises UsageError on any other.
+    model: an .onnx or .engine file of ``dtn-fast export`` whose input is crops.  Raises UsageError on any other file.
     """
     if model.suffix == ".onnx":
         meta = metadata(model)
@@ -133,7 +133,8 @@ def write_repository(model: Path, out: Path, config: RepositoryConfig = Reposito
     if takes != "crops":
         raise UsageError(f"{model}: takes normalised images; export it with --input crops")
     if least > 1 or config.max_batch > most:
-        raise UsageError(f"{model}: built for batches of {least} to {most}; the server wants 1 to {config.max_batch}")
+        raise UsageError(f"{model}: built for batches of {least} to {most}; the server wants 1 to {config.max_batch}; "
+                         "set --max-batch, or build it with --batches")  # fmt: skip
     side, batch = side_of["image_size"], config.max_batch
     sizes = sorted({1, batch})
     values = {
@@ -157,10 +158,10 @@ def write_repository(model: Path, out: Path, config: RepositoryConfig = Reposito
     for path, text in texts.items():
         write_whole(out / path, text)
         made.append(out / path)
-    (out / f"{name}_encoded" / "1").mkdir(exist_ok=True)  # the server wants a version, if an empty one
+    (out / f"{name}_encoded" / "1").mkdir(exist_ok=True)  # the server needs a version folder, even an empty one
     return made
 
 
 def _quoted(text: str) -> str:
-    """A string of protobuf's text form."""
+    """String literal of protobuf's text format."""
     return json.dumps(text)

@@ -1,4 +1,4 @@
-"""Two model files on the same crops: how far their answers lie apart, and from which layer on."""
+"""Compares two model files on the same crops: logits, scores, verdicts, AUC and, on request, layer by layer."""
 
 from __future__ import annotations
 
@@ -39,29 +39,29 @@ class Agreement(NamedTuple):
     worst_score: float
     """Largest difference of P(fake)."""
     verdicts: int
-    """Crops on whose verdict, at 0.5, the two agree."""
+    """Number of crops on which the two verdicts (threshold 0.5) agree."""
     auc: tuple[float | None, float | None]
-    """Frame AUC of either; None without labels of both classes."""
+    """Frame AUC of each model; None without labels of both classes."""
 
 
 class LayerError(NamedTuple):
     layer: str
     relative: float
-    """Root mean square difference over the reference's root mean square."""
+    """Root mean square difference divided by the reference's root mean square."""
     worst: float
-    """Largest difference."""
+    """Largest absolute difference."""
 
 
 class Verified(NamedTuple):
-    """Two files compared."""
+    """Result of comparing two model files."""
 
     names: tuple[str, str]
-    """The runtimes."""
+    """Names of the two runtimes."""
     agreement: Agreement
     layers: list[LayerError]
-    """Empty unless asked for."""
+    """Differences by layer; empty unless requested."""
     same_weights: bool
-    """False: their files say that they were made of different weights."""
+    """False if the files record hashes of different weights."""
 
 
 def verify(
@@ -71,9 +71,9 @@ def verify(
     config: VerifyConfig = VerifyConfig(),
     runtime: Runtime = Runtime(),
 ) -> Verified:
-    """The file ``second`` against ``first`` on the crops in ``data``, or without any on noise.
+    """Compares the file ``second`` with ``first`` on crops of ``data``, or on noise if it is None.
 
-    Raises UsageError when the split holds no crop, or the two do not take the same crops.
+    Raises UsageError when the split holds no crop, or the two take crops of different sizes.
     """
     a, b = load_scorer(first, runtime), load_scorer(second, runtime)
     labels = None
@@ -96,9 +96,9 @@ def verify(
 def compare(
     first: Scorer, second: Scorer, crops: NDArray[np.uint8], labels: NDArray[np.int64] | None = None
 ) -> Agreement:
-    """``second`` against ``first`` on crops [N, S, S, 3] uint8; labels [N], 0 real, 1 fake, give both AUCs.
+    """Compares ``second`` with ``first`` on crops [N, S, S, 3] uint8; with labels [N], 0 real, 1 fake, also their AUCs.
 
-    Raises UsageError when the two take crops of different sizes, or there is none.
+    Raises UsageError when the two take crops of different sizes, or there is no crop.
     """
     if first.config.image_size != second.config.image_size:
         raise UsageError(f"{first.name} takes {first.config.image_size} pixels, {second.name} "
@@ -120,7 +120,7 @@ def compare(
 
 
 def compare_layers(first: LayerOutputs, second: LayerOutputs, crops: NDArray[np.uint8]) -> list[LayerError]:
-    """Every layer that both show, in the network's order."""
+    """Differences of every layer that both models expose, in the network's order.  Raises UsageError if none is shared."""
     expected, got = first(crops), second(crops)
     common = [name for name in expected if name in got and expected[name].shape == got[name].shape]
     if not common:
@@ -134,10 +134,10 @@ def compare_layers(first: LayerOutputs, second: LayerOutputs, crops: NDArray[np.
 
 
 def layer_outputs(scorer: Scorer, path: Path, other: Path) -> LayerOutputs:
-    """What shows the layers of ``scorer``, loaded from ``path``: output by module name, such as blocks.0.qkv.
+    """Function that returns the layer outputs of ``scorer``, loaded from ``path``, by module, such as blocks.0.qkv.
 
-    A checkpoint folds as ``other``, what it is compared with: 1/sqrt(d) is in W_q or in the attention node.
-    Raises UsageError for engines and MNN files, which show none.
+    A checkpoint is folded like the file ``other`` that it is compared with: 1/sqrt(d) is in W_q or in the attention
+    node.  Raises UsageError for engines and MNN files, which expose no layers.
     """
     if isinstance(scorer, TorchScorer):
         return lambda crops: _torch_layers(scorer, _has_nodes(other), crops)
@@ -164,7 +164,7 @@ def _torch_layers(scorer: TorchScorer, nodes: bool, crops: NDArray[np.uint8]) ->
 
     def keep(name: str) -> Any:
         def hook(_module: nn.Module, _given: Any, output: Any) -> None:
-            found[name] = output.detach().float().cpu().clone().numpy()  # a ReLU behind it may work in place
+            found[name] = output.detach().float().cpu().clone().numpy()  # a following ReLU may overwrite it in place
 
         return hook
 
@@ -177,8 +177,8 @@ def _torch_layers(scorer: TorchScorer, nodes: bool, crops: NDArray[np.uint8]) ->
 
 
 def _probe(path: Path) -> tuple[Any, dict[str, str]]:
-    """The ONNX model with the last value of every convolution's and product's module as an output more, and the names
-    of these by module."""
+    """ONNX model with the last value of every convolution or matrix product module as an extra output, and the names of
+    these outputs by module."""
     onnx = require_onnx()
     proto = runnable(onnx.load(path))
     last: dict[str, Any] = {}

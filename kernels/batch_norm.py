@@ -1,4 +1,4 @@
-"""BN, ReLU and pool in training as a torch operator: checks, schema, autograd."""
+"""Batch normalisation in training, ReLU and max-pool as one torch operator: checks, schema, autograd."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ LIBRARY.define(
 
 
 def unsupported(x: Tensor, pool: bool) -> str | None:
-    """Why these kernels do not take x [B, C, H, W], or None."""
+    """Reason why these kernels cannot take x [B, C, H, W], or None if they can."""
     if x.dtype not in DTYPES:
         return f"dtype {x.dtype}"
     if x.numel() // x.shape[1] >= 2**31:
-        return f"{x.numel() // x.shape[1]} positions (under 2**31)"
+        return f"{x.numel() // x.shape[1]} positions (it must be under 2**31)"
     if pool and (x.shape[2] % 2 or x.shape[3] % 2):
-        return f"a pool of {x.shape[2]}x{x.shape[3]} (both sides even)"
+        return f"a pool of {x.shape[2]}x{x.shape[3]} (height and width must be even)"
     return None
 
 
@@ -65,7 +65,7 @@ def _bn_backward(grad, x, weight, bias, mean, var, eps, pool):
     launch.run()
     sums = partial.sum(0)
     kernels.backward_apply(*inputs, sums, rows_of(dx)).run()
-    return dx, sums[0].to(weight.dtype), sums[1].to(bias.dtype, copy=True)  # outputs may not share memory
+    return dx, sums[0].to(weight.dtype), sums[1].to(bias.dtype, copy=True)  # an operator's outputs may not share memory
 
 
 def _bn_outputs(x: Tensor, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,12 +105,13 @@ def bn_relu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Batch normalisation in training, ReLU and, with ``pool``, a 2x2 max-pool, in one pass after the statistics.
 
-    x: [B, C, H, W], best channels_last.  weight, bias: [C].  Returns y, [B, C, H, W] or [B, C, H / 2, W / 2], and the
-    batch's mean and biased variance [C] float32, which carry no gradient.  Raises ValueError naming the argument.
+    x: [B, C, H, W], preferably channels_last.  weight, bias: [C].  Returns y [B, C, H, W] or [B, C, H / 2, W / 2], and
+    the batch's mean and biased variance [C] float32, which carry no gradient.  Raises ValueError naming the argument
+    on a wrong shape or dtype.
     """
     path = requested(path)
     if x.dim() != 4 or not x.is_floating_point():
-        raise ValueError(f"x: got {tuple(x.shape)} {x.dtype}; it must be a floating [B, C, H, W]")
+        raise ValueError(f"x: got {tuple(x.shape)} {x.dtype}; it must be a floating-point [B, C, H, W]")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor.shape != x.shape[1:2]:
             raise ValueError(f"{name}: shape is {tuple(tensor.shape)}; it must be [{x.shape[1]}]")
@@ -120,8 +121,8 @@ def bn_relu(
 
 
 def fuses_bn(x: Tensor, pool: bool) -> bool:
-    """Whether :func:`bn_relu` wins over torch's own operators on ``x``: by bytes, everywhere but where torch.compile
-    fuses as much, which is all that is not pooled."""
+    """Whether :func:`bn_relu` moves fewer bytes than torch's own operators on ``x``: true wherever its kernels run,
+    except without a pool under torch.compile, which then fuses the operators as well as the kernels do."""
     return (
         (pool or not torch.compiler.is_compiling()) and not traced_as_torch() and _bn_triton(requested(None), x, pool)
     )

@@ -7,15 +7,16 @@ biased variance of a column, r = 1 / sqrt(v + eps) and xhat = (x - mu) r:
     dw = sum g xhat     db = sum g            g = dy where the output is positive; pooled: at the window's first maximum
     dx = w r (g - db / T - xhat dw / T)
 
-O is one pass over x.  Forward reads O for the statistics, then O, and writes O (O / 4 pooled): three passes (2.25)
-where BN, ReLU and pool as operators take five (6.25 and the pool's indices).  Backward reads x and dy twice and writes
-dx: five passes (3.5) where the operators take eight (11).  Nothing but x and the statistics is kept for it: signs and
-maxima are computed again, so neither the normalised map nor indices are ever written.  torch.compile fuses what is not
-pooled as well as this does, so there only the pooled layers are taken (``dtn_fast.backbone``).
+Memory traffic in passes over x (with a pool in brackets).  Forward reads x for the statistics, reads it again and
+writes y: three passes (2.25) where BN, ReLU and pool as separate operators take five (6.25 and the pool's indices).
+Backward reads x and dy twice and writes dx: five passes (3.5) where the operators take eight (11).  Only x and the
+statistics are saved for backward: signs and maxima are recomputed, so neither the normalised map nor the indices are
+written to memory.  torch.compile fuses layers without a pool as well as these kernels do, so under torch.compile only
+pooled layers use the kernels (``dtn_fast.model.backbone``).
 
-Statistics are summed around the column's first value, so that a mean far from zero does not cancel, and merged in a
-fixed order: no atomics, the same bits every run.  All arithmetic is float32.  A NaN or an infinity in a column makes
-all of it NaN, as it does in torch.
+Statistics are summed as deviations from the column's first value, which avoids cancellation when the mean is far from
+zero, and merged in a fixed order: no atomics, bitwise equal results in every run.  All arithmetic is float32.  A NaN or
+an infinity in a column makes the whole column NaN, as in torch.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from dtn_fast.kernels.launch_values import settings
 
 @triton.jit
 def _corner(out, WIDTH: tl.constexpr, HALF_H: tl.constexpr, HALF_W: tl.constexpr):
-    """The row of x at the upper left of each pooled row ``out``."""
+    """Row of x at the upper left corner of the 2x2 window of each pooled row ``out``."""
     image, inside = out // (HALF_H * HALF_W), out % (HALF_H * HALF_W)
     return (image * 2 * HALF_H + inside // HALF_W * 2) * WIDTH + inside % HALF_W * 2
 
@@ -48,7 +49,7 @@ def _hat(X, rows, cols, mask, mean, r, C: tl.constexpr):
 
 @triton.jit
 def _better(z, best):
-    """Where z takes a maximum over: strictly above, so that the first of equals stays, or a NaN on either side."""
+    """Mask where z replaces the maximum ``best``: it is strictly greater (the first of equals stays), or one is NaN."""
     return (z <= best) == 0
 
 
@@ -68,7 +69,7 @@ def _window(
     C: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
     WIDTH: tl.constexpr, HALF_H: tl.constexpr, HALF_W: tl.constexpr,
 ):  # fmt: skip
-    """The gradient g that reaches each output's winning input, which of the four that is, and its xhat."""
+    """Gradient g, index in the window (0 to 3) and xhat of the input that gave each output."""
     mask = (out[:, None] < rows_out) & (cols[None, :] < C)
     dy = tl.load(DY + out[:, None].to(tl.int64) * C + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     first = out
@@ -93,7 +94,7 @@ def _window(
 
 @triton.jit
 def bn_stats(X, PARTIAL, total, C: tl.constexpr, STEPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Mean and sum of squared deviations of this program's rows: PARTIAL [splits, 2, C]."""
+    """Writes mean and sum of squared deviations of this program's rows to PARTIAL [splits, 2, C]."""
     split = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     good = cols < C
@@ -119,7 +120,7 @@ def bn_merge(
     PARTIAL, MEAN, VAR, total, splits, each,
     C: tl.constexpr, STEPS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean and biased variance [C] of all rows from those of each split's ``each`` rows."""
+    """Merges the statistics of splits of ``each`` rows into the mean and biased variance [C] of all rows."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     good = cols < C
     sums = tl.zeros([BLOCK_C], tl.float32)
@@ -150,7 +151,7 @@ def bn_apply(
     WIDTH: tl.constexpr, HALF_H: tl.constexpr, HALF_W: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """relu(w xhat + b) of BLOCK_T outputs, each the maximum of its window when POOL; without RELU, RESIDUAL added."""
+    """Writes BLOCK_T outputs: relu(w xhat + b), with POOL each window's maximum; without RELU w xhat + b + RESIDUAL."""
     out = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (out[:, None] < rows_out) & (cols[None, :] < C)
@@ -178,7 +179,7 @@ def bn_backward_stats(
     WIDTH: tl.constexpr, HALF_H: tl.constexpr, HALF_W: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g xhat and g over this program's outputs: PARTIAL [splits, 2, C]."""
+    """Writes the sums of g xhat and of g over this program's outputs to PARTIAL [splits, 2, C]."""
     split = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mean, r, w, b = column_of(W, B, MEAN, VAR, cols, eps, C)
@@ -200,7 +201,7 @@ def bn_backward_apply(
     C: tl.constexpr, POOL: tl.constexpr, WIDTH: tl.constexpr, HALF_H: tl.constexpr, HALF_W: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx of the inputs of BLOCK_T outputs; SUMS [2, C] holds dw and db."""
+    """Writes dx of the inputs of BLOCK_T outputs; SUMS [2, C] holds dw and db."""
     out = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (out[:, None] < rows_out) & (cols[None, :] < C)
@@ -213,7 +214,7 @@ def bn_backward_apply(
         first = _corner(out, WIDTH, HALF_H, HALF_W)
         for k in tl.static_range(4):
             rows = first + (k // 2) * WIDTH + k % 2
-            own = _hat(X, rows, cols, mask, mean, r, C)  # again from cache
+            own = _hat(X, rows, cols, mask, mean, r, C)  # read again, from cache
             dx = scale * (tl.where(pick == k, g, 0.0) - db[None, :] - own * dw[None, :])
             tl.store(DX + rows[:, None].to(tl.int64) * C + cols[None, :], dx.to(DX.dtype.element_ty), mask=mask)
     else:
@@ -225,28 +226,28 @@ def bn_backward_apply(
 
 
 def tiles(kernel: str, x: Tensor) -> tuple[dict[str, int], dict[str, int]]:
-    """Options and block sizes of ``kernel`` for x [..., C]."""
+    """Launch options and block sizes of ``kernel`` for x [..., C]."""
     options, values = settings(kernel, x, C=x.shape[-1])
     return options, {**values, "BLOCK_C": min(values["BLOCK_C"], triton.next_power_of_2(x.shape[-1]))}
 
 
 def share_rows(rows: int, columns: int, constants: dict[str, int]) -> int:
-    """Sets STEPS so that about PROGRAMS programs share the rows; returns how many do."""
+    """Sets STEPS so that about PROGRAMS programs share the rows; returns the number of splits of the rows."""
     block = constants["BLOCK_T"]
     wanted = max(1, min(triton.cdiv(rows, block), constants.pop("PROGRAMS") // columns))
-    constants["STEPS"] = triton.next_power_of_2(triton.cdiv(rows, wanted * block))  # a constexpr of few values
+    constants["STEPS"] = triton.next_power_of_2(triton.cdiv(rows, wanted * block))  # few values: few recompilations
     return triton.cdiv(rows, constants["STEPS"] * block)
 
 
 def _shape(size: tuple[int, int], channels: int, pool: bool) -> dict[str, Any]:
-    height, width = size if pool else (2, 2)  # without a pool they mean nothing, and must not compile anew
+    height, width = size if pool else (2, 2)  # unused without a pool; constants avoid a recompilation
     return {"C": channels, "POOL": pool, "WIDTH": width, "HALF_H": height // 2, "HALF_W": width // 2}
 
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, size: tuple[int, int], y: Tensor, mean: Tensor, var: Tensor
 ) -> list[Launch]:
-    """Launches that fill y [T or T / 4, C], mean and var [C] float32 from x [T, C]; pooled when y is shorter.
+    """Launches that fill y [T or T / 4, C], mean and var [C] float32 from x [T, C]; pooled if y is shorter than x.
 
     size: height and width of a map, so that T = B height width.
     """
@@ -261,10 +262,10 @@ def forward(
 
 
 def merge(partial: Tensor, each: int, total: int, mean: Tensor, var: Tensor) -> Launch:
-    """The launch that fills mean and var [C] from those of splits of ``each`` rows, partial [splits, 2, C]."""
+    """Launch that fills mean and var [C] from ``partial`` [splits, 2, C], the statistics of splits of ``each`` rows."""
     splits, _, channels = partial.shape
     options, constants = tiles("bn_merge", partial)
-    constants["STEPS"] = triton.next_power_of_2(triton.cdiv(splits, constants["BLOCK_S"]))  # a constexpr of few values
+    constants["STEPS"] = triton.next_power_of_2(triton.cdiv(splits, constants["BLOCK_S"]))  # few recompilations
     grid = (triton.cdiv(channels, constants["BLOCK_C"]),)
     return Launch(bn_merge, grid, (partial, mean, var, total, splits, each), {"C": channels, **constants}, options)
 
@@ -273,7 +274,7 @@ def apply(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, size: tuple[int, int],
     residual: Tensor | None, y: Tensor,
 ) -> Launch:  # fmt: skip
-    """The launch that fills y: relu(BN(x)), pooled when y is shorter than x; with a ``residual`` BN(x) + residual."""
+    """Launch that fills y: relu(BN(x)), pooled if y is shorter than x; with ``residual``, BN(x) + residual."""
     options, constants = tiles("bn_apply", x)
     constants = {"RELU": residual is None, **_shape(size, x.shape[1], len(y) < len(x)), **constants}
     grid = (triton.cdiv(len(y), constants["BLOCK_T"]), triton.cdiv(x.shape[1], constants["BLOCK_C"]))
@@ -285,7 +286,7 @@ def backward_stats(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float,
     size: tuple[int, int], relu: bool = True,
 ) -> tuple[Launch, Tensor]:  # fmt: skip
-    """The launch that fills the partial sums [splits, 2, C], and these; their sum over splits is (dw, db)."""
+    """Launch that fills partial sums, and the sums' tensor [splits, 2, C]; its sum over splits is (dw, db)."""
     options, constants = tiles("bn_backward_stats", x)
     channels = x.shape[1]
     columns = triton.cdiv(channels, constants["BLOCK_C"])
@@ -300,7 +301,7 @@ def backward_apply(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float,
     size: tuple[int, int], sums: Tensor, dx: Tensor,
 ) -> Launch:  # fmt: skip
-    """The launch that fills dx [T, C] from ``sums`` [2, C]: dw and db."""
+    """Launch that fills dx [T, C] from ``sums`` [2, C], which holds dw and db."""
     options, constants = tiles("bn_backward_apply", x)
     constants = {**_shape(size, x.shape[1], len(dy) < len(x)), **constants}
     grid = (triton.cdiv(len(dy), constants["BLOCK_T"]), triton.cdiv(x.shape[1], constants["BLOCK_C"]))

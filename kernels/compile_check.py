@@ -1,9 +1,10 @@
-"""Compile the real launches for any architecture without a GPU, and report what came out.
+"""Compiles the project's kernel launches for any GPU architecture, without a GPU, and reports problems.
 
     python -m dtn_fast.kernels.compile_check --arch 80 90 --json
 
-For every shipped configuration: registers, spilled bytes, stack, shared memory against the architecture's limit,
-tensor-core and vector-load instructions.  Exit code 1 when one spills, does not fit or lost its tensor cores.
+The report holds for every shipped configuration: registers, spilled bytes, stack, shared memory against the
+architecture's limit, tensor-core and vector-load instructions.  Exit code 1 if any configuration spills, does not fit,
+or lacks tensor-core or vector-load instructions that it should have.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from dtn_fast.kernels.launch import INTERPRET, Launch
 
 MULTIPROCESSOR = {80: (64, 32, 164), 86: (48, 16, 100), 89: (48, 24, 100), 90: (64, 32, 228), 100: (64, 32, 228),
                   120: (48, 24, 100)}  # fmt: skip
-"""Warps, blocks and KiB of shared memory that one multiprocessor holds; each has 65,536 registers."""
+"""Warps, blocks and KiB of shared memory of one multiprocessor, by compute capability x 10; registers: 65,536."""
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-"""Shared memory that one block may use, KiB."""
+"""Largest shared memory of one block in KiB, by compute capability x 10."""
 TENSOR_CORE = re.compile(r"wgmma\.mma_async|\bmma\.sync|tcgen05\.mma")
 VECTOR_LOAD = re.compile(r"ld\.global[\w.:]*\.v[24]|cp\.async\.c[ag]\.shared\.global[^;]*0x10|cp\.async\.bulk\.tensor")
 
@@ -59,32 +60,32 @@ class CompiledKernel(NamedTuple):
     tensor_core: int
     """Tensor-core instructions in the PTX."""
     vector_load: int
-    """Loads of 8 or 16 bytes a thread, asynchronous copies and TMA loads in the PTX."""
+    """Loads of 8 or 16 bytes per thread, asynchronous copies and TMA loads in the PTX."""
 
     def occupancy(self) -> float:
-        """Share of a multiprocessor's warps that registers, shared memory and the block limit leave room for."""
+        """Share of a multiprocessor's warps that fit, given its registers, shared memory and block limit."""
         warps, blocks, shared = MULTIPROCESSOR[self.arch]
-        per_warp = -(-self.registers * 32 // 256) * 256  # registers are given out by 256 a warp
+        per_warp = -(-self.registers * 32 // 256) * 256  # registers are allocated in units of 256 per warp
         fit = min(blocks, warps // self.warps, 65536 // (per_warp * self.warps))
-        fit = min(fit, shared * 1024 // (self.shared + 1024))  # 1 KiB of each block is the system's
+        fit = min(fit, shared * 1024 // (self.shared + 1024))  # the system reserves 1 KiB per block
         return fit * self.warps / warps
 
     def problems(self) -> list[str]:
-        """What disqualifies this configuration from being shipped."""
+        """Reasons why this configuration must not be shipped; empty if there is none."""
         found = []
         if self.spill:
             found.append(f"spills {self.spill} bytes")
         if self.shared > SHARED_LIMIT[self.arch] * 1024:
-            found.append(f"needs {self.shared} bytes of shared memory of {SHARED_LIMIT[self.arch] * 1024}")
-        if not self.tensor_core and not self.kernel.startswith(("bn_", "lc_")):  # which multiply no matrices
+            found.append(f"needs {self.shared} bytes of shared memory, limit {SHARED_LIMIT[self.arch] * 1024}")
+        if not self.tensor_core and not self.kernel.startswith(("bn_", "lc_")):  # these multiply no matrices
             found.append("uses no tensor cores")
-        if not self.vector_load and self.kernel != "bn_merge":  # which reads a few kilobytes
+        if not self.vector_load and self.kernel != "bn_merge":  # it reads only a few kilobytes
             found.append("uses no vector loads")
         return found
 
 
 class StubDriver:
-    """A driver of no device: Triton's own dispatch specialises and compiles for ``arch``, and launches nothing."""
+    """Stub Triton driver: Triton specialises and compiles kernels for ``arch``; launches do nothing."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -97,7 +98,7 @@ class StubDriver:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return self.arch  # Triton caches kernels by device: one for each architecture
+        return self.arch  # Triton caches kernels per device, so each architecture is its own device
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -111,7 +112,7 @@ class StubDriver:
 
 @contextlib.contextmanager
 def target(arch: int) -> Iterator[None]:
-    """Within it, launches compile for ``arch`` with its launch values and TF32 allowed; nothing runs."""
+    """Context in which launches compile for ``arch``, with its launch values and TF32 allowed; nothing runs."""
     from triton.runtime import driver
 
     tf32 = torch.backends.cuda.matmul.fp32_precision
@@ -132,7 +133,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def mas_launches(n: int, dim: int, dtype: torch.dtype, batch: int = 2, heads: int = 8) -> list[Launch]:
-    """Forward and backward of a packed projection."""
+    """Forward and backward launches of MAS attention on a packed QKV projection."""
     qkv = _empty(batch, n, 3, heads, dim, dtype=dtype)
     q, k, v = qkv.unbind(2)
     o, scale, rows = torch.empty_like(q), _empty(heads), mas_attention_kernel.rows_like(q)
@@ -142,7 +143,7 @@ def mas_launches(n: int, dim: int, dtype: torch.dtype, batch: int = 2, heads: in
 
 
 def moe_launches(experts: int, hidden: int, channels: int, std: float, dtype: torch.dtype) -> list[Launch]:
-    """Forward and backward of 4,096 positions."""
+    """Forward and backward launches of the expert gate on 4,096 positions."""
     x, winner = _empty(4096, channels, dtype=dtype), _empty(4096, dtype=torch.int8)
     small = [_empty(experts, hidden), _empty(experts, hidden), _empty(experts), _empty(experts)]
     weights = [_empty(experts, hidden, channels, dtype=dtype), *small]
@@ -152,7 +153,7 @@ def moe_launches(experts: int, hidden: int, channels: int, std: float, dtype: to
 
 
 def bn_launches(channels: int, side: int, pool: bool, dtype: torch.dtype, batch: int = 32) -> list[Launch]:
-    """Forward and backward of a map [batch, channels, side, side]."""
+    """Forward and backward launches of BN, ReLU and, with ``pool``, max-pool on a map [batch, channels, side, side]."""
     total = batch * side * side
     x, y = _empty(total, channels, dtype=dtype), _empty(total // 4 if pool else total, channels, dtype=dtype)
     column = [_empty(channels) for _ in range(4)]  # weight, bias, mean, variance
@@ -167,7 +168,7 @@ def bn_launches(channels: int, side: int, pool: bool, dtype: torch.dtype, batch:
 
 
 def lc_launches(channels: int, side: int, dtype: torch.dtype, batch: int = 32) -> list[Launch]:
-    """Forward and backward of the local connection on maps [batch, channels, side, side]."""
+    """Forward and backward launches of the local connection on maps [batch, channels, side, side]."""
     rows = [_empty(batch * side * side, channels, dtype=dtype) for _ in range(4)]  # m, x, z, y
     weight, column, size = _empty(channels, 9), [_empty(channels) for _ in range(5)], (side, side)
     launches = local_connection_kernel.forward(*rows[:2], weight, *column[:3], 1e-5, size, *rows[2:], *column[3:])
@@ -179,11 +180,11 @@ def lc_launches(channels: int, side: int, dtype: torch.dtype, batch: int = 32) -
 
 
 PERSISTENT = {"PERSISTENT": 4, "STAGES": 2, "num_warps": 4, "num_stages": 2}
-"""The persistent forward's values where no tuned file holds better ones."""
+"""Launch values with which :func:`shipped` compiles the persistent forward kernel."""
 
 
 def shipped(arch: int) -> Iterator[tuple[str, torch.dtype, list[Launch]]]:
-    """Every configuration that this project compiles and checks: (shape, dtype, launches)."""
+    """Yields every configuration that is compiled and checked: (shape, dtype, launches)."""
     half, full = torch.bfloat16, torch.float32
     sizes = [(64, 32), (64, 64), (64, 128), (49, 64), (128, 64), (128, 128), (197, 64), (4096, 64), (4096, 128)]
     cases = [(n, d, half) for n, d in sizes] + [
@@ -223,7 +224,7 @@ def shipped(arch: int) -> Iterator[tuple[str, torch.dtype, list[Launch]]]:
 
 
 def inspect(launch: Launch, arch: int, shape: str, dtype: torch.dtype) -> CompiledKernel:
-    """Compiles ``launch`` within :func:`target` and reads the result."""
+    """Compiles ``launch`` and reads the compiler's report; must be called within :func:`target`."""
     compiled = launch.compile()
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
@@ -259,13 +260,13 @@ def _ptxas(arch: int) -> str:
 
 
 def check(arch: int) -> list[CompiledKernel]:
-    """Compiles everything shipped for ``arch``."""
+    """Compiles every shipped configuration for ``arch``."""
     with target(arch):
         return [inspect(one, arch, shape, dtype) for shape, dtype, launches in shipped(arch) for one in launches]
 
 
 def check_all(archs: list[int], processes: int = 2) -> list[CompiledKernel]:
-    """:func:`check` for each architecture, in processes of their own."""
+    """Runs :func:`check` for each architecture, spread over worker processes."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         return [row for rows in pool.imap(check, archs, chunksize=1) for row in rows]
 
@@ -273,16 +274,16 @@ def check_all(archs: list[int], processes: int = 2) -> list[CompiledKernel]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dtn_fast.kernels.compile_check",
-        description="Compile every shipped kernel configuration without a GPU and report registers, spills, memory.",
+        description="Compile every shipped kernel configuration without a GPU and report registers, spills and memory.",
         epilog="Example: python -m dtn_fast.kernels.compile_check --arch 80 90 --json",
     )
     every = sorted(SHARED_LIMIT)
     parser.add_argument("--arch", type=int, nargs="+", choices=every, default=every, help="compute capabilities x 10")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, help="number of worker processes")
     options = parser.parse_args(arguments)
     if INTERPRET:
-        print("aot: unset TRITON_INTERPRET; an interpreting process cannot compile", file=sys.stderr)
+        print("compile_check: unset TRITON_INTERPRET; interpreted kernels cannot be compiled", file=sys.stderr)
         return 2
     rows = check_all(options.arch, options.processes)
     if options.json:

@@ -1,10 +1,10 @@
 """The choice between the Triton kernels and plain torch, and the registration of operators with torch.library.
 
-Paths: ``triton`` (the kernels; on a CPU under TRITON_INTERPRET=1 their interpreter) and ``reference`` (plain torch).
-``auto`` takes triton on CUDA devices of compute capability 8.0 and up where the kernels support the inputs, else the
-reference, and says so once on a GPU.  Float32 on a GPU goes to the kernels when torch allows TF32, else attention is
-torch's scaled_dot_product_attention times the gate.  The argument ``path`` or the environment variable
-DTN_FAST_KERNELS force one.
+Paths: ``triton`` (the kernels; on a CPU with TRITON_INTERPRET=1 in Triton's interpreter) and ``reference`` (plain
+torch).  ``auto`` uses triton on CUDA devices of compute capability 8.0 and up if the kernels support the inputs, else
+the reference, with one warning on a GPU.  Float32 matrix products on a GPU use the kernels only if torch allows TF32;
+otherwise attention is torch's scaled_dot_product_attention times the gate.  The argument ``path`` or the environment
+variable DTN_FAST_KERNELS forces a path.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from dtn_fast.device import tf32_allowed
 PATHS = ("auto", "triton", "reference")
 VARIABLE = "DTN_FAST_KERNELS"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-"""What the kernels take; the reference also takes float64."""
+"""Dtypes that the kernels take; the reference also takes float64."""
 
 _plain = _nodes = False
 
 
 @contextlib.contextmanager
 def tracing(nodes: bool) -> Iterator[None]:
-    """Within it the operators are traced for an exporter: as the reference's own torch calls, or, with ``nodes``, as
-    the ONNX nodes of ``onnx_nodes`` (3x3 experts have none)."""
+    """Context in which an exporter traces the operators as the reference's torch calls or, with ``nodes``, as the ONNX
+    nodes of ``onnx_nodes`` (3x3 experts have no node)."""
     global _plain, _nodes
     before = _plain, _nodes
     _plain, _nodes = True, nodes
@@ -42,12 +42,12 @@ def tracing(nodes: bool) -> Iterator[None]:
 
 
 def traced_as_torch() -> bool:
-    """Whether an exporter traces: operators are then plain torch, or nodes."""
+    """Whether an exporter is tracing: the operators are then plain torch calls or ONNX nodes."""
     return _plain
 
 
 def traced_as_nodes() -> bool:
-    """Whether an exporter traces and wants the operators as ONNX nodes."""
+    """Whether an exporter is tracing the operators as ONNX nodes."""
     return _nodes
 
 
@@ -59,8 +59,11 @@ def requested(path: str | None) -> str:
 
 
 def use_triton(path: str, operator: str, x: Tensor, refusal: str | None, products: bool = True) -> bool:
-    """Whether ``operator``, of matrix products or none, runs its Triton kernels on ``x``; ``refusal`` says why they
-    cannot take the shapes."""
+    """Whether ``operator`` runs its Triton kernels on ``x``.
+
+    refusal: reason why the kernels cannot take the inputs, or None.  products: whether the operator multiplies
+    matrices, so that float32 needs TF32.  Raises ValueError when ``path`` is triton and the kernels cannot run.
+    """
     if path == "reference":
         return False
     if x.device.type == "cpu":
@@ -75,7 +78,7 @@ def use_triton(path: str, operator: str, x: Tensor, refusal: str | None, product
         why = None
     why = why or refusal
     if path == "triton" and why:
-        raise ValueError(f"{operator}: path 'triton' was forced, but the kernels do not take {why}")
+        raise ValueError(f"{operator}: path 'triton' was forced, but the kernels do not take {why}; use 'auto'")
     if why and x.device.type != "cpu":
         _notice(operator, why)
     return why is None
@@ -95,7 +98,7 @@ def _notice(operator: str, why: str) -> None:
 
 
 def autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """All in autocast's dtype where it is on."""
+    """The tensors, cast to autocast's dtype if autocast is on."""
     if _autocasting(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
         others = tuple(t.to(x.dtype) for t in others)
@@ -109,11 +112,11 @@ def _autocasting(x: Tensor) -> bool:
 # ------------------------------------------------------------------------------------------------ registration
 
 LIBRARY = torch.library.Library("dtn_fast", "DEF")
-_KEY = "CompositeExplicitAutograd"  # one implementation for every device; it looks where its tensors are
+_KEY = "CompositeExplicitAutograd"  # one implementation for every device; it checks where its tensors are
 
 
 def implement(name: str):
-    """Decorates the implementation of the operator ``dtn_fast::name``."""
+    """Decorator that registers the implementation of the operator ``dtn_fast::name``."""
 
     def register(function):
         LIBRARY.impl(name, function, _KEY)
@@ -123,10 +126,10 @@ def implement(name: str):
 
 
 def fake(name: str):
-    """Decorates the function that gives shapes and dtypes of ``dtn_fast::name`` while torch traces."""
+    """Decorator for the function that gives the output shapes and dtypes of ``dtn_fast::name`` while torch traces."""
     return torch.library.register_fake(f"dtn_fast::{name}", lib=LIBRARY)
 
 
 def map_like(x: Tensor) -> Tensor:
-    """An unfilled map [B, C, H, W] in channels_last."""
+    """Uninitialised map like ``x`` [B, C, H, W], in channels_last."""
     return torch.empty_like(x, memory_format=torch.channels_last)

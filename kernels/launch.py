@@ -1,4 +1,4 @@
-"""What a launcher produces: kernel, grid and arguments, so that running and compiling ahead of time share one path."""
+"""A kernel launch as an object (kernel, grid, arguments): it can be run, or compiled without running."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from dtn_fast.device import tf32_allowed
 
 INTERPRET: bool = triton.knobs.runtime.interpret
-"""Whether kernels are interpreted on the CPU; fixed when they are decorated (TRITON_INTERPRET=1 before the import).
+"""Whether kernels are interpreted on the CPU; fixed at import, by TRITON_INTERPRET=1.
 
-The interpreter multiplies bfloat16 wrongly and knows no inline assembly, so kernels take this as a constexpr.
+The interpreter multiplies bfloat16 wrongly and has no inline assembly, so kernels take constexprs that depend on this.
 """
 
 
 class Launch(NamedTuple):
-    """One kernel launch, complete: ``kernel[grid](*args, **constants, **options)``."""
+    """One complete kernel launch: ``kernel[grid](*args, **constants, **options)``."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -38,15 +38,15 @@ class Launch(NamedTuple):
         self.kernel[self.grid](*self.args, **self.constants, **options)
 
     def compile(self) -> Any:
-        """Compiles for the active driver's target without running, as :meth:`run` would; returns Triton's kernel."""
+        """Compiles what :meth:`run` would run, for the active driver's target; returns Triton's compiled kernel."""
         return self.kernel.warmup(*self.args, grid=self.grid, **self.constants, **self.options)
 
 
 def product_precision(x: Tensor) -> str:
-    """Triton's input_precision of products of ``x``: tf32 for float32 where torch allows it, never interpreted."""
+    """Triton's input_precision for products of ``x``: tf32 for float32 if torch allows it, ieee in the interpreter."""
     return "tf32" if x.dtype == torch.float32 and not INTERPRET and tf32_allowed() else "ieee"
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """[B, C, H, W] as the matrix [B H W, C] whose rows are contiguous; a map that is not channels_last is copied."""
+    """Map x [B, C, H, W] as a matrix [B H W, C] with contiguous rows; copied unless x is channels_last."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()

@@ -1,4 +1,4 @@
-"""Launch values per GPU: tuned/<gpu>.json where one was measured, else the architecture family's, else the default."""
+"""Launch values (block sizes, warps, stages) per GPU, from tuned/: <gpu>.json, else sm<arch>.json, else default.json."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 FOLDER = Path(__file__).parent / "tuned"
 OPTIONS = ("num_warps", "num_stages")
 SMALL = 128
-"""Largest N that one attention program holds whole; up to it the backward needs nothing of its forward."""
+"""Largest N (tokens) that one attention program holds whole; up to it the backward needs no saved forward values."""
 
 override: dict[str, dict[str, int]] = {}
-"""Values that the tuner and tests try, by kernel; taken before any file."""
+"""Launch values by kernel, set by the tuner and by tests; they take precedence over every file."""
 
 target: int | None = None
-"""Compute capability (90 for 9.0) to read values for when compiling without a GPU."""
+"""Compute capability x 10 (90 for 9.0) whose values are read when compiling without a GPU."""
 
 
 def settings(kernel: str, like: Tensor, **shape: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -31,14 +31,14 @@ def settings(kernel: str, like: Tensor, **shape: int) -> tuple[dict[str, int], d
 
 @functools.lru_cache(maxsize=4096)
 def _lookup(kernel: str, gpu: tuple[str, int], width: int, *shape: tuple[str, int]) -> dict[str, int]:
-    """The first row of the first file that fits: a row's "when" bounds shape values and element width from above."""
+    """Values of the first row that fits, in file order; a row's "when" gives upper bounds of shape values and bytes."""
     name, capability = gpu
     given = {**dict(shape), "bytes": width}
     for file in (f"{name}.json", f"sm{capability}.json", "default.json"):
         for row in _read(file).get(kernel, ()):
             if all(given.get(key, 0) <= bound for key, bound in row.get("when", {}).items()):
                 return {k: v for k, v in row.items() if k != "when"}
-    raise KeyError(f"{kernel}: no launch values for {given} in {FOLDER / 'default.json'}")
+    raise KeyError(f"{kernel}: no launch values for {given} in {FOLDER / 'default.json'}; add a row there")
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def _read(file: str) -> dict[str, list[dict[str, Any]]]:
 
 def _gpu(device: torch.device) -> tuple[str, int]:
     if device.type != "cuda":
-        return "none", target or 90  # nothing runs but the interpreter
+        return "none", target or 90  # only compiled, or interpreted
     return _properties(device.index if device.index is not None else torch.cuda.current_device())
 
 

@@ -29,7 +29,7 @@ LIBRARY.define(
 
 
 def unsupported(m: Tensor) -> str | None:
-    """Why these kernels do not take m [B, C, H, W], or None."""
+    """Reason why these kernels cannot take m [B, C, H, W], or None if they can."""
     return batch_norm.unsupported(m, pool=False)
 
 
@@ -92,7 +92,7 @@ class _LocalConnection(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, _mean, _var):
         dm, dw, *norm = torch.ops.dtn_fast.lc_backward(grad, *ctx.saved_tensors, ctx.eps)
-        return dm, grad, dw, torch.zeros_like(norm[1]), *norm, None  # BN takes the bias out: no gradient
+        return dm, grad, dw, torch.zeros_like(norm[1]), *norm, None  # BN cancels the bias: its gradient is zero
 
 
 def local_connection(
@@ -106,16 +106,19 @@ def local_connection(
     *,
     path: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x + BN(depthwise 3x3 of m) in training (Eq. 23), zeros around the map.
+    """x + BN(depthwise 3x3 convolution of m) in training (Eq. 23), zero-padded.
 
-    m, x: [B, C, H, W] of one dtype, best channels_last.  weight: [C, 1, 3, 3]; bias, norm_weight, norm_bias: [C].
+    m, x: [B, C, H, W] of one dtype, preferably channels_last.  weight: [C, 1, 3, 3]; bias, norm_weight, norm_bias: [C].
     Returns y like x, and the convolution's mean and biased variance [C] float32, which carry no gradient.  Raises
-    ValueError naming the argument.
+    ValueError naming the argument on a wrong shape or dtype.
     """
     path = requested(path)
     m, x = autocast(m, x)
     if m.dim() != 4 or not m.is_floating_point() or m.shape != x.shape or m.dtype != x.dtype:
-        raise ValueError(f"m, x: got {tuple(m.shape)} {m.dtype}, {tuple(x.shape)} {x.dtype}; one floating [B, C, H, W]")
+        raise ValueError(
+            f"m, x: got {tuple(m.shape)} {m.dtype}, {tuple(x.shape)} {x.dtype}; "
+            "they must be floating-point [B, C, H, W] of one shape and dtype"
+        )
     channels = m.shape[1]
     named = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
     for name, tensor, shape in (
@@ -130,5 +133,5 @@ def local_connection(
 
 
 def fuses_local_connection(m: Tensor) -> bool:
-    """Whether :func:`local_connection` wins over torch's own operators on ``m``: by bytes, wherever its kernels run."""
+    """Whether :func:`local_connection` moves fewer bytes than torch's operators on ``m``: true if its kernels run."""
     return not traced_as_torch() and _lc_triton(requested(None), m)

@@ -1,15 +1,16 @@
 """The local connection of a LEVT block in training (paper Eq. 23), in Triton: x + BN(depthwise 3x3 of m).
 
 Rows are positions: m, x, y [T, C] with T = B H W (channels_last maps seen as matrices); w [C, 9] and b [C] of the
-convolution, zeros around a map.  With z the convolution's output in m's dtype and BN as in ``batch_norm``:
+convolution, which pads with zeros.  With z the convolution's output in m's dtype and BN as in ``batch_norm``:
 
     y = x + BN(z)      dz = BN'(dy)      dm_i = sum_k w_k dz_(i - k)      dw_k = sum_i dz_i m_(i + k)      dx = dy
 
-and b has no gradient, as BN takes every mean out.  P is one pass over a map.  Forward: m read, z written with its
-statistics; z and x read, y written: five passes where the operators take eight and torch.compile six.  Backward: dy and
-z read for BN's sums; dy, z (their neighbours from cache) and m read, dm written, dz never: six where they take nine.
+and b has no gradient, as BN subtracts the mean.  Memory traffic in passes over a map.  Forward reads m and writes z
+with its statistics, then reads z and x and writes y: five passes where separate operators take eight and torch.compile
+six.  Backward reads dy and z for BN's sums, then reads dy, z (neighbours from cache) and m and writes dm, but never dz:
+six passes where separate operators take nine.
 
-Statistics are summed around b, merged in a fixed order; all arithmetic is float32.
+Statistics are summed as deviations from b and merged in a fixed order; all arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from dtn_fast.kernels.launch import Launch
 
 @triton.jit
 def _neighbour(rows, total, dh, dw, H: tl.constexpr, W: tl.constexpr):
-    """The rows dh below and dw to the right, and which of them lie on the same map."""
+    """Rows that lie dh below and dw to the right, and a mask of those on the same map."""
     h, w = rows // W % H + dh, rows % W + dw
     return rows + dh * W + dw, (h >= 0) & (h < H) & (w >= 0) & (w < W) & (rows < total)
 
@@ -44,7 +45,7 @@ def lc_forward(
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """z of this program's rows, their mean and sum of squared deviations: PARTIAL [splits, 2, C]."""
+    """Writes z of this program's rows, and their mean and sum of squared deviations to PARTIAL [splits, 2, C]."""
     split = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     good = cols < C
@@ -83,7 +84,7 @@ def lc_backward(
     M, WEIGHT, Z, NORM_W, NORM_B, MEAN, VAR, DY, SUMS, DM, PARTIAL, eps, total,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dm of BLOCK_T rows and their part of dw: PARTIAL [programs, C, 9]; SUMS [2, C] holds BN's own gradients."""
+    """Writes dm of BLOCK_T rows and their part of dw, PARTIAL [programs, C, 9]; SUMS [2, C]: gradients of BN's w and b."""
     pid = tl.program_id(0)
     rows = pid * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -128,7 +129,7 @@ def forward(
 def backward_stats(
     dy: Tensor, z: Tensor, norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Launch, Tensor]:
-    """The launch that fills partial sums [splits, 2, C], and these; their sum over splits is BN's own gradients."""
+    """Launch that fills partial sums, and their tensor [splits, 2, C]; its sum over splits: gradients of BN's w and b."""
     return batch_norm_kernel.backward_stats(dy, z, norm_weight, norm_bias, mean, var, eps, (2, 2), relu=False)
 
 
@@ -136,7 +137,7 @@ def backward(
     dy: Tensor, m: Tensor, weight: Tensor, z: Tensor, norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, var: Tensor,
     eps: float, size: tuple[int, int], sums: Tensor, dm: Tensor,
 ) -> tuple[Launch, Tensor]:  # fmt: skip
-    """The launch that fills dm [T, C], and the partial sums [programs, C, 9] of dw that it fills; sums [2, C]."""
+    """Launch that fills dm [T, C] and the partial sums of dw, and these sums [programs, C, 9]; ``sums``: [2, C]."""
     total, channels = m.shape
     options, constants = tiles("lc_backward", m)
     programs = triton.cdiv(total, constants["BLOCK_T"])

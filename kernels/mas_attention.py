@@ -37,23 +37,23 @@ HEAD_DIMS = (32, 64, 128)
 
 
 def unsupported_head_dim(dim: int) -> str | None:
-    """Why the kernels do not take heads of ``dim`` channels, or None."""
+    """Reason why the kernels cannot take heads of ``dim`` channels, or None if they can."""
     return None if dim in HEAD_DIMS else f"head dimension {dim} (kernels take {', '.join(map(str, HEAD_DIMS))})"
 
 
 def unsupported(q: Tensor) -> str | None:
-    """Why these kernels do not take inputs like ``q`` [B, N, H, D], or None."""
+    """Reason why these kernels cannot take inputs like ``q`` [B, N, H, D], or None if they can."""
     if q.dtype not in DTYPES:
         return f"dtype {q.dtype}"
     if refusal := unsupported_head_dim(q.shape[3]):
         return refusal
     if q.shape[0] * q.shape[2] > 65535 and q.shape[1] > SMALL:
-        return f"{q.shape[0] * q.shape[2]} (batch, head) pairs at N > {SMALL} (a grid holds 65,535)"
+        return f"{q.shape[0] * q.shape[2]} (batch, head) pairs at N > {SMALL} (a CUDA grid allows 65,535)"
     return None
 
 
 def _log_sum(q: Tensor) -> Tensor:
-    """What the forward keeps for the backward: nothing up to SMALL, else a float32 value per query [B, H, N]."""
+    """Uninitialised log-sums that the backward needs: empty up to N = SMALL, else float32 [B, H, N], one per query."""
     batch, count, heads, _ = q.shape
     return q.new_empty((0,) if count <= SMALL else (batch, heads, count), dtype=torch.float32)
 
@@ -98,7 +98,7 @@ def _mas_packed_backward(
     if not _mas_triton(path, parts[0]):
         *grads, dscale = reference.mas_attention_backward(grad, *parts, head_scale)
         return torch.stack(grads, 2), dscale
-    packed = qkv.new_empty(qkv.shape)  # one gradient, each third written in place
+    packed = qkv.new_empty(qkv.shape)  # one packed gradient; dq, dk and dv are written into it
     return packed, _mas_launch_backward(grad, parts, head_scale, out, log_sum, packed.unbind(2))
 
 
@@ -171,7 +171,7 @@ def mas_attention(
 
     q, k, v: [B, N, H, D], fp16, bf16, fp32 (or fp64, by the reference), any strides with a contiguous last dimension.
     head_scale: [H], before the sigmoid.  Returns [B, N, H, D]; with ``return_maps`` also the gated attention maps
-    [B, H, N, N], through the reference.  Gradients for all four, deterministic; autocast casts q, k and v.
+    [B, H, N, N], through the reference.  Gradients for all four tensors, deterministic; autocast casts q, k and v.
     Raises ValueError naming the argument on unequal shapes, dtypes or devices and on other ranks or dtypes.
     """
     path = requested(path)
@@ -182,7 +182,7 @@ def mas_attention(
             if getattr(tensor, what) != getattr(q, what):
                 raise ValueError(
                     f"{name}: {what} is {_show(getattr(tensor, what))}, q's is {_show(getattr(q, what))}; "
-                    "q, k and v must be alike"
+                    "q, k and v must have one shape, dtype and device"
                 )
         if tensor.stride(-1) != 1:
             raise ValueError(f"{name}: strides are {tensor.stride()}; the last dimension must be contiguous")
@@ -194,7 +194,7 @@ def mas_attention(
 
 
 def mas_attention_packed(qkv: Tensor, head_scale: Tensor, *, path: str | None = None) -> Tensor:
-    """:func:`mas_attention` of a packed [B, N, 3, H, D], read in place; its gradient is written as one tensor."""
+    """Runs :func:`mas_attention` on a packed qkv [B, N, 3, H, D], read in place; the gradient is one packed tensor."""
     path = requested(path)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv: shape is {tuple(qkv.shape)}; it must be [B, N, 3, H, D]")
@@ -223,7 +223,7 @@ def _check_qkv(q: Tensor, head_scale: Tensor, name: str) -> None:
     if head_scale.device != q.device:
         raise ValueError(f"head_scale: on {head_scale.device}, {name} on {q.device}; they must be on one device")
     if not head_scale.is_floating_point():
-        raise ValueError(f"head_scale: dtype is {head_scale.dtype}; it must be a floating dtype")
+        raise ValueError(f"head_scale: dtype is {head_scale.dtype}; it must be a floating-point dtype")
 
 
 def _show(value: object) -> object:
@@ -235,6 +235,6 @@ def _strict_float32(x: Tensor) -> bool:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor) -> Tensor:
-    """Strict float32 on a GPU: torch's attention times the gate."""
+    """torch's scaled_dot_product_attention times the gate, for float32 on a GPU without TF32."""
     out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
     return out * head_scale.sigmoid()[:, None]

@@ -1,21 +1,21 @@
 """MAS attention in Triton: O_h = sigmoid(s_h) * softmax(Q_h K_h^T / sqrt(D)) V_h, forward and backward.
 
 Shapes: q, k, v, o and their gradients [B, N, H, D], any strides with a contiguous last dimension; head_scale s [H].
-Write S = Q K^T / sqrt(D), P = softmax(S) by row, g = sigmoid(s), so O = g P V, and let dO come in.  Then
+Write S = Q K^T / sqrt(D), P = softmax(S) by row, g = sigmoid(s), so O = g P V, and let dO be the gradient of O.  Then
 
     dV = g P^T dO           dP = dO V^T          delta_i = sum_j P_ij dP_ij
     dS = g P * (dP - delta) dQ = dS K / sqrt(D)  dK = dS^T Q / sqrt(D)    ds_h = g (1 - g) sum_i delta_i
 
 N <= 128: one program holds a whole (batch, head), Q, K, V and P in registers and shared memory (where an
-architecture's registers do not hold it, tuned/ says STREAM and the kernels for longer N serve).  Forward reads q, k, v
+architecture's registers cannot hold it, tuned/ sets STREAM and the kernels for longer N run).  Forward reads q, k, v
 and writes o (4 BNHD elements, 4 BHN^2 D flops); backward reads q, k, v, dO, recomputes P from them and delta from P and
 dP, and writes dq, dk, dv (7 BNHD elements, 10 BHN^2 D flops).  It needs neither O nor the row sums of the forward.
 
 Longer N: flash attention.  The forward streams K and V past a block of queries with a running maximum and sum and
 stores lse_i = log2 sum_j exp2(S_ij log2 e).  In the backward P_ij = exp2(S_ij log2 e - lse_i), and since the stored O
-already holds g, sum_d O_id dO_id = g delta_i.  One kernel streams keys past queries for dQ (and stores g delta_i on
+includes g, sum_d O_id dO_id = g delta_i.  One kernel streams keys past queries for dQ (and stores g delta_i on
 its way), a second streams queries past keys for dK and dV.  Each output element has one writer: no atomics,
-the same bits every run.
+bitwise equal results in every run.
 
 Products run in the inputs' dtype with float32 accumulation; S, P, delta and every reduction are float32; P and dS are
 rounded to the inputs' dtype only where they enter a product.
@@ -39,7 +39,7 @@ LOG2E = 1.4426950408889634
 
 @triton.jit
 def _load(base, rows, cols, row_stride, rows_total, EXACT: tl.constexpr, UPCAST: tl.constexpr):
-    """A [rows, cols] tile; rows past the end read as zero.  EXACT: none is past the end."""
+    """A [rows, cols] tile; rows past the end read as zero.  EXACT: no row is past the end."""
     pointers = base + rows[:, None] * row_stride + cols[None, :]
     if EXACT:
         tile = tl.load(pointers)
@@ -89,7 +89,7 @@ def mas_small_forward(
     H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One (batch, head) per program.  scale = log2(e) / sqrt(D)."""
+    """Attention of one (batch, head) per program.  scale = log2(e) / sqrt(D)."""
     pid = tl.program_id(0)
     b, h = (pid // H).to(tl.int64), pid % H
     rows, cols = tl.arange(0, BLOCK), tl.arange(0, D)
@@ -108,8 +108,9 @@ def mas_small_forward_persistent(
     H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The same through tensor descriptors (TMA from Hopper on): each program walks over (batch, head) pairs, so that
-    the loads of the next one run under the arithmetic of this one.  Rows past n load as zero and are not stored."""
+    """Variant of :func:`mas_small_forward` with tensor descriptors (TMA from Hopper on): each program loops over
+    (batch, head) pairs and loads the next pair while it computes the current one.  Rows past n load as zero and are
+    not stored."""
     rows = tl.arange(0, BLOCK)
     for tile in tl.range(tl.program_id(0), tiles, programs, num_stages=STAGES):
         b, h = tile // H, tile % H
@@ -132,7 +133,7 @@ def mas_small_backward(
     H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The whole backward of one (batch, head).  softmax_scale = 1 / sqrt(D); DSCALE [B, H] float32 partial sums."""
+    """Backward of one (batch, head) per program.  softmax_scale = 1 / sqrt(D); DSCALE [B, H] float32 partial sums."""
     pid = tl.program_id(0)
     b, h = (pid // H).to(tl.int64), pid % H
     rows, cols = tl.arange(0, BLOCK), tl.arange(0, D)
@@ -146,7 +147,7 @@ def mas_small_backward(
     dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION) * g
     _store(DV + b * dv_b + h * dv_h, rows, cols, dv_n, n, dv, EXACT)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    weighted = p * dp  # rows past n: dO is zero there, so is this
+    weighted = p * dp  # zero in rows past n, as dO is zero there
     tl.store(DSCALE + pid, g * (1 - g) * tl.sum(weighted))
     ds = ((weighted - p * tl.sum(weighted, 1)[:, None]) * (g * softmax_scale)).to(q.dtype)
     dq = tl.dot(ds, k, input_precision=PRECISION)
@@ -166,8 +167,8 @@ def mas_flash_forward(
     N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of one (batch, head) per program, keys streamed in blocks of BLOCK_N.
-    LSE [B, H, N] or None."""
+    """Attention of BLOCK_M queries of one (batch, head) per program, keys streamed in blocks of BLOCK_N.
+    LSE: [B, H, N] or None."""
     pid = tl.program_id(1)
     b, h = (pid // H).to(tl.int64), pid % H
     rows, cols = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D)
@@ -312,7 +313,7 @@ def _flash_forward(q, k, v, head_scale, o, lse, scale) -> Launch:
 
 
 def _describable(*tensors: Tensor) -> bool:
-    """Whether tensor descriptors can address these: 16-byte aligned bases and strides."""
+    """Whether tensor descriptors can address the tensors: bases and strides are multiples of 16 bytes."""
     return all(t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:3]) for t in tensors)
 
 
@@ -334,9 +335,9 @@ def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor, o: Tensor, lse: Tensor,
     dq: Tensor, dk: Tensor, dv: Tensor, partial: Tensor,
 ) -> list[Launch]:  # fmt: skip
-    """Launches that fill dq, dk, dv and ``partial`` of :func:`partial_like`; :func:`finish` turns that into ds.
+    """Launches that fill dq, dk, dv and ``partial`` (from :func:`partial_like`), which :func:`finish` turns into ds.
 
-    ``o`` and ``lse`` are the forward's and read only for N > 128.
+    ``o`` and ``lse`` come from the forward and are read only for N > 128.
     """
     batch, n, heads, dim = q.shape
     scales = (dim**-0.5 * LOG2E, dim**-0.5)
@@ -361,18 +362,18 @@ def backward(
 
 
 def finish(partial: Tensor, head_scale: Tensor) -> Tensor:
-    """The head scale's gradient [H] from the ``partial`` that :func:`backward` filled."""
+    """Gradient [H] of the head scale from the ``partial`` that :func:`backward` filled."""
     if partial.dim() == 2:  # g (1 - g) sum_i delta_i of each (batch, head)
         return partial.sum(0).to(head_scale.dtype)
-    return ((1 - head_scale.float().sigmoid()) * partial.sum((0, 2))).to(head_scale.dtype)  # of g delta_i
+    return ((1 - head_scale.float().sigmoid()) * partial.sum((0, 2))).to(head_scale.dtype)  # sums of g delta_i
 
 
 def partial_like(q: Tensor) -> Tensor:
-    """An unfilled ``partial`` for :func:`backward`, float32: [B, H] for the one-pass kernel, else [B, H, N]."""
+    """Uninitialised ``partial`` for :func:`backward`, float32: [B, H] for the one-pass kernel, else [B, H, N]."""
     whole = q.shape[1] <= SMALL and "STREAM" not in settings("mas_small_backward", q, D=q.shape[3], N=q.shape[1])[1]
     return q.new_empty((q.shape[0], q.shape[2]), dtype=torch.float32) if whole else rows_like(q)
 
 
 def rows_like(q: Tensor) -> Tensor:
-    """An unfilled float32 value per query, [B, H, N]."""
+    """Uninitialised float32 tensor [B, H, N], one value per query."""
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)

@@ -33,17 +33,18 @@ MAX_EXPERTS, MAX_HIDDEN = 8, 256
 
 
 def unsupported(x: Tensor, w1: Tensor) -> str | None:
-    """Why these kernels do not take x [B, C, H, W] and w1 [E, M, C], or None."""
+    """Reason why these kernels cannot take x [B, C, H, W] and w1 [E, M, C], or None if they can."""
     if x.dtype not in DTYPES:
         return f"dtype {x.dtype}"
     if w1.dim() != 3:
         return f"{w1.shape[-1]}x{w1.shape[-1]} experts (kernels take 1x1)"
     if x.shape[1] % 16 or w1.shape[1] % 16 or w1.shape[1] > MAX_HIDDEN or w1.shape[0] > MAX_EXPERTS:
         return (
-            f"C={x.shape[1]}, M={w1.shape[1]}, E={w1.shape[0]} (multiples of 16, M <= {MAX_HIDDEN}, E <= {MAX_EXPERTS})"
+            f"C={x.shape[1]}, M={w1.shape[1]}, E={w1.shape[0]} "
+            f"(C and M must be multiples of 16, M <= {MAX_HIDDEN}, E <= {MAX_EXPERTS})"
         )
     if x.numel() // 8 >= 2**32:
-        return f"{x.numel()} elements (the noise counter holds 2**35)"
+        return f"{x.numel()} elements (the noise counter allows fewer than 2**35)"
     return None
 
 
@@ -133,23 +134,24 @@ def moe_gate(
 ) -> Tensor:
     """Noisy expert gate (Eq. 10-12): F' = F * sigmoid(max_e sigmoid(s_e) * E_e(F + n_e)).
 
-    x: [B, C, H, W], best channels_last (another layout is copied).  w1: [E, M, C], b1 and w2: [E, M], b2 and
-    expert_scale: [E]; 3x3 experts (w1 [E, M, C, 3, 3], w2 [E, M, 3, 3]) take the reference.  noise_std: standard
+    x: [B, C, H, W], preferably channels_last (others are copied).  w1: [E, M, C], b1 and w2: [E, M], b2 and
+    expert_scale: [E]; 3x3 experts (w1 [E, M, C, 3, 3], w2 [E, M, 3, 3]) use the reference.  noise_std: standard
     deviation of the Gaussian noise, 0 for none.  seed: int or int64 scalar tensor that fixes the noise on every device;
     None draws one from torch's default generator.  Returns [B, C, H, W], channels_last.  Gradients for x, both weight
     pairs and the scales, deterministic; autocast casts x and the weights.  Raises ValueError naming the argument.
     """
     path = requested(path)
     if x.dim() != 4 or not x.is_floating_point():
-        raise ValueError(f"x: got {tuple(x.shape)} {x.dtype}; it must be a floating [B, C, H, W]")
+        raise ValueError(f"x: got {tuple(x.shape)} {x.dtype}; it must be a floating-point [B, C, H, W]")
     x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
     experts, hidden = w1.shape[:2] if w1.dim() in (3, 5) else (0, 0)
     window = tuple(w1.shape[3:])
     if not experts or w1.shape[2] != x.shape[1] or window not in ((), (1, 1), (3, 3)):
-        raise ValueError(f"w1: shape is {tuple(w1.shape)}; it must be [E, M, {x.shape[1]}] or that and (3, 3)")
+        shape = f"E, M, {x.shape[1]}"
+        raise ValueError(f"w1: shape is {tuple(w1.shape)}; it must be [{shape}] or [{shape}, 3, 3]")
     if x.shape[1] % 16 or hidden % 16:
         name, value = ("x", x.shape[1]) if x.shape[1] % 16 else ("w1", hidden)
-        raise ValueError(f"{name}: {value} {'channels' if name == 'x' else 'hidden units'}; a multiple of 16 is needed")
+        raise ValueError(f"{name}: {value} {'channels' if name == 'x' else 'hidden units'}; use a multiple of 16")
     wanted = {"b1": (b1, (experts, hidden)), "w2": (w2, (experts, hidden, *window)), "b2": (b2, (experts,))}
     for name, (tensor, shape) in {**wanted, "expert_scale": (expert_scale, (experts,))}.items():
         if tuple(tensor.shape) != shape:

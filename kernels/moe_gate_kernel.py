@@ -14,10 +14,10 @@ Backward.  Only the winner w of a row has a gradient.  With A = a, m = m_w, p = 
     db2_w = sum de          dw2_w = sum de h      dh = de w2_w [h > 0]               db1_w = sum dh
     dx = dy A + dh W1_w     dW1_w = sum dh (x + n_w)^T
 
-The row kernel recomputes noise and h for each expert in turn, keeps what its winning rows need, writes dx (each row
-once, in its winner's turn), dh [T, M] and per-program sums of the small gradients.  The weight kernel redraws the noise
-and multiplies dh by it in splits of the rows.  Partial sums are added in a fixed order: no atomics, the same bits
-every run.  Products run in x's dtype, accumulation and everything else in float32.
+The row kernel recomputes noise and h for each expert in turn, uses only the rows that this expert won, and writes dx
+(each row once, in its winner's turn), dh [T, M] and per-program sums of the small gradients.  The weight kernel redraws
+the noise and multiplies dh by x + n in splits of the rows.  Partial sums are added in a fixed order: no atomics,
+bitwise equal results in every run.  Products run in x's dtype, accumulation and everything else in float32.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def _normals(word, FAST: tl.constexpr):
 
 @triton.jit
 def _noise(seed, expert, calls, ROWS: tl.constexpr, COLS: tl.constexpr, FAST: tl.constexpr):
-    """Noise of a [ROWS, COLS] tile from its Philox calls [ROWS, COLS / 8]: eight neighbouring channels a call."""
+    """Noise of a [ROWS, COLS] tile from its Philox calls [ROWS, COLS / 8]: one call gives eight channels."""
     zero = calls * 0
     w0, w1, w2, w3 = tl.philox(seed, calls, zero + expert, zero, zero)
     a, b = _normals(w0, FAST)
     c, d = _normals(w1, FAST)
     e, f = _normals(w2, FAST)
     g, h = _normals(w3, FAST)
-    # join appends a dimension: index (half of the words, word in it, cosine or sine) = channel in base two
+    # join appends a dimension of two; the channel's bits are (word // 2, word % 2, cosine or sine)
     even = tl.join(tl.join(a, e), tl.join(c, g))
     odd = tl.join(tl.join(b, f), tl.join(d, h))
     return tl.reshape(tl.join(even, odd), (ROWS, COLS))
@@ -71,7 +71,7 @@ def _noise(seed, expert, calls, ROWS: tl.constexpr, COLS: tl.constexpr, FAST: tl
 
 @triton.jit
 def _noisy(x, seed, expert, std, first_call, ROWS: tl.constexpr, COLS: tl.constexpr, FAST: tl.constexpr):
-    """x + std * noise, rounded to x's dtype as the reference does; first_call [ROWS, 1] of the tile's left edge."""
+    """x + std * noise, rounded to x's dtype as the reference does; first_call [ROWS, 1]: each row's first call."""
     calls = first_call + tl.arange(0, COLS // 8)[None, :]
     z = _noise(seed, expert, calls, ROWS, COLS, FAST)
     return (x.to(tl.float32) + std * z).to(x.dtype)
@@ -133,7 +133,7 @@ def moe_forward(
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr,
     NOISE: tl.constexpr, FAST: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T rows per program; A and WINNER may both be None."""
+    """Gate of BLOCK_T rows per program; A and WINNER may both be None."""
     rows = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     seed = 0
     if NOISE:
@@ -147,7 +147,7 @@ def moe_forward(
         )  # fmt: skip
         p, _ = _score(h, W2, B2, expert, M, BLOCK_M)
         m = _sigmoid(tl.load(EXPERT_SCALE + expert).to(tl.float32)) * p
-        winner = tl.where(m > best, expert, winner)  # strictly: the first of equals wins
+        winner = tl.where(m > best, expert, winner)  # strictly greater: the first of equals wins
         best = tl.maximum(best, m)
     a = _sigmoid(best)
     if A is not None:
@@ -169,7 +169,7 @@ def moe_backward_rows(
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr,
     NOISE: tl.constexpr, FAST: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx and dh of BLOCK_T rows; PARTIAL [programs, E, 2 M + 2] holds this program's db1, dw2, db2 and ds."""
+    """Writes dx and dh of BLOCK_T rows; PARTIAL [programs, E, 2 M + 2] holds this program's db1, dw2, db2 and ds."""
     pid = tl.program_id(0)
     rows = (pid * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     inside = rows < rows_total
@@ -220,7 +220,7 @@ def moe_backward_weight(
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
     NOISE: tl.constexpr, FAST: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dW1 of one expert and BLOCK_C channels over a split of STEPS * BLOCK_T rows: DW1 [splits, E, M, C] float32."""
+    """Writes dW1 of one expert, BLOCK_C channels and STEPS * BLOCK_T rows (a split) to DW1 [splits, E, M, C] float32."""
     column, split, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     units, cols = tl.arange(0, BLOCK_M), column * BLOCK_C + tl.arange(0, BLOCK_C)
     seed = 0
@@ -277,7 +277,7 @@ def backward(
     dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, expert_scale: Tensor, seed: Tensor,
     std: float, a: Tensor, winner: Tensor, dx: Tensor,
 ) -> tuple[list[Launch], Tensor, Tensor]:  # fmt: skip
-    """Launches that fill dx [T, C], and the partial sums [P, E, 2 M + 2] and [S, E, M, C] that they fill."""
+    """Launches that fill dx [T, C] and two partial sums, and these sums: [P, E, 2 M + 2] and [S, E, M, C] (dW1)."""
     total, (experts, hidden, channels) = x.shape[0], w1.shape
     options, constants = _constants("moe_backward_rows", x, w1, std)
     programs = triton.cdiv(total, constants["BLOCK_T"])
@@ -287,10 +287,10 @@ def backward(
     args = (x, w1, b1, w2, b2, expert_scale, seed, dy, a, winner, dx, dh, partial, float(std), total, *strides)
     launches = [Launch(moe_backward_rows, (programs,), args, constants, options)]
     options, constants = _constants("moe_backward_weight", x, w1, std)
-    # as many splits as fill a large GPU with (column, split, expert) programs, and no more
+    # just enough splits to fill a large GPU with (column, split, expert) programs
     columns, block = channels // constants["BLOCK_C"], constants["BLOCK_T"]
     splits = max(1, min(triton.cdiv(total, block), constants.pop("PROGRAMS") // (columns * experts)))
-    steps = triton.next_power_of_2(triton.cdiv(total, splits * block))  # a constexpr of few values
+    steps = triton.next_power_of_2(triton.cdiv(total, splits * block))  # few values: few recompilations
     splits = triton.cdiv(total, steps * block)
     dw1 = x.new_empty(splits, experts, hidden, channels, dtype=torch.float32)
     weight_args = (x, seed, winner, dh, dw1, float(std), total, x.stride(0))

@@ -1,8 +1,9 @@
-"""The operators as ONNX nodes of the domain ``dtn``, and what they mean in standard operators.
+"""The operators as ONNX nodes of the domain ``dtn``, with function bodies of standard operators.
 
-A file carries both: a runtime that knows dtn::MASAttention and dtn::MoEGate (TensorRT with ``trt_plugin``) takes its
-kernels, any other runs the body.  Shapes: MASAttention(qkv [B, N, 3, H, D], head_scale [H]; scale = 1/sqrt(D)) ->
-[B, N, H, D].  MoEGate(x [B, N, C], w1 [E, M, C], b1 [E, M], w2 [E, M], b2 [E], expert_scale [E]) -> [B, N, C].
+An exported file holds both: a runtime that knows dtn::MASAttention and dtn::MoEGate (TensorRT with
+``export.tensorrt_plugin``) runs its own kernels, any other runs the body.  Shapes: MASAttention(qkv [B, N, 3, H, D],
+head_scale [H]; scale = 1/sqrt(D)) -> [B, N, H, D].  MoEGate(x [B, N, C], w1 [E, M, C], b1 [E, M], w2 [E, M], b2 [E],
+expert_scale [E]) -> [B, N, C].
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ MoEGate (x, w1, b1, w2, b2, expert_scale) => (out)
 
 
 def body(operator: str, opset: int) -> str:
-    """MASAttention or MoEGate in standard operators of ``opset`` (20 and up), in ONNX's text form."""
+    """Function body of MASAttention or MoEGate in standard operators of ``opset`` (20 and up), in ONNX's text form."""
     return f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">{_BODIES[operator]}'
 
 
@@ -73,7 +74,7 @@ _BODIES = {"MASAttention": _MAS_BODY, "MoEGate": _MOE_BODY}
 
 
 def mas_attention(qkv: Tensor, head_scale: Tensor) -> Tensor:
-    """The node dtn::MASAttention while ``torch.onnx.export`` traces: [B, N, 3, H, D] -> [B, N, H, D]."""
+    """Adds the node dtn::MASAttention while ``torch.onnx.export`` traces: [B, N, 3, H, D] -> [B, N, H, D]."""
     batch, n, _, heads, dim = qkv.shape
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::MASAttention",
@@ -86,7 +87,7 @@ def mas_attention(qkv: Tensor, head_scale: Tensor) -> Tensor:
 
 
 def moe_gate(x: Tensor, *weights: Tensor) -> Tensor:
-    """The node dtn::MoEGate on the rows of a map: [B, C, H, W] -> the same."""
+    """Adds the node dtn::MoEGate on the rows of a map: [B, C, H, W] -> [B, C, H, W]."""
     rows = x.flatten(2).transpose(1, 2)  # [B, N, C]
     out = torch.onnx.ops.symbolic(
         f"{DOMAIN}::MoEGate", (rows, *weights), dtype=x.dtype, shape=tuple(rows.shape), version=1

@@ -1,6 +1,6 @@
-"""What each operator means, in plain torch: tests, benchmarks and CPUs use this file.
+"""The operators in plain torch: the definition that tests and benchmarks compare with, and the path on CPUs.
 
-Every line names what it reads and writes, in elements, so that a fused kernel's saving can be read off.
+Comments count the elements that a line reads and writes, which shows how much a fused kernel saves.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def mas_attention(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor, *, return
 
 
 def mas_attention_forward(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`mas_attention` and log2 of each query's softmax denominator, [B, H, N] float32."""
+    """Output of :func:`mas_attention`, and log2 of each query's softmax denominator, [B, H, N] float32."""
     scores = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).to(torch.promote_types(q.dtype, torch.float32))
     log_sum = (scores * q.shape[-1] ** -0.5).logsumexp(-1) / math.log(2.0)
     return mas_attention(q, k, v, head_scale).contiguous(), log_sum.float()
@@ -74,14 +74,14 @@ def philox(counter: Tensor, stream: int, seed: Tensor) -> tuple[Tensor, Tensor, 
     c3 = torch.zeros_like(counter)
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(PHILOX_ROUNDS):
-        a, b = _M0 * c0, _M1 * c2  # 64-bit products; the wrap of int64 keeps every bit
+        a, b = _M0 * c0, _M1 * c2  # 64-bit products; int64 overflow wraps and keeps every bit
         c0, c1, c2, c3 = ((b >> 32) & _LOW) ^ c1 ^ k0, b & _LOW, ((a >> 32) & _LOW) ^ c3 ^ k1, a & _LOW
         k0, k1 = (k0 + _K0) & _LOW, (k1 + _K1) & _LOW
     return c0, c1, c2, c3
 
 
 def gate_noise(tokens: int, channels: int, expert: int, seed: Tensor) -> Tensor:
-    """Standard normal noise of one expert, [tokens, channels] float32, the numbers that the Triton kernel draws.
+    """Standard normal noise of one expert, [tokens, channels] float32, equal to the noise of the Triton kernel.
 
     Element i = token * channels + channel takes Philox call i // 8 of stream ``expert``; each of its four 32-bit words
     gives two normals by Box-Muller from 16-bit halves, so |z| <= 4.86.  ``channels`` must be a multiple of 8.
@@ -110,7 +110,7 @@ def moe_gate(
 
     E_e is conv C->M, ReLU, conv M->1, sigmoid.  x: [B, C, H, W].  w1: [E, M, C] for 1x1 experts or [E, M, C, K, K];
     b1: [E, M].  w2: [E, M] or [E, M, K, K]; b2: [E].  expert_scale: [E], before the sigmoid.  noise_std: standard
-    deviation of n_e in units of x; 0 draws nothing.  seed: int64 scalar tensor, needed when noise_std > 0.
+    deviation of n_e in units of x; 0: no noise.  seed: int64 scalar tensor, needed when noise_std > 0.
     Returns [B, C, H, W] in x's dtype.  FLOPs per expert 2 B H W (C M + M), times K^2.
     """
     return moe_gate_forward(x, w1, b1, w2, b2, expert_scale, noise_std, seed)[0]
@@ -126,7 +126,7 @@ def moe_gate_forward(
     noise_std: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`moe_gate`, its attention map [B, H, W] and the winning expert [B, H, W] int8 (the first of equals)."""
+    """Output of :func:`moe_gate`, attention map [B, H, W] and winning expert [B, H, W] int8 (the first of equals)."""
     acc = torch.promote_types(x.dtype, torch.float32)
     attention, winner = None, torch.zeros(())
     for e in range(w1.shape[0]):
@@ -154,7 +154,7 @@ def moe_gate_backward(
     seed: Tensor | None,
     winner: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Gradients of :func:`moe_gate` for x, w1, b1, w2, b2 and expert_scale, by formula; only winners have one.
+    """Gradients of :func:`moe_gate` for x, w1, b1, w2, b2 and expert_scale, by formula; only winning experts have one.
 
     With A the attention and p the winner's sigmoid: dm = (dy . x) A (1 - A), de = dm sigmoid(s) p (1 - p), then back
     through the two convolutions and the ReLU.
@@ -210,27 +210,28 @@ def _expert(
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Same-padded convolution whose 1x1 weights may come without the two kernel dimensions."""
+    """Same-padded convolution; 1x1 weights may lack the two kernel dimensions."""
     if weight.dim() == 2:
         weight = weight[:, :, None, None]
     return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=weight.shape[-1] // 2)
 
 
 def bn_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch normalisation by the batch's own statistics, ReLU and, with ``pool``, the 2x2 maximum.
+    """Batch normalisation by the batch's own statistics, ReLU and, with ``pool``, a 2x2 max-pool.
 
     x: [B, C, H, W] -> y of the same shape or [B, C, H / 2, W / 2], and the mean and biased variance [C].
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)  # reads BCHW
-    y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps).relu()  # reads 2 BCHW, writes BCHW; both once more
+    # BN reads 2 BCHW and writes BCHW; the ReLU reads and writes BCHW
+    y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps).relu()
     return F.max_pool2d(y, 2) if pool else y, mean.detach(), var.detach()
 
 
 def local_connection(
     m: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x + BN(depthwise 3x3 of m) by the batch's own statistics (paper Eq. 23).
+    """x + BN(depthwise 3x3 convolution of m) by the batch's own statistics (paper Eq. 23).
 
     m, x: [B, C, H, W]; weight: [C, 1, 3, 3] -> y like x, and the mean and biased variance [C] of the convolution.
     """

@@ -1,4 +1,4 @@
-"""The search for launch values on the GPU at hand.
+"""Searches for the fastest launch values on this machine's GPU.
 
 python -m dtn_fast.kernels.tune --budget 120
 """
@@ -62,11 +62,11 @@ def candidates() -> dict[str, list[dict[str, int]]]:
 
 
 Call = Callable[[], list[Tensor]]
-"""Forward and backward once; the result does not depend on the launch values."""
+"""Function that runs forward and backward once; its result must not depend on the launch values."""
 
 
 class Case(NamedTuple):
-    """A shape whose kernels are tuned, and the row's bounds that its values are stored under."""
+    """A shape for which kernels are tuned, and the bounds under which the values found are stored."""
 
     kernels: tuple[str, ...]
     when: dict[str, int]
@@ -142,7 +142,7 @@ def _both_ways(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Call:
 
 
 def measure(make: Callable[[], Call], replays: int = 20) -> float:
-    """Median seconds of one call: a CUDA graph over inputs that together overflow the L2 cache."""
+    """Median seconds of one call, timed in a CUDA graph over enough inputs to overflow the L2 cache."""
     calls = [make()]
     size = sum(t.numel() * t.element_size() for t in calls[0]())
     calls += [make() for _ in range(min(32, int(180e6 // max(size, 1))))]
@@ -153,9 +153,9 @@ def measure(make: Callable[[], Call], replays: int = 20) -> float:
 
 
 def search(todo: list[Case], budget: float, timer: Callable = measure) -> dict[str, list[dict[str, Any]]]:
-    """The fastest values of each kernel that give the default's answers, within ``budget`` seconds.
+    """Fastest values of each kernel that give the same results as the default, searched within ``budget`` seconds.
 
-    A kernel that the budget does not reach is left out: the family's values go on serving it.
+    Kernels that the budget does not reach are left out and keep the values of their architecture family.
     """
     deadline = time.monotonic() + budget
     found: dict[str, list[dict[str, Any]]] = {}
@@ -193,7 +193,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def write(name: str, found: dict[str, list[dict[str, Any]]], folder: Path = FOLDER) -> Path:
-    """Stores a search's result for the GPU ``name``; kernels that it did not reach keep their rows."""
+    """Stores a search's result for the GPU ``name``; kernels not in ``found`` keep their rows."""
     path = folder / f"{slug(name)}.json"
     rows = (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}) | found
     parts = [
@@ -206,13 +206,13 @@ def write(name: str, found: dict[str, list[dict[str, Any]]], folder: Path = FOLD
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dtn_fast.kernels.tune",
-        description="Search launch values on the GPU at hand and write kernels/tuned/<gpu>.json.",
+        description="Search for the fastest launch values on this machine's GPU and write kernels/tuned/<gpu>.json.",
         epilog="Example: python -m dtn_fast.kernels.tune --budget 120",
     )
-    parser.add_argument("--budget", type=float, default=120.0, help="seconds to search")
+    parser.add_argument("--budget", type=float, default=120.0, help="longest search time in seconds")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("tuned: torch sees no GPU on this machine; nothing was searched or written", file=sys.stderr)
+        print("tune: torch sees no GPU on this machine; run it where there is one", file=sys.stderr)
         return 2
     found = search(cases(), options.budget)
     print(f"wrote {write(torch.cuda.get_device_name(), found)}")

@@ -17,8 +17,16 @@ from dtn_fast.data.synthetic_faces import make_synthetic
 from dtn_fast.train.distill import train_initial
 from dtn_fast.train.run_folder import start_run
 
+LONGEST = (
+    "test_compile_check.py", "test_ablate.py", "test_prepare.py", "test_distributed.py", "test_bench.py",
+    "test_step.py", "test_tensorrt_plugin.py", "test_cli.py", "test_ops.py", "test_app.py",
+)  # fmt: skip
+"""Files that take longest, begun first so that no worker ends with one of them alone."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -48,7 +48,8 @@ def progress() -> Progress:
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    table = Table(*header, title=title, title_justify="left")
+    table = Table(*header)
     for row in rows:
         table.add_row(*row)
+    console().print(title, style="italic", markup=False, soft_wrap=True)
     console().print(table)

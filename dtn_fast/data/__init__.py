@@ -1,1 +1,1 @@
-"""Files to training data: manifests, video decoding, face crops, shards, augmentation, the synthetic demo set."""
+"""Data: dataset readers, video decoding, face crops, shard files, augmentation and the synthetic demo set."""

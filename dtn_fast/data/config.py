@@ -15,24 +15,24 @@ AugmentName = Literal["none", "light", "forensic"]
 
 @dataclass(frozen=True)
 class AugmentPreset:
-    """Training augmentation: each transform's probability, and the range of its strength, drawn uniformly."""
+    """Training augmentation: the probability of each transform, and the range its strength is drawn from uniformly."""
 
     flip: float = 0.5
     """Probability of a horizontal flip."""
     shift_scale_rotate: float = 0.5
     """Probability of an affine transform, with the three ranges below."""
     shift: float = 0.05
-    """Largest shift over the side of the crop."""
+    """Largest shift, as a fraction of the crop's side."""
     scale: float = 0.1
-    """Largest change of size."""
+    """Largest change of size, as a fraction of it."""
     rotate: float = 10.0
     """Largest rotation in degrees."""
     brightness_contrast: float = 0.5
     """Probability of a change of brightness and contrast."""
     brightness: float = 0.2
-    """Largest shift over 255."""
+    """Largest change of brightness, as a fraction of 255."""
     contrast: float = 0.2
-    """Largest change of the factor about mid-grey."""
+    """Largest change of the factor that multiplies the pixels, from 1."""
     blur: float = 0.1
     """Probability of a Gaussian blur."""
     sigma: tuple[float, float] = (0.3, 1.5)
@@ -40,7 +40,7 @@ class AugmentPreset:
     noise: float = 0.1
     """Probability of Gaussian noise."""
     std: tuple[float, float] = (0.01, 0.04)
-    """Range of the Gaussian noise's standard deviation, over 255."""
+    """Range of the Gaussian noise's standard deviation, as a fraction of 255."""
     compression: float = 0.5
     """Probability of JPEG compression."""
     quality: tuple[int, int] = (40, 100)
@@ -54,23 +54,25 @@ AUGMENTATIONS: dict[str, AugmentPreset] = {
     ),
     "forensic": AugmentPreset(),
 }  # fmt: skip
-"""Augmentation by name: ``light`` for small, clean sets; ``forensic`` adds blur, noise and strong JPEG."""
+"""Presets by name: ``light`` for small, clean datasets; ``forensic`` adds affine transforms and blur, with more noise
+and stronger JPEG compression."""
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """How faces are found and cropped."""
+    """Settings for finding and cropping faces."""
 
     frames: int = 8
-    """Frames per video, evenly spaced."""
+    """Number of frames per video, evenly spaced."""
     margin: float = DTNConfig.margin
-    """Side of the crop over the longest side of the face; models trained on the crops remember it."""
+    """Side of the crop divided by the longest side of the face; stored with every model trained on the crops."""
     faces: Literal["largest", "all"] = "largest"
-    """Which faces of a frame."""
+    """Faces to crop in each frame: the largest one or all."""
     reuse_boxes: bool = False
-    """Crop a fake at its real's face boxes where both have the same frames: faster, and the pairs are aligned."""
+    """Crop each fake at the face boxes of the real video that it was made from, where both have the same frames:
+    faster, and each fake crop is aligned with its real crop."""
     every: int = 8
-    """Search the whole frame for faces in every N-th frame, and in between only near the faces found before."""
+    """Search the whole image for faces in every N-th frame, and in between only near the faces already found."""
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.every < 1 or not self.margin > 0:
@@ -86,70 +88,71 @@ Split = Literal["train", "val", "test"]
 
 @dataclass(frozen=True)
 class Source:
-    """Which dataset lies at the root, and which part of it is wanted."""
+    """The dataset in a folder, and the part of it to read."""
 
     dataset: Dataset = "ffpp"
-    """Its layout.  folder: <split>/<real or a forgery's name>/ of videos, pictures or folders of pictures; reals: any
-    folder of real faces or videos, split by file name, or by folder where pictures lie in folders: one for each person
-    keeps people out of two splits."""
+    """Layout of the dataset.  folder: <split>/<real or a forgery's name>/ with videos, pictures or folders of pictures.
+    reals: any folder of real faces or videos, split by file name, or by folder for pictures in folders; one folder for
+    each person keeps each person in one split."""
     splits: tuple[Split, ...] = ()
-    """Splits to read.  Default: all; of Celeb-DF, DFD and DFDC only test, since the protocols never train on them."""
+    """Splits to read.  Default: all, but only test for Celeb-DF, DFD and DFDC, as the protocols never train on them."""
     methods: tuple[str, ...] = ()
-    """Forgeries to read; default: all that are there."""
+    """Forgeries to read.  Default: all that the dataset contains."""
     compression: str = "c23"
-    """raw, c23 or c40, where the dataset comes in several."""
+    """Compression level to read (raw, c23 or c40) of a dataset that comes in several."""
     lists: Path | None = None
-    """Folder of FF++'s train.json, val.json and test.json (default ROOT/splits, then ROOT), or DeepfakeBench's JSON."""
+    """Folder of FF++'s train.json, val.json and test.json (default: ROOT/splits, or else ROOT), or DeepfakeBench's JSON
+    file of the dataset."""
     ffpp: Path | None = None
-    """Root of FaceForensics++, whose videos are DeeperForensics' reals."""
+    """Root folder of FaceForensics++, whose real videos are the reals of DeeperForensics."""
     variants: tuple[str, ...] = ("end_to_end",)
-    """Which of DeeperForensics' eleven folders; reals get the same perturbations."""
+    """Folders to read of DeeperForensics' eleven; the reals get perturbations of the same types and levels."""
     lmdb: Path | None = None
-    """DeepfakeBench's LMDB that holds the frames."""
+    """DeepfakeBench's LMDB with the frames; default: the frames are files."""
     allow: tuple[Allowance, ...] = ()
-    """Audit findings to go on with: counts (an incomplete download), leaks (identities shared between splits)."""
+    """Audit findings to accept: counts (an incomplete download), leaks (identities shared between splits)."""
 
 
 @dataclass(frozen=True)
 class WorkConfig:
-    """How the work of preparing a dataset is spread; it changes nothing in the result."""
+    """Distribution of the work of preparing a dataset; it does not change the result."""
 
     workers: int = 2
-    """Worker processes."""
+    """Number of worker processes."""
     share: str = "1/1"
-    """Worker share i/n: do every n-th shard of the work, beginning with the i-th, such as 3/8 on the third of eight
-    machines.  Whichever share ends last writes the index."""
+    """Worker share i/n: make every n-th shard file, beginning with the i-th, such as 3/8 on the third of eight
+    machines.  The share that finishes last writes the index."""
     verify: bool = False
-    """Compare the checksums of shards that are already there, and make damaged ones again."""
+    """Compare the checksums of existing shard files, and make damaged ones again."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:
-            raise UsageError(f"--workers {self.workers}: at least 1")
+            raise UsageError(f"--workers {self.workers}: must be at least 1")
         number, slash, total = self.share.partition("/")
         if not (slash and number.isdecimal() and total.isdecimal()):
             raise UsageError(f"--share {self.share}: i/n was expected, for example 1/4")
         if not 1 <= int(number) <= int(total):
-            raise UsageError(f"--share {self.share}: the first number runs from 1 to the second")
+            raise UsageError(f"--share {self.share}: i must be between 1 and n")
 
     @property
     def place(self) -> tuple[int, int]:
-        """The share as (number from 0, total)."""
+        """The share as (number from 0, number of shares)."""
         number, _, total = self.share.partition("/")
         return int(number) - 1, int(total)
 
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """Size of the demo set."""
+    """Size of the synthetic demo set."""
 
     train: int = 56
-    """Training identities (an even number: they are paired)."""
+    """Number of training identities (even, because they are paired)."""
     val: int = 14
-    """Validation identities."""
+    """Number of validation identities (even)."""
     test: int = 20
-    """Test identities."""
+    """Number of test identities (even)."""
     frames: int = 10
-    """Frames per video, at ``FPS`` frames/s."""
+    """Number of frames per video, at 5 frames/s."""
     size: int = 256
     """Side of the square frames in pixels."""
     seed: int = 0
@@ -158,6 +161,6 @@ class SyntheticConfig:
         for name in ("train", "val", "test"):
             value = getattr(self, name)
             if value < 2 or value % 2:
-                raise UsageError(f"SyntheticConfig.{name} is {value}; identities come in pairs: an even number >= 2")
+                raise UsageError(f"SyntheticConfig.{name} is {value}; it must be an even number >= 2")
         if self.frames < 1 or self.size < 64 or self.size % 2:
             raise UsageError("SyntheticConfig: frames must be >= 1 and size an even number >= 64")

@@ -22,11 +22,11 @@ INDEX, VERSION = "index.json", 3
 SHARDS = "shards"
 """Folder of the shard files."""
 OLD_SHARDS = {2: "parts"}
-"""What version 2 called the folder, and the list of them in the index."""
+"""Older names of the folder, and of the list of shard files in the index, by the index's version."""
 
 
 class CropSource(Protocol):
-    """Crops by row number: memory maps, pictures, or blends made of them."""
+    """Crops by row number: memory maps, pictures, or self-blended fakes made from them."""
 
     size: int
     """Side S in pixels."""
@@ -34,11 +34,11 @@ class CropSource(Protocol):
     def __len__(self) -> int: ...
 
     def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int) -> None:
-        """Writes the crops ``rows`` into ``out`` [n, S, S, 3] RGB; only made-up crops depend on ``epoch``."""
+        """Writes the crops ``rows`` into ``out`` [n, S, S, 3] RGB; only self-blended crops depend on ``epoch``."""
 
 
 class ShardFiles:
-    """Many memory-mapped arrays [n, S, S, 3] as one."""
+    """Several memory-mapped arrays [n, S, S, 3], indexed as one."""
 
     def __init__(self, shards: Sequence[NDArray[np.uint8]], size: int) -> None:
         self.size = size
@@ -53,7 +53,7 @@ class ShardFiles:
             raise IndexError(f"rows {rows.min()}..{rows.max()} of {len(self)} crops")
         shard = np.searchsorted(self._starts, rows, side="right") - 1
         for place, (s, row) in enumerate(zip(shard.tolist(), (rows - self._starts[shard]).tolist(), strict=True)):
-            out[place] = self._shards[s][row]  # one straight copy a crop; numpy lets other threads run meanwhile
+            out[place] = self._shards[s][row]  # one contiguous copy per crop; numpy releases the GIL meanwhile
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ class CropDataset:
     """[N] number of the face's track inside the video."""
     videos: list[Video]
     status: list[dict[str, Any]]
-    """Per video: frames asked and read, faces found, whose boxes, and the error or the reason for no face."""
+    """Per video: frames requested and read, faces found, origin of the boxes, and the error or the reason for no face."""
     synthetic: bool
     notes: list[str] = field(default_factory=list)
-    """What the audit of the dataset found."""
+    """Findings of the dataset's audit."""
     margin: float | None = None
-    """Side of a crop over the longest side of the face in it; None: pictures that were cropped elsewhere."""
+    """Side of a crop divided by the longest side of the face in it; None: pictures that another program cropped."""
     landmarks: NDArray[np.float32] | None = None
-    """[N, K, 2] (x, y) in pixels of the crop, NaN where unknown; None: there are none."""
+    """[N, K, 2] (x, y) in pixels of the crop, NaN where unknown; None: no landmarks."""
 
     @property
     def size(self) -> int:
@@ -105,18 +105,18 @@ class CropDataset:
         return out
 
     def select(self, split: str, methods: tuple[str, ...] = ()) -> NDArray[np.int64]:
-        """Crop numbers of a split: all its reals, and the fakes of ``methods`` (none: every one)."""
+        """Crop numbers of a split: all its reals, and the fakes of ``methods`` (empty: all fakes)."""
         good = np.array([v.split == split and (not v.label or not methods or v.method in methods) for v in self.videos])
         return np.flatnonzero(good[self.video]) if len(self.videos) else np.empty(0, np.int64)
 
     def evenly_spaced(self, split: str, count: int) -> NDArray[np.int64]:
-        """``count`` crop numbers of a split (or all, when it has fewer), evenly from the first to the last."""
+        """``count`` crop numbers of a split (or all, when it has fewer), evenly spaced from the first to the last."""
         rows = self.select(split)
         return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
 
     def fingerprint(self, rows: NDArray[np.int64]) -> str:
-        """What tells whether figures were measured on the same crops: a hash of their videos and frames, and of the
-        pixels of 64 spread over them."""
+        """Hash that tells whether two metrics were measured on the same crops, from the videos and frames of ``rows``
+        and the pixels of 64 evenly spaced crops among them."""
         names = (f"{self.videos[v].path} {f}" for v, f in zip(self.video[rows], self.frame[rows], strict=True))
         digest = hashlib.sha256("\n".join(names).encode("utf-8", "replace"))
         some = np.linspace(0, len(rows) - 1, min(64, len(rows))).round().astype(int)
@@ -125,7 +125,7 @@ class CropDataset:
 
     @property
     def faces(self) -> str:
-        """Whose faces these are, in words."""
+        """Description of the crops for reports: whole pictures, every face or the largest face."""
         if all(state["boxes"] == "whole" for state in self.status):
             return "pictures as they are"
         return "every face" if self.person.any() else "largest face"
@@ -136,7 +136,7 @@ class CropDataset:
 
 
 def open_crop_dataset(folder: Path, verify: bool = False) -> CropDataset:
-    """Opens what :func:`dtn_fast.data.prepare.prepare` wrote; ``verify`` reads it all and compares checksums.
+    """Opens a folder written by :func:`dtn_fast.data.prepare.prepare`; ``verify`` reads all crops and compares checksums.
 
     Raises UsageError when it is missing, unfinished, damaged or of another version.
     """
@@ -163,21 +163,21 @@ def open_crop_dataset(folder: Path, verify: bool = False) -> CropDataset:
     except FileNotFoundError as error:
         what = f"{folder}: no prepared crops there ({Path(error.filename).name} is missing)"
         if unfinished(folder):
-            what += ", an unfinished prepare"
+            what += ", only an unfinished prepare"
         raise UsageError(f"{what}; run dtn-fast prepare") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder}: damaged crops ({error}); run the same dtn-fast prepare with --verify") from error
 
 
 def unfinished(folder: Path) -> bool:
-    """Whether a prepare has begun in ``folder``."""
+    """Whether ``dtn-fast prepare`` has begun to write into ``folder``."""
     return any((folder / name).is_dir() for name in (SHARDS, *OLD_SHARDS.values()))
 
 
 def open_shard(shards: Path, name: str, size: int, rows: int, crc32: int | None = None) -> NDArray[np.uint8]:
     """The crops of a shard file in the folder ``shards``, memory-mapped.
 
-    Raises OSError or ValueError when they are not what the index says.
+    Raises OSError or ValueError when the file is missing or does not match the index.
     """
     path = shards / f"{name}.npy"
     if not rows:

@@ -1,4 +1,4 @@
-"""A frame to face crops: dlib's HOG detector, a square box 1.3 times the longest side, resized."""
+"""Face crops of a frame: dlib's HOG face finder, a square 1.3 times the longest side of the face, resized."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from dtn_fast.packages import require
 
 DETECT_SIDE = 640
-"""Frames are shrunk to this longest side before detection; dlib's smallest face is 80 pixels, 40 when upsampled."""
+"""Longest side in pixels that frames are shrunk to for face finding; dlib's smallest face is 80, upsampled 40."""
 NEAR_SIDE = 110
-"""Side in pixels that a face is scaled to when it is searched where it was in the frame before."""
+"""Side in pixels that a face is scaled to when it is searched near its place in the previous frame."""
 MEMORY = 8
-"""Frames for which a person who is no longer found keeps the number."""
+"""Number of frames for which a person who is no longer found keeps the person number."""
 
 
 class Box(NamedTuple):
-    """A face in pixels of the frame; right and bottom are exclusive.  May reach over the frame's edge."""
+    """A face box in pixels of the frame; right and bottom are exclusive.  It may extend beyond the frame."""
 
     left: int
     top: int
@@ -49,12 +49,12 @@ class FaceFinder:
         self._detect = dlib.get_frontal_face_detector()
 
     def __call__(self, image: NDArray[np.uint8]) -> list[Box]:
-        """Faces in an RGB frame [H, W, 3], largest first.  One without a face is searched again at twice the size."""
+        """Faces in an RGB frame [H, W, 3], largest first; a frame without one is searched again at twice the size."""
         scale = min(1.0, DETECT_SIDE / max(image.shape[:2]))
         return self._search(image, scale, upsample=0) or self._search(image, scale, upsample=1)
 
     def near(self, image: NDArray[np.uint8], box: Box) -> Box | None:
-        """The face that overlaps ``box`` most, searched only around it, at the size dlib likes best."""
+        """The face that overlaps ``box`` most, or None; searches only around ``box``, at the size best for dlib."""
         side = max(box.right - box.left, box.bottom - box.top)
         left, top = max((box.left + box.right) // 2 - side, 0), max((box.top + box.bottom) // 2 - side, 0)
         window = image[top : top + 2 * side, left : left + 2 * side]
@@ -68,7 +68,7 @@ class FaceFinder:
         if scale != 1:
             size = (max(1, round(width * scale)), max(1, round(height * scale)))
             image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-        found = self._detect(np.ascontiguousarray(image), upsample)  # in colour: grey is a little faster, finds fewer
+        found = self._detect(np.ascontiguousarray(image), upsample)  # in colour: grey is faster but finds fewer
         boxes = [Box(*(round(v / scale) for v in (r.left(), r.top(), r.right() + 1, r.bottom() + 1))) for r in found]
         return sorted(boxes, key=lambda box: -box.area)
 
@@ -80,18 +80,19 @@ class Tracked(NamedTuple):
 
 
 class FaceTracker:
-    """The faces of a video's frames, given in order: each is searched near where it was, the whole frame now and then.
+    """Finds and numbers the faces of a video, given its frames in order.
 
-    A search near a face costs about a tenth of one of the whole frame, which is made for the first frame, for every
-    ``every``-th after it (new faces), and whenever a face is no longer where it was.  Somebody lost keeps the number
-    for ``memory`` frames more: who is then seen in the same place is the same person.
+    Each face is searched near its last place, which costs about a tenth of searching the whole frame.  The whole frame
+    is searched for the first frame, for every ``every``-th after it (to find new faces), and whenever a face is no
+    longer near its last place.  A lost person keeps the number for MEMORY more frames: a face found in the same place
+    by then is the same person.
     """
 
     def __init__(self, finder: FaceFinder, every: int) -> None:
         self._finder, self._every = finder, every
         self._last: list[Tracked] = []
         self._lost: list[tuple[int, Tracked]] = []
-        """With the frame after which they are forgotten."""
+        """Lost faces, each with the frame after which it is forgotten."""
         self._count = self._people = self._frame = 0
 
     def __call__(self, image: NDArray[np.uint8]) -> list[Tracked]:
@@ -105,14 +106,14 @@ class FaceTracker:
         return self._last
 
     def _follow(self, image: NDArray[np.uint8]) -> list[Tracked] | None:
-        """The same people, or None when one is lost or two have become one."""
+        """The last frame's faces in this frame, or None when one is lost or two boxes overlap by half."""
         found = [Tracked(t.person, box) for t in self._last if (box := self._finder.near(image, t.box)) is not None]
         apart = all(a.box.overlap(b.box) < 0.5 for a, b in itertools.combinations(found, 2))
         return sorted(found, key=lambda t: -t.box.area) if apart and len(found) == len(self._last) else None
 
     def _link(self, boxes: list[Box]) -> list[Tracked]:
-        """Gives each box the number of the face that it overlaps most in the last frame, then among the lost, or a
-        new one."""
+        """Gives each box the number of the face that it overlaps most among the last frame's and the lost faces, or a
+        new number."""
         recent = [(until, face) for until, face in self._lost if until >= self._frame]
         free, linked = [*self._last, *(face for _, face in recent)], []
         for box in boxes:
@@ -129,7 +130,8 @@ class FaceTracker:
 
 
 def crop_face(image: NDArray[np.uint8], box: Box, size: int, margin: float) -> NDArray[np.uint8]:
-    """The square around ``box`` enlarged by ``margin``, resized to [size, size, 3]; edges are replicated outside."""
+    """The square around ``box``, enlarged by ``margin`` and resized to [size, size, 3]; outside the frame, its edge
+    pixels are repeated."""
     side = max(1, round(max(box.right - box.left, box.bottom - box.top) * margin))
     left, top = (box.left + box.right - side) // 2, (box.top + box.bottom - side) // 2
     height, width = image.shape[:2]
@@ -142,7 +144,7 @@ def crop_face(image: NDArray[np.uint8], box: Box, size: int, margin: float) -> N
 
 
 def resize_square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """An image [H, W, 3] as [size, size, 3], averaged when it shrinks."""
+    """Resizes an image [H, W, 3] to [size, size, 3], by averaging when it shrinks."""
     if image.shape[:2] == (size, size):
         return image
     shrinks = min(image.shape[:2]) > size

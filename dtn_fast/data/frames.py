@@ -1,4 +1,4 @@
-"""A row of a manifest to its frames: a video file, a folder of pictures or an LMDB, perturbed where the row asks."""
+"""Frames of a video table's row, from a video file, a folder of pictures or an LMDB, with the row's perturbations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dtn_fast.files import load_array
 
 
 def video_frames(root: Path, video: Video, count: int, lmdb: Path | None = None, threads: int = 1) -> Iterator[Frame]:
-    """``count`` frames (or as many as there are) of a manifest's row, spread evenly, upright RGB.
+    """Yields ``count`` frames (or as many as there are) of a video, evenly spaced, upright RGB.
 
     Raises MediaError when the video, or one of its pictures, cannot be read.
     """
@@ -52,7 +52,7 @@ def _plain(root: Path, video: Video, count: int, lmdb: Path | None, threads: int
 
 
 def landmarks(root: Path, frame: str) -> NDArray[np.float32] | None:
-    """The landmarks [K, 2] (x, y) of a DeepfakeBench picture, from the .npy beside it; None when there are none."""
+    """The landmarks [K, 2] (x, y) of a DeepfakeBench picture, from its .npy file; None when there is no such file."""
     path = (root / frame.replace("/frames/", "/landmarks/", 1)).with_suffix(".npy")
     if "/frames/" not in frame or not path.is_file():
         return None

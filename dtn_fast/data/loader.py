@@ -1,4 +1,4 @@
-"""Crops to training batches: shuffled, balanced, prefetched, the same for the same (seed, epoch) on any machine."""
+"""Training batches of crops: shuffled, balanced, prefetched; the same for the same (seed, epoch) on any machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dtn_fast.errors import UsageError
 from dtn_fast.producer import produced
 
 Transform = Callable[[NDArray[np.uint8], NDArray[np.uint64]], NDArray[np.uint8]]
-"""Crops [n, S, S, 3] and a seed for each to augmented crops: what runs on the CPU, in the loader's thread."""
+"""Augmentation on the CPU, in the loader's thread: crops [n, S, S, 3] and a seed per crop -> augmented crops."""
 
 
 class Batch(NamedTuple):
@@ -27,17 +27,17 @@ class Batch(NamedTuple):
     labels: Tensor
     """[n] int64 on the loader's device."""
     rows: NDArray[np.int64]
-    """[n] crop numbers, to name a batch by."""
+    """[n] crop numbers in the dataset."""
     seeds: NDArray[np.uint64]
-    """[n] a seed per sample from (seed, epoch, place in the epoch): for augmentation on the device."""
+    """[n] seed of each sample, from (seed, epoch, position in the epoch), for augmentation on the device."""
     views: NDArray[np.int64]
-    """[n] which view of its crop a sample is, of those that the loader has; 0 where every one is new."""
+    """[n] number of each sample's augmented view, below the loader's ``views``; 0 when every view is new."""
     buffer: Tensor | None = None
-    """Host memory that ``crops`` lies in, which :meth:`Loader.release` gives back."""
+    """Host memory that holds ``crops``; :meth:`Loader.release` gives it back."""
 
 
 def epoch_order(labels: NDArray[np.int64], rows: NDArray[np.int64], real_repeat: int, seed: int) -> NDArray[np.int64]:
-    """The rows of one epoch in random order, each real ``real_repeat`` times (0: as often as balances the classes)."""
+    """The rows of one epoch in random order, each real ``real_repeat`` times (0: as many as balance the classes)."""
     fake = labels[rows] == 1
     repeat = real_repeat or max(1, round(int(fake.sum()) / max(int((~fake).sum()), 1)))
     return np.random.default_rng(seed).permutation(np.concatenate([rows[fake], np.tile(rows[~fake], repeat)]))
@@ -48,14 +48,15 @@ _Places = tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.int64]]
 
 
 class Loader:
-    """Batches of a split for one rank of ``world``.
+    """Batches of a split for one rank of ``world`` processes.
 
-    Epoch e's order comes from (seed, e) alone; the global batch is ``batch_size * world`` consecutive places of it, of
-    which a rank takes every ``world``-th, so ranks never share a sample and together see what one process would.
-    ``resident`` keeps the rows' crops in the device's memory.  ``transform`` runs in the loader's thread.  ``prefetch``
-    batches wait ready; on a GPU they are copied from pinned memory on a stream of their own.  With ``views`` each crop
-    has that many seeds, so that as many augmented views of it come again and again.  Raises UsageError when ``rows``
-    are fewer than ``world``, or do not fit the device.
+    The order of epoch e depends on (seed, e) alone.  A global batch is ``batch_size * world`` consecutive positions of
+    that order, and each rank takes every ``world``-th of them: ranks never share a sample, and together they see the
+    same samples as one process would.  ``resident`` keeps the crops of ``rows`` in the device's memory.  ``transform``
+    runs in the loader's thread.  ``prefetch`` batches are made in advance; for a GPU they are copied from pinned memory
+    on a separate stream.  ``views``: number of fixed seeds per crop, whose augmented views recur in every epoch; 0:
+    every view is new.  Raises UsageError when there are fewer ``rows`` than ``world``, or the crops do not fit the
+    device's memory.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Loader:
         views: int = 0,
     ) -> None:
         if len(rows) < world:
-            raise UsageError(f"{len(rows)} crops cannot be shared by {world} processes; prepare more, or use fewer")
+            raise UsageError(f"{len(rows)} crops cannot be shared by {world} processes; use fewer")
         self.dataset, self.rows, self.batch_size, self.seed, self.repeat = dataset, rows, batch_size, seed, real_repeat
         self.rank, self.world, self.device = rank, world, torch.device(device)
         self.transform, self.prefetch, self.views = transform, max(prefetch, 1), views
@@ -84,15 +85,15 @@ class Loader:
         self._free: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] = queue.SimpleQueue()
         self._view_seed = int(np.random.SeedSequence((*seed, 1 << 32)).generate_state(1, np.uint64)[0])
         self.total = len(epoch_order(self._labels, rows, real_repeat, 0))
-        """Places in an epoch, over all ranks."""
+        """Number of samples in an epoch, over all ranks."""
         self._resident = self._upload() if resident else None
 
     def __len__(self) -> int:
-        """Batches in an epoch; the places that don't fill a global batch are left out, another each epoch."""
+        """Number of batches in an epoch; samples that do not fill a global batch are left out, others in each epoch."""
         return max(self.total // (self.batch_size * self.world), 1)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number ``start`` on: resuming in the middle is asking for the rest."""
+        """Yields the batches of an epoch from number ``start`` on, which is how a run resumes inside an epoch."""
         order_seed, sample_seed = (
             int(s) for s in np.random.SeedSequence((*self.seed, epoch)).generate_state(2, np.uint64)
         )
@@ -119,7 +120,7 @@ class Loader:
             out[...] = self.transform(out, seeds)
 
     def release(self, batch: Batch) -> None:
-        """Says that ``batch`` is done with, so that its host memory is used again; without it, it is simply freed."""
+        """Gives the host memory of ``batch`` back for reuse; without this call the memory is simply freed."""
         if batch.buffer is not None:
             self._free.put((batch.buffer, None))
 
@@ -127,9 +128,9 @@ class Loader:
         batches = produced(lambda check: self._made(plan, epoch), self.prefetch, "loading")
         try:
             while True:
-                asked = time.perf_counter()
+                began = time.perf_counter()
                 item = next(batches, None)
-                self.waited += time.perf_counter() - asked
+                self.waited += time.perf_counter() - began
                 if item is None:
                     return
                 batch, event = item
@@ -142,7 +143,7 @@ class Loader:
             batches.close()
 
     def _made(self, plan: list[_Places], epoch: int) -> Iterator[tuple[Batch, torch.cuda.Event | None]]:
-        """The batches of a plan, for a GPU with the event of their copy to it."""
+        """Yields the batches of a plan, for a GPU with the event that marks the end of the copy to it."""
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         for rows, seeds, views in plan:
             buffer = self._buffer()
@@ -155,12 +156,12 @@ class Loader:
                 crops = crops.to(self.device, non_blocking=True)
                 labels = labels.to(self.device, non_blocking=True)
                 event = stream.record_event()
-            self._free.put((buffer, event))  # free again once the copy out of it has ended
+            self._free.put((buffer, event))  # reused once the copy from it has ended
             yield Batch(crops, labels, rows, seeds, views), event
 
     def _buffer(self) -> Tensor:
-        """Host memory of a batch that nobody uses, pinned for a GPU: fresh memory costs more in page faults than the
-        copy into it."""
+        """Unused host memory for a batch, pinned for a GPU.  Buffers are reused because page faults in fresh memory
+        cost more than the copy into it."""
         try:
             buffer, event = self._free.get_nowait()
         except queue.Empty:
@@ -173,7 +174,7 @@ class Loader:
         return buffer
 
     def _upload(self) -> Tensor:
-        """All crops of the rows on the device, in chunks."""
+        """Copies all crops of ``rows`` to the device, in chunks."""
         size = len(self.rows) * self.dataset.size**2 * 3
         if self.device.type == "cuda" and size > 0.8 * torch.cuda.mem_get_info(self.device)[0]:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""A folder to its crops, prepared or as pictures."""
+"""Opening of a folder of prepared crops or of face pictures as a crop dataset."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from dtn_fast.data.video_table import SPLITS, VideoTable
 from dtn_fast.errors import UsageError
 
 THREADS = 2
-"""Threads that decode pictures."""
+"""Number of threads that decode pictures."""
 
 
 class PictureFiles:
-    """Crops read from image files each time, for people who want no shards; decoded on threads."""
+    """Crops decoded from image files at each access, on threads, without shard files."""
 
     def __init__(self, root: Path, names: Sequence[str], size: int) -> None:
         self.size, self._root, self._names = size, root, names
@@ -39,20 +39,20 @@ class PictureFiles:
         path = self._root / self._names[row]
         image = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
         if image is None:
-            image = read_image(path)  # what OpenCV does not know, and the error when it is no image at all
+            image = read_image(path)  # reads formats that OpenCV does not know, or raises MediaError
         return resize_square(image, self.size)
 
 
 def open_pictures(table: VideoTable, size: int) -> CropDataset:
-    """The pictures of a manifest as crops, without preparing: decoded and resized each time they are asked for.
+    """The pictures of a video table as a crop dataset without shard files: decoded and resized at each access.
 
-    Raises UsageError when the manifest holds videos, which must be prepared.
+    Raises UsageError when the table holds videos, which must be prepared first.
     """
     names: list[str] = []
     video: list[int] = []
     for number, row in enumerate(table.videos):
         if not row.frames or table.lmdb:
-            raise UsageError(f"{table.root}: {row.path} is no folder of pictures; run dtn-fast prepare on it")
+            raise UsageError(f"{table.root}: {row.path} is not a picture or folder of pictures; run dtn-fast prepare")
         names += row.frames
         video += [number] * len(row.frames)
     status = [{"asked": len(v.frames), "frames": len(v.frames), "faces": len(v.frames), "boxes": "whole", "error": None,
@@ -63,9 +63,9 @@ def open_pictures(table: VideoTable, size: int) -> CropDataset:
 
 
 def open_data(folder: Path, size: int) -> CropDataset:
-    """Prepared crops, or else the face pictures in ``folder``: <split>/<real or a forgery's name>/, or reals alone.
+    """Opens prepared crops, or else the face pictures in ``folder``: <split>/<real or a forgery's name>/, or only reals.
 
-    size: side in pixels that pictures are resized to.  Raises UsageError when there is neither.
+    size: side in pixels that pictures are resized to.  Raises UsageError when ``folder`` holds neither.
     """
     if (folder / INDEX).is_file() or unfinished(folder) or not folder.is_dir():
         return open_crop_dataset(folder)

@@ -1,4 +1,4 @@
-"""The marker of the synthetic demo set, and what it says."""
+"""The marker file of the synthetic demo set, and its contents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_synthetic(root: Path) -> bool:
 
 
 def expected_counts(root: Path) -> dict[str, int]:
-    """Videos per split of each class that a synthetic set under ``root`` holds, from its marker."""
+    """Number of videos of each class in every split of the synthetic set under ``root``, from its marker file."""
     try:
         made = json.loads((root / MARKER).read_text(encoding="utf-8"))
         return {split: int(made[split]) for split in ("train", "val", "test")}

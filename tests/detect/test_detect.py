@@ -27,12 +27,14 @@ from dtn_fast import DTN
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.faces import Box, FaceFinder
 from dtn_fast.data.video import Frame, read_frames, write_video
+from dtn_fast.detect import detect_many
 from dtn_fast.detect.annotate import annotate
 from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.inputs import find_inputs
 from dtn_fast.detect.pipeline import AHEAD, detect
 from dtn_fast.detect.report import write_report, write_results
 from dtn_fast.detect.verdict import Face, FrameResult, Result, aggregate, people_of
+from dtn_fast.errors import UsageError
 from dtn_fast.explain.heatmap import grad_cam, overlay
 from dtn_fast.model.preprocess import normalise
 from dtn_fast.runtime.torch_scorer import TorchScorer
@@ -182,6 +184,12 @@ def test_the_annotated_video_frames_faces_and_marks_spans(small: DTN, detector: 
     bar = frames[11].image[-3]
     assert bar[20][0] > bar[20][1] + 80  # the forged span, at the start
     assert bar[300].max() < 100
+
+
+def test_no_inputs_is_a_usage_error(small: DTN, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no inputs"):
+        detect_many([], TorchScorer(small), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_inputs_are_verdicts_not_crashes(small: DTN, detector: FaceFinder, tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_gate_as_the_builder_asks(trt: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_shapes_without_a_kernel_are_refused(trt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_values, "target", 89)
-    with pytest.raises(ValueError, match="head dimension 48; kernels take 32, 64, 128; use --attention native"):
+    with pytest.raises(ValueError, match=r"head dimension 48 .kernels take 32, 64, 128.; use --attention native"):
         build(trt, "MASAttention", [(None, 64, 3, 8, 48), (8,)], trt.DataType.HALF, {"scale": 0.1}, batch=1)
     assert "not fixed" in (tensorrt_plugin.unsupported("MASAttention", (-1, 8, 64)) or "")
     assert "E=9" in (tensorrt_plugin.unsupported("MoEGate", (9, 16, 64)) or "")

@@ -219,7 +219,7 @@ def test_evaluation_counts_and_agrees(exported: Path, trained: Path, dataset: Cr
     text = torch_result.markdown()
     assert text.count("\n| ") == 2 + len(dataset.methods)
     assert "**synthetic faces" in text
-    with pytest.raises(UsageError, match="crops are 64 pixels"):
+    with pytest.raises(UsageError, match="takes 96 pixels, the crops have 64"):
         evaluate(TorchScorer(DTN(SMALL.__class__(**{**SMALL.__dict__, "image_size": 96}))), dataset)
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
+from dtn_fast.bench import results
 from dtn_fast.kernels import compile_check, launch_values, mas_attention_kernel
 
 ARCHS = sorted(compile_check.SHARED_LIMIT)
@@ -126,3 +128,18 @@ def test_launch_values_cover_every_kernel_and_prefer_the_measured(
         launch_values._read.cache_clear()
         launch_values._lookup.cache_clear()
     assert launch_values.slug("NVIDIA GeForce RTX 4090") == "nvidia-geforce-rtx-4090"
+
+
+def test_the_committed_report_is_this_triton_s(rows: list[compile_check.CompiledKernel]) -> None:
+    stored = json.loads((results.FOLDER / results.STRUCTURE).read_text(encoding="utf-8"))
+    assert stored["triton"] == triton.__version__, "run dtn-fast bench structure, then dtn-fast bench tables"
+    assert [{**row._asdict(), "occupancy": round(row.occupancy(), 3)} for row in rows] == stored["rows"]
+
+
+def test_occupancy() -> None:
+    row = compile_check.CompiledKernel(
+        90, "k", "", "", 4, 1, registers=128, spill=0, stack=0, shared=32 * 1024, tensor_core=1, vector_load=1
+    )
+    assert row.occupancy() == 16 / 64  # 65,536 registers / (128 a thread * 128 threads) = 4 blocks of 4 warps
+    assert row._replace(shared=110 * 1024).occupancy() == 8 / 64
+    assert row._replace(registers=16, shared=0).occupancy() == 1.0

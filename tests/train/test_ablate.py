@@ -15,11 +15,13 @@ import torch
 from small import RECIPE, SMALL, changed
 
 from dtn_fast import DTN, DTNConfig
-from dtn_fast.data.crop_dataset import CropDataset, Crops
+from dtn_fast.data.crop_dataset import CropDataset, ShardFiles
 from dtn_fast.errors import UsageError
+from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.mac_count import count
 from dtn_fast.evaluation.paper_numbers import TABLE1, TABLE10
 from dtn_fast.evaluation.tables import ResultTable, TableRow
+from dtn_fast.model import build
 from dtn_fast.model.build import build_detector
 from dtn_fast.model.config import NOISES, TimmConfig
 from dtn_fast.model.moe_gate import MoEGate, disturb
@@ -158,11 +160,37 @@ def few(dataset: CropDataset) -> CropDataset:
     """The first frame of each video."""
     keep = np.flatnonzero([frame == min(dataset.frame[dataset.video == video])
                            for video, frame in zip(dataset.video, dataset.frame, strict=True)])  # fmt: skip
-    crops = Crops([dataset.get(keep)], dataset.size)
+    crops = ShardFiles([dataset.get(keep)], dataset.size)
     return dataclasses.replace(
         dataset, crops=crops, video=dataset.video[keep], frame=dataset.frame[keep], person=dataset.person[keep],
         landmarks=None,
     )  # fmt: skip
+
+
+SMALL_BASELINES = {
+    **{name: {"width": 32, "depth": 1, "heads": 2, "hidden": 32} for name in ("vit_b16", "cvit", "efficient_vit")},
+    "cross_efficient_vit": {"small": 32, "large": 32, "depth": 1, "heads": 2, "hidden": 32},
+}
+
+
+class SmallTimm:
+    """timm whose transformers that the paper compares with are small: training them at full size takes minutes."""
+
+    def __init__(self, timm: Any) -> None:
+        self._timm = timm
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._timm, name)
+
+    def create_model(self, name: str, **how: Any) -> Any:
+        family = name.removesuffix("_mas").removesuffix("_reattention")
+        return self._timm.create_model(name, **how, **SMALL_BASELINES.get(family, {}))
+
+
+@pytest.fixture(autouse=True)
+def small_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = build.import_timm
+    monkeypatch.setattr(build, "import_timm", lambda: SmallTimm(real()))
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -210,9 +238,9 @@ def test_only_some_variants_and_what_the_table_keeps(few: CropDataset, tmp_path:
     measured: list[str] = []
     original = ablations.measure
 
-    def counted(scorer: Any, tests: Any, by_forgery: bool = False) -> Any:
+    def counted(scorer: Any, tests: Any, by_forgery: bool, config: EvaluateConfig) -> Any:
         measured.append(" ".join(tests))
-        return original(scorer, tests, by_forgery)
+        return original(scorer, tests, by_forgery, config)
 
     monkeypatch.setattr(ablations, "measure", counted)
 

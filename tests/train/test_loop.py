@@ -18,6 +18,7 @@ from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.loader import epoch_order
 from dtn_fast.device import choose_precision
 from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.model.config import TimmConfig
 from dtn_fast.runtime.load import best_checkpoint, load_model
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train import distill as chain
@@ -82,7 +83,7 @@ def test_best_epoch_is_kept_and_patience_stops(
 ) -> None:
     aucs = iter([0.6, 0.9, 0.9, 0.8, 0.95])  # of equals the first is kept
     real = loop.evaluate_scores
-    monkeypatch.setattr(loop, "evaluate_scores", lambda y, s: real(y, s)._replace(auc=next(aucs)))
+    monkeypatch.setattr(loop, "evaluate_scores", lambda *given: real(*given)._replace(auc=next(aucs)))
     saved: list[int] = []
     monkeypatch.setattr(DTN, "save_pretrained", lambda self, folder: saved.append(len(saved)))
     epochs = train(tmp_path, dataset, changed(RECIPE, epochs=9, epoch_patience=2))
@@ -134,7 +135,7 @@ def test_non_finite_loss_stops_with_advice(
 
 
 def test_wrong_crops_are_named(dataset: CropDataset, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="crops are 64 pixels, the model takes 128"):
+    with pytest.raises(UsageError, match="the model: takes 128 pixels, the crops have 64"):
         next(fit(DTN(DTNConfig.preset("tiny")), dataset, RECIPE, tmp_path))
     with pytest.raises(UsageError, match="needs reals and fakes"):
         next(fit(DTN(SMALL), dataset, changed(RECIPE, methods=("NoSuchMethod",)), tmp_path))
@@ -331,9 +332,12 @@ def test_restarting_forgets_that_generation_and_the_later_ones(
 
 def test_published_weights_are_asked_for(dataset: CropDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(chain, "build_detector", lambda config, pretrained: asked.append(pretrained) or DTN(config))
+    monkeypatch.setattr(chain, "build_detector", lambda config, pretrained: asked.append(pretrained) or DTN(SMALL))
     for pretrained in (True, False):
         run = tmp_path / str(pretrained)
-        run_folder.start_run(run, changed(RECIPE, epochs=1, pretrained=pretrained), SMALL)
+        config = TimmConfig("resnet10t", SMALL.image_size)
+        run_folder.start_run(run, changed(RECIPE, epochs=1, pretrained=pretrained), config)
         list(chain.train_initial(run, dataset))
     assert asked == [True, False]
+    with pytest.raises(UsageError, match="only models of timm have published weights"):
+        run_folder.start_run(tmp_path / "dtn", changed(RECIPE, pretrained=True), SMALL)
