@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help setup demo test test-oldest lint format bench gpu clean
+.PHONY: help setup demo screenshots test test-oldest lint format bench gpu clean
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -20,6 +20,9 @@ demo: setup  ## make a set, train, distil, evaluate, export, detect: minutes on 
 
 # Two workers, each with one thread: torch's threads would wait for one another on two busy cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+screenshots: demo  ## the README's pictures, of the demo, in headless Chromium
+	@$(BIN)/python -m dtn_fast.cli.screenshots runs/demo
+
 test: setup  ## every test that this machine can run, in two processes
 	@$(PYTEST) --ignore tests/kernels/interpreted $(ARGS)
 	@TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreted $(ARGS)

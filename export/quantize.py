@@ -279,7 +279,7 @@ def _logits(proto: Any, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def check_accuracy(reference: Scorer, proto: Any, dataset: CropDataset, config: QuantizeConfig) -> AccuracyCheck:
-    """Compares AUC and logits of both models on the validation split.  Raises DtnError beyond the limits of ``config``."""
+    """Compares AUC and logits of both models on the validation split.  Raises DtnError beyond ``config``'s limits."""
     rows = dataset.select("val")
     if not len(rows):
         raise UsageError(f"--calibrate {config.calibrate}: no crop in its val split for the accuracy check")
@@ -291,8 +291,9 @@ def check_accuracy(reference: Scorer, proto: Any, dataset: CropDataset, config: 
     result = AccuracyCheck(len(rows), areas[0], areas[1], float(change.max()), float(change.mean()))
     if not result.worst <= config.max_logit_change:
         raise DtnError(f"the quantised model moves a logit by {result.worst:.3g}, over the limit of "
-                       f"{config.max_logit_change}; find the worst layers with --sensitivity and --keep them")  # fmt: skip
+                       f"{config.max_logit_change}; find the worst layers by --sensitivity and exempt them by "
+                       "--keep")  # fmt: skip
     if not result.drop <= config.max_auc_drop:
         raise DtnError(f"the quantised model loses {result.drop:.4f} AUC, over the limit of {config.max_auc_drop}; "
-                       "find the worst layers with --sensitivity and --keep them")  # fmt: skip
+                       "find the worst layers by --sensitivity and exempt them by --keep")  # fmt: skip
     return result

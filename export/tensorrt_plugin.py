@@ -224,12 +224,10 @@ def refusal(compiled: Any) -> str | None:
 
 
 def strip_scratch(ptx: str, parameters: int) -> str:
-    """PTX whose entry keeps only the first ``parameters`` parameters.  Raises ValueError when the body reads another."""
+    """PTX whose entry keeps only its first ``parameters`` parameters.  Raises ValueError if the body reads another."""
     entry = re.search(r"(\.visible \.entry \w+\()(.*?)\n\)", ptx, re.DOTALL)
     if entry is None:
-        raise ValueError(
-            "the compiled kernel has no entry that can be read; this version of Triton writes PTX in another form"
-        )
+        raise ValueError("the compiled kernel has no entry; this version of Triton writes PTX in another form")
     listed = [line.strip().rstrip(",") for line in entry[2].strip().splitlines()]
     if len(listed) < parameters:
         raise ValueError(f"the compiled kernel takes {len(listed)} parameters, {parameters} were expected")
@@ -258,7 +256,7 @@ _registered: set[str] = set()
 
 
 def target_arch() -> int:
-    """Compute capability x 10 that plugins are compiled for: ``launch_values.target`` if set, else this machine's GPU."""
+    """Compute capability x 10 that plugins are compiled for: ``launch_values.target`` if set, else that of the GPU."""
     if launch_values.target is not None:
         return launch_values.target
     major, minor = torch.cuda.get_device_capability()

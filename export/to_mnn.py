@@ -24,10 +24,11 @@ from dtn_fast.runtime.export_manifest import ExportManifest, file_hash
 from dtn_fast.runtime.mnn import MnnScorer
 
 TOLERANCE = 2e-3
-"""Largest accepted difference of a logit, relative to the largest logit (at least 1); Winograd transforms and MNN's
-erf cause it."""
+"""Largest accepted difference of a logit, relative to the largest logit (at least 1).  It comes from Winograd's
+transforms and MNN's erf."""
 CONVERT = "import sys, _tools; _tools.mnnconvert(sys.argv)"
-"""Call of MNN's compiled converter; its Python wrapper would install a package and report each conversion over the network."""
+"""Python code that runs MNN's compiled converter.  MNN's own wrapper would install a package and report each conversion
+over the network."""
 
 
 def export_mnn(model: Detector, path: Path, batches: tuple[int, ...] = BATCHES) -> list[Parity]:

@@ -1,6 +1,6 @@
 """Exports a model to ONNX, folded, with the operators as nodes with standard bodies, and compares it with torch.
 
-The file is self-contained: its metadata holds configuration, notice, kind of input, precision and a hash of the weights.
+The file is self-contained: configuration, notice, kind of input, precision and a hash of the weights are its metadata.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def export_onnx(model: Detector, path: Path, config: OnnxConfig = OnnxConfig()) 
     """Exports ``model`` to ``path`` after comparing it with torch (float32, not folded) at three batch sizes.
 
     Input ``crops`` uint8 [batch, S, S, 3] or ``images`` float32 [batch, 3, S, S]; outputs ``logits`` [batch, 2] and
-    ``score`` [batch], P(fake); dynamic batch, opset 20 (bf16: 22).  The file is written only if every comparison passes.
-    onnxruntime cannot compute bfloat16 on a CPU: such a model is compared with its values widened to float32.
+    ``score`` [batch], P(fake); dynamic batch, opset 20 (bf16: 22).  The file is written only if every comparison
+    passes.  onnxruntime cannot compute bfloat16 on a CPU: such a model is compared with its values in float32.
     Raises UsageError when an onnx package is missing, DtnError when the logits differ.
     """
     proto = to_proto(model, config)

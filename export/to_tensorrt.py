@@ -234,8 +234,8 @@ def inlined(data: bytes) -> bytes:
 
 
 def without_bodies(data: bytes) -> bytes:
-    """ONNX model without the bodies of dtn:: nodes, which leaves the parser only the plugins: newer parsers prefer a body
-    to a plugin."""
+    """ONNX model without the bodies of dtn:: nodes, which leaves the parser only the plugins: newer parsers prefer a
+    body to a plugin."""
     onnx = require_onnx()
     proto = onnx.load_model_from_string(data)
     if not any(node.domain == DOMAIN for node in proto.graph.node):

@@ -286,7 +286,7 @@ def backward_stats(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float,
     size: tuple[int, int], relu: bool = True,
 ) -> tuple[Launch, Tensor]:  # fmt: skip
-    """Launch that fills partial sums, and the sums' tensor [splits, 2, C]; its sum over splits is (dw, db)."""
+    """Launch that fills partial sums, and these sums [splits, 2, C]; their sum over splits is (dw, db)."""
     options, constants = tiles("bn_backward_stats", x)
     channels = x.shape[1]
     columns = triton.cdiv(channels, constants["BLOCK_C"])

@@ -1,4 +1,4 @@
-"""Launch values (block sizes, warps, stages) per GPU, from tuned/: <gpu>.json, else sm<arch>.json, else default.json."""
+"""Launch values (block sizes, warps, stages) per GPU, from tuned/<gpu>.json, then sm<arch>.json, then default.json."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def lc_backward(
     M, WEIGHT, Z, NORM_W, NORM_B, MEAN, VAR, DY, SUMS, DM, PARTIAL, eps, total,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Writes dm of BLOCK_T rows and their part of dw, PARTIAL [programs, C, 9]; SUMS [2, C]: gradients of BN's w and b."""
+    """Writes dm of BLOCK_T rows and their part of dw, PARTIAL [programs, C, 9].  SUMS [2, C]: BN's own gradients."""
     pid = tl.program_id(0)
     rows = pid * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -129,7 +129,7 @@ def forward(
 def backward_stats(
     dy: Tensor, z: Tensor, norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Launch, Tensor]:
-    """Launch that fills partial sums, and their tensor [splits, 2, C]; its sum over splits: gradients of BN's w and b."""
+    """Launch that fills partial sums, and these sums [splits, 2, C]; their sum over splits is BN's own gradients."""
     return batch_norm_kernel.backward_stats(dy, z, norm_weight, norm_bias, mean, var, eps, (2, 2), relu=False)
 
 

@@ -147,8 +147,9 @@ def moe_gate(
     experts, hidden = w1.shape[:2] if w1.dim() in (3, 5) else (0, 0)
     window = tuple(w1.shape[3:])
     if not experts or w1.shape[2] != x.shape[1] or window not in ((), (1, 1), (3, 3)):
-        shape = f"E, M, {x.shape[1]}"
-        raise ValueError(f"w1: shape is {tuple(w1.shape)}; it must be [{shape}] or [{shape}, 3, 3]")
+        raise ValueError(
+            f"w1: shape is {tuple(w1.shape)}; it must be [E, M, {x.shape[1]}] or [E, M, {x.shape[1]}, 3, 3]"
+        )
     if x.shape[1] % 16 or hidden % 16:
         name, value = ("x", x.shape[1]) if x.shape[1] % 16 else ("w1", hidden)
         raise ValueError(f"{name}: {value} {'channels' if name == 'x' else 'hidden units'}; use a multiple of 16")

@@ -220,7 +220,7 @@ def moe_backward_weight(
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
     NOISE: tl.constexpr, FAST: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes dW1 of one expert, BLOCK_C channels and STEPS * BLOCK_T rows (a split) to DW1 [splits, E, M, C] float32."""
+    """Writes dW1 of one expert, BLOCK_C channels and a split of STEPS * BLOCK_T rows; DW1 [splits, E, M, C] float32."""
     column, split, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     units, cols = tl.arange(0, BLOCK_M), column * BLOCK_C + tl.arange(0, BLOCK_C)
     seed = 0

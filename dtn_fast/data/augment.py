@@ -1,4 +1,4 @@
-"""Training augmentation: one preset, two machines for it, albumentations on the CPU and batched torch on the device."""
+"""Training augmentation with two implementations of each preset: albumentations on the CPU, torch on the device."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from dtn_fast.packages import require
 
 
 class Augment:
-    """A preset through albumentations, on the CPU.
+    """A preset on the CPU, by albumentations.
 
-    Called with uint8 crops [n, S, S, 3] and a seed per crop, returns as many augmented ones; a seed gives the same
+    A call takes uint8 crops [n, S, S, 3] and a seed per crop and returns the augmented crops; a seed gives the same
     result in any batch.  Raises UsageError when albumentations is not installed.
     """
 
     def __init__(self, preset: AugmentPreset) -> None:
-        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for a newer version
+        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or its import looks for a newer version online
         A = require("albumentations", "albumentations==2.0.8")
         p = preset
         self._pipeline = A.Compose(
@@ -54,11 +54,11 @@ class Augment:
 
 
 class DeviceAugment:
-    """The same preset as one batched torch pipeline on the crops' device.
+    """A preset as one batched torch pipeline on the crops' device.
 
-    Called with uint8 crops [n, S, S, 3] on any device (S a multiple of 16) and a seed per crop, returns uint8 crops
-    there.  Which samples a transform changes is drawn on the host, so only those are computed and nothing
-    synchronises.  A seed gives the same result in any batch, on one kind of device, up to rounding.
+    A call takes uint8 crops [n, S, S, 3] on any device (S a multiple of 16) and a seed per crop and returns uint8 crops
+    there.  The samples that a transform changes are drawn on the host, so only those are computed and the device never
+    waits.  A seed gives the same result in any batch, on one kind of device, up to rounding.
     """
 
     def __init__(self, preset: AugmentPreset) -> None:
@@ -67,7 +67,7 @@ class DeviceAugment:
     def __call__(self, crops: Tensor, seeds: NDArray[np.uint64]) -> Tensor:
         if crops.shape[1] % 16 or crops.shape[1] != crops.shape[2]:
             side = "x".join(map(str, crops.shape[1:3]))
-            raise UsageError(f"crops of {side} pixels: augmentation on the device needs squares of a multiple of 16")
+            raise UsageError(f"crops of {side} pixels: augmentation on the device needs square crops of a multiple of 16")
         p, draw = self.preset, uniform(seeds, 16)
         x = crops.permute(0, 3, 1, 2).to(torch.float32)  # [n, 3, S, S], 0..255; a new tensor, changed in place below
 
@@ -101,7 +101,7 @@ class DeviceAugment:
 
 
 def _affine(images: Tensor, right: Tensor, down: Tensor, scale: Tensor, degrees: Tensor) -> Tensor:
-    """Moves, scales and turns the content about the middle; outside is reflected."""
+    """Shifts, scales and rotates images about their centre; pixels from outside are reflected."""
     turn = torch.deg2rad(degrees)
     cos, sin = torch.cos(turn) / scale, torch.sin(turn) / scale
     rows = (cos, -sin, -2 * (cos * right - sin * down), sin, cos, -2 * (sin * right + cos * down))  # output -> input
@@ -145,9 +145,9 @@ _CHROMINANCE = (
 
 
 def jpeg(images: Tensor, quality: NDArray[np.int64]) -> Tensor:
-    """What JPEG with 4:2:0 chroma makes of RGB images [n, 3, S, S] in 0..255, S a multiple of 16; quality [n] 1..100.
+    """Simulates JPEG with 4:2:0 chroma on RGB images [n, 3, S, S] in 0..255, S a multiple of 16; quality [n] 1..100.
 
-    The entropy coder loses nothing, so it is left out: colour transform, 8x8 DCT, quantisation, and back (ITU-T T.81).
+    The entropy coder is lossless and left out: colour transform, 8x8 DCT, quantisation, and back (ITU-T T.81).
     """
     device = images.device
     scale = np.where(quality < 50, 5000 / np.maximum(quality, 1), 200 - 2 * quality)
@@ -174,7 +174,7 @@ def _jpeg_matrices(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _quantise(plane: Tensor, table: Tensor, dct: Tensor) -> Tensor:
-    """[n, c, S, S] through the DCT of its 8x8 blocks, divided by table [n, 8, 8], rounded, and back."""
+    """Quantises planes [n, c, S, S]: DCT of 8x8 blocks, division by table [n, 8, 8], rounding, and back."""
     n, channels, height, width = plane.shape
     blocks = plane.view(n, channels, height // 8, 8, width // 8, 8).transpose(3, 4)
     table = table.view(n, 1, 1, 1, 8, 8)

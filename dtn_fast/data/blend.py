@@ -1,4 +1,4 @@
-"""Fakes made of real faces alone: a transformed copy of a face blended into itself through a soft mask.
+"""Self-blended fakes, made from real faces alone: a transformed copy of a face blended into it through a soft mask.
 
 After the idea of Shiohara and Yamasaki, "Detecting Deepfakes with Self-Blended Images" (CVPR 2022): every face swap
 leaves a blending boundary and statistics that differ across it, and a detector can learn those without fakes.
@@ -20,16 +20,16 @@ from dtn_fast.errors import UsageError
 
 METHOD = "SelfBlended"
 RATIOS = (0.25, 0.5, 0.75, 1.0, 1.0, 1.0)
-"""Opacities of the laid-over copy, drawn evenly."""
+"""Opacities of the blended copy, drawn with equal probability."""
 
 
 def self_blend(
     face: NDArray[np.uint8], rng: np.random.Generator, points: NDArray[np.float32] | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """A self-blended fake of a face crop [S, S, 3], and the opacity [S, S] that it was blended with.
+    """Makes a self-blended fake of a face crop [S, S, 3]; returns it and the opacity [S, S] of the blend.
 
     points: landmarks [K, 2] (x, y) in pixels, whose convex hull is the mask; rows of NaN are left out, and without
-    three usable points the mask is an ellipse where a crop with the usual margin has its face.
+    three usable points the mask is an ellipse where the face lies in a crop with the usual margin.
     """
     side = face.shape[0]
     inner, outer = face, face
@@ -46,7 +46,7 @@ def self_blend(
 
 
 def recolour(face: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Other colours, light and sharpness, as another camera and codec would give."""
+    """Changes colours, light and sharpness, as another camera and codec would."""
     hsv = cv2.cvtColor(face, cv2.COLOR_RGB2HSV).astype(np.float32)
     hsv[..., 0] = (hsv[..., 0] + rng.uniform(-3, 3)) % 180
     hsv[..., 1:] = np.clip(hsv[..., 1:] * rng.uniform(0.8, 1.2, 2), 0, 255)
@@ -64,11 +64,11 @@ def recolour(face: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.ui
 
 
 def _mask(side: int, rng: np.random.Generator, points: NDArray[np.float32] | None) -> NDArray[np.float32]:
-    """Opacity [S, S] float32 in [0, 1]: an outline, bent, softened twice, and scaled."""
+    """Opacity [S, S] float32 in [0, 1]: an outline, distorted, blurred twice, and scaled."""
     mask = np.zeros((side, side), np.float32)
     known = points[np.isfinite(points).all(1)] if points is not None else np.empty((0, 2), np.float32)
     if len(known) > 2:
-        if rng.random() < 0.5:  # the lower face alone: mouth and chin are what reenactment changes
+        if rng.random() < 0.5:  # the lower face alone, as reenactment changes mouth and chin
             low = known[known[:, 1] > np.median(known[:, 1]) - 0.1 * np.ptp(known[:, 1])]
             known = low if len(low) > 2 else known
         cv2.fillConvexPoly(mask, cv2.convexHull(known.astype(np.float32)).astype(np.int32), 1.0)
@@ -87,14 +87,15 @@ def _mask(side: int, rng: np.random.Generator, points: NDArray[np.float32] | Non
 
 
 class BlendedCrops:
-    """Real crops 0..N-1 and, as N..2N-1, self-blended fakes of them: others each epoch, the same for the same seed.
+    """Real crops in rows 0..N-1 and self-blended fakes of them in rows N..2N-1, drawn anew for each (seed, epoch).
 
-    Half of the reals are recoloured whole, as half of the fakes' surroundings are: colour alone must tell nothing.
+    Half of the real crops are recoloured too, because half of the fakes have a recoloured background; otherwise colour
+    would give the label away.
     """
 
     def __init__(self, crops: CropSource, rows: NDArray[np.int64], points: NDArray[np.float32] | None, seed: int):
         self.size, self._crops, self._rows, self._points, self._seed = crops.size, crops, rows, points, seed
-        self._pool = ThreadPoolExecutor(os.cpu_count() or 1)  # OpenCV lets go of the interpreter
+        self._pool = ThreadPoolExecutor(os.cpu_count() or 1)  # OpenCV releases the GIL
 
     def __len__(self) -> int:
         return 2 * len(self._rows)
@@ -115,7 +116,7 @@ class BlendedCrops:
 
 
 def self_blended(dataset: CropDataset, seed: int) -> CropDataset:
-    """The reals of ``dataset``, and as many self-blended fakes of them in the same splits; its own fakes are left out.
+    """The reals of ``dataset`` and one self-blended fake of each, in the same splits; its own fakes are left out.
 
     Raises UsageError when there is no real.
     """

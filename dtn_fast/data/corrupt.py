@@ -1,4 +1,4 @@
-"""The robustness perturbations: DeeperForensics' seven and the paper's two, at levels 1 to 5 (0: untouched)."""
+"""Robustness perturbations: DeeperForensics' seven and the paper's two, at levels 1 to 5 (0: untouched)."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ Image = NDArray[np.uint8]
 LEVELS: dict[str, tuple[float, ...]] = {
     "saturation": (0.4, 0.3, 0.2, 0.1, 0.0),  # factor of the chroma
     "contrast": (0.85, 0.725, 0.6, 0.475, 0.35),  # factor of the pixels
-    "blocks": (16, 32, 48, 64, 80),  # grey 8x8 squares, times min(H, W) // 256
-    "gaussian_noise": (0.001, 0.002, 0.005, 0.01, 0.05),  # variance in studio-range YCbCr of [0, 1]
+    "blocks": (16, 32, 48, 64, 80),  # number of grey 8x8 squares, times min(H, W) // 256
+    "gaussian_noise": (0.001, 0.002, 0.005, 0.01, 0.05),  # variance in studio-range YCbCr in [0, 1]
     "blur": (7, 9, 13, 17, 21),  # side of the Gaussian kernel, sigma a sixth of it
-    "pixelation": (2, 3, 4, 5, 6),  # down- and up-scaling
+    "pixelation": (2, 3, 4, 5, 6),  # factor of down- and up-scaling
     "video": (30, 32, 35, 38, 40),  # H.264 constant rate factor
-    "uniform_noise": (0.001, 0.002, 0.005, 0.01, 0.05),  # as gaussian_noise, of the same variance
-    "jpeg": (20, 25, 30, 35, 40),  # compression rate, quality 100 less that; the paper prints 45 for the fourth
+    "uniform_noise": (0.001, 0.002, 0.005, 0.01, 0.05),  # same variance as gaussian_noise
+    "jpeg": (20, 25, 30, 35, 40),  # compression rate, 100 - quality; the paper prints 45 for level 4
 }
-"""Parameter per level.  The paper replaces Gaussian by uniform noise, as its gate trains on Gaussian noise."""
+"""Parameter of each level.  The paper replaces Gaussian by uniform noise, as its MoE gate trains on Gaussian noise."""
 PERTURBATIONS = ("saturation", "contrast", "blocks", "gaussian_noise", "blur", "pixelation", "video")
-"""DeeperForensics' seven."""
+"""The seven perturbations of DeeperForensics."""
 LOSSLESS_ENOUGH = 12
-"""Constant rate factor of a corrupted video whose corruption is not compression."""
+"""Constant rate factor for writing a corrupted video whose corruptions do not include compression."""
 
-# full-range RGB of [0, 1] to studio-range YCbCr of [0, 1], ITU-R BT.601
+# full-range RGB in [0, 1] to studio-range YCbCr in [0, 1], ITU-R BT.601
 _TO_YCC = np.array([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]]) / 255
 _TO_RGB = np.linalg.inv(_TO_YCC)
 _GREY = np.array([16, 128, 128]) / 255
@@ -40,7 +40,7 @@ _GREY = np.array([16, 128, 128]) / 255
 def corrupt(image: Image, name: str, level: int, seed: int | Sequence[int]) -> Image:
     """A corrupted copy of an RGB image [H, W, 3] uint8.  The same ``seed`` draws the same noise and blocks.
 
-    Raises UsageError for an unknown name or level.  Blocks on an image under 256 pixels are as many as on one of 256.
+    An image smaller than 256 pixels gets as many blocks as one of 256.  Raises UsageError for an unknown name or level.
     """
     check(name, level)
     if not level:
@@ -53,7 +53,7 @@ def check(name: str, level: int) -> None:
     if name not in LEVELS:
         raise UsageError(f"unknown corruption {name!r}; known are {', '.join(LEVELS)}")
     if not 0 <= level <= len(LEVELS[name]):
-        raise UsageError(f"level {level} of {name}: 0 (untouched) to {len(LEVELS[name])}")
+        raise UsageError(f"level {level} of {name}: must be 0 (untouched) to {len(LEVELS[name])}")
 
 
 def corrupt_video(
@@ -69,7 +69,7 @@ def corrupt_video(
     for name, level in corruptions:
         check(name, level)
     if any(name == "video" for name, _ in corruptions[:-1]):
-        raise UsageError("video compression comes last: it compresses what the other corruptions made")
+        raise UsageError("video compression comes last, as it compresses the output of the others; move it to the end")
     pixels, crf = list(corruptions), LOSSLESS_ENOUGH
     if corruptions and corruptions[-1][0] == "video":
         level = pixels.pop()[1]
@@ -83,7 +83,7 @@ def corrupt_video(
 
 
 def corrupt_all(image: Image, corruptions: Sequence[tuple[str, int]], seed: Sequence[int]) -> Image:
-    """All ``corruptions`` in order on one RGB image."""
+    """Applies all ``corruptions`` in order to one RGB image."""
     for place, (name, level) in enumerate(corruptions):
         image = corrupt(image, name, level, (*seed, place))
     return image
@@ -148,7 +148,7 @@ def _jpeg(image: Image, rate: float, rng: np.random.Generator) -> Image:
 
 
 def _video(image: Image, crf: float, rng: np.random.Generator) -> Image:
-    """One frame through H.264."""
+    """Encodes one frame with H.264 and decodes it."""
     import av
 
     from dtn_fast.data.video import h264

@@ -69,7 +69,7 @@ class CropDataset:
     """[N] number of the face's track inside the video."""
     videos: list[Video]
     status: list[dict[str, Any]]
-    """Per video: frames requested and read, faces found, origin of the boxes, and the error or the reason for no face."""
+    """Per video: frames requested and read, faces found, origin of the boxes, and the error or reason for no face."""
     synthetic: bool
     notes: list[str] = field(default_factory=list)
     """Findings of the dataset's audit."""
@@ -136,7 +136,7 @@ class CropDataset:
 
 
 def open_crop_dataset(folder: Path, verify: bool = False) -> CropDataset:
-    """Opens a folder written by :func:`dtn_fast.data.prepare.prepare`; ``verify`` reads all crops and compares checksums.
+    """Opens a folder that :func:`dtn_fast.data.prepare.prepare` wrote; ``verify`` compares the checksums of all crops.
 
     Raises UsageError when it is missing, unfinished, damaged or of another version.
     """

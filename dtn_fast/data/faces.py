@@ -1,4 +1,4 @@
-"""Face crops of a frame: dlib's HOG face finder, a square 1.3 times the longest side of the face, resized."""
+"""Face crops of a frame: dlib's HOG face finder, a square around each face enlarged by a margin, resized."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeepfakeBench's LMDB of pictures."""
+"""Reading of pictures from DeepfakeBench's LMDB."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dtn_fast.packages import require
 
 
 class Lmdb:
-    """Pictures by their relative path, as DeepfakeBench stores them; opened read-only."""
+    """A read-only LMDB of pictures by relative path, as DeepfakeBench stores them."""
 
     def __init__(self, path: Path) -> None:
         lmdb = require("lmdb", "lmdb")
@@ -45,5 +45,5 @@ class Lmdb:
 
 @functools.cache
 def open_lmdb(path: Path) -> Lmdb:
-    """One handle per file and process: LMDB forbids a second."""
+    """Opens an LMDB once per process, because LMDB forbids a second handle on one file."""
     return Lmdb(path)

@@ -1,4 +1,4 @@
-"""Videos to face crops on disk: parallel, resumable after any interruption, divisible over machines."""
+"""Preparation of face crops from videos: parallel, resumable after any interruption, divisible among machines."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from dtn_fast.files import load_array, write_whole
 
 JOB = "job.json"
 SHARD_CROPS = 256
-"""Crops that a shard is meant to hold: an interruption costs each worker at most one shard."""
+"""Target number of crops per shard; an interruption costs each worker at most one shard."""
 
 
 class PrepareProgress(NamedTuple):
     done: int
-    """Videos of this worker share that are done."""
+    """Number of finished videos of this worker share."""
     total: int
     faces: int
 
 
 class PrepareJob(NamedTuple):
-    """All that a worker process needs besides the number of its shard."""
+    """All data that a worker process needs besides the number of its shard."""
 
     table: VideoTable
     out: Path
@@ -57,11 +57,11 @@ def prepare(
 ) -> Iterator[PrepareProgress]:
     """Crops the faces of every video of ``table`` to ``size`` pixels into ``out``, yielding progress.
 
-    The work is cut into shards, each one or more reals with the fakes made from them.  A shard file appears whole or
-    not at all, so a run that was killed goes on where it was, and n machines with n worker shares fill one folder.
-    Videos without a face, or that cannot be read, are kept in the index with the reason.  Raises UsageError when
-    ``out`` holds other work or no face is found anywhere, DtnError when the disk is full or a worker dies; what is
-    done stays.
+    The work is divided into shards, each of one or more reals with the fakes made from them.  Shard files are written
+    atomically, so a killed run resumes where it stopped, and n machines with n worker shares fill one folder.  Videos
+    without a face, or that cannot be read, are kept in the index with the reason.  Raises UsageError when ``out`` holds
+    crops made with other settings or no face is found in any video, DtnError when the disk is full or a worker dies;
+    finished shards are kept.
     """
     number, total_shares = work.place
     job = PrepareJob(table, out, size, config, _shards(table, config))
@@ -88,12 +88,12 @@ def prepare(
                 raise
         _write_index(job)
     except BrokenProcessPool as error:
-        raise DtnError(f"{out}: a worker was killed (out of memory?); what is done is kept: run the same command "
-                       "again, with fewer --workers") from error  # fmt: skip
+        raise DtnError(f"{out}: a worker was killed (out of memory?); finished shards are kept: run the same "
+                       "command again with fewer --workers") from error  # fmt: skip
     except OSError as error:
-        remedy = "free some space" if error.errno == errno.ENOSPC else "mend the cause"
-        raise DtnError(f"{out}: {error.strerror or error}; what is done is kept: {remedy} and run the same command "
-                       "again") from error  # fmt: skip
+        remedy = "free some space" if error.errno == errno.ENOSPC else "remove the cause"
+        raise DtnError(f"{out}: {error.strerror or error}; finished shards are kept: {remedy} and run the same "
+                       "command again") from error  # fmt: skip
 
 
 def finished(out: Path) -> bool:
@@ -102,7 +102,7 @@ def finished(out: Path) -> bool:
 
 
 def _shards(table: VideoTable, config: PrepareConfig) -> list[list[int]]:
-    """Videos by number, cut into shards: a real and the fakes made from it stay together, the real first."""
+    """Divides the video numbers into shards; a real and the fakes made from it stay together, the real first."""
     groups: dict[tuple[str, tuple[tuple[str, int], ...]], list[int]] = {}
     for number, video in enumerate(table.videos):
         groups.setdefault((video.target or video.path, video.corruptions), []).append(number)
@@ -116,10 +116,10 @@ def _shards(table: VideoTable, config: PrepareConfig) -> list[list[int]]:
 
 
 def _claim(job: PrepareJob) -> None:
-    """Writes down what is being made here.  Raises UsageError when that is something else."""
+    """Records the job in ``out``/job.json.  Raises UsageError when that file records another job."""
     rows = json.dumps([_portable(video)._asdict() for video in job.table.videos]).encode()
-    asked = {"version": VERSION, "size": job.size, **asdict(job.config), "dataset": job.table.dataset,
-             "videos": len(job.table.videos), "manifest": hashlib.sha256(rows).hexdigest()}  # fmt: skip
+    wanted = {"version": VERSION, "size": job.size, **asdict(job.config), "dataset": job.table.dataset,
+              "videos": len(job.table.videos), "manifest": hashlib.sha256(rows).hexdigest()}  # fmt: skip
     path = job.out / JOB
     if path.is_file():
         try:
@@ -128,14 +128,15 @@ def _claim(job: PrepareJob) -> None:
                 raise ValueError("not an object")
         except ValueError as error:
             raise UsageError(f"{path}: damaged ({error}); delete {job.out} and prepare again") from error
-        if there != asked:
-            other = ", ".join(f"{k} {there.get(k)} (asked: {asked[k]})" for k in asked if there.get(k) != asked[k])
-            raise UsageError(f"{job.out}: holds crops made otherwise: {other}; choose another --out or delete it")
-    write_whole(path, json.dumps(asked, indent=1).encode(), shared=True)
+        if there != wanted:
+            differ = [key for key in wanted if there.get(key) != wanted[key]]
+            other = ", ".join(f"{key} {there.get(key)} (requested: {wanted[key]})" for key in differ)
+            raise UsageError(f"{job.out}: holds crops of other settings: {other}; choose another --out or delete it")
+    write_whole(path, json.dumps(wanted, indent=1).encode(), shared=True)
 
 
 def _portable(video: Video) -> Video:
-    """Without the folders of a borrowed video, which may be mounted elsewhere on the next machine."""
+    """The video without the folders of an absolute path, which may be mounted elsewhere on another machine."""
     return video._replace(path=Path(video.path).name) if Path(video.path).is_absolute() else video
 
 
@@ -176,7 +177,7 @@ class Cropped(NamedTuple):
 
 
 _current: PrepareJob
-"""A worker process's job, sent once and not with every shard."""
+"""Job of this worker process, sent once and not with every shard."""
 
 
 def _begin(job: PrepareJob) -> None:
@@ -188,13 +189,13 @@ def _begin(job: PrepareJob) -> None:
 
 
 def _end_with(parent: Any) -> None:
-    """Ends this worker when its parent was killed: nobody would send it work, or an end, any more."""
+    """Ends this worker process once its parent has died, because nothing else would end it."""
     parent.join()
     os._exit(1)
 
 
 def _make_shard(shard: int) -> int:
-    """Crops the videos of a shard and writes its files, the one with the status last; returns the number of crops."""
+    """Crops the videos of a shard and writes its files, the status file last; returns the number of crops."""
     job = _current
     done: list[Cropped] = []
     reals: dict[str, Boxes] = {}
@@ -226,7 +227,7 @@ def _make_shard(shard: int) -> int:
 
 
 Boxes = dict[int, tuple[tuple[int, ...], list[Tracked]]]
-"""Frame number -> (shape of the frame, the faces there)."""
+"""Frame number -> (shape of the frame, faces in it)."""
 
 
 def _crop_video(job: PrepareJob, video: Video, reals: dict[str, Boxes]) -> Cropped:
@@ -250,7 +251,7 @@ def _crop_video(job: PrepareJob, video: Video, reals: dict[str, Boxes]) -> Cropp
                 faces = known[frame.number][1]
                 state["boxes"] = "real" if state["boxes"] == "real" or not rows else "mixed"
             else:
-                known, faces = None, tracker(frame.image)  # from here on its own: the videos differ
+                known, faces = None, tracker(frame.image)  # the videos differ: find faces from here on
                 state["boxes"] = "mixed" if state["boxes"] == "real" else state["boxes"]
                 found[frame.number] = (shape, faces)
             for face in faces if config.faces == "all" else faces[:1]:
@@ -284,7 +285,7 @@ def _finder() -> FaceFinder:
 
 
 def _write_index(job: PrepareJob) -> None:
-    """Joins the shards' status files into the index, when every shard of every share is there."""
+    """Joins the shards' status files into the index, once every shard of every worker share is finished."""
     states = []
     for shard in range(len(job.shards)):
         state = _state(job.out, shard, job.size, verify=False)
@@ -316,7 +317,7 @@ def _write_index(job: PrepareJob) -> None:
         **joined,
     }
     write_whole(job.out / INDEX, json.dumps(index).encode(), shared=True)
-    for partial in [*job.out.glob(".*.partial"), *(job.out / SHARDS).glob(".*.partial")]:  # of those that were killed
+    for partial in [*job.out.glob(".*.partial"), *(job.out / SHARDS).glob(".*.partial")]:  # of killed runs
         partial.unlink(missing_ok=True)
 
 

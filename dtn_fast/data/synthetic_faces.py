@@ -1,9 +1,9 @@
-"""An honest demo set: faces rendered from seeds, forged by four methods, written as the real FF++ tree of videos.
+"""The synthetic demo set: faces rendered from seeds, forged by four methods, written as videos in FF++'s layout.
 
 A face is drawn from (identity, take, time): the identity fixes skin, hair and proportions, the take fixes background,
-light and motion.  Every forgery starts from the pristine render, so reals and fakes are encoded exactly once, at a
-quality drawn without looking at the label.  Identities are disjoint between splits and paired as in FaceForensics++.
-Nothing measured on this set says anything about real deepfakes; the marker file makes every report say so.
+light and motion.  Every forgery starts from the unforged render, so reals and fakes are encoded exactly once, at a
+quality drawn independently of the label.  Identities are disjoint between splits and paired as in FaceForensics++.
+Results on this set say nothing about real deepfakes; the marker file makes every report state this.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ Map = NDArray[np.float32]
 
 
 class _Canvas:
-    """A float RGB picture that soft-edged shapes are laid onto."""
+    """A float RGB picture to draw soft-edged shapes on."""
 
     def __init__(self, image: Map) -> None:
         self.image = image
 
     def ellipse(self, x: float, y: float, a: float, b: float, color, soft: float = 1.5, angle=0.0, alpha=1.0) -> None:
-        """Lays a rotated ellipse (centre, half axes in pixels) of ``color`` [3] with an edge ``soft`` pixels wide."""
+        """Draws a rotated ellipse (centre, half axes in pixels) of ``color`` [3] with an edge ``soft`` pixels wide."""
         reach = max(a, b) + soft + 1
         height, width = self.image.shape[:2]
         x0, x1 = max(int(x - reach), 0), min(int(x + reach) + 2, width)
@@ -74,7 +74,7 @@ IRISES = np.array([[40, 60, 90], [90, 60, 40], [60, 90, 60]], np.float32)
 
 
 class Face:
-    """One identity in one take; :meth:`draw` gives its frame at a time in seconds."""
+    """One identity in one take; :meth:`draw` renders its frame at a time in seconds."""
 
     def __init__(self, identity: int, take: int, size: int) -> None:
         who, how = np.random.default_rng((identity, 1)), np.random.default_rng((identity, take, 2))
@@ -159,19 +159,19 @@ class Face:
         return np.clip(picture, 0, 255).astype(np.uint8), outline.astype(np.float32)
 
     def camera(self, image: Image, frame: int) -> Image:
-        """Sensor noise, added after any forgery so that it carries no trace of one."""
+        """Adds sensor noise, after any forgery so that the noise carries no trace of it."""
         rng = np.random.default_rng((*self.seed, frame, 3))
         return np.clip(image + self.grain * rng.standard_normal(image.shape, np.float32), 0, 255).astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------- forging it
+# ------------------------------------------------------------------------------------------------- forging a face
 
 
 def forge(method: str, rng: np.random.Generator, source: Face) -> Callable[[Image, Map, float], Image]:
-    """A forgery with its parameters drawn once per video: (frame, outline, seconds) -> forged frame.
+    """A forgery with parameters drawn once per video, as a function (frame, outline, seconds) -> forged frame.
 
-    SynthBlend lays a recoloured, shifted copy of the face over itself; SynthSwap another identity's face, aligned and
-    colour-matched; SynthResample the face through a coarse grid, as a generator's upsampling does; SynthWarp bends it.
+    SynthBlend blends a recoloured, shifted copy of the face over it; SynthSwap another identity's face, aligned and
+    colour-matched; SynthResample the face after downsampling and upsampling, as by a generator; SynthWarp distorts it.
     """
     color, angle, zoom, shift = rng.normal(0, 11, 3), rng.normal(0, 1.5), rng.uniform(0.96, 1.04), rng.normal(0, 3, 2)
     factor, wobble = rng.uniform(1.8, 3.2), rng.standard_normal((source.size, source.size, 2)).astype(np.float32)
@@ -213,7 +213,7 @@ def forge(method: str, rng: np.random.Generator, source: Face) -> Callable[[Imag
 
 @functools.lru_cache(maxsize=2)
 def _pristine(target: int, frames: int, size: int, seed: int, fps: int) -> tuple[Face, list[tuple[Image, Map]]]:
-    """A target's take, kept while its forgeries are made from it."""
+    """A target's face and unforged frames, cached while its forgeries are made."""
     face = Face(target, seed, size)
     return face, [face.draw(index / fps) for index in range(frames)]
 
@@ -221,7 +221,7 @@ def _pristine(target: int, frames: int, size: int, seed: int, fps: int) -> tuple
 def film(
     target: int, source: int | None, method: str | None, frames: int, size: int, seed: int, fps: int = FPS
 ) -> list[Image]:
-    """A video of ``target``, forged by ``method`` from ``source`` where one is given: frames [S, S, 3] uint8 RGB."""
+    """Renders a video of ``target``, forged by ``method`` from ``source`` if given: frames [S, S, 3] uint8 RGB."""
     face, drawn = _pristine(target, frames, size, seed, fps)
     images = [image for image, _ in drawn]
     if method is not None and source is not None:
@@ -240,17 +240,17 @@ RenderJob = tuple[Path, int, int | None, str | None]  # path under the root, tar
 def _write(root: Path, config: SyntheticConfig, job: RenderJob) -> None:
     path, target, source, method = job
     cv2.setNumThreads(1)  # the pool already uses every core
-    # the quality is a draw seeded by the file's name: it knows nothing of the label
+    # the quality is drawn with the file's path as seed, from the same distribution for both labels
     crf = int(np.random.default_rng((config.seed, *path.as_posix().encode())).integers(18, 27))
     frames = film(target, source, method, config.frames, config.size, config.seed)
     write_video(root / path, frames, fps=FPS, crf=crf)
 
 
 def make_synthetic(root: Path, config: SyntheticConfig, workers: int) -> Iterator[tuple[int, int]]:
-    """Writes the set under ``root`` as FF++ lays it out, yielding (videos done, videos in all).
+    """Writes the set under ``root`` in FF++'s layout, yielding (number of videos done, total).
 
-    Videos that are already there are kept, so an interrupted run goes on.  Raises UsageError when ``root`` holds
-    another dataset or a synthetic one of another configuration.
+    Existing videos are kept, so an interrupted run resumes.  Raises UsageError when ``root`` holds another dataset or
+    a synthetic set of another configuration.
     """
     marker = root / MARKER
     stamp = json.dumps({"stamp": STAMP, "held_out": HELD_OUT, **asdict(config)}, indent=2)

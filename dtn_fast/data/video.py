@@ -1,4 +1,4 @@
-"""Files to frames: images and videos as RGB arrays, upright, with one-line errors."""
+"""Reading and writing of images and videos as upright RGB arrays, with one-line errors."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ IMAGES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"])
 VIDEOS = frozenset([".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"])
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts"
-"""Formats that are opened.  Playlists and scripts, which make a decoder read other files, are none of them."""
+"""Container formats that are opened.  Playlists and scripts, which make a decoder read other files, are excluded."""
 MAX_VIDEO_PIXELS = 36_000_000
-"""The same for each frame of a video, several of which are held at once: 8K."""
+"""Pixel limit per video frame (8K); lower than MAX_PIXELS because several frames are in memory at once."""
 Check = Callable[[], object]
-"""Called for every packet that is read; what it raises ends the reading."""
+"""Function called for every packet that is read; an exception from it ends the reading."""
 MAX_PIXELS = 64_000_000
-"""A picture larger than this is refused before it is decoded (a decompression bomb, or a mistake)."""
+"""Pixel limit per image; a larger one is refused before it is decoded (a decompression bomb or a mistake)."""
 
 
 class Frame(NamedTuple):
@@ -37,12 +37,12 @@ class Frame(NamedTuple):
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """An image file as upright RGB [H, W, 3].  Raises MediaError when it is missing, truncated or no image."""
+    """Reads an image file as upright RGB [H, W, 3].  Raises MediaError if it is missing, truncated or not an image."""
     return _image(path, str(path))
 
 
 def decode_image(data: bytes, name: str) -> NDArray[np.uint8]:
-    """The bytes of an image file as upright RGB [H, W, 3]; ``name`` is for the MediaError when they are none."""
+    """Decodes the bytes of an image file to upright RGB [H, W, 3].  Raises MediaError naming ``name`` otherwise."""
     return _image(io.BytesIO(data), name)
 
 
@@ -61,12 +61,13 @@ def _image(file: Path | io.BytesIO, name: str) -> NDArray[np.uint8]:
 
 
 def read_frames(path: Path, count: int | None = None, threads: int = 0, check: Check = lambda: None) -> Iterator[Frame]:
-    """Frames of a video in order, upright; with ``count`` that many (or fewer) spread evenly from first to last.
+    """Yields the upright frames of a video in order; with ``count`` that many (or fewer), evenly spaced.
 
-    With ``count`` only what leads to a wanted frame is decoded: whole groups of pictures are jumped over and, with
-    one decoder thread, frames that nothing refers to are skipped; the wanted ones come out the same.  ``threads``: of
-    the decoder, 0 as many as there are cores.  Raises MediaError when the file is no video, holds no frame, or breaks
-    before anything was decoded.  A video cut short yields the frames that decode; its length is counted, not believed.
+    With ``count`` only the frames that a requested frame depends on are decoded: whole groups of pictures are skipped
+    and, with one decoder thread, frames that no other frame refers to; the requested frames do not change.
+    ``threads``: number of decoder threads, 0 for one per core.  Raises MediaError when the file is not a video, holds
+    no frame, or fails before the first frame.  A truncated video yields the frames that can be decoded; its length is
+    counted, not taken from the header.
     """
     import av
 
@@ -80,7 +81,7 @@ def read_frames(path: Path, count: int | None = None, threads: int = 0, check: C
         if last == wanted[-1]:
             return
     try:
-        if count is not None and last < 0:  # its first frames cannot be decoded: those that can are numbered from 0
+        if count is not None and last < 0:  # the first frames cannot be decoded: the others are numbered from 0
             wanted = _spread(sum(1 for _ in _decoded(path, threads, check)), count)
         for number, raw in enumerate(_decoded(path, threads, check)):
             if number > last and (wanted is None or number in wanted):
@@ -116,7 +117,7 @@ def _decoded(path: Path, threads: int, check: Check) -> Iterator[Any]:
 
 
 def _jump(path: Path, index: _Index, numbers: list[int], threads: int, check: Check) -> Iterator[Frame]:
-    """The frames of these numbers, with as little decoding as possible; stops at the first that is not found."""
+    """Yields the frames with these numbers, with as little decoding as possible; stops at the first one not found."""
     import av
 
     try:
@@ -161,11 +162,11 @@ def _upright(frame: Any) -> NDArray[np.uint8]:
 def _decode(
     container: Any, stream: Any, index: _Index, wanted: set[int], skip: bool, check: Check
 ) -> Iterator[tuple[int, Any]]:
-    """(number, frame) from the container's position on; without usable timestamps, counted from the first frame."""
+    """Yields (number, frame) from the container's position on; without usable timestamps, frames count from 0."""
     position = -1
     for packet in container.demux(stream):
         check()
-        if skip and index.numbers:  # read per packet, so not to be set while other threads decode ahead
+        if skip and index.numbers:  # applies per packet: not to be set while other threads decode ahead
             number = index.numbers.get(packet.pts)
             stream.codec_context.skip_frame = "DEFAULT" if number is None or number in wanted else "NONREF"
         for frame in packet.decode():
@@ -174,16 +175,16 @@ def _decode(
 
 
 class _Index(NamedTuple):
-    """What the packets of a video say of its frames, without decoding one."""
+    """Index of a video's frames, read from its packets without decoding."""
 
     total: int
     numbers: dict[int, int]
-    """Timestamp to frame number; empty when the file's timestamps are missing or repeat."""
+    """Frame number by timestamp; empty when the file's timestamps are missing, repeated or inexact."""
     keys: list[int]
     """Timestamps of frames from which decoding can start, in order."""
 
     def segments(self, wanted: list[int]) -> Iterator[tuple[int | None, set[int]]]:
-        """Frames by number as runs to decode: (timestamp to seek to, frame numbers wanted)."""
+        """Yields runs of frames to decode: (timestamp to seek to or None, requested frame numbers)."""
         keys = [self.numbers[key] for key in self.keys] if self.numbers else []
         run: set[int] = set()
         start: int | None = None
@@ -203,7 +204,8 @@ def _index(path: Path, check: Check = lambda: None) -> _Index:
     keys: list[int] = []
     try:
         with _open(path) as container:
-            exact = container.format.name.partition(",")[0] in ("mov", "matroska")  # others' stamps and seeks are not
+            # timestamps and seeks are exact in these formats alone
+            exact = container.format.name.partition(",")[0] in ("mov", "matroska")
             for packet in container.demux(_stream(container, path)):
                 check()
                 if packet.size and not packet.is_discard:
@@ -226,12 +228,13 @@ def _reason(error: BaseException) -> str:
 
 
 def h264(crf: float, preset: str = "medium") -> dict[str, str]:
-    """libx264's options.  Its macroblock tree reads memory that nobody wrote: without it, output repeats to the bit."""
+    """Options for libx264.  Its macroblock tree reads uninitialised memory; without it the output is reproducible to
+    the bit."""
     return {"crf": str(int(crf)), "preset": preset, "x264-params": "mbtree=0"}
 
 
 def frame_rate(path: Path) -> Fraction:
-    """Average frames per second of a video, 25 when it does not say.  Raises MediaError when it cannot be read."""
+    """Average frames per second of a video, 25 when it states none.  Raises MediaError when it cannot be read."""
     import av
 
     try:
@@ -242,7 +245,7 @@ def frame_rate(path: Path) -> Fraction:
 
 
 def duration(path: Path, check: Check = lambda: None) -> float:
-    """Seconds of a video, by its header or, without one, by counting its frames.  Raises MediaError when unreadable."""
+    """Seconds of a video, from its header or else by counting its frames.  Raises MediaError when it cannot be read."""
     import av
 
     try:
@@ -260,9 +263,9 @@ def duration(path: Path, check: Check = lambda: None) -> float:
 def write_video(
     path: Path, frames: list[NDArray[np.uint8]], fps: int | Fraction = 25, crf: int = 23, rotation: int = 0
 ) -> None:
-    """RGB frames [H, W, 3] as H.264 in mp4, atomically.  ``crf``: 0 lossless to 51 worst.
+    """Writes RGB frames [H, W, 3] as H.264 in mp4, atomically.  ``crf``: constant rate factor, 0 lossless to 51 worst.
 
-    ``rotation``: degrees (a multiple of 90) that a player must turn the frames anticlockwise, as phones write.
+    ``rotation``: degrees (a multiple of 90) by which a player must turn the frames anticlockwise, as in phone videos.
     """
     for _ in write_frames(path, iter(frames), fps, crf, rotation):
         pass
@@ -276,9 +279,9 @@ def write_frames(
     rotation: int = 0,
     preset: str = "veryfast",
 ) -> Iterator[int]:
-    """:func:`write_video` for frames that come one by one, yielding how many are written.
+    """Writes frames one by one like :func:`write_video`, yielding the number written so far.
 
-    Odd sides, which H.264's usual chroma does not have, get one more row or column.
+    Odd sides get one more row or column, because H.264's usual chroma format needs even ones.
     """
     import av
 

@@ -1,4 +1,4 @@
-"""One table of videos for every dataset, and the audit that each table must pass before anything is read."""
+"""The video table, common to all datasets, and the audit that it must pass before any video is read."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ Allowance = Literal["counts", "leaks"]
 
 class Video(NamedTuple):
     path: str
-    """The video's name: a file or a folder of frames under the dataset's root, with forward slashes.
+    """Path of a file or a folder of frames under the dataset's root, with forward slashes; names the video.
 
-    Absolute where a dataset borrows another's videos (DeeperForensics its reals)."""
+    It is absolute for a video of another dataset (the reals of DeeperForensics)."""
     label: int
     """0 real, 1 fake."""
     method: str
-    """The forgery, or ``real``."""
+    """Name of the forgery, or ``real``."""
     split: str
     identities: tuple[str, ...] = ()
-    """The people or source clips involved: (target,) of a real, (target, source) of a fake; empty when unknown."""
+    """People or source clips in the video: (target,) for a real, (target, source) for a fake; empty: unknown."""
     compression: str = ""
     mask: str = ""
-    """The video of forged pixels, under the root; empty: none."""
+    """Path under the root of the video or folder that marks the forged pixels; empty: none."""
     target: str = ""
-    """Path of the real video that a fake was made from; empty: unknown."""
+    """``path`` of the real video that a fake was made from; empty: unknown."""
     frames: tuple[str, ...] = ()
-    """Pictures under the root, in order, where the video is given as pictures; empty: ``path`` is a video file."""
+    """Paths under the root of the video's pictures, in order; empty: ``path`` is a video file."""
     corruptions: tuple[tuple[str, int], ...] = ()
-    """(name, level) of :mod:`dtn_fast.data.corrupt`, applied in this order before faces are searched."""
+    """Perturbations (name, level) of :mod:`dtn_fast.data.corrupt`, applied in this order before face finding."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class VideoTable:
     dataset: str = "ffpp"
     synthetic: bool = False
     crops: bool = False
-    """The pictures are faces already: they are resized, not searched."""
+    """Whether the pictures are face crops already, to be resized without face finding."""
     lmdb: Path | None = None
     """The LMDB that holds the frames instead of files under the root."""
     notes: list[str] = field(default_factory=list)
-    """What the audit found, a line each."""
+    """Findings of the audit, one line each."""
 
 
 class Problem(NamedTuple):
@@ -66,13 +66,13 @@ def audit(
     problems: Collection[Problem] = (),
     exists: Callable[[Video], bool] | None = None,
 ) -> VideoTable:
-    """The manifest without missing videos, notes filled; refuses one that would give wrong figures.
+    """Checks a table; returns it without missing videos and with the findings in ``notes``.
 
-    published: (split, method) -> number of videos, from the dataset's paper or its official lists.  ``problems``: what
-    the reader itself saw.  Checked: every video is there; no video is listed twice or in two splits; no pair of
-    identities, and no real and a fake made from it, are in different splits; the counts are the published ones.
-    Raises UsageError naming every problem of a kind not in ``allow``; wrong labels and repeated videos are never
-    allowed.
+    published: number of videos by (split, method), from the dataset's paper or its official lists.  problems: findings
+    of the reader.  exists: whether a video is present; default: whether its files are.  Checked: every video is
+    present; no video is listed twice or in two splits; no pair of identities, and no real and a fake made from it, are
+    in different splits; the counts are the published ones.  Raises UsageError naming every problem of a kind not in
+    ``allow``; wrong labels and repeated videos are never allowed.
     """
     found = [*problems, *_repeated(table.videos)]
     there = exists or (lambda video: _is_there(table.root, video))
@@ -94,7 +94,7 @@ def audit(
         remedy = f" (--allow {' '.join(remedies)} accepts that)" if {p.kind for p in wrong} == set(remedies) else ""
         raise UsageError(f"{table.root}: {'; '.join(problem.text for problem in wrong)}{remedy}")
     if not present:
-        raise UsageError(f"{table.root}: no video of the asked splits is there")
+        raise UsageError(f"{table.root}: no video of the requested splits is there")
     counted = ", ".join(f"{split}/{method} {count}" for (split, method), count in sorted(counts.items()))
     notes = [*table.notes, f"{len(present)} videos: {counted}", *(f"accepted: {problem.text}" for problem in found)]
     if not published:
@@ -135,14 +135,14 @@ def _leaks(videos: list[Video]) -> list[Problem]:
 
 
 def _shortened(problems: list[Problem]) -> list[Problem]:
-    """The first, and how many more there are: an error is one line."""
+    """The first problem with the number of others, so that the error stays one line."""
     if len(problems) < 2:
         return problems
     return [Problem(problems[0].kind, f"{problems[0].text} and {len(problems) - 1} more like it")]
 
 
 def video_of(row: dict[str, Any]) -> Video:
-    """A manifest's row from JSON."""
+    """Makes a table's row from its JSON object."""
     lists = {name: tuple(row[name]) for name in ("identities", "frames")}
     return Video(
         **{**row, **lists, "corruptions": tuple((str(name), int(level)) for name, level in row["corruptions"])}

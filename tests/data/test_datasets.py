@@ -259,7 +259,7 @@ def test_rows_and_their_frames(tmp_path: Path, name: str) -> None:
 
 def test_selection_and_unknown_choices(tmp_path: Path) -> None:
     source = replace(ffpp(tmp_path)[0], allow=("counts",))
-    assert "forgeries that are not there: FaceSwap, NeuralTextures" in read(tmp_path, source).notes
+    assert "missing forgeries: FaceSwap, NeuralTextures" in read(tmp_path, source).notes
     some = read(tmp_path, replace(source, splits=("val",), methods=("FaceShifter",), lists=tmp_path / "splits"))
     assert Counter((v.split, v.method) for v in some.videos) == {("val", "real"): 2, ("val", "FaceShifter"): 2}
     refused(tmp_path, replace(source, methods=("FaceSwap",)), "no videos of FaceSwap; there are Deepfakes, Face2Face")
@@ -358,7 +358,7 @@ def test_published_counts(tmp_path: Path, dataset: str) -> None:
     source, counts, victim = complete(tmp_path, dataset)
     table, total = read(tmp_path, source), sum(counts.values())
     assert Counter(f"{v.split}/{v.method}" for v in table.videos) == counts
-    assert not any(re.search("accepted|not there|not checked", note) for note in table.notes)
+    assert not any(re.search("accepted|missing|not checked", note) for note in table.notes)
     (tmp_path / victim).unlink()
     missing = f"1 of {total} videos are missing, the first is (?i:{victim})"
     missing = "has 3067 videos, published are 3068" if dataset == "dfd" else missing  # no list names its videos
@@ -448,7 +448,7 @@ ESCAPES = ("../x.mp4", "/x.mp4", "C:/x.mp4", "C:\\x", "..\\x", "a/../../x", "\\\
 def test_names_outside_the_root_are_refused(tmp_path: Path, key: str) -> None:
     for name in ESCAPES:
         source, path = listed(tmp_path, key, (LISTS | DEEPER)[key][1](name))
-        assert path.name in refused(tmp_path, source, "no path inside the dataset|no plain name")
+        assert path.name in refused(tmp_path, source, "not a path inside the dataset|no plain name")
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a" * 300, "/".join(["a" * 200] * 30), "\ud800"], ids=range(4))

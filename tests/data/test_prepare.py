@@ -373,11 +373,11 @@ def test_a_lost_or_damaged_index_is_written_again(many: VideoTable, whole: Path,
 def test_another_job_in_the_same_folder_is_refused(many: VideoTable, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "out")
     for table, size, config, match in [
-        (many, SIZE, PrepareConfig(frames=9, every=1), "frames 256 .asked: 9."),
-        (many, 32, EACH, "size 64 .asked: 32."),
-        (VideoTable(many.root, many.videos[1:], "folder"), SIZE, EACH, "videos 60 .asked: 59."),
+        (many, SIZE, PrepareConfig(frames=9, every=1), "frames 256 .requested: 9."),
+        (many, 32, EACH, "size 64 .requested: 32."),
+        (VideoTable(many.root, many.videos[1:], "folder"), SIZE, EACH, "videos 60 .requested: 59."),
     ]:
-        with pytest.raises(UsageError, match=f"made otherwise: {match}") as error:
+        with pytest.raises(UsageError, match=f"other settings: {match}") as error:
             next(prepare(table, tmp_path / "out", size, config, WorkConfig()))
         assert "\n" not in str(error.value)
     assert files(tmp_path / "out") == files(whole)
@@ -385,7 +385,7 @@ def test_another_job_in_the_same_folder_is_refused(many: VideoTable, whole: Path
     old = job.read_bytes().replace(b'"version": 3', b'"version": 1')
     for content in (b"", b"{", b"[]", b"null", b"\xff\xfe", old):
         job.write_bytes(content)
-        with pytest.raises(UsageError, match="version 1 .asked: 3." if content == old else r"job\.json: damaged"):
+        with pytest.raises(UsageError, match="version 1 .requested: 3." if content == old else r"job\.json: damaged"):
             next(prepare(many, tmp_path / "out", SIZE, EACH, WorkConfig()))
         assert job.read_bytes() == content
 

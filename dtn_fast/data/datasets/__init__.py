@@ -1,4 +1,4 @@
-"""One reader per dataset: its layout and split files on disk to the table of :mod:`dtn_fast.data.manifest`."""
+"""One reader per dataset, from its layout and split files on disk to a :mod:`dtn_fast.data.video_table`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dtn_fast.errors import UsageError
 
 
 def read(root: Path, source: Source = Source()) -> VideoTable:
-    """The audited table of a dataset.  Raises UsageError when lists are missing or malformed, or the audit fails."""
+    """Reads the audited table of a dataset.  Raises UsageError when lists are missing or malformed, or the audit fails."""
     if not root.is_dir():
         raise UsageError(f"{root}: no such folder")
     for split in source.splits:

@@ -21,10 +21,10 @@ VARIANTS = (
 
 
 def read_deeperforensics(root: Path, source: Source) -> VideoTable:
-    """DeeperForensics-1.0; its reals are the FF++ c23 targets with the same first three digits, perturbed alike.
+    """Reads DeeperForensics-1.0; its reals are the FF++ c23 targets with the same first three digits.
 
-    Which perturbation a fake of a distorted variant got is drawn by DeeperForensics' authors; a real gets one drawn
-    by the same rule (types and level of the variant) from its own name.
+    The authors of DeeperForensics drew the perturbation of each fake in a distorted variant; a real gets one drawn by
+    the same rule (types and level of the variant) from its own name.
     """
     if source.ffpp is None:
         raise UsageError(f"{root}: DeeperForensics' reals are FaceForensics++ videos; name its root with --ffpp")
@@ -46,7 +46,7 @@ def read_deeperforensics(root: Path, source: Source) -> VideoTable:
                 real = (source.ffpp / f"original_sequences/youtube/c23/videos/{target}.mp4").absolute().as_posix()
                 drawn = perturbations(variant, target)
                 row = Video(real, 0, REAL, split, (target,), "c23", corruptions=drawn)
-                if row not in shared:  # by variants without perturbations, and by chance
+                if row not in shared:  # shared by variants without perturbations, or by chance
                     videos.append(row)
                 shared.add(row)
                 fake = f"manipulated_videos/{variant}/{name}.mp4"
@@ -57,7 +57,7 @@ def read_deeperforensics(root: Path, source: Source) -> VideoTable:
 
 
 def perturbations(variant: str, name: str) -> tuple[tuple[str, int], ...]:
-    """The (perturbation, level) list that a DeeperForensics variant gives to the video ``name``."""
+    """The (perturbation, level) pairs that a DeeperForensics variant applies to the video ``name``."""
     rng = np.random.default_rng((zlib.crc32(variant.encode()), zlib.crc32(name.encode())))
     if match := re.fullmatch(r"end_to_end_level_(\d)", variant):
         return ((str(rng.choice(PERTURBATIONS)), int(match[1])),)

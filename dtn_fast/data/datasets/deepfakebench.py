@@ -17,9 +17,9 @@ BENCH_METHODS = dict(zip(("FF-DF", "FF-F2F", "FF-FH", "FF-FS", "FF-NT"), FFPP_ME
 
 
 def read_deepfakebench(root: Path, source: Source) -> VideoTable:
-    """DeepfakeBench's preprocessed faces: its JSON, frames in folders or in an LMDB, either path separator."""
+    """Reads DeepfakeBench's preprocessed faces: its JSON, frames in folders or an LMDB, either path separator."""
     if source.lists is None or not source.lists.is_file():
-        raise UsageError(f"--lists {source.lists}: name DeepfakeBench's JSON file of the dataset")
+        raise UsageError(f"--lists {source.lists}: not a file; give DeepfakeBench's JSON file of the dataset")
     videos = []
     for split, kind, name, row, compression in _bench_rows(source):
         listed: list[Any] = [row.get("frames"), row.get("masks") or []]
@@ -38,7 +38,7 @@ def read_deepfakebench(root: Path, source: Source) -> VideoTable:
 
 
 def _bench_rows(source: Source) -> Iterator[tuple[str, str, str, dict[str, Any], str]]:
-    """(split, label, video, row, compression) of DeepfakeBench's JSON."""
+    """Yields (split, label, video, row, compression) for every video in DeepfakeBench's JSON."""
     path = source.lists
     assert path is not None
     for labels in read_object(path).values():

@@ -11,7 +11,7 @@ from dtn_fast.errors import UsageError
 
 
 def read_dfdc(root: Path, source: Source) -> VideoTable:
-    """DFDC: metadata.json of each training part (a tenth of the originals is val), labels.csv of the test set."""
+    """Reads DFDC: metadata.json of each training part (a tenth of the originals is val), labels.csv of the test set."""
     videos, problems = [], []
     splits = source.splits or ("test",)
     if set(splits) & {"train", "val"}:
@@ -55,7 +55,7 @@ def read_dfdc(root: Path, source: Source) -> VideoTable:
 
 
 def read_dfdc_preview(root: Path, source: Source) -> VideoTable:
-    """DFDC preview: dataset.json with the official train and test sets; a tenth of the train people is val."""
+    """Reads the DFDC preview: dataset.json with the official train and test sets; a tenth of the train people is val."""
     videos, straddling = [], 0
     path = root / "dataset.json"
     for name, row in read_object(path).items():

@@ -17,7 +17,7 @@ DFD = "DeepFakeDetection"
 
 
 def read_ffpp(root: Path, source: Source = Source()) -> VideoTable:
-    """FaceForensics++, or a set laid out like it: a pair (a, b) of a list gives reals a, b and fakes a_b, b_a."""
+    """Reads FaceForensics++ or a set with its layout: each listed pair (a, b) gives reals a, b and fakes a_b, b_a."""
     folder = source.lists or (root / "splits" if (root / "splits").is_dir() else root)
     c = source.compression
     there = sorted(p.parent.parent.name for p in root.glob(f"manipulated_sequences/*/{c}/videos"))
@@ -44,12 +44,12 @@ def read_ffpp(root: Path, source: Source = Source()) -> VideoTable:
     published = {(split, m): sizes[split] for split in source.splits or SPLITS for m in (REAL, *methods)}
     known = METHODS if synthetic else FFPP_METHODS
     absent = [] if source.methods else [method for method in known if method not in methods]
-    notes = [f"forgeries that are not there: {', '.join(absent)}"] if absent else []
+    notes = [f"missing forgeries: {', '.join(absent)}"] if absent else []
     return audit(VideoTable(root, videos, "ffpp", synthetic, notes=notes), published, source.allow)
 
 
 def read_dfd(root: Path, source: Source = Source()) -> VideoTable:
-    """DeepFakeDetection inside the FF++ tree; it has no official split: all of it is a test set."""
+    """Reads DeepFakeDetection from the FF++ tree; it has no official split, so all of it is test."""
     c = source.compression
     videos = []
     for path in sorted(root.glob(f"original_sequences/actors/{c}/videos/*.mp4")):
@@ -80,7 +80,7 @@ def _pairs(path: Path) -> list[tuple[str, str]]:
             raise UsageError(f"{path}: not a list of id pairs: {str(row)[:80]}")
         pairs.append((ids[0], ids[1]))
     if not pairs:
-        raise UsageError(f"{path}: not a list of id pairs (it is empty, or no list)")
+        raise UsageError(f"{path}: not a list of id pairs (it is empty or not a list)")
     return pairs
 
 

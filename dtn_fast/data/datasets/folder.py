@@ -15,7 +15,7 @@ from dtn_fast.errors import UsageError
 
 
 def read_folder(root: Path, source: Source = Source()) -> VideoTable:
-    """Any set laid out as <split>/<real or a forgery's name>/, holding videos, pictures or folders of pictures."""
+    """Reads a folder <split>/<real or a forgery's name>/ of videos, pictures or folders of pictures."""
     videos = []
     for split in SPLITS:
         for kind in sorted(p for p in (root / split).glob("*") if p.is_dir()):
@@ -30,7 +30,8 @@ def read_folder(root: Path, source: Source = Source()) -> VideoTable:
 
 
 def read_reals(root: Path, source: Source = Source()) -> VideoTable:
-    """A folder of real faces or videos, eight tenths train, one val, one test by the file's (or its folder's) name."""
+    """Reads a folder of real faces or videos; eight tenths are train, one val, one test, by the file's (or folder's)
+    name."""
     videos = []
     for path, frames in _media(root, root):
         draw = zlib.crc32(path.encode()) % 10
@@ -42,7 +43,7 @@ def read_reals(root: Path, source: Source = Source()) -> VideoTable:
 
 
 def _media(root: Path, folder: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(name, frames) of every video, loose picture, and folder of pictures below ``folder``."""
+    """Yields (name, frames) of every video, single picture and folder of pictures below ``folder``."""
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES | VIDEOS and p.is_file())
     for parent, group in itertools.groupby(sorted(files, key=lambda p: (p.parent, p)), key=lambda p: p.parent):
         media = list(group)

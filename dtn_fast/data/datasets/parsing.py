@@ -1,4 +1,4 @@
-"""List files, JSON and paths of datasets, checked."""
+"""Checked reading of the lists, JSON and paths of datasets, shared by the readers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from dtn_fast.data.config import Source
 from dtn_fast.data.video_table import REAL, SPLITS, VideoTable
 from dtn_fast.errors import UsageError
 
-# ------------------------------------------------------------------------------------------------- what they share
-
 
 def keep_wanted(table: VideoTable, source: Source, default: tuple[str, ...] = SPLITS) -> VideoTable:
-    """The manifest's videos of the wanted splits and methods."""
+    """The table without videos of other splits and methods than ``source`` requests."""
     splits = source.splits or default
     known = {video.method for video in table.videos}
     if unknown := set(source.methods) - known:
@@ -32,12 +30,12 @@ def keep_wanted(table: VideoTable, source: Source, default: tuple[str, ...] = SP
 
 
 def carve_split(key: str, parts: int) -> str:
-    """val for about one key in ``parts``, train for the others; the same on every machine."""
+    """Assigns about one key in ``parts`` to val and the others to train; the same on every machine."""
     return "val" if zlib.crc32(key.encode()) % parts == 0 else "train"
 
 
 def safe_path(name: object, source: Path) -> str:
-    """A relative path with forward slashes that stays inside the root."""
+    """Checks that ``name`` is a relative path inside the root; returns it with forward slashes."""
     path = name.replace("\\", "/").removeprefix("./") if isinstance(name, str) else ""
     parts = path.split("/")
     if (
@@ -46,7 +44,7 @@ def safe_path(name: object, source: Path) -> str:
         or any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
         or len(path.encode()) > 1024
     ):
-        raise UsageError(f"{source}: {str(name)[:80]!r} is no path inside the dataset")
+        raise UsageError(f"{source}: {str(name)[:80]!r} is not a path inside the dataset")
     return path
 
 
@@ -68,7 +66,7 @@ def read_object(path: Path) -> dict[str, dict[str, Any]]:
     """A JSON object whose values are objects."""
     rows = read_json(path)
     if not isinstance(rows, dict) or not rows or not all(isinstance(row, dict) for row in rows.values()):
-        raise UsageError(f"{path}: an object of objects was expected, one for each video")
+        raise UsageError(f"{path}: not a JSON object with an object for each video")
     return rows
 
 
