@@ -1,1 +1,1 @@
-"""Benchmarks, and the tables made of their results."""
+"""Benchmarks, and the tables of their results."""

@@ -1,4 +1,7 @@
-"""The data path on one core: decoding, detection, preparing, reading crops, augmentation.  Run: dtn-fast bench data"""
+"""Benchmark of the data path on one core: decoding, face finding, preparing, reading crops, augmentation.
+
+Run: dtn-fast bench data
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from dtn_fast.bench.machine import Machine
 from dtn_fast.bench.measure import Case
 from dtn_fast.data.augment import Augment, DeviceAugment
 from dtn_fast.data.blend import self_blended
-from dtn_fast.data.config import AUGMENTATIONS
+from dtn_fast.data.config import AUGMENTATIONS, PrepareConfig
 from dtn_fast.data.crop_dataset import CropDataset, ShardFiles
 from dtn_fast.data.faces import Box, FaceFinder, FaceTracker, crop_face
 from dtn_fast.data.loader import Loader
@@ -33,7 +36,7 @@ FRAMES, SAMPLED, CROPS, BATCH = 120, 24, 1024, 64
 
 
 def cases(machine: Machine | None = None, quick: bool = False) -> Iterator[Case]:
-    """Every case that this machine has the packages for; what is missing is said by the last case's notes."""
+    """Every case that this machine has the packages for."""
     with one_core(), tempfile.TemporaryDirectory() as folder:
         if all(map(importlib.util.find_spec, ("av", "dlib", "skimage"))):
             video = film(Path(folder), FRAMES // (6 if quick else 1))
@@ -48,7 +51,7 @@ def cases(machine: Machine | None = None, quick: bool = False) -> Iterator[Case]
 
 @contextlib.contextmanager
 def one_core() -> Iterator[None]:
-    """Within it OpenCV and torch use one thread: figures per core."""
+    """Limits OpenCV and torch to one thread inside the ``with`` block, to measure one core."""
     threads = torch.get_num_threads()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
@@ -60,7 +63,7 @@ def one_core() -> Iterator[None]:
 
 
 def film(folder: Path, count: int) -> tuple[Path, list[Box]]:
-    """A 1280x720 video of a photographed face that wanders and changes size, and where it is in each frame."""
+    """Writes a 1280x720 video of a photographed face that moves and changes size; its path, and a box per frame."""
     from skimage import data
 
     face = data.astronaut()[:280, 90:370]
@@ -80,17 +83,17 @@ def film(folder: Path, count: int) -> tuple[Path, list[Box]]:
 
 
 def _fast(path: Path) -> dict[int, Box]:
-    """What prepare does for each video."""
-    tracker, found = FaceTracker(FaceFinder()), {}
+    """Boxes found as by prepare: sampled frames, face tracker, crops."""
+    tracker, found = FaceTracker(FaceFinder(), PrepareConfig.every), {}
     for frame in read_frames(path, SAMPLED, threads=1):
         if faces := tracker(frame.image):
-            crop_face(frame.image, faces[0].box, 256)
+            crop_face(frame.image, faces[0].box, 256, PrepareConfig.margin)
             found[frame.number] = faces[0].box
     return found
 
 
 def _slow(path: Path) -> dict[int, Box]:
-    """Every frame decoded and searched at its full size."""
+    """Boxes found by decoding every frame and searching it at full size."""
     import dlib
 
     detect, found = dlib.get_frontal_face_detector(), {}
@@ -99,7 +102,7 @@ def _slow(path: Path) -> dict[int, Box]:
         if rectangles:
             r = rectangles[0]
             found[frame.number] = Box(r.left(), r.top(), r.right() + 1, r.bottom() + 1)
-            crop_face(frame.image, found[frame.number], 256)
+            crop_face(frame.image, found[frame.number], 256, PrepareConfig.margin)
     return found
 
 
@@ -108,7 +111,7 @@ def _recall(found: dict[int, Box], true: list[Box], frames: list[int]) -> float:
 
 
 def prepare_case(path: Path, true: list[Box]) -> Case:
-    """Faces cropped per second, with the recall of both ways on the frames that the fast one samples."""
+    """Case of faces cropped per second; the notes give both ways' recall on the frames that the fast way samples."""
     fast, slow = _fast(path), _slow(path)
     sampled = [frame.number for frame in read_frames(path, SAMPLED, threads=1)]
     notes = (f"recall on {len(sampled)} sampled frames (overlap > 0.5): prepare {_recall(fast, true, sampled):.2f}, "
@@ -138,7 +141,7 @@ def detect_case(path: Path, true: list[Box]) -> Case:
     detector = FaceFinder()
 
     def track() -> list[Box]:
-        tracker = FaceTracker(detector)
+        tracker = FaceTracker(detector, PrepareConfig.every)
         return [faces[0].box for frame in frames if (faces := tracker(frame.image))]
 
     return Case(
@@ -153,7 +156,7 @@ def detect_case(path: Path, true: list[Box]) -> Case:
 
 
 class _Jpegs(Dataset):
-    """What most training code does: an image file per sample through PIL."""
+    """Dataset of an image file per sample, read by PIL, as in most training code."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
@@ -166,7 +169,7 @@ class _Jpegs(Dataset):
 
 
 def stored(root: Path, count: int) -> tuple[np.ndarray, CropDataset, Path]:
-    """The same 256x256 pictures as one memory map, as shards of 256, and as JPEGs of quality 95."""
+    """Writes the same 256x256 pictures as one memory map, as shard files of 256, and as JPEGs of quality 95."""
     rng = np.random.default_rng(0)
     face = cv2.resize(rng.integers(0, 255, (32, 32, 3), np.uint8), (256, 256), interpolation=cv2.INTER_CUBIC)
     crops = np.stack([np.roll(face, int(rng.integers(256)), 1) for _ in range(count)])
@@ -186,11 +189,13 @@ def stored(root: Path, count: int) -> tuple[np.ndarray, CropDataset, Path]:
 
 
 def reading_case(flat: np.ndarray, dataset: CropDataset, jpegs: Path) -> Case:
-    """A shuffled epoch in batches of 64; the limit is a bare gather from one memory map."""
+    """Case of a shuffled epoch in batches of 64; the baseline is a bare gather from one memory map."""
     order = np.random.default_rng(1).permutation(len(flat))
     batches = order.reshape(-1, BATCH)
     folder, buffer = open_data(jpegs, 256), np.empty((BATCH, 256, 256, 3), np.uint8)
     pictures = _Jpegs(sorted(jpegs.rglob("*.jpg")))
+
+    epoch = (0,), 0  # seed, repeats of a real: as many as balance the classes
 
     def drain(loader: Loader) -> None:
         for batch in loader.epoch(0):
@@ -198,14 +203,14 @@ def reading_case(flat: np.ndarray, dataset: CropDataset, jpegs: Path) -> Case:
 
     contenders: dict[str, Callable[[], object]] = {
         "DataLoader + PIL, JPEG q95": lambda: list(map(len, DataLoader(pictures, BATCH, sampler=order.tolist()))),
-        "Loader, folder of JPEGs (2 threads)": lambda: drain(Loader(folder, order, BATCH)),
+        "Loader, folder of JPEGs (2 threads)": lambda: drain(Loader(folder, order, BATCH, *epoch)),
         "CropDataset.get": lambda: [dataset.get(rows) for rows in batches],
-        "Loader, shards": lambda: drain(Loader(dataset, order, BATCH)),
+        "Loader, shards": lambda: drain(Loader(dataset, order, BATCH, *epoch)),
         "bare numpy gather, one memory map": lambda: [flat[rows] for rows in batches],
         "the same into one buffer": lambda: [np.take(flat, rows, 0, buffer, "clip") for rows in batches],
     }
     if torch.cuda.is_available():
-        contenders["Loader, shards to the GPU"] = lambda: drain(Loader(dataset, order, BATCH, device="cuda"))
+        contenders["Loader, shards to the GPU"] = lambda: drain(Loader(dataset, order, BATCH, *epoch, device="cuda"))
     return Case(
         SUITE, f"Reading 256x256 crops from the page cache, batches of {BATCH}", contenders,
         "Loader, shards", "bare numpy gather, one memory map", len(flat), bytes=2.0 * flat.nbytes,
@@ -217,7 +222,7 @@ def augment_case(flat: np.ndarray, preset: str) -> Case:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     on_device, tensor = DeviceAugment(AUGMENTATIONS[preset]), torch.from_numpy(crops).to(device)
     contenders: dict[str, Callable[[], object]] = {}
-    notes: tuple[str, ...] = () if device == "cuda" else ("the device pipeline is meant for a GPU: not run",)
+    notes: tuple[str, ...] = () if device == "cuda" else ("on a GPU, for which the device pipeline is made: not run",)
     if importlib.util.find_spec("albumentations"):
         on_cpu = Augment(AUGMENTATIONS[preset])
         contenders["albumentations"] = lambda: on_cpu(crops, seeds)
@@ -232,7 +237,7 @@ def augment_case(flat: np.ndarray, preset: str) -> Case:
 
 
 def blend_case(dataset: CropDataset) -> Case:
-    blended = self_blended(dataset)
+    blended = self_blended(dataset, 0)
     rows = np.arange(BATCH) + len(blended.crops) // 2
     return Case(SUITE, "Self-blending, 256x256, all cores", {"self_blended": lambda: blended.get(rows)}, "self_blended",
                 "self_blended", BATCH, rounds=5)  # fmt: skip

@@ -1,9 +1,9 @@
-"""Every operator, forward and backward, against what else a person could call.  Run: dtn-fast bench kernels
+"""Benchmark of every operator, forward and backward, against the alternatives.  Run: dtn-fast bench kernels
 
 On a GPU the contenders are this package's kernels, torch's SDPA on each backend that accepts the shape followed by the
-head gate, FlexAttention, the compiled reference and the eager one; without a GPU small shapes show that the suite works
-and how the reference path compares.  Attention here is [B, N, 3, 8, 64] packed, the gate the paper's 2 experts, BN with
-ReLU and pool the maps of the paper's backbone.
+head scales, FlexAttention, the compiled reference and the eager one; without a GPU small shapes show that the suite
+works and how the reference path compares.  Attention takes packed [B, N, 3, 8, 64], the expert gate has the paper's 2
+experts, and BN with ReLU and pooling takes the maps of the paper's backbone.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ CPU_SHAPES = [(1, 64), (8, 64), (2, 197)]
 BN_SHAPES = [(256, 32, 256), (256, 64, 128), (256, 128, 64), (256, 512, 16), (32, 32, 256)]
 """Batch, channels and side of the backbone's maps."""
 TOLERANCE = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest error, relative to the largest value, of an answer that is worth timing; float32 may be TF32 on a GPU."""
+"""Largest error allowed for timing, relative to the largest value; float32 may be TF32 on a GPU."""
 REPLAYED = 2**21
-"""Elements of q up to which the forward is timed as a CUDA graph's replay."""
+"""Largest number of elements of q for which the forward pass is timed as the replay of a CUDA graph."""
 
 
 def cases(machine: Machine | None = None, quick: bool = False) -> Iterator[Case]:
-    """Every shape and dtype for the machine at hand."""
+    """Cases of every operator, shape and dtype for this machine."""
     gpu = torch.cuda.is_available()
     dtypes = (
         [torch.float16, torch.bfloat16, torch.float32]
@@ -59,7 +59,7 @@ def _lower_bound(machine: Machine | None, work: tuple[float, float]) -> float:
 
 
 def sdpa_gate(qkv: Tensor, scale: Tensor) -> Tensor:
-    """torch's attention, then the heads' gates: the two calls that the MAS kernel replaces."""
+    """torch's attention, then the head scales: the two calls that the MAS kernel replaces."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D]
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2) * scale.sigmoid()[:, None].to(qkv.dtype)
 
@@ -69,7 +69,7 @@ def _eager(qkv: Tensor, scale: Tensor) -> Tensor:
 
 
 def attention_contenders() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """(qkv [B, N, 3, H, D], head_scale [H]) -> [B, N, H, D], by name."""
+    """Attention functions by name: (qkv [B, N, 3, H, D], head_scale [H]) -> [B, N, H, D]."""
     contenders: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"dtn_fast": ops.mas_attention_packed}
     if torch.cuda.is_available():
         backends = [
@@ -102,7 +102,7 @@ def attention_contenders() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 
 
 def attention_cases(batch: int, n: int, dtype: torch.dtype, machine: Machine | None) -> Iterator[Case]:
-    """Forward and backward of one shape; contenders that refuse it or answer wrongly are named, not timed."""
+    """Cases of one shape, forward and backward; contenders that fail or give wrong results are noted, not timed."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     qkv = torch.randn(batch, n, 3, HEADS, DIM, device=device).to(dtype).requires_grad_()
@@ -115,7 +115,7 @@ def attention_cases(batch: int, n: int, dtype: torch.dtype, machine: Machine | N
     forward, backward, errors, derrors, notes = {}, {}, {}, {}, []
     for name, call in attention_contenders().items():
         if n * n * batch * HEADS * 8 > 8e9 and ("eager" in name or "math" in name):
-            notes.append(f"{name}: its scores do not fit")
+            notes.append(f"{name}: not run, its scores do not fit in memory")
             continue
         try:
             with torch.no_grad():
@@ -123,7 +123,7 @@ def attention_cases(batch: int, n: int, dtype: torch.dtype, machine: Machine | N
             out = call(qkv, scale)
             derrors[name] = _error(torch.autograd.grad(out, (qkv, scale), grad, retain_graph=True)[0][:few], dexact)
         except (RuntimeError, ValueError) as error:
-            notes.append(f"{name}: refused ({str(error).splitlines()[0][:80]})")
+            notes.append(f"{name}: failed ({str(error).splitlines()[0][:80]})")
             continue
         if why := _wrong(name, errors[name], dtype) or _wrong(f"{name}, backward", derrors[name], dtype):
             notes.append(why)
@@ -158,10 +158,10 @@ def _inference(call: Callable[..., Tensor], qkv: Tensor, scale: Tensor, small: b
 
 
 def _wrong(name: str, error: float, dtype: torch.dtype) -> str:
-    """Why a contender is not timed, empty when its answer is right.  Raises DtnError when it is this package's."""
-    if error <= TOLERANCE[dtype]:  # a NaN is not
+    """Reason why a contender is not timed, empty if its result is right.  Raises DtnError if it is this package's."""
+    if error <= TOLERANCE[dtype]:  # false for NaN
         return ""
-    text = f"{name}: answers wrongly in {dtype} (error {error:.1e}, allowed {TOLERANCE[dtype]:.0e})"
+    text = f"{name}: wrong result in {dtype} (error {error:.1e}, allowed {TOLERANCE[dtype]:.0e})"
     if name.startswith("dtn_fast"):
         raise DtnError(f"{text}; nothing was timed")
     return f"{text}, not timed"
@@ -173,7 +173,7 @@ def _error(got: Tensor, exact: Tensor) -> float:
 
 
 def gate_cases(batch: int, dtype: torch.dtype, machine: Machine | None) -> Iterator[Case]:
-    """The expert gate at 64 positions an image, with and without noise."""
+    """Cases of the expert gate at 64 positions per image, with and without noise, forward and backward."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     x = torch.randn(batch, 512, 8, 8, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -219,7 +219,7 @@ def _bn_eager(x: Tensor, weight: Tensor, bias: Tensor, pool: bool) -> Tensor:
 def bn_cases(
     batch: int, channels: int, side: int, pool: bool, dtype: torch.dtype, machine: Machine | None
 ) -> Iterator[Case]:
-    """BN in training, ReLU and the pool after it, at one of the backbone's maps."""
+    """Cases of BN in training with ReLU and optional pooling on one of the backbone's maps, forward and backward."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     x = torch.randn(batch, channels, side, side, device=device).to(dtype).contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The whole model, inference: every runtime on this machine, timm's yardsticks beside it.  Run: dtn-fast bench model"""
+"""Benchmark of the whole model's inference in every runtime, and of timm models.  Run: dtn-fast bench model"""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ YARDSTICKS = ("vgg16_bn", "resnet50", "vit_base_patch16_224")
 
 
 BATCHES = {1: 21, 8: 9, 32: 5, 256: 2}
-"""Batch sizes, and how often each contender is called on a CPU (ten times that on a GPU)."""
+"""Batch size -> number of calls of each contender on a CPU (ten times as many on a GPU)."""
 
 
 CPU_PART = 32
-"""Images that a CPU is given at once."""
+"""Maximum number of images per call on a CPU."""
 
 
 def cases(machine: Machine | None = None, quick: bool = False) -> Iterator[Case]:
-    """DTN at every batch size through every runtime that is here, and timm's models at one."""
+    """Cases: DTN at every batch size in every installed runtime, and timm's models at one batch size."""
     gpu = torch.cuda.is_available()
     *some, largest = list(BATCHES)
     for batch in some[: 1 if quick else None]:
@@ -48,13 +48,13 @@ def cases(machine: Machine | None = None, quick: bool = False) -> Iterator[Case]
 
 
 def half(device: torch.device) -> torch.dtype | None:
-    """The 16-bit dtype that the hardware computes in, if any."""
+    """The 16-bit dtype that the hardware supports, or None."""
     dtype = choose_precision("auto", device)
     return None if dtype == torch.float32 else dtype
 
 
 def dtn_case(preset: str, batch: int, machine: Machine | None) -> Case:
-    """Eager, channels_last, folded, 16 bit, and what else is installed; errors are of the logits against float64."""
+    """Case of DTN: eager, channels_last, folded, 16 bit, and each installed runtime; errors: logits against float64."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = DTN(DTNConfig.preset(preset)).eval().requires_grad_(False)
@@ -108,7 +108,7 @@ def dtn_case(preset: str, batch: int, machine: Machine | None) -> Case:
 
 
 def _onnx(model: DTN, quantized: bool, precision: Literal["fp32", "fp16"], target: Literal["cpu", "gpu"]) -> bytes:
-    """The model as ONNX; INT8 is calibrated on noise, which costs the same as any crops."""
+    """The model as ONNX; INT8 is calibrated on noise, because the speed does not depend on the crops."""
     from dtn_fast.export.config import OnnxConfig, QuantizeConfig
     from dtn_fast.export.quantize import quantize
     from dtn_fast.export.to_onnx import example_inputs, to_proto
@@ -135,7 +135,7 @@ def _mnn(model: DTN, images: Tensor) -> Callable[[], Tensor]:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.mnn")
-        path.write_bytes(convert(copy.deepcopy(model)))
+        path.write_bytes(convert(copy.deepcopy(model), "the model"))
         net = open_module(path)
     array = images.numpy()
     return lambda: torch.from_numpy(forward(net, array))
@@ -180,7 +180,7 @@ def _without_gradients(run: Callable[[], Any], times: int = 1) -> Callable[[], A
 
 
 def yardsticks(batch: int) -> Iterator[Case]:
-    """timm's vgg16_bn, resnet50 and ViT-B/16 at 224x224, as in the same run's DTN: NCHW, channels_last, 16 bit."""
+    """Cases of timm's vgg16_bn, resnet50 and ViT-B/16 at 224x224, with DTN's variants: NCHW, channels_last, 16 bit."""
     try:
         timm = import_timm()
     except UsageError:
@@ -205,7 +205,7 @@ def yardsticks(batch: int) -> Iterator[Case]:
             narrow = last.to(dtype)
             xn = xl.to(dtype)
             ours = f"+ {str(dtype).removeprefix('torch.')} weights"
-            runs.pop("+ channels_last")  # its weights are the narrow ones now
+            runs.pop("+ channels_last")  # ``last`` now has the 16-bit weights
             runs[ours] = lambda narrow=narrow, xn=xn: narrow(xn)
             if device.type == "cuda":
                 compiled = torch.compile(narrow)

@@ -1,4 +1,4 @@
-"""A training step as ``dtn-fast train`` runs it, its switches turned on one after another, the loss compared at each.
+"""Benchmark of the training step: techniques are switched on one after another, and the loss is compared at each.
 
 Run: dtn-fast bench train
 """
@@ -37,7 +37,8 @@ PLAIN = Execution(
     fold_teacher=False,
     teacher_stream=False,
 )
-"""TF32 and cuDNN's search stay on: they are settings of the process, in which the rows take turns."""
+"""Execution with every technique off.  TF32 and cuDNN's search stay on: they are settings of the process, which all
+rows share."""
 
 
 class Technique(NamedTuple):
@@ -47,13 +48,13 @@ class Technique(NamedTuple):
     execution: Execution
     autocast: bool = False
     packed: bool = False
-    """One QKV product and the fused attention operator, instead of three and materialised scores."""
+    """Whether to use one QKV product and the fused attention operator, not three products and materialised scores."""
     cached: bool = False
-    """The step is given the teacher's logits, as from the second sight of a view on with ``--cache-teacher``."""
+    """Whether the teacher's logits are cached, as ``--cache-teacher`` does from the second use of a view on."""
 
 
 class SeparateAttention(nn.Module):
-    """The paper's recipe as usually written: three products, scores in memory, then the gate."""
+    """The paper's attention as usually written: three products, scores in memory, then the head scales."""
 
     def __init__(self, source: ScaledAttention) -> None:
         super().__init__()
@@ -69,7 +70,7 @@ class SeparateAttention(nn.Module):
 
 
 def techniques(device: torch.device, dsd: bool) -> list[Technique]:
-    """The rows for a machine, the baseline first."""
+    """Rows of the waterfall on ``device``, the baseline first."""
     cuda, dtype = device.type == "cuda", half(device)
     short = next((name for name, known in PRECISIONS.items() if known == dtype), "")
     rows = [Technique("eager NCHW, separate QKV, scores in memory", PLAIN)]
@@ -95,7 +96,7 @@ def techniques(device: torch.device, dsd: bool) -> list[Technique]:
 def stepper(
     model: DTN, teacher: DTN | None, technique: Technique, crops: Tensor, labels: Tensor, soft: Tensor | None = None
 ) -> Callable[[], Outcome]:
-    """A call that does one training step on copies of ``model`` and ``teacher``; nothing is waited for."""
+    """A function that runs one training step on copies of ``model`` and ``teacher`` without waiting for the device."""
     model, teacher = copy.deepcopy(model).train(), copy.deepcopy(teacher)
     for network in filter(None, (model, teacher)):
         for block in [] if technique.packed else network.blocks:
@@ -106,10 +107,10 @@ def stepper(
 
 
 def train_case(preset: str, batch: int, dsd: bool, machine: Machine | None, steps: int = STEPS) -> Case:
-    """The waterfall; ``errors`` are the largest difference of the loss from the baseline's over ``steps`` steps."""
+    """Case of the waterfall; ``errors``: largest difference of the loss from the baseline's over ``steps`` steps."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
-    config = DTNConfig.preset(preset, noise_std=0.0)  # noise would be drawn anew by each technique
+    config = DTNConfig.preset(preset, noise_std=0.0)  # no noise, because each technique would draw its own
     torch.manual_seed(0)
     model, teacher = DTN(config), DTN(config).eval().requires_grad_(False) if dsd else None
     side = config.image_size
@@ -120,13 +121,13 @@ def train_case(preset: str, batch: int, dsd: bool, machine: Machine | None, step
     peaks: dict[str, int] = {}
     soft, rows = None, techniques(device, dsd)
     if cuda:
-        torch.compiler.reset()  # else another batch size than the last case's would be compiled for any size
+        torch.compiler.reset()  # otherwise a new batch size would be compiled with dynamic shapes
     for row in rows:
-        held = torch.cuda.memory_allocated() if cuda else 0  # by the rows before
+        held = torch.cuda.memory_allocated() if cuda else 0  # by earlier rows
         call = stepper(model, teacher, row, crops, labels, soft if row.cached else None)
         outcomes = []
         for number in range(steps):
-            if cuda and number == WARM_UP:  # cuDNN's search is over, and what a graph takes is taken now
+            if cuda and number == WARM_UP:  # after cuDNN's search, before the graph's allocation
                 torch.cuda.reset_peak_memory_stats()
             outcomes.append(call())
         if cuda:
@@ -138,29 +139,30 @@ def train_case(preset: str, batch: int, dsd: bool, machine: Machine | None, step
     work = (3 + dsd) * sum(p.flops for p in inference(config, batch))
     bound = training_lower_bound(config, batch, machine, PASSES["everything fused"], dsd) if machine else 0.0
     notes = [
-        f"error: largest difference of the loss over the first {steps} steps; it starts at {losses[baseline][0]:.2f}"
+        f"error: largest difference of the loss over the first {steps} steps; the loss starts at "
+        f"{losses[baseline][0]:.2f}"
     ]
     if dsd:
-        notes.append("cached soft labels: this row leaves the teacher's work out; its TFLOP/s and lower bound hold it")
+        notes.append("cached soft labels: this row skips the teacher; its TFLOP/s and lower bound include the teacher")
     if cuda:
         listed = "; ".join(f"{name} {peak / 2**20:,.0f}" for name, peak in peaks.items())
-        notes.append(f"memory of each row alone at its peak, once warm, a graph's included, MiB: {listed}")
+        notes.append(f"peak memory of each row alone after warm-up, CUDA graph included, MiB: {listed}")
     title = f"DTN {preset} {side}x{side}, batch {batch}{', DSD' if dsd else ''}"
     return Case(SUITE, title, calls, ours, baseline, batch, work, 0.0, bound, errors, tuple(notes), rounds=7)
 
 
 def cases(machine: Machine | None = None, quick: bool = False) -> Iterator[Case]:
-    """Batch 32 and 256 on a GPU; on a CPU the small preset, and the paper's at batch 2."""
+    """Cases: batches 32 and 256 on a GPU; on a CPU the tiny preset, and the paper preset at batch 2."""
     gpu = torch.cuda.is_available()
     shapes = [("paper", 32), ("paper", 256)] if gpu else [("tiny", 8)] if quick else [("tiny", 32), ("paper", 2)]
     for preset, batch in shapes:
         for dsd in (False,) if quick or (not gpu and preset == "paper") else (False, True):
-            # the statistics of two images make later losses chaotic
+            # with two images, BN's statistics make later losses chaotic
             steps = WARM_UP + 2 if quick else STEPS if batch > 8 else 1
             case = train_case(preset, batch, dsd, machine, steps)
             yield case
             assert isinstance(case.contenders, dict)
-            case.contenders.clear()  # measured; whoever still holds the case does not hold its graphs' memory
+            case.contenders.clear()  # measured: free the graphs' memory even if the case is still held
             gc.collect()
 
 

@@ -1,4 +1,4 @@
-"""pytest-benchmark over the suites' cases; their own tables are printed below its."""
+"""pytest-benchmark for the suites' cases; the suites' own tables are printed below pytest-benchmark's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case], None]:
-    """Times a case's contenders in turns; pytest-benchmark records the first case's own contender."""
+    """Times a case's contenders in turns; pytest-benchmark records this project's contender of the first case."""
     done: list[Case] = []
 
     def run(case: Case) -> None:

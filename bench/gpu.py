@@ -2,9 +2,9 @@
 
     python -m dtn_fast.bench.gpu --stage kernels model --budget 540
 
-Each stage is a process of its own with a share of what is left of the budget; what it has measured when its time is
-up stays.  Results go to --out, with a summary of the stages, and are copied into bench/results/; tuned launch values go
-to kernels/tuned/ and are copied to --out.
+Each stage runs in its own process with a share of the remaining budget; measurements made before its time is up are
+kept.  Results go to --out, with a summary of the stages, and are copied into bench/results/; tuned launch values go to
+kernels/tuned/ and are copied to --out.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ SHARES = {
     "train": 0.60,
     "data": 1.0,
 }
-"""Stages in their order, and the share of the time left that each may take.  Tuning comes before what it speeds up."""
+"""Stages in order, and each one's share of the remaining time.  Tuning precedes the stages that it speeds up."""
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/kernels/test_gpu.py",
           "tests/train/test_step.py", "tests/export/test_tensorrt_plugin.py"]  # fmt: skip
-"""The files by name: collecting the others needs packages that a GPU machine may lack."""
+"""Test command with files by name, because collecting the others needs packages that a GPU machine may lack."""
 
 
 def commands(stage: str, seconds: float, out: Path, quick: bool) -> list[list[str]]:
-    """The processes of a stage, in their order."""
+    """Commands of a stage, in order."""
     this = [sys.executable, "-m", "dtn_fast.bench.gpu"]
     if stage == "environment":
         return [[*this, "--only-environment"]]
@@ -58,7 +58,7 @@ def commands(stage: str, seconds: float, out: Path, quick: bool) -> list[list[st
 
 
 def run(stages: list[str], budget: float, out: Path, quick: bool) -> list[dict[str, object]]:
-    """Runs the stages, writing ``out``/gpu-run.json after each; returns what it says."""
+    """Runs the stages, writing ``out``/gpu-run.json after each; returns the stages' states."""
     deadline = time.monotonic() + budget
     out.mkdir(parents=True, exist_ok=True)
     summary: list[dict[str, object]] = []
@@ -76,7 +76,7 @@ def run(stages: list[str], budget: float, out: Path, quick: bool) -> list[dict[s
                     code = subprocess.run(command, timeout=max(start + share - time.monotonic(), 1)).returncode
                     state = state if code == 0 else f"failed with {code}: {' '.join(command[1:])}"
                 except subprocess.TimeoutExpired:
-                    state = "cut off by the budget; what it had is kept"
+                    state = "cut off by the budget; its measurements are kept"
         print(f"== {stage}: {state}", flush=True)
         summary.append({"stage": stage, "state": state, "seconds": round(time.monotonic() - start, 1)})
         results.write_json(out / "gpu-run.json", {"environment": results.environment(), "stages": summary})
@@ -86,7 +86,7 @@ def run(stages: list[str], budget: float, out: Path, quick: bool) -> list[dict[s
 
 
 def _copy(out: Path) -> None:
-    """This GPU's results into the checkout, its launch values out of it."""
+    """Copies this GPU's results into the checkout, and its launch values to ``out``."""
     from dtn_fast.kernels import launch_values
 
     env = results.environment()
@@ -99,7 +99,7 @@ def _copy(out: Path) -> None:
 
 
 def convolutions(out: Path, quick: bool) -> None:
-    """The 17 convolutions, forward, dgrad and wgrad, beside their floors; stored as the suite ``convolutions``."""
+    """Times the backbone's convolutions (forward, dgrad, wgrad) and stores them as the suite ``convolutions``."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.backends.cudnn.benchmark = True
@@ -121,7 +121,7 @@ def convolutions(out: Path, quick: bool) -> None:
 
 
 def small_shapes() -> None:
-    """Each kernel once on small and odd shapes: what compute-sanitizer watches."""
+    """Runs each kernel once on small and odd shapes, for compute-sanitizer."""
     from dtn_fast.kernels import ops
 
     for n in (1, 49, 64, 197):
@@ -147,10 +147,10 @@ def main(arguments: list[str] | None = None) -> int:
         prog="make gpu", description="Test, tune and measure on the GPU at hand, within a budget.",
         epilog="Example: make gpu STAGE=\"kernels model\" BUDGET=300",
     )  # fmt: skip
-    parser.add_argument("--stage", nargs="+", choices=list(SHARES), default=list(SHARES), help="default: all, in order")
+    parser.add_argument("--stage", nargs="+", choices=list(SHARES), default=list(SHARES), help="stages; default: all")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds for everything")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for the JSON files")
-    parser.add_argument("--dry-run", action="store_true", help="small shapes on this CPU: to see that the stages work")
+    parser.add_argument("--dry-run", action="store_true", help="small shapes on this CPU, to check that stages work")
     parser.add_argument("--only-environment", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--only-convolutions", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--only-small-shapes", action="store_true", help=argparse.SUPPRESS)

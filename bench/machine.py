@@ -1,4 +1,4 @@
-"""The machine at hand: its name and measured ceilings."""
+"""This machine's name and measured ceilings of arithmetic and memory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 class Machine(NamedTuple):
     name: str
     flops: float
-    """FLOP/s of a large product, measured."""
+    """FLOP/s of a large matrix product, measured."""
     bandwidth: float
     """Bytes/s (read and written) of a large copy, measured."""
     dtype: str
     datasheet: tuple[float, float] | None = None
-    """(FLOP/s without sparsity, bytes/s) that the vendor states."""
+    """The vendor's (FLOP/s without sparsity, bytes/s)."""
 
     def ceilings(self) -> str:
         text = f"{self.flops / 1e12:.2f} TFLOP/s {self.dtype}, {self.bandwidth / 1e9:,.0f} GB/s"
@@ -34,7 +34,7 @@ DATASHEETS = {"NVIDIA H200": (989e12, 4.8e12), "NVIDIA H100 80GB HBM3": (989e12,
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype, quick: bool = False) -> Machine:
-    """Ceilings of the machine at hand: the best of several large products and copies."""
+    """Measures this machine's ceilings: the best of several large products and copies."""
     gpu = device.type == "cuda"
     side = 8192 if gpu and not quick else 1024
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -49,7 +49,7 @@ def measure_machine(device: torch.device, dtype: torch.dtype, quick: bool = Fals
 
 
 def cpu_name() -> str:
-    """The processor's name where the system tells it."""
+    """The processor's name; "CPU" if the system does not give it."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         return next(line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name"))

@@ -1,4 +1,4 @@
-"""How this project times: contenders in turns, medians with quartiles, correctness first, work beside each figure."""
+"""Timing of contenders: in turns, as medians with quartiles, with errors and rates of work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLUSH = 256 * 2**20
 
 @dataclass(frozen=True)
 class Case:
-    """Contenders for the same work, and what that work is."""
+    """A benchmark case: contenders for the same work, and the amount of that work."""
 
     suite: str
     title: str
@@ -27,27 +27,27 @@ class Case:
     ours: str
     """This project's own contender."""
     baseline: str
-    """The contender that ratios are taken to."""
+    """The contender that ratios are relative to."""
     images: int = 0
-    """Images (or frames) per call; 0 where the work has none."""
+    """Images (or frames) per call; 0 if there are none."""
     flops: float = 0.0
     bytes: float = 0.0
-    """Least bytes moved to and from memory; 0 where unknown."""
+    """Least bytes moved to and from memory; 0 if unknown."""
     lower_bound: float = 0.0
-    """Least seconds per call by the roofline of the machine at hand; 0 where unknown."""
+    """Least seconds per call by this machine's roofline; 0 if unknown."""
     errors: Mapping[str, float] = field(default_factory=dict)
-    """Per contender, the largest error of its answer, checked before anything is timed."""
+    """Largest error of each contender's result, checked before anything is timed."""
     notes: tuple[str, ...] = ()
     rounds: int = 9
     tail: bool = False
-    """Also give the 99th percentile: latency that somebody waits for."""
+    """Whether to report the 99th percentile too, for latency."""
     cold: bool = False
-    """Flush the L2 between calls (GPU only)."""
+    """Whether to flush the L2 cache between calls (GPU only)."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One contender's figures; what results files hold."""
+    """Measured values of one contender; a row of a results file."""
 
     suite: str
     case: str
@@ -59,19 +59,19 @@ class Measurement:
     high: float
     """Third quartile."""
     ratio: float
-    """Times the speed of the case's baseline."""
+    """Speed relative to the case's baseline."""
     images_per_second: float | None = None
     tflops: float | None = None
     gbytes: float | None = None
-    """Least bytes over the time, GB/s."""
+    """Least bytes divided by the time, GB/s."""
     share: float | None = None
-    """Floor over the time."""
+    """Lower bound divided by the time."""
     error: float | None = None
     ours: bool = False
     p99: float | None = None
-    """99th percentile of the calls, seconds; of few calls the slowest."""
+    """99th percentile of the calls, seconds; with few calls the slowest."""
     peak_mib: float | None = None
-    """Largest memory that the call took on the GPU, MiB."""
+    """Peak GPU memory during the call, MiB."""
 
 
 def measure(case: Case, rounds: int | None = None) -> list[Measurement]:
@@ -110,12 +110,12 @@ def flush() -> None:
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """``call`` as a CUDA graph's replay: what small shapes cost without launching; on a CPU ``call`` itself."""
+    """``call`` as the replay of a CUDA graph, to time small shapes without launch cost; on a CPU ``call`` itself."""
     if not torch.cuda.is_available():
         return call
     warm_up(call)
     replay, result = capture(call)
-    kept = (call, result)  # the graph reads and writes what both hold
+    kept = (call, result)  # keeps the tensors alive that the graph reads and writes
 
     def run() -> Any:
         replay()
@@ -125,7 +125,7 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def lines(rows: list[Measurement]) -> Iterator[str]:
-    """The figures of one case as aligned text."""
+    """Measurements of one case as aligned lines of text."""
     for row in rows:
         parts = [f"{row.contender:44s} {seconds(row.median):>9s} ({seconds(row.low)} - {seconds(row.high)})"]
         parts += [f"p99 {seconds(row.p99)}"] if row.p99 else []
@@ -140,7 +140,7 @@ def lines(rows: list[Measurement]) -> Iterator[str]:
 
 
 def seconds(value: float) -> str:
-    """A time with a unit that suits it."""
+    """``value`` in seconds as text in s, ms or us."""
     for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
         if value * scale >= 1:
             return f"{value * scale:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""Figures on disk: one JSON file per machine with their origin, the tables made of it, what moved between two."""
+"""Results files: one JSON file per machine with measurements and their origin, and the comparison of two files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SUITES = ("model", "train", "data", "kernels")
 
 
 def environment() -> dict[str, Any]:
-    """What a figure must carry to be run again."""
+    """Origin of a measurement: hardware, versions, commit and date."""
     gpu = torch.cuda.is_available()
     found: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name() if gpu else None,
@@ -56,14 +56,14 @@ def _version(package: str) -> str | None:
 
 
 def file_name(env: dict[str, Any]) -> str:
-    """<gpu>-<torch>-<cuda>.json, on a machine without one <cpu>-<threads>t-<torch>-cpu.json."""
-    who = env["gpu"] or f"{env['cpu']} {env['threads']}t"
-    text = f"{who}-{env['torch'].split('+')[0]}-{env['cuda'] or 'cpu'}"
+    """Name of a results file: <gpu>-<torch>-<cuda>.json, without a GPU <cpu>-<threads>t-<torch>-cpu.json."""
+    processor = env["gpu"] or f"{env['cpu']} {env['threads']}t"
+    text = f"{processor}-{env['torch'].split('+')[0]}-{env['cuda'] or 'cpu'}"
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-") + ".json"
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A results file.  Raises UsageError when it is none."""
+    """Contents of a results file.  Raises UsageError when ``path`` is not a results file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         for suite in data["suites"].values():
@@ -83,7 +83,7 @@ def store(
     env: dict[str, Any],
     notes: dict[str, list[str]],
 ) -> Path:
-    """Puts a suite's rows into the machine's file, whole or not at all; other suites there stay."""
+    """Writes a suite's rows into the machine's results file atomically; other suites in it are kept."""
     path = folder / file_name(env)
     data: dict[str, Any] = load(path) if path.is_file() else {"suites": {}}
     data["machine"] = machine._asdict()
@@ -93,7 +93,7 @@ def store(
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes JSON, a line for each innermost object or list, whole or not at all."""
+    """Writes JSON atomically, each innermost object or list on one line."""
     text = json.dumps(data, default=_rounded, indent=1)
     text = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda match: re.sub(r"\s*\n\s*", " ", match[0]), text)
     write_whole(path, text + "\n")
@@ -104,11 +104,11 @@ def _rounded(row: Measurement) -> dict[str, Any]:
     return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in values.items() if v is not None}
 
 
-# ------------------------------------------------------------------------------------------------ what moved
+# ------------------------------------------------------------------------------------------------ comparison
 
 
 def moved(before: Path, after: Path) -> list[tuple[Measurement, Measurement]]:
-    """Figures of two files whose quartiles do not overlap, largest change first."""
+    """Measurements of two results files whose quartiles do not overlap, largest change first."""
     rows = [
         {(name, row.case, row.contender): row for name, suite in load(path)["suites"].items() for row in suite["rows"]}
         for path in (before, after)

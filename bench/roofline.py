@@ -1,9 +1,9 @@
-"""The least time that each part of the model can take on a machine: FLOPs, bytes, and which of the two binds.
+"""Roofline: least possible time of each part of the model on a machine, by its FLOPs or its bytes.
 
     python -m dtn_fast.bench.roofline --batch 256
 
-Conventions: a product of [m, k] and [k, n] is 2 m k n FLOPs; bytes are the inputs, weights and outputs that must cross
-memory once when a part runs as one pass (convolution + BN + ReLU + pool; attention without its scores).
+Conventions: a product of [m, k] and [k, n] is 2 m k n FLOPs; bytes are the inputs, weights and outputs, each read from
+or written to memory once, when a part runs as one pass (convolution + BN + ReLU + pool; attention without its scores).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dtn_fast.model.config import STRIDE, DTNConfig
 
 
 class Part(NamedTuple):
-    """A layer or operator: work of one call for a whole batch."""
+    """A layer or operator, with the work of one call for a whole batch."""
 
     group: str
     name: str
@@ -80,7 +80,7 @@ def inference(config: DTNConfig, batch: int, width: int = 2) -> list[Part]:
 
 
 def attention_work(batch: int, n: int, heads: int, dim: int, width: int, backward: bool = False) -> tuple[float, float]:
-    """(FLOPs, least bytes) of MAS attention: two products forward; five backward, the scores made again."""
+    """(FLOPs, least bytes) of MAS attention: two products forward; five backward, which recomputes the scores."""
     elements = batch * n * heads * dim * width
     product = 2.0 * batch * heads * n * n * dim
     return (5 * product, 7.0 * elements) if backward else (2 * product, 4.0 * elements)
@@ -113,12 +113,12 @@ PASSES = {
     "eager channels_last": 13.0,
     "eager NCHW": 25.0,
 }
-"""Passes over all convolution outputs beside the convolutions, forward and backward.  Eager: BN 3, ReLU 2, ReLU
+"""Passes over all convolution outputs besides the convolutions' own, forward and backward.  Eager: BN 3, ReLU 2, ReLU
 backward 3, BN backward 5; NCHW adds 12 of layout changes.  Compiled: statistics 1, normalise + ReLU 2, backward 5."""
 
 
 def seconds(part: Part, machine: Machine) -> float:
-    """The least time of a part: whichever of arithmetic and memory takes longer."""
+    """Least time of a part: the longer of its arithmetic and its memory traffic."""
     return max(part.flops / machine.flops, part.bytes / machine.bandwidth)
 
 
@@ -157,7 +157,7 @@ def training_lower_bound(
 
 
 class Conv(NamedTuple):
-    """Measured seconds of one of the backbone's convolutions, alone, beside the lower bound of each direction."""
+    """Measured seconds of one of the backbone's convolutions alone, and the lower bound of each direction."""
 
     name: str
     forward: float
@@ -166,7 +166,7 @@ class Conv(NamedTuple):
     lower_bound: float
 
     def directions(self) -> list[tuple[str, float]]:
-        """(name, seconds) of what was measured; the first convolution needs no input gradient."""
+        """(name, seconds) of each measured direction; the first convolution needs no input gradient."""
         named = [("forward", self.forward), ("dgrad", self.dgrad), ("wgrad", self.wgrad)]
         return [(name, taken) for name, taken in named if taken]
 
@@ -174,7 +174,7 @@ class Conv(NamedTuple):
 def measure_convolutions(
     config: DTNConfig, batch: int, machine: Machine, device: torch.device, dtype: torch.dtype
 ) -> list[Conv]:
-    """Each convolution in channels_last, forward and both gradients, bias and activation left out."""
+    """Times each convolution in channels_last, forward and both gradients, without bias and activation."""
     measured = []
     side, channels = config.image_size, 3
     for out, convs in zip(config.channels, config.convs, strict=True):
@@ -210,7 +210,7 @@ def measure_convolutions(
 
 
 def table(parts: list[Part], batch: int, machine: Machine, layers: bool = False) -> list[list[str]]:
-    """Per group or layer: GFLOP and MB an image, least microseconds an image, and what binds."""
+    """Rows per group or layer: GFLOP, MB and least microseconds per image, and the limit (memory or arithmetic)."""
     groups: dict[str, list[Part]] = {}
     for part in parts:
         groups.setdefault(part.name if layers else part.group, []).append(part)
@@ -227,7 +227,7 @@ def table(parts: list[Part], batch: int, machine: Machine, layers: bool = False)
 
 
 def plot(path: Path, config: DTNConfig, batch: int, machine: Machine) -> None:
-    """The roofline with every part of the model on it."""
+    """Draws the roofline with every part of the model on it."""
     with drawing() as Figure:
         figure = Figure(figsize=(8, 5))
         axes = figure.add_subplot()
@@ -255,19 +255,19 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--preset", default="paper", help="paper or tiny")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--plot", type=Path, default=Path("roofline.png"), help=".png, .svg or .pdf to draw it to")
+    parser.add_argument("--plot", type=Path, default=Path("roofline.png"), help="picture to draw: .png, .svg or .pdf")
     parser.add_argument("--flops", type=float, help="FLOP/s to assume instead of measuring, with --bandwidth")
     parser.add_argument("--bandwidth", type=float, help="bytes/s to assume instead of measuring, with --flops")
-    parser.add_argument("--layers", action="store_true", help="every layer and operator instead of groups")
+    parser.add_argument("--layers", action="store_true", help="list every layer and operator instead of groups")
     parser.add_argument(
-        "--training", action="store_true", help="of a training step with compiled passes instead of inference"
+        "--training", action="store_true", help="a training step with compiled passes instead of inference"
     )
     parser.add_argument("--measure", action="store_true", help="also time each convolution beside its lower bound")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     config = DTNConfig.preset(options.preset)
     if bool(options.flops) != bool(options.bandwidth) or options.batch < 1:
-        parser.error("--flops and --bandwidth go together, and --batch is at least 1")
+        parser.error("give --flops and --bandwidth together, and a --batch of at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.flops:
         machine = Machine("assumed", options.flops, options.bandwidth, "bfloat16")
@@ -296,7 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{conv.name:24s}"
                 + "".join(f" {name} {conv.lower_bound / taken:4.0%}" for name, taken in conv.directions())
             )
-    print(f"drawn in {options.plot}")
+    print(f"plot: {options.plot}")
     whole = lower_bound(inference(config, options.batch), machine) / options.batch
     print(f"inference: at most {1 / whole:,.0f} images/s")
     for name, passes in PASSES.items():

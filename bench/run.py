@@ -1,6 +1,6 @@
-"""``dtn-fast bench``: suites measured into bench/results, tables made of them, two files compared.
+"""``dtn-fast bench``: runs suites into bench/results, generates tables from them and compares results files.
 
-Also ``python -m dtn_fast.bench.run``, which needs no more than torch and numpy.
+Also ``python -m dtn_fast.bench.run``, which needs only torch and numpy.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from dtn_fast.bench import results, roofline
 from dtn_fast.bench.measure import Measurement, lines, measure, seconds
+from dtn_fast.bench.tables import write_tables
 from dtn_fast.device import choose_precision
 from dtn_fast.errors import DtnError, UsageError
 
@@ -54,18 +55,18 @@ def structure(folder: Path) -> int:
 
 
 def compare(before: Path, after: Path) -> None:
-    """Prints what moved beyond the spread."""
+    """Prints the measurements whose quartiles do not overlap."""
     changes = results.moved(before, after)
     for a, b in changes:
         change = f"{seconds(a.median)} -> {seconds(b.median)}"
         print(f"{a.median / b.median:6.2f}x  {a.suite}: {a.case}: {a.contender}  {change}")
-    print(f"{len(changes)} figures moved beyond their quartiles; above 1 is faster in {after}")
+    print(f"{len(changes)} measurements changed beyond their quartiles; above 1 is faster in {after}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="dtn-fast bench",
-        description="Measure this machine into bench/results, or work with what is there.",
+        description="Run benchmarks into bench/results, or process the results in it.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Example: dtn-fast bench model train --budget 300\n"
         "Others:  dtn-fast bench roofline --batch 256\n"
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("what", nargs="*", help=f"{', '.join(WORDS)}; default: {' '.join(results.SUITES)}")
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the results (bench/results)")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds for all suites together")
-    parser.add_argument("--quick", action="store_true", help="few small cases: to see that everything works")
+    parser.add_argument("--quick", action="store_true", help="few small cases, to check that everything works")
     options, rest = parser.parse_known_args(arguments)
     what = options.what or list(results.SUITES)
     if what[0] == "roofline":
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
             left = max(deadline - time.monotonic(), 1.0) / (len(suites) - place)
             run_suite(name, options.out, machine, options.quick, left)
     if "tables" in what:
-        results.write_tables(folder=options.out)
+        write_tables(folder=options.out)
     return int(bad > 0)
 
 

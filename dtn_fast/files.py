@@ -1,10 +1,15 @@
-"""Atomic writing of files: a reader finds a complete file or none."""
+"""Atomic writing of files: a reader finds a complete file or none.
+
+atomicwrites is unmaintained; of the packages tried on a full disk none named the file in its error, and one left half a
+file without any error.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,21 +17,29 @@ import numpy as np
 
 
 def write_whole(path: Path, content: bytes | str | Callable[[BinaryIO], object], shared: bool = False) -> None:
-    """Writes ``content`` (bytes, text, or a function that writes to the open file) to ``path``: write, fsync, rename.
+    """Writes ``content`` (bytes, text, or a function that writes to the open file) to ``path`` by :func:`replacing`.
 
-    Text is written as UTF-8; characters that UTF-8 cannot encode (from file names) become question marks.  ``shared``:
-    other processes may write the same content to the same path at the same time.  After a failure (a full disk) the
-    previous file at ``path`` is unchanged, no partial file is left, and the OSError names ``path``.
+    Text is written as UTF-8; characters that UTF-8 cannot encode (from file names) become question marks.
+    """
+    with replacing(path, shared) as partial, partial.open("wb") as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
+    """Yields a path to write to; afterwards that file is synchronised to the disk and renamed to ``path``.
+
+    ``shared``: other processes may write the same content to the same path at the same time.  After a failure (a full
+    disk) the previous file at ``path`` is unchanged, no partial file is left, and the OSError names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(6) + '.' if shared else ''}partial")
     try:
-        with partial.open("wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
-            file.flush()
+        yield partial
+        with partial.open("rb") as file:
             os.fsync(file.fileno())
         try:
             partial.replace(path)

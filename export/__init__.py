@@ -1,1 +1,1 @@
-"""Checkpoints written as files for other runtimes."""
+"""Export of checkpoints to files for other runtimes."""

@@ -44,7 +44,7 @@ class OnnxConfig:
     """Model input.  crops: uint8 RGB [B, S, S, 3] as cut from a picture, normalised by the model; images: float32
     [B, 3, S, S], already normalised."""
     nodes: bool = True
-    """Write MAS attention and the expert gate as dtn:: nodes with a body of standard operators; off: no dtn:: nodes."""
+    """Write MAS attention and the expert gate as dtn:: nodes with standard bodies; off: as plain standard operators."""
 
     @property
     def dtype(self) -> Precision:
@@ -61,7 +61,7 @@ class EngineConfig:
     """Layers for MAS attention and the expert gate in a .engine: TensorRT's own (native), this package's Triton kernels
     (plugin), or the faster of the two at the optimum batch size (fastest)."""
     archs: tuple[int, ...] = ()
-    """Compute capabilities x 10 that a .rtx file is compiled for, such as 89; default: all with its precision."""
+    """Compute capabilities x 10 to compile a .rtx file for, such as 89; default: all that support its precision."""
     hardware: Literal["this", "same", "ampere+"] = "this"
     """GPUs that a .engine runs on: this GPU model, all of its compute capability, or all from Ampere on (slower)."""
     version_compatible: bool = False

@@ -96,7 +96,7 @@ def _check_options(
     if out.suffix == ".mnn" and onnx.precision not in ("auto", "fp32"):
         raise UsageError(f"--precision {onnx.precision}: MNN files are float32; leave it out")
     if out.suffix == ".engine" and engine.attention != "native" and not onnx.nodes:
-        raise UsageError(f"--no-nodes: --attention {engine.attention} needs the dtn:: nodes; leave it out")
+        raise UsageError(f"--no-nodes: --attention {engine.attention} needs the dtn:: nodes; leave --no-nodes out")
     if model.suffix != ".onnx":
         return
     _refuse_changed(onnx, OnnxConfig(), model)

@@ -4,6 +4,10 @@ Weights per output channel and symmetric; activations per tensor: symmetric for 
 unsigned with a zero point for CPUs (onnxruntime's fast kernels take no other).  The first convolution, depthwise
 convolutions and the head stay in the model's own precision.  A scale is the one that loses least of a sample of the
 values (mean squared error), not their maximum.
+
+onnxruntime's quantize_static is no substitute: it fails on bfloat16 or silently skips it, its FP8 scales move logits by
+whole units (4.2 on average, here 0.1), its default bias stops TensorRT-RTX, and it empties the caller's model.  Its
+INT8 is as accurate.
 """
 
 from __future__ import annotations

@@ -378,7 +378,7 @@ def main(arguments: list[str] | None = None) -> int:
     for number, image in enumerate(images, 1):
         serves = f"{image.rows} rows" if image.rows else "a (batch, head)"
         print(f"tactic {number}: {image.kernel}, {image.threads} threads, {image.shared / 1024:.1f} KiB, a block "
-              f"serves {serves}, {image.values}, {len(image.ptx):,} bytes of PTX")  # fmt: skip
+              f"computes {serves}, {image.values}, {len(image.ptx):,} bytes of PTX")  # fmt: skip
     return 0
 
 

@@ -22,7 +22,7 @@ from dtn_fast.export.to_onnx import require_onnx
 from dtn_fast.files import write_whole
 from dtn_fast.kernels.onnx_nodes import DOMAIN
 from dtn_fast.runtime.export_manifest import ExportManifest, read_export_manifest
-from dtn_fast.runtime.tensorrt import KINDS, check_fits, load_backend, open_engine
+from dtn_fast.runtime.tensorrt import KINDS, check_loadable, load_backend, open_engine
 
 RTX_ARCHS = (75, 80, 86, 89, 120)
 TURING = 75
@@ -198,7 +198,7 @@ def _refitted(trt: Any, data: bytes, meta: dict[str, str], source: Path, path: P
     Raises UsageError when the two differ in configuration, precision, input or quantisation.
     """
     old = read_export_manifest(source, "tensorrt")
-    check_fits(old, trt.__version__, str(source))
+    check_loadable(old, trt.__version__, str(source))
     mine = (json.loads(meta["dtn_config"]), meta["precision"], meta["input"], meta.get("quantized", ""))
     if mine != (old.config, old.precision, old.input, old.quantized):
         raise UsageError(

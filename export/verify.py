@@ -120,7 +120,7 @@ def compare(
 
 
 def compare_layers(first: LayerOutputs, second: LayerOutputs, crops: NDArray[np.uint8]) -> list[LayerError]:
-    """Differences of every layer that both models expose, in the network's order.  Raises UsageError if none is."""
+    """Differences of every layer that both models expose, in network order.  Raises UsageError if there is none."""
     expected, got = first(crops), second(crops)
     common = [name for name in expected if name in got and expected[name].shape == got[name].shape]
     if not common:

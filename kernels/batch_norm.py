@@ -32,7 +32,7 @@ def unsupported(x: Tensor, pool: bool) -> str | None:
     if x.dtype not in DTYPES:
         return f"dtype {x.dtype}"
     if x.numel() // x.shape[1] >= 2**31:
-        return f"{x.numel() // x.shape[1]} positions (it must be under 2**31)"
+        return f"{x.numel() // x.shape[1]} positions (must be under 2**31)"
     if pool and (x.shape[2] % 2 or x.shape[3] % 2):
         return f"a pool of {x.shape[2]}x{x.shape[3]} (height and width must be even)"
     return None

@@ -37,7 +37,7 @@ from dtn_fast.kernels.launch import INTERPRET, Launch
 
 MULTIPROCESSOR = {80: (64, 32, 164), 86: (48, 16, 100), 89: (48, 24, 100), 90: (64, 32, 228), 100: (64, 32, 228),
                   120: (48, 24, 100)}  # fmt: skip
-"""Warps, blocks and KiB of shared memory of one multiprocessor, by compute capability x 10; registers: 65,536."""
+"""Warps, blocks and KiB of shared memory per multiprocessor, by compute capability x 10; each has 65,536 registers."""
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Largest shared memory of one block in KiB, by compute capability x 10."""
 TENSOR_CORE = re.compile(r"wgmma\.mma_async|\bmma\.sync|tcgen05\.mma")

@@ -38,7 +38,7 @@ class Launch(NamedTuple):
         self.kernel[self.grid](*self.args, **self.constants, **options)
 
     def compile(self) -> Any:
-        """Compiles what :meth:`run` would run, for the active driver's target; returns Triton's compiled kernel."""
+        """Compiles what :meth:`run` would launch, without running it; returns Triton's compiled kernel."""
         return self.kernel.warmup(*self.args, grid=self.grid, **self.constants, **self.options)
 
 

@@ -75,7 +75,7 @@ class Case(NamedTuple):
 
 
 def cases(device: str = "cuda", batch: int = 256) -> list[Case]:
-    """The model's shapes at ``batch`` images, and attention at N = 197 and longer."""
+    """The model's shapes at ``batch`` images, and attention at other lengths."""
     attention = lambda n, images: functools.partial(_attention, device, n, 64, max(images, 1))
     norm = lambda channels, side: functools.partial(_norm, device, channels, side, max(batch // 4, 1))
     norms = ("bn_stats", "bn_apply", "bn_backward_stats", "bn_backward_apply")

@@ -1,4 +1,4 @@
-"""The paper's tables of trained models by name: what each variant changes, trained one after another, tabulated."""
+"""The paper's ablations: trains the variants of a table one after another and tabulates their metrics."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from dtn_fast.train.run_folder import best_auc, for_crops, generation_folder, st
 
 
 class Working(NamedTuple):
-    """A step of a variant's training, or None while it is measured, to show."""
+    """Progress report: a step of a variant's training, or None while the variant is measured."""
 
     variant: str
     number: int
@@ -43,7 +43,7 @@ class Working(NamedTuple):
 
 
 def folder_of(out: Path, variant: Variant) -> Path:
-    """A variant's run: its label as a folder's name."""
+    """Run folder of a variant, named after its label."""
     return out / "".join(
         c if c.isalnum() or c in "=." else {"+": "_with_", "*": "_star"}.get(c, "_") for c in variant.label
     )
@@ -55,24 +55,25 @@ def ablate(
 ) -> Iterator[Working | ResultTable]:  # fmt: skip
     """Trains the variants of ABLATIONS[name] in ``out`` and measures each on the test split of ``tests``.
 
-    Yields progress, then the table of every variant so far, also in ``out``/<name>.json, .md, .tex and .svg.  What is
-    trained is not trained again, what is measured on the same crops not measured again.  ``only``: train no other
-    variants, by label.  ``how``: device, execution and stop, as ``fit`` takes them.  In a process group every process
-    calls this alike, and they share the measuring.  Raises UsageError on unknown names, a damaged table, runs of
-    another recipe in ``out``, and what no such table can be made with.
+    Yields progress, then the table of all variants so far, which is also in ``out``/<name>.json, .md, .tex and .svg.
+    Trained variants are not trained again, and variants measured on the same crops are not measured again.  ``only``:
+    labels of the variants to train; default: all.  ``how``: device, execution and stop of ``fit``.  In a process group
+    every process makes the same call, and they share the scoring.  Raises UsageError on unknown names, a damaged table,
+    runs of another recipe in ``out``, and recipes or data that the table does not allow.
     """
     variants = variants_of(name, recipe.methods or data.methods)
     if recipe.pretrained:
-        raise UsageError("--pretrained: a table's models start alike, and not all have published weights; leave it out")
+        raise UsageError("--pretrained: not all models of a table have published weights; drop the option")
     if recipe.self_blend and ABLATIONS[name].by_forgery:
-        raise UsageError(f"--self-blend: {name} trains on the data's own forgeries, one by one")
+        raise UsageError(f"--self-blend: {name} trains on the data's own forgeries, one by one; drop the option")
     if not variants:
         raise UsageError(f"{name}: the data holds no forgery to train on")
     unknown = set(only) - {v.label for v in variants}
     if unknown:
-        raise UsageError(f"--only {' '.join(sorted(unknown))}: {name} has {', '.join(v.label for v in variants)}")
+        raise UsageError(f"--only {' '.join(sorted(unknown))}: unknown; {name} has "
+                         f"{', '.join(v.label for v in variants)}")  # fmt: skip
     if ABLATIONS[name].by_forgery and len(tests) > 1:
-        raise UsageError(f"{name}: tests on the forgeries of one dataset; --tests names {len(tests)}")
+        raise UsageError(f"--tests: {name} tests on the forgeries of one dataset; give one folder, not {len(tests)}")
     found = _Rows(out, name, tests)
     shown = [v for v in variants if not only or v.label in only or found.has(v)]
     for variant in shown:
@@ -107,13 +108,13 @@ def ablate_folders(
     only: tuple[str, ...] = (),
     **how: Any,
 ) -> Iterator[Working | ResultTable]:
-    """:func:`ablate` on folders of crops: trained on ``data``, measured on the test split of each of ``tests``.
+    """Runs :func:`ablate` on folders of crops: trains on ``data``, measures on the test split of each of ``tests``.
 
-    tests: default: ``data`` alone.  test_names: names of the tests in the table; default: of their folders.  Raises
-    UsageError when ``model`` is no DTN, whose fields the variants change.
+    tests: default: ``data`` alone.  test_names: names of the tests in the table; default: their folders' names.  Raises
+    UsageError when ``model`` is not a DTN, whose fields the variants change.
     """
     if not isinstance(model, DTNConfig):
-        raise UsageError(f"{name}: its variants are changes to a DTN; --config describes another detector")
+        raise UsageError(f"--config: {name} changes fields of a DTN, this is another detector; give DTNConfig fields")
     dataset = open_data(data, model.image_size)
     folders = tests or (data,)
     names = names_of(folders, test_names, "test-names")
@@ -125,11 +126,11 @@ def ablate_folders(
 
 
 FACTS = ("variant", "generation", "tests", "digest", "weights", "column_notes")
-"""Of a row, besides its figures: whose weights, measured on what."""
+"""Keys of a row's facts: which weights were measured, and on which crops."""
 
 
 class _Rows:
-    """The rows of a table so far, those of an earlier call too."""
+    """Rows of a table so far, including those of earlier calls."""
 
     def __init__(self, out: Path, name: str, tests: dict[str, CropDataset]) -> None:
         self._name, self._tests, self._rows = name, tests, list[TableRow]()
@@ -153,7 +154,7 @@ class _Rows:
         return any(row.facts["variant"] == variant.label for row in self._rows)
 
     def measure(self, variant: Variant, run: Path, config: DTNConfig | TimmConfig, device: str) -> None:
-        """Brings a trained variant's rows up to date."""
+        """Measures the rows of a trained variant that are missing or out of date."""
         known = {row.name: row for row in self._rows if row.facts["variant"] == variant.label}
         self._rows = [row for row in self._rows if row.facts["variant"] != variant.label]
         after = {} if variant.size is None else _sizes(config, variant.size)
@@ -178,10 +179,10 @@ class _Rows:
             if isinstance(step, Measured):
                 facts = {**facts, "column_notes": step.column_notes}
                 return TableRow(title, step.cells, notice=scorer.notice, facts=facts)
-        raise AssertionError("measure ends with its figures")
+        raise AssertionError("measure ends with the metrics")
 
     def table(self, variants: tuple[Variant, ...]) -> ResultTable:
-        """Rows measured on these tests, in the order of ``variants``."""
+        """Table of the rows measured on these tests, in the order of ``variants``."""
         ablation, order = ABLATIONS[self._name], [v.label for v in variants]
         rows = [row for row in self._rows if row.facts["tests"] == self._crops and row.facts["variant"] in order]
         rows.sort(key=lambda row: (order.index(row.facts["variant"]), row.facts["generation"]))
@@ -196,22 +197,22 @@ class _Rows:
 
 
 class _Shared(TorchScorer):
-    """A scorer whose crops the processes of a group divide among them; each gets all logits."""
+    """Scorer that divides the crops among the processes of a group; each process gets all logits."""
 
     def logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
         here = distributed.ranks()
         return distributed.interleave(distributed.gather(super().logits(crops[here.rank :: here.world])))
 
 
-GENERATION = "generation: 0 as first trained, from 1 on distilled; of a distilled model its best student on validation"
+GENERATION = "generation: 0 is the initial training, from 1 on students; a distilled model shows its best on validation"
 SIZES = (
-    "M params and GMAC are counted the paper's way: a DTN as it was trained here, other transformers at 224 pixels; "
-    "the paper's DTN takes 256"
+    "M params and GMAC are counted as in the paper: a DTN at the image size used here, other transformers at 224 "
+    "pixels; the paper's DTN takes 256 pixels"
 )
 
 
 def _sizes(config: DTNConfig | TimmConfig, printed: tuple[float, float]) -> dict[str, tuple[str, str]]:
-    """Millions of parameters and GMACs as a row shows them, ours and the paper's."""
+    """Cells of a row with millions of parameters and GMACs, ours and the paper's."""
     if isinstance(config, DTNConfig):
         whole = count(config)
         found = whole.layer_parameters / 1e6, whole.macs / 1e9
@@ -224,7 +225,7 @@ def _sizes(config: DTNConfig | TimmConfig, printed: tuple[float, float]) -> dict
 
 
 def _generations(variant: Variant, run: Path) -> list[tuple[str, int, PaperValues]]:
-    """Titles, generations and the paper's rows of what is measured of a trained variant."""
+    """Title, generation number and the paper's values of each row of a trained variant."""
     count = 1
     while (generation_folder(run, count) / WEIGHTS).is_file():
         count += 1

@@ -31,25 +31,26 @@ from dtn_fast.train.config import Recipe
 
 @dataclass(frozen=True)
 class Variant:
-    """A model of a table: changes to the model and to the recipe, and what the paper prints for it."""
+    """A row of a table: changes to the model and to the recipe, and the paper's values."""
 
     name: str
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields of DTNConfig; or ``{"timm": NAME}``, another detector."""
+    """Changed fields of DTNConfig; or ``{"timm": NAME}`` for another detector."""
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Changed fields of Recipe."""
     distil: bool = False
-    """Also distil; the best student on validation is measured."""
+    """Whether to distil the model too; its best student on validation is measured."""
     every_generation: bool = False
-    """Measure each generation, a row each."""
+    """Whether to measure every generation, with a row for each."""
     paper: PaperValues = dataclasses.field(default_factory=dict)
     size: tuple[float, float] | None = None
-    """The paper's millions of parameters and GMACs, where its table has them."""
+    """The paper's millions of parameters and GMACs; None if its table lacks them."""
     trained_on: str = ""
-    """The one forgery it is trained on, as the paper shortens it; empty: all."""
+    """The single forgery to train on, in the paper's short form; empty: all forgeries."""
 
     @property
     def label(self) -> str:
-        """Name, unique among the table's variants."""
+        """Unique name within the table."""
         return f"{self.name} on {self.trained_on}" if self.trained_on else self.name
 
 
@@ -57,7 +58,7 @@ class Ablation(NamedTuple):
     title: str
     variants: tuple[Variant, ...]
     by_forgery: bool = False
-    """Each variant is trained on each forgery alone and tested on each."""
+    """Whether each variant is trained on each forgery alone and tested on every forgery."""
 
 
 CE, CE_CENTER = (1.0, 0.0), (1.0, 1.0)
@@ -96,7 +97,7 @@ ABLATIONS: dict[str, Ablation] = {
         Variant(name, {"local_connection": connected}, distil=True, paper=TABLE6[name], size=TABLE6_SIZES[name])
         for name, connected in (("DTN w/o LC", False), ("DTN w/ LC", True))
     )),
-    "moe": Ablation("Gate alone on the convolutions (Table 7)", (
+    "moe": Ablation("Expert gate without transformer blocks (Table 7)", (
         Variant("Vanilla MoE", {"gate": "vanilla", "depth": 0, "noise": "none", "expert_scales": False},
                 paper=TABLE7["Vanilla MoE"]),
         Variant("Ours", {"depth": 0}, paper=TABLE7["Ours"]),
@@ -122,13 +123,13 @@ ABLATIONS: dict[str, Ablation] = {
         Variant("EViT", {"timm": "efficient_vit"}, distil=True, every_generation=True,
                 recipe={"min_generations": 4, "generations": 4}),
     )),
-    "noise": Ablation("What disturbs the gate's input (Figure 6a)", tuple(
+    "noise": Ablation("Noise on the gate's input (Figure 6a)", tuple(
         Variant(name, {"noise": kind}) for name, kind in (
             ("Gaussian noise", "gaussian"), ("Gaussian blur", "blur"), ("compression", "compression"),
             ("contrast", "contrast"), ("none", "none"),
         )
     )),
-    "center-dimension": Ablation("What Ct-c is taken of (Figure 6b)", (
+    "center-dimension": Ablation("Input of Ct-c (Figure 6b)", (
         Variant("vanilla Ct-c", recipe={"center_on": "features"}),
         Variant("low-dimensional Ct-c"),
     )),
@@ -138,17 +139,17 @@ ABLATIONS: dict[str, Ablation] = {
             Variant(f"{name} + ours", {"backbone": name}),
         )
     )),
-    "experts": Ablation("Experts, with noise and without (Figure 6d)", tuple(
+    "experts": Ablation("Number of experts, with and without noise (Figure 6d)", tuple(
         Variant(f"n={experts}{title}", {"num_experts": experts, "noise": noise})
         for noise, title in (("gaussian", ""), ("none", " without noise")) for experts in range(1, 8)
     )),
 }  # fmt: skip
-"""By the name that ``dtn-fast ablate`` takes.  Where the paper does not say whether a variant was distilled, it is when
-its table's full model has the distilled DTN's printed values (*choice*)."""
+"""Ablations by their name in ``dtn-fast ablate``.  Where the paper does not say whether a variant was distilled, it is
+distilled if the full model of its table has the distilled DTN's printed values (*choice*)."""
 
 
 def configure(variant: Variant, model: DTNConfig, recipe: Recipe) -> tuple[DTNConfig | TimmConfig, Recipe]:
-    """The variant's model and recipe, on top of given ones.  Raises UsageError as their classes do."""
+    """``model`` and ``recipe`` with the variant's changes.  Raises UsageError when a changed value is invalid."""
     changed = dataclasses.replace(recipe, **variant.recipe)
     if "timm" in variant.model:
         return TimmConfig(variant.model["timm"], model.image_size, margin=model.margin), changed
@@ -156,7 +157,10 @@ def configure(variant: Variant, model: DTNConfig, recipe: Recipe) -> tuple[DTNCo
 
 
 def variants_of(name: str, forgeries: tuple[str, ...]) -> tuple[Variant, ...]:
-    """The variants of ABLATIONS[name]; by forgery: one for each that is trained on.  Raises UsageError on no name."""
+    """Variants of ABLATIONS[name]; in a table by forgery, one for each model and training forgery.
+
+    Raises UsageError on an unknown name.
+    """
     if name not in ABLATIONS:
         raise UsageError(f"unknown ablation {name!r}; there are {', '.join(ABLATIONS)}")
     ablation = ABLATIONS[name]
@@ -167,6 +171,6 @@ def variants_of(name: str, forgeries: tuple[str, ...]) -> tuple[Variant, ...]:
         for forgery in forgeries:
             short = FF_NAMES.get(forgery, forgery)
             printed = {c: Pair(None, auc) for c, auc in TABLE2[variant.name].get(short, {}).items()}
-            recipe = {**variant.recipe, "methods": (forgery,), "real_repeat": 0}  # one fake to a real already
+            recipe = {**variant.recipe, "methods": (forgery,), "real_repeat": 0}  # the classes are balanced already
             found.append(dataclasses.replace(variant, recipe=recipe, paper=printed, trained_on=short))
     return tuple(found)

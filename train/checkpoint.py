@@ -1,4 +1,4 @@
-"""Training state on disk: written whole or not at all, read back without executing anything."""
+"""Training state on disk: written atomically, loaded without executing code from the file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Reads what :func:`save_state` wrote.  Raises UsageError on any other file."""
+    """Reads a state written by :func:`save_state`.  Raises UsageError on any other file."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:

@@ -1,4 +1,4 @@
-"""What a person sees of a run while it trains: a live display or log lines, TensorBoard, Weights & Biases."""
+"""Progress of a training run: a live display or log lines, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from dtn_fast.train.distributed import ranks
 from dtn_fast.train.loop import Epoch, Step
 
 QUIET = 60
-"""Seconds between lines where there is no terminal: the log file of a scheduler's job."""
+"""Seconds between progress lines without a terminal, as in the log file of a scheduler's job."""
 
 
 def watch(events: Iterable[Step | Epoch], run: Path, epochs: int, every: int, wandb: str) -> None:
-    """Drives a training generator and shows it; only the first process of several speaks and logs.
+    """Runs a training generator to its end and shows progress; only the first process of several prints and logs.
 
-    run: where TensorBoard's events go, if tensorboard is installed.  every: steps between logged points.  wandb: a
-    Weights & Biases project, empty for none.  Raises UsageError when wandb is asked for and not installed.
+    run: folder for TensorBoard's events, if tensorboard is installed.  every: steps between logged points.  wandb: a
+    Weights & Biases project, empty for none.  Raises UsageError when ``wandb`` is given and not installed.
     """
     if not ranks().main:
         for _ in events:
@@ -54,37 +54,37 @@ def title(event: Step | Epoch, epochs: int) -> str:
 
 
 def line(report: Epoch, epochs: int) -> str:
-    """An epoch in one line."""
+    """Report of an epoch as one line."""
     skipped = f", {report.skipped} steps not finite" if report.skipped else ""
     return (
         f"{title(report, epochs)}: loss {report.losses.get('loss', math.nan):.4f}, validation AUC {report.val_auc:.4f} "
         f"(best {report.best_auc:.4f}), {report.images_per_second:.0f} images/s, "
-        f"{report.data_wait:.0%} of it waiting for data, {report.memory:.1f} GB{skipped}"
+        f"{report.data_wait:.0%} of the time waiting for data, {report.memory:.1f} GB{skipped}"
     )
 
 
 class _Lines:
-    """For a log file: a line an epoch, and one a minute between."""
+    """Progress for a log file: a line per epoch, and one per minute in between."""
 
     def __init__(self, epochs: int) -> None:
-        self._epochs, self._said = epochs, time.monotonic()
+        self._epochs, self._printed = epochs, time.monotonic()
 
     def __call__(self, event: Step | Epoch) -> None:
         if isinstance(event, Epoch):
             print(line(event, self._epochs), flush=True)
-            self._said = time.monotonic()
-        elif time.monotonic() - self._said > QUIET:
+            self._printed = time.monotonic()
+        elif time.monotonic() - self._printed > QUIET:
             losses = ", ".join(f"{name} {value:.4f}" for name, value in event.losses.items())
             print(f"{title(event, self._epochs)}, step {event.step + 1} of {event.steps}: {losses}, "
                   f"{event.images_per_second:.0f} images/s", flush=True)  # fmt: skip
-            self._said = time.monotonic()
+            self._printed = time.monotonic()
 
     def close(self) -> None:
         pass
 
 
 class _Live:
-    """For a terminal: bars of the epoch and the generation, and the latest values."""
+    """Progress for a terminal: bars for the epoch and the generation, and the latest values."""
 
     def __init__(self, terminal: Console, epochs: int) -> None:
         self._epochs, self._generation = epochs, -1
@@ -94,7 +94,7 @@ class _Live:
         )  # fmt: skip
         self._epoch = self._bars.add_task("epoch", total=None)
         self._whole = self._bars.add_task("generation", total=None)
-        above = sys.stdout.isatty()  # lines on the same terminal go above the display, elsewhere they go their way
+        above = sys.stdout.isatty()  # lines on the same terminal go above the display
         self._live = Live(self._bars, console=terminal, refresh_per_second=4, transient=True, redirect_stdout=above)
         self._live.start()
 
@@ -103,7 +103,7 @@ class _Live:
             print(line(event, self._epochs), flush=True)
             return
         done = event.epoch * event.steps + event.step + 1
-        if event.generation != self._generation:  # a resumed generation's speed is of what it does now
+        if event.generation != self._generation:  # count the speed of a resumed generation from here
             self._generation = event.generation
             self._bars.reset(self._whole, total=self._epochs * event.steps, completed=done - 1)
         if event.step == 0 or self._bars.tasks[0].total is None:
@@ -134,7 +134,7 @@ def _values(event: Step) -> Table:
 
 
 def _scalars(event: Step | Epoch) -> dict[str, float]:
-    """What is plotted of an event."""
+    """Values of an event to plot, by name."""
     if isinstance(event, Epoch):
         values = {f"epoch/{name}": value for name, value in event.losses.items()}
         return values | {"val/auc": event.val_auc, "val/acc": event.val_acc, "val/best_auc": event.best_auc}
@@ -151,7 +151,7 @@ def _scalars(event: Step | Epoch) -> dict[str, float]:
 
 
 class _TensorBoard:
-    """A writer for each generation; on resuming, what is done again replaces what was written."""
+    """TensorBoard writers, one per generation; steps repeated by a resumed run replace the earlier ones."""
 
     def __init__(self, run: Path, every: int) -> None:
         self._run, self._every, self._writer, self._generation, self._steps = run, every, None, -1, 0
@@ -176,7 +176,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """Weights & Biases, resumed by the run folder's name."""
+    """Weights & Biases logger; a run is resumed by the name of its folder."""
 
     def __init__(self, project: str, run: Path, every: int) -> None:
         self._wandb = require("wandb", "wandb")

@@ -18,7 +18,7 @@ from dtn_fast.train.run_folder import best_auc, forget, generation_folder, load_
 
 
 def train_initial(run: Path, dataset: CropDataset, **how: Any) -> Generator[Step | Epoch, None, None]:
-    """Generation 0: CE + Ct-c.  ``how``: device, execution and stop, as ``fit`` takes them."""
+    """Trains generation 0 with CE + Ct-c.  ``how``: device, execution and stop of ``fit``."""
     recipe, config = load_run(run)
     torch.manual_seed(recipe.seed)
     yield from fit(build_detector(config, recipe.pretrained), dataset, recipe, generation_folder(run, 0), **how)
@@ -28,11 +28,11 @@ def train_initial(run: Path, dataset: CropDataset, **how: Any) -> Generator[Step
 def distill(
     run: Path, dataset: CropDataset, restart: int | None = None, **how: Any
 ) -> Generator[Step | Epoch, None, None]:
-    """Generations 1, 2, ...: each starts from its frozen teacher and learns by DSD, until no student has
-    had a better validation AUC for ``generation_patience`` generations.
+    """Trains generations 1, 2, ... by DSD, each started from its frozen teacher, until validation AUC has not improved
+    for ``generation_patience`` generations.
 
-    Finished generations are kept, an unfinished one goes on; ``restart`` first deletes that generation and the later
-    ones.  ``how`` as in :func:`train_initial`.  Raises UsageError before generation 0 is trained.
+    Finished generations are kept, an unfinished one is resumed; ``restart`` first deletes that generation and the later
+    ones.  ``how`` as in :func:`train_initial`.  Raises UsageError when generation 0 is not trained.
     """
     recipe, _ = load_run(run)
     if not (generation_folder(run, 0) / WEIGHTS).is_file():

@@ -1,4 +1,4 @@
-"""Several processes training one model: who is who, and what they tell each other (torchrun, NCCL or gloo)."""
+"""Training by several processes: ranks, collective operations and synchronised BN (torchrun, NCCL or gloo)."""
 
 from __future__ import annotations
 
@@ -20,26 +20,29 @@ from dtn_fast.errors import DtnError, UsageError
 
 
 class Ranks(NamedTuple):
+    """Rank of this process and number of processes."""
+
     rank: int = 0
     world: int = 1
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
 
 def ranks() -> Ranks:
-    """This process's place among those that train together; alone outside :func:`connect`."""
+    """Rank of this process and number of processes; 0 and 1 outside :func:`connect`."""
     return Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Ranks()
 
 
 @contextmanager
 def connect(device: str) -> Iterator[str]:
-    """Joins the processes that torchrun started and yields this one's device; without torchrun, ``device`` itself.
+    """Connects the processes that torchrun started and yields this process's device; without torchrun, ``device``.
 
-    Ends the process when several were connected: threads of the communication library that outlive the interpreter
-    would abort it, and torchrun would then report a finished run as failed.
+    Ends the process afterwards when several were connected: threads of the communication library that outlive the
+    interpreter would abort it, and torchrun would report a finished run as failed.  Raises UsageError when there are
+    more processes than GPUs, DtnError when another process is lost.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
@@ -48,20 +51,20 @@ def connect(device: str) -> Iterator[str]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda":
         if local >= torch.cuda.device_count():
-            raise UsageError(f"process {local} has no GPU of its own; start {torch.cuda.device_count()} a machine")
+            raise UsageError(f"process {local} has no GPU of its own; start {torch.cuda.device_count()} per machine")
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     kind = "nccl" if device.startswith("cuda") else "gloo"
-    # torchrun keeps its store over a restart: without a prefix, processes would meet the addresses of dead ones
+    # torchrun keeps its store after a restart: without a prefix, processes would find the addresses of ended ones
     store, rank, world = next(rendezvous("env://"))
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    # validation and saving take their time
+    # long, because validation and saving can take minutes
     dist.init_process_group(kind, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=30))
     try:
-        yield device  # after an exception the others are not waited for
+        yield device  # after an exception, do not wait for the other processes
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise DtnError(f"process {rank} lost another one, whose own message says why ({error})") from error
+            raise DtnError(f"process {rank} lost another process; see that process's message ({error})") from error
         raise
     dist.barrier()
     dist.destroy_process_group()
@@ -76,7 +79,7 @@ def barrier() -> None:
 
 
 def mean(tensor: Tensor) -> Tensor:
-    """The mean over all processes, in place."""
+    """Averages ``tensor`` over all processes, in place."""
     if (world := ranks().world) > 1:
         dist.all_reduce(tensor)
         tensor /= world
@@ -84,14 +87,14 @@ def mean(tensor: Tensor) -> Tensor:
 
 
 def largest(tensor: Tensor) -> Tensor:
-    """The largest over all processes, in place."""
+    """Replaces ``tensor`` by its maximum over all processes, in place."""
     if ranks().world > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor
 
 
 def gather(mine: NDArray) -> list[NDArray]:
-    """Every process's array, in the order of ranks, exactly as it was."""
+    """The arrays of all processes in the order of ranks, unchanged."""
     here = ranks()
     if here.world == 1:
         return [mine]
@@ -101,7 +104,7 @@ def gather(mine: NDArray) -> list[NDArray]:
 
 
 def interleave(parts: list[NDArray]) -> NDArray:
-    """Undoes ``whole[rank::world]``."""
+    """Joins the parts ``whole[rank::world]`` of all ranks."""
     whole = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
     for rank, part in enumerate(parts):
         whole[rank :: len(parts)] = part
@@ -119,7 +122,7 @@ def synchronise_bn(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes; so is its gradient, as every process's loss depends on it."""
+    """Sum over all processes; the gradient is summed too, because every process's loss depends on the sum."""
 
     @staticmethod
     def forward(ctx, x):
@@ -133,7 +136,7 @@ class _Sum(torch.autograd.Function):
 
 
 class CpuSyncBatchNorm2d(nn.BatchNorm2d):
-    """What torch's SyncBatchNorm does, for processes on CPUs, which it refuses."""
+    """Synchronised BN for processes on CPUs, which torch's SyncBatchNorm does not support."""
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
         if not self.training:

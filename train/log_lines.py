@@ -1,4 +1,4 @@
-"""Logs of one JSON object a line."""
+"""Log files with one JSON object per line."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dtn_fast.files import write_whole
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Adds a line of JSON."""
+    """Appends ``row`` as a line of JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines written so far; one that was cut off by a crash is left out."""
+    """Rows written so far, up to a line that was cut off by a crash."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
@@ -29,7 +29,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_lines(path: Path, epoch: int, step: int = 0) -> None:
-    """Leaves the lines before ``step`` of ``epoch``, so that what is done again is recorded once."""
+    """Removes the lines from ``step`` of ``epoch`` on, so that repeated steps are logged once."""
     rows = read_lines(path)
     kept = [row for row in rows if (row["epoch"], row.get("step", math.inf)) < (epoch, step)]
     if path.is_file():

@@ -1,4 +1,4 @@
-"""The training loop: one generation, from shards to its best checkpoint by validation AUC."""
+"""The training loop of one generation: from shard files to the checkpoint with the best validation AUC."""
 
 from __future__ import annotations
 
@@ -38,38 +38,38 @@ from dtn_fast.train.run_folder import METRICS, NONFINITE, STATE, STEPS, VALIDATI
 from dtn_fast.train.step import TrainStep, batch_of_rank
 
 LAG = 4
-"""Steps after which a GPU's values are read: the host runs that far ahead, and never waits."""
+"""Number of steps after which a step's values are read from the GPU; the host runs that far ahead and never waits."""
 
 
 class Step(NamedTuple):
-    """What the loop reports of each step."""
+    """Progress report of one step."""
 
     generation: int
     epoch: int
     step: int
     steps: int
-    """Updates in this epoch."""
+    """Number of updates in this epoch."""
     losses: dict[str, float]
     grad_norm: float | None
     lr: float
     images_per_second: float
-    """Since this process began the epoch, over all processes."""
+    """Speed of all processes together, since this process began the epoch."""
     data_wait: float
     """Share of that time spent waiting for data."""
     memory: float
-    """GB at the peak: of the GPU, or else of the process."""
+    """Peak memory in GB, of the GPU or, without one, of the process."""
     skipped: int
-    """Steps of this generation left out because they were not finite."""
+    """Steps of this generation that were skipped because the loss or gradient was not finite."""
 
 
 class Epoch(NamedTuple):
-    """What the loop reports after each epoch, a line of metrics.jsonl."""
+    """Progress report of one epoch, a line of metrics.jsonl."""
 
     generation: int
     epoch: int
     lr: float
     losses: dict[str, float]
-    """Means over the epoch."""
+    """Mean of each loss term over the epoch."""
     val_auc: float
     val_acc: float
     best_auc: float
@@ -80,34 +80,34 @@ class Epoch(NamedTuple):
 
 
 class Stopped(DtnError):
-    """The run was asked to stop by a signal, and its state is saved."""
+    """Raised when a signal has stopped the run and its state is saved."""
 
     def __init__(self, number: int, where: str) -> None:
-        super().__init__(f"{signal.Signals(number).name}: saved at {where}; the same command goes on from there")
+        super().__init__(f"{signal.Signals(number).name}: saved at {where}; run the same command to resume")
         self.exit_code = 128 + number
 
 
 @dataclass
 class Position:
-    """Where a generation stands: everything beside the weights that a resumed run needs."""
+    """Position within a generation: everything besides the weights that a resumed run needs."""
 
     epoch: int = 0
     step: int = 0
-    """Updates done in this epoch."""
+    """Number of updates done in this epoch."""
     best: float = -1.0
     stale: int = 0
     """Epochs since the best one."""
     skipped: int = 0
     counted: int = 0
-    """Finite steps of this epoch."""
+    """Number of finite steps in this epoch."""
     sums: dict[str, float] = field(default_factory=dict)
-    """Of their values."""
+    """Sums of those steps' values, by name."""
     recent: dict[str, float] = field(default_factory=dict)
-    """The same since the last line of steps.jsonl."""
+    """Sums since the last line of steps.jsonl."""
 
 
 class SoftLabels:
-    """The teacher's logits for each of ``views`` views of each row, kept once computed."""
+    """Cache of the teacher's logits for each of ``views`` views of each row."""
 
     def __init__(self, rows: NDArray[np.int64], views: int, classes: int, device: torch.device) -> None:
         self._rows = np.unique(rows)
@@ -115,7 +115,7 @@ class SoftLabels:
         self.known = np.zeros((len(self._rows), views), bool)
 
     def get(self, batch: Batch) -> Tensor | None:
-        """[B, classes], or None unless all of the batch's are known."""
+        """Cached logits of the batch [B, classes]; None unless all of them are known."""
         places = np.searchsorted(self._rows, batch.rows)
         if not self.known[places, batch.views].all():
             return None
@@ -132,7 +132,7 @@ class SoftLabels:
 
 
 class Readback:
-    """Values on their way from the device, read ``lag`` steps after they were asked for."""
+    """Queue of values copied from the device, read ``lag`` steps after their copy was started."""
 
     def __init__(self, lag: int) -> None:
         self._lag = lag
@@ -166,13 +166,13 @@ def fit(
     execution: Execution = Execution(),
     stop: Callable[[], int] = lambda: 0,
 ) -> Generator[Step | Epoch, None, None]:
-    """Trains ``model`` into ``out``, yielding progress; with a ``teacher`` by DSD, else by CE + Ct-c.
+    """Trains ``model`` and yields progress; with a ``teacher`` by DSD, else by CE + Ct-c.
 
-    ``out`` receives the best epoch's weights by validation AUC and its validation scores, metrics.jsonl, steps.jsonl
-    and the state to go on from: a call on a folder with an unfinished run resumes it, with the same result as without
-    the pause.  ``stop`` is asked after every step; a signal's number makes it save and raise Stopped.  In a process
-    group every process calls this alike and the first one writes.  Raises UsageError on an unfitting image size or
-    splits without both classes, DtnError when too many steps were not finite.
+    ``out`` receives the weights of the epoch with the best validation AUC and its validation scores, metrics.jsonl,
+    steps.jsonl and the training state: a call on a folder with an unfinished run resumes it, with the same result as
+    without the pause.  ``stop`` is called after every step; when it returns the number of a signal, the state is saved
+    and Stopped is raised.  In a process group every process makes the same call and the first one writes.  Raises
+    UsageError when the image size does not fit or a split lacks a class, DtnError when too many steps were not finite.
     """
     loop = _Loop(model, dataset, recipe, out, teacher, generation, torch.device(device), execution, stop)
     yield from loop.run()
@@ -208,8 +208,8 @@ class _Loop:
         )  # fmt: skip
         if self.loader.total < recipe.batch_size and recipe.batch_size > batch // recipe.accumulate:
             raise UsageError(
-                f"an epoch has {self.loader.total} crops, fewer than --batch-size {recipe.batch_size}, so it cannot be "
-                "shared out; lower it"
+                f"an epoch has {self.loader.total} crops, fewer than --batch-size {recipe.batch_size}; lower "
+                "--batch-size"
             )
         self.soft = None
         if teacher is not None and recipe.cache_teacher:
@@ -222,7 +222,7 @@ class _Loop:
             if self.recipe.epoch_patience and self.position.stale >= self.recipe.epoch_patience:
                 break
             yield from self._epoch()
-        distributed.barrier()  # whoever reads the weights next finds them whole
+        distributed.barrier()  # no process reads the weights before they are complete
 
     def _resume(self) -> None:
         if (self.out / STATE).is_file():
@@ -235,7 +235,7 @@ class _Loop:
                 if self.soft is not None:
                     self.soft.load(state["soft"])
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise UsageError(f"{where}: of another version or kind of run ({error!r}); delete it") from error
+                raise UsageError(f"{where}: made by another version or kind of run ({error!r}); delete it") from error
         distributed.barrier()
         if self.ranks.main:
             for name in (METRICS, STEPS, NONFINITE):
@@ -249,15 +249,15 @@ class _Loop:
         clock = _Clock(self.loader, self.recipe.batch_size, self.device)
         first = position.step
         for number, batch in enumerate(self.loader.epoch(epoch, first), first):
-            # everything random in a step comes from its own numbers, so a resumed run repeats it
+            # the seed depends on the step's position alone, so a resumed run draws the same random numbers
             torch.manual_seed(seed_of(self.recipe.seed, self.generation, epoch, number, self.ranks.rank))
             crops = self.augment(batch.crops, batch.seeds) if self.augment else batch.crops
             outcome = self.step(crops, batch.labels, self.soft.get(batch) if self.soft else None)
             if self.soft is not None and outcome.soft is not None:
                 self.soft.put(batch, outcome.soft)
             self.loader.release(batch)
-            asked = torch.full((1,), float(self.stop()), device=self.device)
-            readback.push((number, batch.rows), torch.cat((outcome.values, distributed.largest(asked))))
+            stop_signal = torch.full((1,), float(self.stop()), device=self.device)
+            readback.push((number, batch.rows), torch.cat((outcome.values, distributed.largest(stop_signal))))
             save = self.execution.save_every and (number + 1) % self.execution.save_every == 0 and number + 1 < steps
             signalled = 0
             for (done, rows), (*values, flag) in readback.pop(everything=bool(save)):
@@ -318,7 +318,7 @@ class _Loop:
             )
 
     def _close(self, lr: float, clock: _Clock) -> Epoch:
-        """Validates, keeps the weights if they are the best so far, saves, and turns to the next epoch."""
+        """Validates, keeps the weights if they are the best so far, moves to the next epoch and saves the state."""
         position, rate = self.position, clock.read()
         metrics, scores = self._validate()
         assert metrics.auc is not None, "both classes are in the validation split, checked at the start"
@@ -347,7 +347,7 @@ class _Loop:
         return report
 
     def _validate(self) -> tuple[Metrics, NDArray[np.float64]]:
-        """Frame-level metrics over all processes' shares: exactly those of one process."""
+        """Frame-level metrics and scores of the validation split, computed by all processes; equal to one process's."""
         share = self.val_rows[self.ranks.rank :: self.ranks.world]
         mine = TorchScorer(self.step.eval_model(), runtime=Runtime(mode="eager")).score_rows(self.dataset, share)
         scores = distributed.interleave(distributed.gather(mine))
@@ -369,7 +369,7 @@ class _Clock:
         self._start, self._waited, self.steps = time.perf_counter(), loader.waited, 0
 
     def read(self) -> tuple[float, float, float]:
-        """Images per second, share of the time spent waiting for data, GB at the peak."""
+        """Images per second, share of the time spent waiting for data, peak memory in GB."""
         passed = time.perf_counter() - self._start
         if self._device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self._device) / 1e9
@@ -379,18 +379,19 @@ class _Clock:
 
 
 def splits(dataset: CropDataset, recipe: Recipe, model: Detector) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The rows to train and to validate on.  Raises UsageError when they don't fit the task or the model."""
+    """Rows to train on and to validate on.  Raises UsageError when a split lacks a class or the crops do not fit the
+    model."""
     methods = () if recipe.self_blend else recipe.methods
     train_rows, val_rows = dataset.select("train", methods), dataset.select("val", methods)
     for name, rows in (("train", train_rows), ("val", val_rows)):
         if set(dataset.labels[rows]) != {0, 1}:
             raise UsageError(f"the {name} split needs reals and fakes; it has {len(rows)} crops of labels "
                              f"{sorted(set(dataset.labels[rows].tolist()))}; "
-                             "--self-blend makes fakes of reals")  # fmt: skip
+                             "--self-blend makes fakes from reals")  # fmt: skip
     dataset.check_fits(model.config, "the model")
     return train_rows, val_rows
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed from many numbers, unlike that of any others."""
+    """A seed derived from ``numbers``, practically unique to them."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

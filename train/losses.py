@@ -12,9 +12,9 @@ cross_entropy = F.cross_entropy  # Eq. 2
 def contrastive_center(logits: Tensor, labels: Tensor, centers: Tensor, delta: float) -> Tensor:
     """Low-dimensional contrastive-center loss on the logits (Eq. 3; Qi and Su, 2017), a scalar.
 
-    1/2 * mean_i ||z_i - c_yi||^2 / (sum_{j != yi} ||z_i - c_j||^2 + delta).  centers: [classes, D], learnable, of
-    logits (D = classes) or other points [B, D].
-    The mean over the batch in place of the sum keeps the balance to the other losses at any batch size (*choice*).
+    1/2 * mean_i ||z_i - c_yi||^2 / (sum_{j != yi} ||z_i - c_j||^2 + delta).  logits: [B, D], the logits (D = classes)
+    or other points; centers: [classes, D], learnable.
+    The mean over the batch in place of the sum keeps the balance with the other losses at any batch size (*choice*).
     """
     distance = (logits[:, None] - centers[None]).square().sum(2)  # [B, classes]
     own = distance.gather(1, labels[:, None]).squeeze(1)
@@ -38,7 +38,7 @@ def initial_loss(
 ) -> dict[str, Tensor]:
     """Initial training: w0 * CE + w1 * Ct-c (section 3.1).  Returns each term and their sum under ``loss``.
 
-    points [B, D]: what Ct-c is taken of instead of the logits, with centers [classes, D].
+    points [B, D]: input of Ct-c instead of the logits, with centers [classes, D].
     """
     ce = cross_entropy(logits, labels)
     center = contrastive_center(logits if points is None else points, labels, centers, delta)
@@ -57,7 +57,7 @@ def dsd_loss(
 ) -> dict[str, Tensor]:
     """Deepfake self-distillation (Eq. 7): w0 * CE + w1 * KD + w2 * Ct-c.  Returns each term and the ``loss``.
 
-    The paper gives the weights 4, 0.4, 0.6; that they belong to CE, KD, Ct-c in this order is a *choice*.
+    The paper gives the weights 4, 0.4, 0.6; assigning them to CE, KD, Ct-c in this order is a *choice*.
     points as in :func:`initial_loss`.
     """
     ce = cross_entropy(logits, labels)

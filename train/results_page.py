@@ -1,8 +1,7 @@
-"""Runs and results on one self-contained page: curves, tables beside the paper's, pictures, the command of each."""
+"""The results page: runs and results on one self-contained HTML page, with curves, tables, pictures and commands."""
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 from dtn_fast.errors import UsageError
 from dtn_fast.files import write_whole
+from dtn_fast.html_page import data_uri, render
 from dtn_fast.model.detector import WEIGHTS
 from dtn_fast.provenance import commands
 from dtn_fast.train.run_folder import RECIPE, generation_folder
@@ -18,7 +18,7 @@ from dtn_fast.version import __version__
 
 PAGE = "results_page.html"
 LARGEST = 8 * 2**20
-"""Bytes of a picture or text that goes into the page."""
+"""Maximum size in bytes of a picture or text on the page."""
 LINKS = (
     "reference",
     "link",
@@ -29,7 +29,7 @@ LINKS = (
     "autolink",
     "automail",
 )
-"""Of Markdown; a page of untrusted texts has none."""
+"""Markdown's patterns of links and images, which are disabled because the texts are untrusted."""
 PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}
 
 
@@ -43,30 +43,25 @@ class Section(NamedTuple):
     generations: list[list[str]]
     plots: list[Plot]
     tables: list[tuple[str, str, str]]
-    """File name, its text as HTML, and the data: URI of the chart of the same name, if there is one."""
+    """Tables: file name, text as HTML, and the data: URI of the chart of the same name, empty if there is none."""
     pictures: list[tuple[str, str]]
-    """File name and data: URI."""
+    """Pictures: file name and data: URI."""
     left_out: list[str]
 
 
 def write_results_page(paths: list[Path], out: Path) -> None:
-    """Writes the page of ``paths`` (runs, or folders of evaluate, robustness, ablate or explain) to ``out``.
+    """Writes the results page of ``paths`` (runs, or folders of evaluate, robustness, ablate or explain) to ``out``.
 
-    Every text from a file is escaped.  Raises UsageError where a path holds nothing to show.
+    Every text from a file is escaped.  Raises UsageError when a path holds nothing to show.
     """
-    import jinja2
-
     sections = [section(path) for path in paths]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = Path(__file__).with_name(PAGE).read_text(encoding="utf-8")
-    page = environment.from_string(template).render(sections=sections, version=__version__)
-    write_whole(out, page)
+    write_whole(out, render(Path(__file__).with_name(PAGE), sections=sections, version=__version__))
 
 
 def section(path: Path) -> Section:
-    """What a folder holds.  Raises UsageError when that is nothing."""
+    """Results in the folder ``path``.  Raises UsageError when there are none."""
     if not path.is_dir():
-        raise UsageError(f"{path}: no such folder; give runs, or folders that other verbs wrote")
+        raise UsageError(f"{path}: no such folder; give runs, or folders written by other verbs")
     generations, plots, notice = [], [], ""
     if (path / RECIPE).is_file():
         read = list(read_generations(path))
@@ -84,15 +79,14 @@ def section(path: Path) -> Section:
         elif file.suffix == ".md":
             texts.append(file)
         else:
-            data = base64.b64encode(file.read_bytes()).decode()
-            images[file.name] = f"data:{PICTURES[file.suffix]};base64,{data}"
+            images[file.name] = data_uri(PICTURES[file.suffix], file.read_bytes())
     tables = [(file.name, _html(file), images.pop(file.with_suffix(".svg").name, "")) for file in texts]
     pictures = list(images.items())
     made = Section(
         path.resolve().name, str(path), notice, commands(path), generations, plots, tables, pictures, left_out
     )
     if not (generations or tables or pictures or left_out):
-        raise UsageError(f"{path}: no run, table or picture in it; give runs, or folders that other verbs wrote")
+        raise UsageError(f"{path}: no run, table or picture in it; give runs, or folders written by other verbs")
     return made
 
 
@@ -103,7 +97,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _html(file: Path) -> str:
-    """Markdown as HTML, any HTML, link or picture inside it as text."""
+    """A Markdown file as HTML; HTML, links and pictures inside it are shown as text."""
     import jinja2
     import markdown
 

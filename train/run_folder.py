@@ -23,7 +23,7 @@ STATE, METRICS, STEPS = "last.pt", "metrics.jsonl", "steps.jsonl"
 NONFINITE, VALIDATION = "nonfinite.jsonl", "validation.npz"
 
 OLD_NAMES = {"patience": "epoch_patience"}
-"""Fields of Recipe that had another name in version 0.1."""
+"""Fields of Recipe that had another name in version 0.1: old name -> new name."""
 
 
 def generation_folder(run: Path, generation: int) -> Path:
@@ -39,8 +39,8 @@ def best_auc(run: Path, generation: int) -> float:
 def start_run(run: Path, recipe: Recipe, config: ModelConfig) -> None:
     """Writes recipe.json: the recipe and model of the run.
 
-    Raises UsageError when a run of another recipe or model has begun there, or the model has no published weights
-    that the recipe asks for.
+    Raises UsageError when ``run`` already holds a run of another recipe or model, or the recipe needs published weights
+    that the model does not have.
     """
     if recipe.pretrained and not isinstance(config, TimmConfig):
         raise UsageError("--pretrained: only models of timm have published weights; name one with --timm")
@@ -49,29 +49,29 @@ def start_run(run: Path, recipe: Recipe, config: ModelConfig) -> None:
         raise UsageError(f"{run}: holds a run of another recipe or model; choose another --out or delete it")
     distributed.barrier()
     if distributed.ranks().main:
-        asked = {"recipe": dataclasses.asdict(recipe), "model": dataclasses.asdict(config)}
-        write_whole(run / RECIPE, json.dumps(asked, indent=2))
+        settings = {"recipe": dataclasses.asdict(recipe), "model": dataclasses.asdict(config)}
+        write_whole(run / RECIPE, json.dumps(settings, indent=2))
     distributed.barrier()
 
 
 def for_crops(config: ModelConfig, dataset: CropDataset) -> ModelConfig:
-    """``config`` with the margin that the crops were cut with, so that detection cuts them alike."""
+    """``config`` with the margin of the dataset's crops, so that detection cuts crops with the same margin."""
     return config if dataset.margin is None else dataclasses.replace(config, margin=dataset.margin)
 
 
 def load_run(run: Path) -> tuple[Recipe, ModelConfig]:
-    """The recipe and model of a run, of an older version too.  Raises UsageError when there is none."""
+    """Recipe and model of a run, also of an older version.  Raises UsageError when there is no run."""
     path = run / RECIPE
     try:
-        asked = json.loads(path.read_text(encoding="utf-8"))
-        fields = {OLD_NAMES.get(name, name): value for name, value in asked["recipe"].items()}
-        return from_fields(Recipe, fields, str(path)), parse_config(json.dumps(asked["model"]), str(path))
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        fields = {OLD_NAMES.get(name, name): value for name, value in stored["recipe"].items()}
+        return from_fields(Recipe, fields, str(path)), parse_config(json.dumps(stored["model"]), str(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{run}: no training run there ({error}); run dtn-fast train first") from error
 
 
 def forget(run: Path, generation: int) -> None:
-    """Deletes a generation and the later ones.  Raises UsageError unless its teacher is there."""
+    """Deletes a generation and the later ones.  Raises UsageError unless its teacher is trained."""
     if generation < 1:
         raise UsageError(
             f"--restart {generation}: students are numbered from 1; delete {run} to train the teacher anew"
@@ -88,7 +88,10 @@ def forget(run: Path, generation: int) -> None:
 
 
 def summarise(run: Path) -> dict[str, Any]:
-    """Writes and returns the table of generations and which is best (the earliest among equals)."""
+    """Writes and returns summary.json: all generations, and the best one (the earliest if several are equal).
+
+    Raises UsageError when the run has no metrics.
+    """
     rows = []
     generation = 0
     while (generation_folder(run, generation) / METRICS).is_file():

@@ -1,8 +1,7 @@
-"""A training run on one self-contained HTML page (no script, no network), finished or in the middle."""
+"""Report of a training run, finished or not, on one self-contained HTML page (no script, no network)."""
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import math
 import statistics
@@ -20,17 +19,18 @@ from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.metrics import evaluate_scores, roc
 from dtn_fast.evaluation.plotting import DASHES, drawing, svg_text
 from dtn_fast.files import write_whole
+from dtn_fast.html_page import data_uri, render
 from dtn_fast.model.detector import WEIGHTS
 from dtn_fast.train.log_lines import read_lines
 from dtn_fast.train.run_folder import METRICS, NONFINITE, STEPS, VALIDATION, generation_folder, load_run
 from dtn_fast.version import __version__
 
 PAGE = "report.html"
-NO_WEIGHTS = f"The best generation's {WEIGHTS} cannot be read, so what must be said of this model is not known."
+NO_WEIGHTS = f"The best generation's {WEIGHTS} cannot be read, so the notice about its training data is missing."
 DOTTED = 100
-"""Points up to which each of a curve's has its dot."""
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito, for color-blind eyes
-QUIET = "#7b818c"  # legible on white as on black
+"""Maximum number of points in a plot that are drawn as dots."""
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, for colour-blind readers
+QUIET = "#7b818c"  # legible on white and on black
 STYLE = {
     "svg.fonttype": "path", "font.size": 10,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.2,
@@ -38,23 +38,23 @@ STYLE = {
     "ytick.color": QUIET,
 }  # fmt: skip
 Curves = dict[int, list[tuple[float, dict[str, float]]]]
-"""By generation: places on an axis, and the values by name there."""
+"""Points of each generation: position on the x axis, and values by name."""
 
 
 class Validation(NamedTuple):
-    """How the best epoch's weights scored the validation crops."""
+    """Scores of the validation crops by the best epoch's weights."""
 
     labels: NDArray[np.int64]
     scores: NDArray[np.float64]
     auc: float
 
     def confusion(self) -> NDArray[np.int64]:
-        """[2, 2] counts: true class (real, fake) by verdict at the threshold."""
+        """Confusion matrix [2, 2]: counts of true class (real, fake) by verdict at the threshold."""
         return np.bincount(2 * self.labels + (self.scores >= EvaluateConfig.threshold), minlength=4).reshape(2, 2)
 
 
 class Generation(NamedTuple):
-    """What a generation's folder holds."""
+    """Logs and validation scores of a generation."""
 
     number: int
     epochs: list[dict[str, Any]]
@@ -68,7 +68,7 @@ class Generation(NamedTuple):
 
     @property
     def best(self) -> dict[str, Any]:
-        """The epoch whose weights were kept: the first among equals."""
+        """The epoch whose weights were kept: the first with the highest validation AUC."""
         return max(self.epochs, key=lambda epoch: epoch["val_auc"])
 
     @property
@@ -79,23 +79,21 @@ class Generation(NamedTuple):
 class Plot(NamedTuple):
     title: str
     image: str
-    """An SVG as data: URI."""
+    """SVG as a data: URI."""
     alt: str
 
 
 def write_run_report(run: Path) -> Path:
     """Writes ``run``/report.html and returns its path.  Every text from files is escaped.
 
-    All figures come from the generations' own files: summary.json does not know the one in training.  Raises
-    UsageError where there is no run, or no matplotlib.
+    All values come from the generations' own files, because summary.json lacks the generation in training.  Raises
+    UsageError when there is no run, or no matplotlib.
     """
-    import jinja2
-
     recipe, config = load_run(run)
     generations = list(read_generations(run))
     best = max((g for g in generations if g.epochs), key=lambda g: g.best["val_auc"], default=None)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string(Path(__file__).with_name("run_report.html").read_text(encoding="utf-8")).render(
+    page = render(
+        Path(__file__).with_name("run_report.html"),
         run=run.resolve().name,
         notice=notice_of(generation_folder(run, best.number) / WEIGHTS) if best else "",
         generations=generations,
@@ -122,7 +120,7 @@ def read_generations(run: Path) -> Iterator[Generation]:
 
 
 def _validation(path: Path) -> Validation | None:
-    """None where the file is absent, damaged or of one class."""
+    """Validation scores in ``path``; None if the file is absent, damaged or of one class."""
     try:
         with np.load(path, allow_pickle=False) as file:
             labels, scores = file["labels"], file["scores"]
@@ -133,7 +131,7 @@ def _validation(path: Path) -> Validation | None:
 
 
 def notice_of(weights: Path) -> str:
-    """What every report of these weights must say."""
+    """Notice about the training data of ``weights``, which every report must show; empty if there is none."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -145,7 +143,7 @@ def notice_of(weights: Path) -> str:
 
 
 def _settings(config: Any) -> Iterator[tuple[str, str, str | None]]:
-    """Every field: name, value, and the default where it is another."""
+    """Name and value of every field, and the default if it differs."""
     text = lambda value: (", ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -154,7 +152,7 @@ def _settings(config: Any) -> Iterator[tuple[str, str, str | None]]:
 
 
 def plots_of(generations: list[Generation]) -> Iterator[Plot]:
-    """What there is to draw of a run.  Raises UsageError without matplotlib."""
+    """Plots of a run.  Raises UsageError without matplotlib."""
     done = [g for g in generations if g.epochs]
     epochs = lambda values: {g.number: [(e["epoch"] + 1, values(e)) for e in g.epochs] for g in done}
     if done:
@@ -173,7 +171,7 @@ def plots_of(generations: list[Generation]) -> Iterator[Plot]:
 
 
 def generations_plot(generations: list[Generation]) -> Plot:
-    """The validation AUC of each generation's best epoch."""
+    """Plot of the validation AUC of each generation's best epoch."""
     aucs = {g.number: g.best["val_auc"] for g in generations}
 
     def draw(axes: Any) -> None:
@@ -187,7 +185,7 @@ def generations_plot(generations: list[Generation]) -> Plot:
 
 
 def roc_plot(generations: list[Generation]) -> Plot:
-    """The ROC curve of each generation's best epoch."""
+    """Plot of the ROC curve of each generation's best epoch."""
     scored = {g.number: g.validation for g in generations if g.validation}
     names = {number: f"generation {number}: AUC {v.auc:.4f}" for number, v in scored.items()}
 
@@ -202,7 +200,7 @@ def roc_plot(generations: list[Generation]) -> Plot:
 
 
 def curves_plot(title: str, unit: str, curves: Curves, log: bool = False) -> Plot:
-    """Values along the epochs or updates of each generation, the generations side by side."""
+    """Plot of values over the epochs or updates, the generations side by side."""
     curves = {number: points for number, points in curves.items() if points}
     names = list(dict.fromkeys(name for points in curves.values() for _, values in points for name in values))
     marker = "." if sum(map(len, curves.values())) <= DOTTED else ""
@@ -234,14 +232,14 @@ def curves_plot(title: str, unit: str, curves: Curves, log: bool = False) -> Plo
 
 
 def _look(number: int) -> dict[str, str]:
-    """Told apart by color and by dashes."""
+    """Colour and dashes of curve ``number``."""
     return {"color": COLORS[number % len(COLORS)], "linestyle": DASHES[number % len(DASHES)]}
 
 
 def _svg(draw: Callable[[Any], None]) -> str:
-    """The data: URI of a plot that ``draw`` makes on its axes, the same for the same values."""
+    """The data: URI of a plot that ``draw`` draws on its axes; the same values give the same bytes."""
     with drawing(STYLE) as Figure:
         figure = Figure(figsize=(5, 3.2), layout="constrained")
         draw(figure.add_subplot())
         text = svg_text(figure, transparent=True)
-    return f"data:image/svg+xml;base64,{base64.b64encode(text.encode()).decode()}"
+    return data_uri("image/svg+xml", text.encode())

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a question that a training loop asks."""
+"""SIGTERM and SIGINT recorded for a training loop to poll."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 @contextmanager
 def signals() -> Iterator[Any]:
-    """Yields a function that tells the number of the SIGTERM or SIGINT received, 0 for none.
+    """Yields a function that returns the number of the SIGTERM or SIGINT received, 0 for none.
 
-    A second one ends the process at once.
+    A second signal ends the process at once.
     """
     received: list[int] = []
 

@@ -1,7 +1,7 @@
-"""One training step, nothing wasted: forward, losses, backward and update, with the frozen teacher in it.
+"""One training step: forward pass, losses, backward pass and update, and the frozen teacher's forward pass.
 
-Everything is decided on the device, so the host never waits for a step: whether it was finite, whether to keep it.
-On a GPU the whole step is one CUDA graph.
+The device itself decides whether a step was finite and is kept, so the host never waits for a step.  On a GPU the whole
+step is one CUDA graph.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from dtn_fast.train.losses import dsd_loss, initial_centers, initial_loss
 
 class Outcome(NamedTuple):
     values: Tensor
-    """Float32 vector, named by ``TrainStep.names``: loss terms and the gradient's norm, over all processes."""
+    """Loss terms and the gradient's norm over all processes, float32 vector; ``TrainStep.names`` names its elements."""
     soft: Tensor | None
-    """[B, classes] the teacher's logits, where there is a teacher."""
+    """The teacher's logits [B, classes]; None without a teacher."""
 
 
 class TrainStep:
-    """Trains ``model`` on a batch at a time; with a ``teacher`` by DSD (Eq. 7), else by CE + Ct-c.
+    """Trains ``model`` one batch at a time; with a ``teacher`` by DSD (Eq. 7), else by CE + Ct-c.
 
     A step whose loss or gradient is not finite changes nothing: neither weights, nor their average, nor Adam's moments,
-    nor BN statistics.  (In fp16 a gradient that overflows its loss scale only leaves weights and moments alone.)
-    Raises UsageError when ``execution`` asks for what this machine or ``recipe`` excludes.
+    nor BN statistics.  (In fp16 a gradient that overflows its loss scale leaves only weights and moments unchanged.)
+    Raises UsageError when ``execution`` requests something that this machine or ``recipe`` does not allow.
     """
 
     def __init__(
@@ -93,15 +93,18 @@ class TrainStep:
             self._ask = torch.compile(self.teacher) if self.teacher is not None else None
 
     def __call__(self, crops: Tensor, labels: Tensor, soft: Tensor | None = None) -> Outcome:
-        """crops: [B, S, S, 3] uint8, labels: [B] int64, both on the device; soft: the teacher's logits [B, classes]
-        when they are known already.  Nothing is waited for."""
+        """Trains on one batch, without waiting for the device.
+
+        crops: [B, S, S, 3] uint8, labels: [B] int64, both on the device.  soft: the teacher's logits [B, classes] if
+        they are cached; None: compute them.
+        """
         if not self.captured:
             return self._compute(crops, labels, soft)
         graph = self._graphs.setdefault(soft is None, _Graph(self._compute))
         return graph(crops, labels, soft)
 
     def set_epoch(self, epoch: int) -> float:
-        """Sets and returns the epoch's learning rate: a tenth after every ``lr_step`` epochs."""
+        """Sets and returns the epoch's learning rate, which is divided by ten after every ``lr_step`` epochs."""
         lr = self.recipe.lr * 0.1 ** (epoch // self.recipe.lr_step)
         if isinstance(self.lr, Tensor):
             self.lr.fill_(lr)
@@ -110,7 +113,7 @@ class TrainStep:
         return lr
 
     def eval_model(self) -> Detector:
-        """The weights to validate and keep: their moving average where there is one."""
+        """The eval model, to validate and save: the moving average of the weights if there is one, else the model."""
         if self.ema is None:
             return self.model
         for mine, theirs in zip(self.ema.buffers(), self.model.buffers(), strict=True):
@@ -118,7 +121,7 @@ class TrainStep:
         return self.ema
 
     def state(self) -> dict[str, Any]:
-        """Everything that later steps depend on."""
+        """Training state: everything that later steps depend on."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -128,10 +131,10 @@ class TrainStep:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`state`; call ``set_epoch`` after it."""
+        """Restores a training state made by :meth:`state`; call ``set_epoch`` afterwards."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # how it is computed is this run's choice, not the saved one's
+        for group in self.optimizer.param_groups:  # this run's choice of Adam implementation, not the saved one's
             group.update(self._how)
         for moments in self.optimizer.state.values():
             moments["step"] = moments["step"].to(self.device if self.fused or self.captured else "cpu")
@@ -145,7 +148,7 @@ class TrainStep:
         return model.to(memory_format=torch.channels_last) if self.channels_last else model  # type: ignore[call-overload]
 
     def _freeze(self, teacher: Detector, folded: bool) -> Detector:
-        """A copy that only answers; folded, its weights are cast once, where autocast casts them in every step."""
+        """A frozen copy of ``teacher``; if ``folded``, its weights are cast once, not by autocast in every step."""
         copied = self._place(copy.deepcopy(teacher)).eval().requires_grad_(False)
         if not (folded and isinstance(copied, DTN)):
             return copied
@@ -213,11 +216,11 @@ class TrainStep:
             return self._ask(images.to(cast)).float()
 
     def _center_width(self, model: Detector) -> int | None:
-        """Features that Ct-c is taken of; None: of the logits."""
+        """Number of features that Ct-c takes as input; None: it takes the logits."""
         if self.recipe.center_on == "logits":
             return None
         if not isinstance(model, DTN):
-            raise UsageError(f"--center-on features: only a DTN gives its features, not {type(model).__name__}")
+            raise UsageError(f"--center-on features: needs a DTN, not {type(model).__name__}; use --center-on logits")
         return model.num_features
 
     def _stacked_losses(self, given: Tensor, labels: Tensor, soft: Tensor | None) -> Tensor:
@@ -230,18 +233,18 @@ class TrainStep:
         return torch.stack([losses[name] for name in self._terms])
 
     def _update(self, healthy: Tensor) -> None:
-        if self.scaler.is_enabled():  # it finds gradients that are not finite by itself, and lowers its scale
+        if self.scaler.is_enabled():  # the scaler itself skips gradients that are not finite, and lowers its scale
             self.scaler.step(self.optimizer)
             self.scaler.update()
         elif self.fused:
-            self.optimizer.found_inf = (~healthy).float()  # type: ignore[attr-defined]  # as GradScaler tells it
+            self.optimizer.found_inf = (~healthy).float()  # type: ignore[attr-defined]  # as GradScaler sets it
             self.optimizer.step()
         elif bool(healthy):
             self.optimizer.step()
 
 
 class WithFeatures(nn.Module):
-    """A DTN's logits and the pooled features that they are made of: images -> [B, classes + C]."""
+    """A DTN that returns its logits together with its pooled features: images -> [B, classes + C]."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -253,7 +256,7 @@ class WithFeatures(nn.Module):
 
 
 class _Kept:
-    """Buffers whose values before a step come back if the step fails: few copies of many small tensors at once."""
+    """Buffers that get back their values from before a step if it fails; many small tensors are copied at once."""
 
     def __init__(self, buffers: list[Tensor]) -> None:
         kinds = {b.dtype for b in buffers}
@@ -271,6 +274,8 @@ class _Kept:
 
 
 class _Group:
+    """Buffers of one dtype, and memory for their values before and after a step."""
+
     def __init__(self, buffers: list[Tensor]) -> None:
         self.buffers = buffers
         sizes = [b.numel() for b in buffers]
@@ -281,7 +286,7 @@ class _Group:
 
 
 class _Graph:
-    """A step that, after a few calls, is captured once and replayed from then on."""
+    """A step that is captured as a CUDA graph after ``WARM_UP`` calls, and replayed from then on."""
 
     def __init__(self, compute: Callable[..., Outcome]) -> None:
         self._compute, self._calls, self._side = compute, 0, torch.cuda.Stream()
@@ -297,21 +302,21 @@ class _Graph:
         for own, new in zip(self._inputs, inputs, strict=True):
             if own is not None and new is not None:
                 if own.shape != new.shape:
-                    raise ValueError(f"a captured step takes {tuple(own.shape)}, got {tuple(new.shape)}")
+                    raise ValueError(f"a captured step takes shape {tuple(own.shape)}, got {tuple(new.shape)}")
                 own.copy_(new)
         self._replay()
         return Outcome(*(None if x is None else x.clone() for x in self._outcome))  # type: ignore[arg-type]
 
 
 def set_backends(execution: Execution) -> None:
-    """Process-wide arithmetic of torch's GPU libraries."""
+    """Sets TF32 and cuDNN's algorithm search for the whole process."""
     torch.backends.cuda.matmul.allow_tf32 = execution.tf32
     torch.backends.cudnn.allow_tf32 = execution.tf32
     torch.backends.cudnn.benchmark = execution.cudnn_benchmark
 
 
 def batch_of_rank(recipe: Recipe, world: int) -> int:
-    """Images of one process's step.  Raises UsageError when ``batch_size`` cannot be shared out."""
+    """Images per step of one process.  Raises UsageError when ``batch_size`` cannot be divided evenly."""
     share = world * recipe.accumulate
     if recipe.batch_size % share:
         raise UsageError(

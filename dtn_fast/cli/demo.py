@@ -1,4 +1,4 @@
-"""Everything once, on real files, in minutes: make a set, train, distil, evaluate, export, detect, report."""
+"""The demo, in minutes on real files: makes a dataset, trains, distils, evaluates, exports, detects, reports."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _stage(number: int, title: str) -> Iterator[None]:
 
 
 def run(out: Path, workers: int, size: SyntheticConfig = SyntheticConfig(), recipe: Recipe = RECIPE) -> None:
-    """The demo; prints what it measured.  Raises DtnError when the exported model answers differently."""
+    """Runs the demo and prints its results.  Raises DtnError when the exported model gives other scores than torch."""
     begin = time.perf_counter()
     data, crops, training = out / "data", out / "crops", out / "run"
     with _stage(1, f"Rendering faces and forging them by {len(METHODS)} methods"):
@@ -85,7 +85,7 @@ def run(out: Path, workers: int, size: SyntheticConfig = SyntheticConfig(), reci
 
 
 def _evaluate(training: Path, crops: Path, recipe: Recipe, summary: dict[str, Any]) -> ReportTable:
-    """Every generation on the test identities: the forgeries trained on, and the one held out."""
+    """Metrics of every generation on the test identities, for the training forgeries and the held-out one."""
     dataset, rows = open_crop_dataset(crops), []
     groups = {"trained on": recipe.methods, "held out": (HELD_OUT,)}
     for row in summary["generations"]:
@@ -102,13 +102,13 @@ def _evaluate(training: Path, crops: Path, recipe: Recipe, summary: dict[str, An
 
 
 def _detect(model: Detector, out: Path, size: SyntheticConfig) -> list[Result]:
-    """The verdicts on three videos, by the checkpoint and by the ONNX file."""
+    """Verdicts on three videos by the checkpoint.  Raises DtnError when the ONNX file gives other scores."""
     videos = make_videos(out / "videos", size.train + size.val, size.seed)
     finder, scorers = FaceFinder(), (TorchScorer(model), load_scorer(out / "dtn.onnx"))
     results, onnx = ([detect(path, scorer, DETECTION, finder) for path in videos] for scorer in scorers)
     for a, b in zip(results, onnx, strict=True):
         if a.verdict != b.verdict or abs((a.score or 0) - (b.score or 0)) > 1e-3:
-            raise DtnError(f"{a.path}: torch says {a.score}, the exported model {b.score}; please report this")
+            raise DtnError(f"{a.path}: torch scores {a.score}, the exported model {b.score}; please report this")
     rows = [[str(r.path), r.verdict, f"{r.score:.3f}" if r.ok else r.error or ""] for r in results]
     print_table("Verdicts (the ONNX file gives the same)", ["input", "verdict", "P(fake)"], rows)
     return results
@@ -129,26 +129,26 @@ def _report(
     export_table = ReportTable("ONNX against torch", ["batch", "largest logit error"], [
         [str(p.batch), f"{p.error:.2e}"] for p in parity
     ])  # fmt: skip
-    photos = "The photographs are real people; what this model says of them means nothing."
+    photos = "The photographs show real people; this model's verdicts on them mean nothing."
     notices, tables = [trained_on(notice), photos], [generations, quality, export_table]
     write_report(out / "report.html", "dtn_fast demo", notices, tables, results, threshold=DETECTION.threshold)
     write_results(out / "results.json", results, notice, DETECTION.threshold)
 
 
 def demo(out: Path = Path("runs/demo"), workers: int = WorkConfig.workers) -> None:
-    """Everything once, on real files, in minutes: make a set, train, distil, evaluate, export, detect.
+    """Run every step once, in minutes on real files: make a dataset, train, distil, evaluate, export, detect.
 
     Example: dtn-fast demo --out runs/demo
 
     Args:
-        out: Folder for everything; an interrupted demo goes on there.
-        workers: Processes that render and crop.
+        out: Folder for all files; an interrupted demo resumes there.
+        workers: Number of processes that render and crop.
     """
     run(out, workers)
 
 
 def make_videos(folder: Path, identity: int, seed: int) -> list[Path]:
-    """Three videos to judge: a synthetic real, a forgery of it, and real photographs; written once."""
+    """Writes three test videos unless they exist (a synthetic real, its forgery, real photographs); their paths."""
     photos = folder / "photographs.mp4"
     made = {
         folder / "synthetic-real.mp4": lambda: film(identity, None, None, 48, 256, seed + 1, 12),

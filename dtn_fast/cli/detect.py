@@ -1,4 +1,4 @@
-"""Verbs that judge: detect, serve."""
+"""Verbs that give verdicts: detect, serve."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dtn_fast.runtime.load import load_scorer
 from dtn_fast.serve.config import ServeConfig
 
 SPANS, FILES = 4, 8
-"""Forged spans of an input, and annotated videos, that are printed; the report has all."""
+"""Maximum number of forged spans per input, and of annotated videos, to print; the report has all spans."""
 
 
 def detect(
@@ -29,37 +29,37 @@ def detect(
     annotate: bool = False,
     runtime: Annotated[Runtime, tyro.conf.OmitArgPrefixes] = Runtime(),
 ) -> int:
-    """Judge images and videos: are faces forged, whose, and when?
+    """Detect forged faces in images and videos: which people, and when.
 
     Example: dtn-fast detect clip.mp4 photos/ "more/**/*.jpg" --model runs/first --out detect --annotate
 
     Prints a table and writes OUT/results.json and OUT/report.html.  Exit code 0: every input has a verdict; 1: some
-    could not be read or show no face; 2: usage.
+    could not be read or show no face; 2: wrong usage.
 
     Args:
         inputs: Images, videos, folders (searched recursively) and globs.
         model: A run, a checkpoint folder, or an .onnx, .mnn, .engine or .rtx file.
         out: Folder for the results.
-        config: Which frames are looked at, and what counts as fake.
+        config: Frames to analyse, and threshold of the verdict.
         annotate: Also write each video with faces framed and forged spans marked.
-        runtime: How the model runs.
+        runtime: Device and precision that the model runs with.
     """
-    told = 0
+    printed = 0
     scorer = load_scorer(model, runtime)
     with progress() as bar:
         task = bar.add_task("detecting", total=None, note="")
 
         def watch(batch: BatchResult, note: str) -> None:
-            nonlocal told
+            nonlocal printed
             bar.update(task, total=batch.inputs, completed=len(batch.results), note=note)
-            for problem in batch.problems[told:]:
+            for problem in batch.problems[printed:]:
                 print(f"dtn-fast: {problem}", file=sys.stderr)
-            told = len(batch.problems)
+            printed = len(batch.problems)
 
         batch = detect_many(inputs, scorer, out, config, annotate, watch)
     header = ["input", "verdict", "P(fake)", "people", "forged, seconds", "frames with a face"]
     print_table("Verdicts", header, [_cells(result) for result in batch.results])
-    print(f"{RULE}; fake from {config.threshold} up" + (f"\n{scorer.notice}" if scorer.notice else ""))
+    print(f"{RULE}; fake if it is at least {config.threshold}" + (f"\n{scorer.notice}" if scorer.notice else ""))
     if batch.frames_read:
         wall = batch.timing.wall
         print(f"{batch.frames_read} frames in {wall:.1f} s, {batch.frames_read / max(wall, 1e-9):.1f} frames/s; "
@@ -88,7 +88,7 @@ def serve(
     detection: Annotated[DetectConfig, tyro.conf.OmitArgPrefixes] = DetectConfig(),
     runtime: Annotated[Runtime, tyro.conf.OmitArgPrefixes] = Runtime(),
 ) -> None:
-    """Serve a model over HTTP: a page to drop an image or a video on, and the same for programs.
+    """Serve a model over HTTP: a web page to drop images and videos on, and an API for programs.
 
     Example: dtn-fast serve runs/first --port 8000
 
@@ -97,8 +97,8 @@ def serve(
     Args:
         model: A run, a checkpoint folder, or an .onnx, .mnn, .engine or .rtx file.
         config: Address and limits.
-        detection: Which frames are looked at, and what counts as fake.
-        runtime: How the model runs.
+        detection: Frames to analyse, and threshold of the verdict.
+        runtime: Device and precision that the model runs with.
     """
     from dtn_fast.serve.app import run
 

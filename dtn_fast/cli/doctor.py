@@ -1,4 +1,4 @@
-"""What this machine can run, and why not the rest."""
+"""Report of this machine's packages, runtimes and device."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ class Section(NamedTuple):
 
 
 def examine() -> Iterator[Section]:
-    """Packages, runtimes, the device."""
+    """Sections of the report: packages, runtimes, device."""
     rows = [["python", platform.python_version(), ""]]
     for package, use in NEEDS.items():
         try:
             rows.append([package, importlib.metadata.version(package), use])
         except importlib.metadata.PackageNotFoundError:
             rows.append([package, "not installed", use])
-    yield Section("Packages", ["what", "version", "for"], rows)
-    yield Section("Runtimes", ["model file", "through", "here"], [
+    yield Section("Packages", ["package", "version", "needed for"], rows)
+    yield Section("Runtimes", ["model file", "runtime", "available"], [
         [file, through, probe() or "yes"] for file, through, probe in RUNTIMES
     ])  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,7 +56,7 @@ def examine() -> Iterator[Section]:
     precision = str(choose_precision("auto", device)).removeprefix("torch.")
     yield Section(
         "Device",
-        ["what", "value"],
+        ["property", "value"],
         [["device", f"{device.type}: {name}"], ["training precision (--precision auto)", precision]],
     )
 
@@ -69,7 +69,7 @@ def _imports(module: str, package: str, gpu: bool = False) -> Callable[[], str]:
     def probe() -> str:
         if importlib.util.find_spec(module) is None:
             return f"no: not installed; pip install {package}"
-        if module.startswith("tensorrt"):  # its libraries may be missing although it is there
+        if module.startswith("tensorrt"):  # the package may be installed without its libraries
             try:
                 importlib.import_module(module)
             except ImportError as error:
@@ -95,7 +95,7 @@ def _provider(name: str) -> Callable[[], str]:
 def _rtx_gpu() -> str:
     major, minor = torch.cuda.get_device_capability()
     known = 10 * major + minor in (75, 80, 86, 89, 120, 121)
-    return "" if known else f"no: it compiles for no compute capability {major}.{minor}"
+    return "" if known else f"no: TensorRT-RTX does not support compute capability {major}.{minor}"
 
 
 def _compile() -> str:

@@ -46,14 +46,15 @@ def evaluate(
         data: Crops written by dtn-fast prepare, or folders of face pictures: <split>/<real or a forgery's name>/.
         model: Runs, checkpoint folders, .onnx, .mnn, .engine or .rtx files.
         protocol: within: one model, each forgery of one dataset; cross-dataset: models by datasets (Table 1);
-            cross-manipulation: models trained on one forgery each, by forgeries (Table 2); auto: one of the first two.
+            cross-manipulation: models trained on one forgery each, by forgeries (Table 2); auto: within for one model
+            and one dataset, else cross-dataset.
         config: Split, threshold and intervals.
         out: Also write OUT.json, OUT.md and OUT.tex and, with several models or datasets, OUT.svg.
         data_names: Names of the datasets in the table; the paper's are FF++, Celeb-DF, DFDC, DF-1.0, DFD.
         model_names: Names of the models in the table.
-        trained_on: For cross-manipulation the forgery each model was trained on; default: as its run says.
+        trained_on: For cross-manipulation, the forgery that each model was trained on.  Default: read from its run.
         self_blend: Measure against self-blended copies of the reals instead of the data's fakes.
-        runtime: How the models run.
+        runtime: Device and precision that the models run with.
     """
     if out is not None and out.name in ("", ".."):
         raise UsageError(f"--out {out}: a folder; name the files in it, such as {out / 'table1'}")
@@ -85,7 +86,7 @@ def robustness(
     config: Annotated[RobustnessConfig, tyro.conf.OmitArgPrefixes] = RobustnessConfig(),
     runtime: Annotated[Runtime, tyro.conf.OmitArgPrefixes] = Runtime(),
 ) -> None:
-    """Measure models under every corruption and level, one plot for all; the same command resumes it.
+    """Measure models under every corruption and level, and plot them together; the same command resumes it.
 
     Example: dtn-fast robustness data/crops --models runs/first runs/second --out robustness
 
@@ -93,13 +94,13 @@ def robustness(
         data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
         models: Runs, checkpoint folders, .onnx, .mnn, .engine or .rtx files.
         out: Folder for robustness.json, .md and .svg.
-        config: Which corruptions are measured.
-        runtime: How the models run.
+        config: Corruptions and levels to measure.
+        runtime: Device and precision that the models run with.
     """
     from dtn_fast.evaluation.robustness import robustness as run
 
     if not models:
-        raise UsageError("--models: at least one")
+        raise UsageError("--models: name at least one model")
     scorers = {str(path): load_scorer(path, runtime) for path in models}
     dataset = open_data(data, next(iter(scorers.values())).config.image_size)
     with progress() as bar:
@@ -118,7 +119,7 @@ def explain(
     model_names: tuple[str, ...] = (),
     device: Device = Runtime.device,
 ) -> None:
-    """Draw what checkpoints see: Grad-CAM, attention maps, head scales, attention collapse, features, soft labels.
+    """Draw figures of checkpoints: Grad-CAM, attention maps, head scales, attention collapse, features, soft labels.
 
     Example: dtn-fast explain data/crops --models runs/baseline runs/levt runs/moe runs/dtn --out pictures
 
@@ -126,9 +127,9 @@ def explain(
         data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
         models: Runs or checkpoint folders.
         out: Folder for the pictures and figures.json.
-        config: Which figures are drawn, and on which crops.
+        config: Figures to draw, and the crops to draw them on.
         model_names: Names of the models in the pictures.
-        device: Where the models run.
+        device: Device that the models run on.
     """
     from dtn_fast.evaluation.figures import VALUES, draw_models
     from dtn_fast.train.config import Recipe
@@ -142,18 +143,18 @@ def explain(
     missing = json.loads((out / VALUES).read_text(encoding="utf-8"))["left out"]
     for kind in config.kinds:
         if missing[kind]:
-            print(f"{kind}: none of {', '.join(missing[kind])}")
+            print(f"{kind}: not available for {', '.join(missing[kind])}")
     print("\n".join(str(path) for path in sorted(out.iterdir())))
 
 
 def report(paths: Annotated[list[Path], tyro.conf.Positional], out: Path = Path("report.html")) -> None:
-    """Gather runs and results on one page: curves, tables beside the paper's, pictures, the command of each.
+    """Write one results page of runs and results: curves, tables, pictures, and the command of each.
 
     Example: dtn-fast report runs/first tables robustness pictures --out report.html
 
     Args:
-        paths: Runs, and folders that evaluate, robustness, ablate or explain wrote.
-        out: The page, complete in itself.
+        paths: Runs, and folders written by evaluate, robustness, ablate or explain.
+        out: The HTML file to write, self-contained.
     """
     from dtn_fast.train.results_page import write_results_page
 

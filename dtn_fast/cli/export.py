@@ -28,15 +28,16 @@ def export(
 
     An engine: dtn-fast export dtn-int8.onnx --out dtn.rtx --archs 89 120
 
-    The answers are compared with torch through onnxruntime (or MNN) before the file appears; a quantised model must
-    also keep its validation AUC and logits within limits.  Engines get a manifest beside them, checked when loaded.
+    Before the file is written, its logits through onnxruntime (or MNN) are compared with those of torch; a quantised
+    model must also keep its validation AUC and logits within limits.  An engine gets an export manifest, which is
+    checked when the engine is loaded.
 
     Args:
         model: A run, a checkpoint folder, or for an engine also an .onnx file written by this command.
-        out: The file to write; its suffix says what it is.
-        onnx: The ONNX file, and what is built from it.
-        quantize: INT8 and FP8.
-        engine: How an engine is built.
+        out: The file to write; its suffix sets the format.
+        onnx: Options of the ONNX file.
+        quantize: Options of INT8 and FP8 quantisation.
+        engine: Options of the engine.
     """
     from dtn_fast.export.pipeline import export as run
 
@@ -52,12 +53,12 @@ def export(
         print(f"largest error {max(r.error for r in made.parity):.2e}, file {out.stat().st_size / 1e6:.1f} MB")
     if made.sensitivity:
         rows = [[row.layer, row.width, f"{row.worst:.4f}", f"{row.mean:.4f}"] for row in made.sensitivity]
-        header = ["layer", "to", "worst logit change", "mean"]
+        header = ["layer", "quantised to", "worst logit change", "mean"]
         print_table("Each layer quantised alone, most sensitive first", header, rows)
     if made.accuracy is not None:
         found = made.accuracy
         area = "undefined (one class)" if found.auc is None else f"{found.auc:.4f} -> {found.auc_quantized:.4f}"
-        print(f"validation split, {found.images} crops: frame AUC {area}; logits move by {found.mean:.4f} on average, "
+        print(f"validation split, {found.images} crops: frame AUC {area}; logit change {found.mean:.4f} on average, "
               f"{found.worst:.4f} at worst")  # fmt: skip
     if made.built is not None:
         _print_engine(model, out, engine, made.built)
@@ -72,7 +73,7 @@ def _print_engine(model: Path, out: Path, config: EngineConfig, built) -> None:
     print(f"{out}: {built.size / 2**20:.1f} MiB, batches {'/'.join(map(str, config.batches))}, compute capability "
           f"{archs}, attention {built.attention}; manifest {out.name}.json")  # fmt: skip
     if model.suffix == ".onnx" and out.suffix == ".engine":
-        print("The same by NVIDIA's own tools:", *commands(model, config), sep="\n  ")
+        print("The same engine built with NVIDIA's own tools:", *commands(model, config), sep="\n  ")
 
 
 def verify(
@@ -82,7 +83,7 @@ def verify(
     config: Annotated[VerifyConfig, tyro.conf.OmitArgPrefixes] = VerifyConfig(),
     runtime: Annotated[Runtime, tyro.conf.OmitArgPrefixes] = Runtime(),
 ) -> None:
-    """Compare two model files on the same crops: logits, verdicts, AUC and, layer by layer, where they part.
+    """Compare two model files on the same crops: logits, verdicts, AUC and, with --layers, each layer's output.
 
     Example: dtn-fast verify runs/first dtn.onnx --data crops --layers
 
@@ -90,10 +91,10 @@ def verify(
 
     Args:
         first: The reference: a run, a checkpoint, .onnx, .mnn, .engine or .rtx.
-        second: The file that is compared with it.
-        data: Crops written by dtn-fast prepare, or a folder of face pictures; without it, noise.
-        config: How the two are compared.
-        runtime: How the models run.
+        second: The file to compare with the reference.
+        data: Crops written by dtn-fast prepare, or a folder of face pictures.  Default: noise.
+        config: Options of the comparison.
+        runtime: Device and precision that the models run with.
     """
     from dtn_fast.export.verify import verify as run
 
@@ -102,7 +103,7 @@ def verify(
         print_table("Layer by layer", ["layer", "relative error", "largest difference"],
                     [[row.layer, f"{row.relative:.2e}", f"{row.worst:.2e}"] for row in found.layers])  # fmt: skip
     if not found.same_weights:
-        print("the two were made of different weights")
+        print("the two files were made from different weights")
     gap, (a, b) = found.agreement, found.names
     area = "" if None in gap.auc else f", AUC {gap.auc[0]:.4f} and {gap.auc[1]:.4f}"
     print(f"{first} ({a}) and {second} ({b}) on {gap.crops} {'crops' if data else 'crops of noise'}: "
@@ -113,7 +114,7 @@ def verify(
 
 
 def inspect(engine: Annotated[Path, tyro.conf.Positional], batch: int | None = None) -> None:
-    """Show what an engine, ONNX or MNN file is; for an engine on its GPU also its layers and their times.
+    """Show the metadata of an engine, ONNX or MNN file; for an engine on its GPU also its layers and their times.
 
     Example: dtn-fast inspect dtn.engine --batch 8
 
@@ -128,7 +129,7 @@ def inspect(engine: Annotated[Path, tyro.conf.Positional], batch: int | None = N
     print_table(str(engine), ["field", "value"], [[name, value] for name, value in describe(engine).items()])
     if engine.suffix in (".engine", ".rtx"):
         if not torch.cuda.is_available():
-            print("its layers and their times: shown on the GPU that it was built for")
+            print("layers and their times: shown only on the GPU that the engine was built for")
             return
         from dtn_fast.runtime.tensorrt import layers
 
@@ -143,7 +144,7 @@ def repository(
     out: Path,
     config: Annotated[RepositoryConfig, tyro.conf.OmitArgPrefixes] = RepositoryConfig(),
 ) -> None:
-    """Write a model repository of NVIDIA Triton Inference Server: dynamic batching, warm-up, encoded crop to score.
+    """Write a model repository for NVIDIA Triton Inference Server: encoded crops to scores, dynamic batching, warm-up.
 
     Example: dtn-fast repository dtn.onnx --out models
 
@@ -152,8 +153,8 @@ def repository(
 
     Args:
         model: An .onnx or .engine file written by dtn-fast export with --input crops (the default).
-        out: Folder of the repository; models of other names in it stay.
-        config: How the server runs the model.
+        out: Folder of the repository; other models in it are kept.
+        config: Options of the server.
     """
     from dtn_fast.export.triton_repository import write_repository
 

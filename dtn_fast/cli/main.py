@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
-import inspect as introspection
+import itertools
 import sys
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ from dtn_fast.train.config import PRESETS
 
 
 def bench() -> None:
-    """Measure this machine, print rooflines, compare results; dtn-fast bench --help shows its own options.
+    """Run benchmarks, print rooflines, compare results; dtn-fast bench --help shows the options.
 
     Example: dtn-fast bench model train --budget 300
     """
@@ -39,28 +39,25 @@ DESCRIPTION = """DTN face-forgery detection: train, distil, evaluate, export, de
 
 Example: dtn-fast detect clip.mp4 --model runs/first
 
-Exit codes: 0 done, 1 some inputs failed, 2 usage."""
+Exit codes: 0 success, 1 some inputs failed, 2 wrong usage."""
 
 
 def with_preset(verb: Callable[..., None], arguments: list[str]) -> Callable[..., None]:
-    """``verb`` with the recipe of the --preset among ``arguments`` as its default, so that options change that one."""
+    """``verb`` with the recipe of the last --preset in ``arguments`` as its default, which other options then change.
+
+    tyro's own presets are subcommands, a bare word in a fixed place; this keeps --preset an option in any order.
+    """
     words = [word for argument in arguments for word in argument.split("=", 1)]
-    name = words[words.index("--preset") + 1] if "--preset" in words[:-1] else ""
-    if name not in PRESETS:
+    names = [value for option, value in itertools.pairwise(words) if option == "--preset"]
+    if not names or names[-1] not in PRESETS:
         return verb
-    signature = introspection.signature(verb, eval_str=True)
-    recipe = signature.parameters["recipe"].replace(default=PRESETS[name].recipe)
-    changed = functools.wraps(verb)(lambda *args, **kwargs: verb(*args, **kwargs))
-    changed.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[recipe if p.name == "recipe" else p for p in signature.parameters.values()]
-    )
-    return changed
+    return functools.partial(verb, recipe=PRESETS[names[-1]].recipe)
 
 
 def main() -> None:
     """Entry point of ``dtn-fast``."""
     try:
-        if sys.argv[1:2] == ["bench"]:  # it runs where tyro is not installed, so it parses by itself
+        if sys.argv[1:2] == ["bench"]:  # bench also runs without tyro, so it parses its own arguments
             from dtn_fast.bench.run import main as run
 
             raise SystemExit(run(sys.argv[2:]))
@@ -68,14 +65,12 @@ def main() -> None:
         code = tyro.extras.subcommand_cli_from_dict(verbs, prog="dtn-fast", description=DESCRIPTION)
     except DtnError as error:
         raise SystemExit(_fail(str(error), error.exit_code)) from None
-    except OSError as error:  # a full disk, a folder without permission
+    except OSError as error:  # such as a full disk, or a folder without permission
         where = f"{error.filename}: " if error.filename else ""
         remedy = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         raise SystemExit(_fail(f"{where}{error.strerror or error}{remedy}", 1)) from None
     except KeyboardInterrupt:
-        raise SystemExit(
-            _fail("interrupted; the same command goes on where training or rendering stopped", 130)
-        ) from None
+        raise SystemExit(_fail("interrupted; run the same command to resume training or rendering", 130)) from None
     raise SystemExit(code or 0)
 
 

@@ -18,7 +18,7 @@ from dtn_fast.evaluation.config import RobustnessConfig
 
 ModelPreset = Literal["paper", "tiny"]
 LOG_EVERY = 30
-"""Seconds between progress lines where there is no terminal: the log file of a scheduler's job."""
+"""Seconds between progress lines without a terminal, as in the log file of a scheduler's job."""
 
 
 def synthesize(
@@ -26,14 +26,14 @@ def synthesize(
     config: Annotated[SyntheticConfig, tyro.conf.OmitArgPrefixes] = SyntheticConfig(),
     workers: int = WorkConfig.workers,
 ) -> None:
-    """Write the synthetic demo set, laid out like FaceForensics++.
+    """Write the synthetic demo dataset, laid out like FaceForensics++.
 
     Example: dtn-fast synthesize data/synthetic --train 56 --val 14 --test 20
 
     Args:
-        out: Folder to write; an interrupted run goes on there.
-        config: Size of the set.
-        workers: Worker processes.
+        out: Folder to write; an interrupted run resumes there.
+        config: Size of the dataset.
+        workers: Number of worker processes.
     """
     with progress() as bar:
         task = bar.add_task("rendering videos", note="")
@@ -52,16 +52,16 @@ def prepare(
     size: int | None = None,
     audit_only: bool = False,
 ) -> None:
-    """Audit a dataset and crop its faces, once, for training and evaluation; the same command resumes it.
+    """Audit a dataset and crop its faces for training and evaluation; the same command resumes it.
 
     Example: dtn-fast prepare /data/DFDC --out dfdc --dataset dfdc --frames 32 --share 3/8
 
     Args:
         root: The dataset as it was downloaded.
         out: Folder for the crops; all worker shares of one dataset write to the same folder.
-        source: Which dataset, and which part of it.
-        config: How faces are found and cropped.
-        work: How the work is spread over processes and machines.
+        source: Dataset, and the part of it to read.
+        config: Options of face finding and cropping.
+        work: Division of the work among processes and machines.
         preset: The model that will read the crops; it sets their size.
         size: Side of the crops in pixels instead of the preset's.
         audit_only: Check the dataset against its lists and published counts, then stop.
@@ -83,18 +83,18 @@ def prepare(
         for state in run(table, out, side, config, work):
             show(state)
     if not finished(out):
-        print(f"share {work.share} is done: {state.faces} faces of {state.total} videos; the last share writes the "
-              "index")  # fmt: skip
+        print(f"worker share {work.share} is done: {state.faces} faces of {state.total} videos; the worker share that "
+              "finishes last writes the index")  # fmt: skip
         return
     _print_prepared(out)
 
 
 class _Progress:
-    """Shows how far ``prepare`` is: a bar, or a line now and then where there is no terminal."""
+    """Progress of ``prepare``: a bar or, without a terminal, a line every LOG_EVERY seconds."""
 
     def __init__(self, bar) -> None:
         self._bar, self._task = bar, bar.add_task("cropping faces", total=None, note="")
-        self._begin = self._said = time.monotonic()
+        self._begin = self._printed = time.monotonic()
         self._first: int | None = None
 
     def __call__(self, state: PrepareProgress) -> None:
@@ -103,13 +103,13 @@ class _Progress:
         rate = (state.done - self._first) / max(now - self._begin, 1e-3)
         note = f"{state.faces} faces, {rate:.1f} videos/s"
         self._bar.update(self._task, completed=state.done, total=state.total, note=note)
-        if self._bar.disable and now - self._said > LOG_EVERY and rate:
-            self._said, left = now, (state.total - state.done) / rate
+        if self._bar.disable and now - self._printed > LOG_EVERY and rate:
+            self._printed, left = now, (state.total - state.done) / rate
             print(f"{state.done} of {state.total} videos, {note}, {left / 60:.0f} minutes left", flush=True)
 
 
 def _print_prepared(out: Path) -> None:
-    """Counts of what lies in ``out``.  Raises DtnError when videos could not be read."""
+    """Prints the counts of the crop dataset in ``out``.  Raises DtnError when videos could not be read."""
     from dtn_fast.data.crop_dataset import open_crop_dataset
 
     made = open_crop_dataset(out)
@@ -117,11 +117,9 @@ def _print_prepared(out: Path) -> None:
     empty = sum(bool(state["reason"]) for state in made.status)
     short = sum(0 < state["frames"] < state["asked"] for state in made.status)
     print(f"{len(made.video)} faces of {len(made.videos)} videos in {out}; {empty} videos without a face, {short} with "
-          f"fewer frames than asked, {len(bad)} unreadable")  # fmt: skip
+          f"fewer frames than requested, {len(bad)} unreadable")  # fmt: skip
     if bad:
-        raise DtnError(
-            f"{len(bad)} videos could not be read or broke off, the first: {bad[0]}; the others are in {out}"
-        )
+        raise DtnError(f"{len(bad)} videos could not be read to the end, the first: {bad[0]}; the others are in {out}")
 
 
 def corrupt(

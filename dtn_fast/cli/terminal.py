@@ -1,4 +1,4 @@
-"""What a person sees on a terminal: tables, and a progress bar where there is one."""
+"""Terminal output: tables and progress bars."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from dtn_fast.evaluation.tables import LEVELS, ResultTable
 
 
 def print_result_table(table: ResultTable) -> None:
-    """Both levels, then all that must be said of them."""
+    """Prints a table at both levels, then its protocol notes, notes and notices."""
     for level in LEVELS:
         print_table(f"{table.title}, {level} level, percent", *table.text(level))
     print("\n".join([*(f"{c}: {p}" for c, p in table.column_notes.items()), *table.notes, *table.notices]))
 
 
 def console() -> Console:
-    """The terminal; a width that keeps tables whole where there is none."""
+    """Console on stdout; 140 columns wide without a terminal, so that tables stay whole."""
     return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 
 def progress() -> Progress:
-    """A bar on stderr with count, rate of progress and time left; silent where stderr is no terminal."""
+    """Progress bar on stderr with count, percentage and time left; silent if stderr is not a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

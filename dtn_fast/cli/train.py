@@ -44,13 +44,13 @@ def train(
     Args:
         data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
         out: Folder of the run.
-        recipe: What is learned.
-        execution: How it is computed.
-        preset: A model and the recipe that the options below change; --preset NAME --help shows its values.
+        recipe: Training recipe; *choice* marks values that the paper leaves open.
+        execution: Options of speed and safety.
+        preset: Model, and default values of the recipe's options; --preset NAME --help shows them.
         config: A JSON file of DTNConfig or TimmConfig fields instead of the preset's model.
         timm: A model of timm's registry instead of the preset's, such as legacy_xception.
         wandb: A Weights & Biases project to log to as well.
-        device: Where to train.
+        device: Device to train on.
     """
     from dtn_fast.train.config import choose_model
     from dtn_fast.train.distill import train_initial
@@ -73,7 +73,7 @@ def distill(
     wandb: str = "",
     device: Device = Runtime.device,
 ) -> None:
-    """Distil a trained run generation by generation (DSD) until validation AUC stops improving; resumable.
+    """Distil a run by generations (DSD) until validation AUC stops improving; the same command resumes it.
 
     Example: dtn-fast distill data/crops --run runs/first
 
@@ -81,11 +81,11 @@ def distill(
 
     Args:
         data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
-        run: A folder written by dtn-fast train; its recipe says how many generations at most.
+        run: A folder written by dtn-fast train; its recipe sets the maximum number of generations.
         restart: Delete this generation and the later ones, and distil them again.
-        execution: How it is computed.
+        execution: Options of speed and safety.
         wandb: A Weights & Biases project to log to as well.
-        device: Where to train.
+        device: Device to train on.
     """
     from dtn_fast.train.distill import distill as chain
     from dtn_fast.train.run_folder import load_run, summarise
@@ -109,7 +109,7 @@ def _record(folder: Path) -> None:
 
 
 def _run_training(start: Any, run: Path, recipe: Recipe, execution: Execution, device: str, wandb: str) -> None:
-    """Drives a training generator to its end, shown, stoppable by signals, reported."""
+    """Runs a training generator to its end: shows progress, stops on signals, writes the run's report."""
     from dtn_fast.train.display import watch
     from dtn_fast.train.run_report import write_run_report
     from dtn_fast.train.signals import signals
@@ -146,7 +146,7 @@ def ablate(
     config: Path | None = None,
     device: Device = Runtime.device,
 ) -> None:
-    """Train every model of one of the paper's tables and tabulate it beside the paper's; the same command resumes it.
+    """Train every model of one of the paper's tables and compare it with the paper; the same command resumes it.
 
     Example: dtn-fast ablate losses --data ffpp --tests ffpp celebdf dfdc df1 --test-names FF++ Celeb-DF DFDC DF-1.0
     --preset ffpp-c23
@@ -159,15 +159,15 @@ def ablate(
         name: cross-dataset and cross-manipulation (Tables 1 and 2); components, soft-labels, losses, local-connection,
             moe, mas, depth, generations (3 to 10); noise, center-dimension, backbones or experts (Figure 6).
         data: Crops to train on, written by dtn-fast prepare.
-        tests: Crops whose test split is measured; none: that of the data.
-        test_names: Their names in the table; the paper's are FF++, Celeb-DF, DFDC, DF-1.0, DFD.
-        out: Folder of NAME/ with the variants' runs, NAME.json, NAME.md, NAME.tex and NAME.svg.
-        only: Train these variants alone; others that are in the table already stay there.
-        recipe: What the variants' own changes are made to.
-        execution: How it is computed.
-        preset: A model and the recipe that the options below change.
+        tests: Crops whose test split is measured.  Default: the crops of --data.
+        test_names: Names of the tests in the table; the paper's are FF++, Celeb-DF, DFDC, DF-1.0, DFD.
+        out: Folder for NAME/ with the variants' runs, NAME.json, NAME.md, NAME.tex and NAME.svg.
+        only: Variants to train; the others stay in the table if they are measured already.  Default: all.
+        recipe: Recipe that the variants change.
+        execution: Options of speed and safety.
+        preset: Model, and default values of the recipe's options; --preset NAME --help shows them.
         config: A JSON file of DTNConfig fields instead of the preset's model.
-        device: Where to train.
+        device: Device to train on.
     """
     from dtn_fast.train.ablate import ablate_folders
     from dtn_fast.train.config import choose_model
@@ -188,8 +188,8 @@ def ablate(
 
 
 def _watch(name: str, steps: Iterator[Working | ResultTable]) -> ResultTable:
-    """Drives the training of a table and shows where it stands."""
-    said = ""
+    """Runs the training of a table to its end, shows progress and returns the table."""
+    printed = ""
     with progress() as bar:
         task = bar.add_task(name, total=None, note="")
         for step in steps:
@@ -198,7 +198,7 @@ def _watch(name: str, steps: Iterator[Working | ResultTable]) -> ResultTable:
             event = step.event
             note = step.variant + (f", generation {event.generation}, epoch {event.epoch + 1}" if event else ", tests")
             bar.update(task, completed=step.number, total=step.total, note=note)
-            if bar.disable and said != note:
-                said = note
-                print(f"{step.number + 1} of {step.total}: {said}", flush=True)
-    raise AssertionError("it ends with the table")
+            if bar.disable and printed != note:
+                printed = note
+                print(f"{step.number + 1} of {step.total}: {note}", flush=True)
+    raise AssertionError("the steps end with the table")

@@ -24,7 +24,7 @@ class AugmentPreset:
     shift: float = 0.05
     """Largest shift, as a fraction of the crop's side."""
     scale: float = 0.1
-    """Largest change of size, as a fraction of it."""
+    """Largest relative change of size."""
     rotate: float = 10.0
     """Largest rotation in degrees."""
     brightness_contrast: float = 0.5
@@ -32,7 +32,7 @@ class AugmentPreset:
     brightness: float = 0.2
     """Largest change of brightness, as a fraction of 255."""
     contrast: float = 0.2
-    """Largest change of the factor that multiplies the pixels, from 1."""
+    """Largest deviation from 1 of the factor that multiplies the pixels."""
     blur: float = 0.1
     """Probability of a Gaussian blur."""
     sigma: tuple[float, float] = (0.3, 1.5)
@@ -156,6 +156,7 @@ class SyntheticConfig:
     size: int = 256
     """Side of the square frames in pixels."""
     seed: int = 0
+    """Random seed of the faces and forgeries."""
 
     def __post_init__(self) -> None:
         for name in ("train", "val", "test"):

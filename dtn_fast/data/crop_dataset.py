@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dtn_fast.data.sampling import evenly_spaced
 from dtn_fast.data.video_table import Video, video_of
 from dtn_fast.errors import UsageError
 from dtn_fast.files import load_array
@@ -112,14 +113,14 @@ class CropDataset:
     def evenly_spaced(self, split: str, count: int) -> NDArray[np.int64]:
         """``count`` crop numbers of a split (or all, when it has fewer), evenly spaced from the first to the last."""
         rows = self.select(split)
-        return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
+        return rows[evenly_spaced(len(rows), count)]
 
     def fingerprint(self, rows: NDArray[np.int64]) -> str:
         """Hash that tells whether two metrics were measured on the same crops, from the videos and frames of ``rows``
         and the pixels of 64 evenly spaced crops among them."""
         names = (f"{self.videos[v].path} {f}" for v, f in zip(self.video[rows], self.frame[rows], strict=True))
         digest = hashlib.sha256("\n".join(names).encode("utf-8", "replace"))
-        some = np.linspace(0, len(rows) - 1, min(64, len(rows))).round().astype(int)
+        some = evenly_spaced(len(rows), 64)
         digest.update(self.get(rows[some]).tobytes())
         return digest.hexdigest()[:16]
 
@@ -136,7 +137,7 @@ class CropDataset:
 
 
 def open_crop_dataset(folder: Path, verify: bool = False) -> CropDataset:
-    """Opens a folder that :func:`dtn_fast.data.prepare.prepare` wrote; ``verify`` compares the checksums of all crops.
+    """Opens a folder that :func:`dtn_fast.data.prepare.prepare` wrote; ``verify`` compares the crops' checksums.
 
     Raises UsageError when it is missing, unfinished, damaged or of another version.
     """

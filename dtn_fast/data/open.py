@@ -63,7 +63,7 @@ def open_pictures(table: VideoTable, size: int) -> CropDataset:
 
 
 def open_data(folder: Path, size: int) -> CropDataset:
-    """Opens prepared crops, or else the face pictures in ``folder``: <split>/<real or a forgery's name>/, or just reals.
+    """Opens prepared crops, or else the face pictures in ``folder``: <split>/<real or a forgery's name>/, or reals.
 
     size: side in pixels that pictures are resized to.  Raises UsageError when ``folder`` holds neither.
     """

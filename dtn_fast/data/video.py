@@ -1,4 +1,8 @@
-"""Reading and writing of images and videos as upright RGB arrays, with one-line errors."""
+"""Reading and writing of images and videos as upright RGB arrays, with one-line errors.
+
+torchcodec gives the same bits no faster (24 of 600 frames: 1.5 times as long), but its wheel needs CUDA's libraries and
+a separate FFmpeg, and it failed on an MPEG-TS file.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dtn_fast.data.sampling import evenly_spaced
 from dtn_fast.errors import MediaError
+from dtn_fast.files import replacing
 
 IMAGES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"])
 VIDEOS = frozenset([".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"])
@@ -74,7 +80,7 @@ def read_frames(path: Path, count: int | None = None, threads: int = 0, check: C
     last, wanted = -1, None
     if count is not None:
         index = _index(path, check)
-        wanted = _spread(index.total, count)
+        wanted = evenly_spaced(index.total, count)
         for frame in _jump(path, index, wanted, threads, check):
             last = frame.number
             yield frame
@@ -82,7 +88,7 @@ def read_frames(path: Path, count: int | None = None, threads: int = 0, check: C
             return
     try:
         if count is not None and last < 0:  # the first frames cannot be decoded: the others are numbered from 0
-            wanted = _spread(sum(1 for _ in _decoded(path, threads, check)), count)
+            wanted = evenly_spaced(sum(1 for _ in _decoded(path, threads, check)), count)
         for number, raw in enumerate(_decoded(path, threads, check)):
             if number > last and (wanted is None or number in wanted):
                 last = number
@@ -92,10 +98,6 @@ def read_frames(path: Path, count: int | None = None, threads: int = 0, check: C
             raise MediaError(f"{path}: cannot read this video ({_reason(error)})") from error
     if last < 0:
         raise MediaError(f"{path}: the video holds no frame")
-
-
-def _spread(total: int, count: int) -> list[int]:
-    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
 
 
 def _frame(number: int, raw: Any) -> Frame:
@@ -285,24 +287,18 @@ def write_frames(
     """
     import av
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with av.open(str(partial), "w", format="mp4") as container:
-            stream = None
-            for number, image in enumerate(frames, 1):
-                image = np.pad(image, ((0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)), "edge")
-                if stream is None:
-                    stream = container.add_stream("libx264", rate=fps, options=h264(crf, preset))
-                    stream.height, stream.width = image.shape[:2]
-                    stream.pix_fmt, stream.thread_count = "yuv420p", 1
-                    if rotation:
-                        stream.set_display_rotation(rotation)
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
-                yield number
+    with replacing(path) as partial, av.open(str(partial), "w", format="mp4") as container:
+        stream = None
+        for number, image in enumerate(frames, 1):
+            image = np.pad(image, ((0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)), "edge")
             if stream is None:
-                raise MediaError(f"{path}: no frame to write")
-            container.mux(stream.encode())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+                stream = container.add_stream("libx264", rate=fps, options=h264(crf, preset))
+                stream.height, stream.width = image.shape[:2]
+                stream.pix_fmt, stream.thread_count = "yuv420p", 1
+                if rotation:
+                    stream.set_display_rotation(rotation)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+            yield number
+        if stream is None:
+            raise MediaError(f"{path}: no frame to write")
+        container.mux(stream.encode())

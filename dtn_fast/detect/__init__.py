@@ -1,4 +1,4 @@
-"""Images and videos judged: ``detect`` one of them, or ``detect_many``."""
+"""Detection of forged faces: ``detect`` for one image or video, ``detect_many`` for several."""
 
 from dtn_fast.detect.batch import detect_many
 from dtn_fast.detect.config import DetectConfig

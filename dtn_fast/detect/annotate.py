@@ -1,4 +1,4 @@
-"""A judged video again, with every face framed, its score beside it and the forged spans below."""
+"""Annotated copies of videos: every face framed with its score, the forged spans at the bottom."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ RED, GREEN = (220, 40, 40), (30, 160, 70)
 
 
 def annotate(result: Result, out: Path, threshold: float) -> Iterator[int]:
-    """Writes the video of ``result`` with every face framed, its score, and the forged spans below, to ``out`` (.mp4).
+    """Writes the video of ``result`` to ``out`` (.mp4), every face framed with its score, forged spans at the bottom.
 
-    Boxes move evenly between the frames that were looked at.  Yields the number of frames written.
+    Boxes are interpolated between the analysed frames.  Yields the number of frames written.
     """
     tracks: dict[int, list[tuple[int, Face]]] = {}
     for frame in result.frames:
@@ -61,7 +61,7 @@ def _drawn(
 
 
 def _at(track: list[tuple[int, Face]], number: int) -> tuple[Box, float] | None:
-    """Where and how a person is at a frame between two that were looked at; None outside."""
+    """Box and score of a person at a frame, interpolated between analysed frames; None outside the track."""
     place = bisect.bisect_left(track, number, key=lambda item: item[0])
     if place == len(track) or (track[place][0] > number and not place):
         return None

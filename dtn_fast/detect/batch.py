@@ -1,4 +1,4 @@
-"""Many inputs judged one after another, and what is written of them: results.json, report.html, annotated videos."""
+"""Detection on many inputs, and its output files: results.json, report.html, annotated videos."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from dtn_fast.runtime.scorer import Scorer
 
 @dataclass
 class BatchResult:
-    """What many inputs came to."""
+    """Results of many inputs."""
 
     inputs: int = 0
     """Number of inputs found."""
     results: list[Result] = field(default_factory=list)
-    """One for each input, in order."""
+    """Result of each input, in order."""
     timing: Timing = field(default_factory=Timing)
-    """Sums over all inputs."""
+    """Times, summed over all inputs."""
     annotated: list[Path] = field(default_factory=list)
     """Annotated videos written."""
     problems: list[str] = field(default_factory=list)
@@ -51,11 +51,12 @@ def detect_many(
     annotate: bool = False,
     watch: Callable[[BatchResult, str], object] = lambda _batch, _note: None,
 ) -> BatchResult:
-    """Judges images, videos, folders (searched recursively) and globs; writes ``out``/results.json and report.html.
+    """Runs :func:`detect` on images, videos, folders (searched recursively) and globs; writes ``out``/results.json and
+    report.html.
 
-    annotate: also write each video with its faces framed and the forged spans marked.  watch: called often with what
-    there is so far and a note of what is being done.  Raises UsageError without any input; an input that cannot be
-    judged is a line in ``problems``, and the rest goes on.
+    annotate: also write each video with its faces framed and the forged spans marked.  watch: called often with the
+    batch so far and a note of the current work.  Raises UsageError without inputs; an input without a verdict adds a
+    line to ``problems`` and does not stop the others.
     """
     if not inputs:
         raise UsageError("no inputs; name images, videos, folders or globs, such as clip.mp4")

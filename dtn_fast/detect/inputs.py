@@ -1,4 +1,4 @@
-"""Paths, folders and globs to frames."""
+"""Input files from paths, folders and globs, and their frames."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dtn_fast.errors import MediaError
 def find_inputs(patterns: list[str]) -> Iterator[tuple[Path, str | None]]:
     """Files named by paths, folders (searched recursively for images and videos) and globs, each once, in order.
 
-    Yields (path, error); an error says why that path gives no input, and the rest goes on.
+    Yields (path, error); an error explains why that path gives no input, and does not stop the others.
     """
     seen: set[Path] = set()
     for pattern in patterns:
@@ -47,9 +47,9 @@ def _walk(path: Path) -> Iterator[tuple[Path, str | None]]:
 
 
 def frames_of(path: Path, count: int, rate: float, check: Check = lambda: None) -> Iterator[Frame]:
-    """The frame of an image, or frames of a video: ``count`` evenly spaced (0: every one), or ``rate`` per second.
+    """Yields the frame of an image, or frames of a video: ``count`` evenly spaced (0: all), or ``rate`` per second.
 
-    ``check`` is called for every packet read.  Raises MediaError.
+    ``check`` is called for every packet read.  Raises MediaError when ``path`` is not a readable image or video.
     """
     if not path.is_file():
         raise MediaError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")

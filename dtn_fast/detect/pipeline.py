@@ -1,6 +1,6 @@
-"""An image or video to a verdict: faces found and followed, scored, aggregated by a named rule.
+"""Detection on one image or video: finds and tracks faces, scores them and aggregates the scores by RULE.
 
-A video streams: one thread decodes, the caller's thread finds faces, another scores, so that memory does not grow
+A video is streamed: one thread decodes, the caller's thread finds faces, another scores, so that memory does not grow
 with its length and the three overlap.
 """
 
@@ -30,11 +30,11 @@ from dtn_fast.runtime.scorer import Scorer
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
 BATCH = 16
-"""Faces scored at once."""
+"""Number of faces scored at once."""
 AHEAD = 4
-"""Most frames decoded, and most batches scored, before they are needed."""
+"""Maximum number of frames decoded, and of batches scored, before they are needed."""
 TOP = 4
-"""Faces of an input kept for the report, the highest-scoring ones."""
+"""Number of highest-scoring faces of an input kept for the report."""
 
 
 def detect(
@@ -45,11 +45,11 @@ def detect(
     watch: Callable[[int], object] = lambda _: None,
     model: Detector | None = None,
 ) -> Result:
-    """The verdict on one image or video; errors of the input end up in the result, they do not raise.
+    """The verdict on one image or video; an unreadable input gives a result with an error, it does not raise.
 
-    finder: reused over many inputs; default: a new one.  watch: called with the number of frames read so far, also
-    while none comes; what it raises ends the work.  model: draws heat maps; default: the scorer's own, if it is a torch
-    model.  Raises UsageError when a package is missing.
+    finder: face finder to reuse over many inputs; default: a new one.  watch: called with the number of frames read so
+    far, also while waiting for a frame; an exception raised by it ends the work.  model: model for the heat maps;
+    default: the scorer's, if it is a torch model.  Raises UsageError when a package is missing.
     """
     path, tracker = Path(path), FaceTracker(finder or FaceFinder(), config.every)
     result, kept = Result(path), list[Picture]()
@@ -83,7 +83,7 @@ def detect(
 
 
 def _with_heat(pictures: list[Picture], model: Detector | None) -> list[Picture]:
-    """The pictures with their Grad-CAM, where ``model`` has a map to draw it from."""
+    """The pictures with their Grad-CAM, if ``model`` has a feature map for it."""
     if model is None or model.cam_layer() is None:
         return pictures
     heats = grad_cam(model, np.stack([p.crop for p in pictures]))
@@ -93,7 +93,7 @@ def _with_heat(pictures: list[Picture], model: Detector | None) -> list[Picture]
 def _ahead(
     source: Callable[[Check], Iterator[Frame]], timing: Timing, waiting: Callable[[], object]
 ) -> Generator[Frame, None, None]:
-    """The frames of ``source`` decoded on another thread, at most AHEAD of them early."""
+    """The frames of ``source``, decoded on another thread, at most AHEAD of them before they are needed."""
 
     def timed(check: Check) -> Iterator[Frame]:
         frames = source(check)
@@ -109,7 +109,7 @@ def _ahead(
 
 
 class _Scoring:
-    """Faces in the order of their frames to batches, scored on another thread, written into ``result``."""
+    """Collects faces into batches in frame order, scores them on another thread and writes them into ``result``."""
 
     def __init__(self, scorer: Scorer, result: Result, kept: list[Picture]) -> None:
         self._scorer, self._result, self._kept = scorer, result, kept
@@ -118,7 +118,7 @@ class _Scoring:
         self._pool = ThreadPoolExecutor(1, "scoring")
 
     def add(self, frame: Frame, found: list[Tracked], crops: list[NDArray[np.uint8]]) -> None:
-        self._pending.append((frame.number, frame.seconds, found, crops))  # the picture itself may go
+        self._pending.append((frame.number, frame.seconds, found, crops))  # without the frame's image
         if sum(len(item[2]) for item in self._pending) >= BATCH:
             self._submit()
 

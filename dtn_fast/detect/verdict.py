@@ -1,4 +1,4 @@
-"""Scored faces to people, forged spans and a verdict."""
+"""The verdict on an input: scored faces are grouped into people and forged spans, and their scores aggregated."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Face(NamedTuple):
     box: Box
     score: float
     person: int = 0
-    """Number of the face's track in this input, from 0; who is lost from sight for long gets a new one."""
+    """Number of the person's track in this input, from 0; a person out of sight for long gets a new number."""
 
 
 class FrameResult(NamedTuple):
@@ -39,17 +39,17 @@ class Span(NamedTuple):
     """A stretch of a video in which a person's score is at or over the threshold."""
 
     start: float
-    """Seconds."""
+    """Start in seconds."""
     end: float
     score: float
-    """Mean over its frames."""
+    """Mean P(fake) over its frames."""
 
 
 class Person(NamedTuple):
     number: int
     score: float
     frames: int
-    """In which the face was found."""
+    """Number of frames in which the person's face was found."""
     spans: list[Span]
 
 
@@ -61,12 +61,12 @@ class Picture(NamedTuple):
     score: float
     crop: NDArray[np.uint8]
     heat: NDArray[np.float32] | None
-    """Grad-CAM, when the scorer is a torch model."""
+    """Grad-CAM heat map; None unless the model is a torch model."""
 
 
 @dataclass
 class Timing:
-    """Seconds that each stage worked, and that all took together; the stages overlap."""
+    """Seconds of work in each stage, and seconds elapsed in total (``wall``); the stages overlap."""
 
     decode: float = 0.0
     find_faces: float = 0.0
@@ -74,7 +74,7 @@ class Timing:
     wall: float = 0.0
 
     def shares(self) -> str:
-        """Where the work went, in percent of the sum."""
+        """Each stage's share of the work as text, in percent."""
         total = self.decode + self.find_faces + self.score or 1.0
         parts = (("decoding", self.decode), ("finding faces", self.find_faces), ("scoring", self.score))
         return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts)
@@ -86,7 +86,7 @@ class Timing:
 
 @dataclass
 class Result:
-    """What one input came to."""
+    """Result of one input."""
 
     path: Path
     verdict: str = "failed"
@@ -96,7 +96,7 @@ class Result:
     frames: list[FrameResult] = field(default_factory=list)
     """The frames with at least one face."""
     people: list[Person] = field(default_factory=list)
-    """Highest score first."""
+    """People, highest score first."""
     pictures: list[Picture] = field(default_factory=list)
     error: str | None = None
     timing: Timing = field(default_factory=Timing)
@@ -107,7 +107,7 @@ class Result:
 
     @property
     def spans(self) -> list[Span]:
-        """Forged stretches of anybody, by start."""
+        """Forged spans of all people, by start."""
         return sorted(span for person in self.people for span in person.spans)
 
     def to_json(self) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def judge(result: Result, threshold: float) -> None:
 
 
 def people_of(frames: list[FrameResult], threshold: float) -> list[Person]:
-    """Everybody in ``frames``, highest score first."""
+    """All people in ``frames``, highest score first."""
     seen: dict[int, list[tuple[int, float, float]]] = {}
     for place, frame in enumerate(frames):
         for face in frame.faces:
@@ -161,7 +161,7 @@ def people_of(frames: list[FrameResult], threshold: float) -> list[Person]:
 
 
 def _spans(own: list[tuple[int, float, float]], threshold: float) -> list[Span]:
-    """Runs of frames next to each other with a score at or over the threshold, from the first to the last of a run."""
+    """Spans of successive frames with a score at or over the threshold; one frame without the face does not end one."""
     spans: list[Span] = []
     run: list[tuple[int, float, float]] = []
     for item in [*own, None]:

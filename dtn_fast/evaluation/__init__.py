@@ -1,1 +1,1 @@
-"""Metrics, the paper's protocols, and tables and figures of them."""
+"""Metrics, the paper's protocols, and their tables and figures."""

@@ -13,33 +13,33 @@ FIGURES = ("grad-cam", "attention", "scales", "collapse", "feature-maps", "t-sne
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """How scores become metrics."""
+    """Split, threshold and confidence intervals of an evaluation."""
 
     split: Split = "test"
-    """Split of the crops."""
+    """Split to measure."""
     threshold: float = 0.5
     """P(fake) at and above which a face or a video counts as fake: in accuracy, verdicts and spans."""
     bootstrap_draws: int = 1000
-    """Bootstrap draws of videos behind each interval."""
+    """Number of bootstrap draws of videos for each confidence interval."""
     confidence: float = 0.95
-    """Share of the draws that an interval of the AUC holds."""
+    """Confidence level of the AUC's intervals."""
 
 
 @dataclass(frozen=True)
 class RobustnessConfig:
-    """Which corruptions are measured."""
+    """Corruptions and levels to measure."""
 
     kinds: tuple[str, ...] = (*("uniform_noise" if k == "gaussian_noise" else k for k in PERTURBATIONS), "jpeg")
-    """Corruptions.  Default: the paper's, which are DeeperForensics' seven with uniform in place of Gaussian noise
-    (its gate is trained on that), and JPEG."""
+    """Kinds of corruption.  Default: the paper's, which are DeeperForensics' seven, with uniform instead of Gaussian
+    noise (the gate is trained with Gaussian noise), and JPEG."""
     levels: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
-    """Levels, 1 to 5 from mild to strong; 0 is the untouched crops."""
+    """Levels from 1 (mild) to 5 (strong); 0 is the untouched crops."""
     split: Split = EvaluateConfig.split
-    """Split of the crops."""
+    """Split to measure."""
     seed: int = 0
-    """Seed of noise and blocks."""
+    """Random seed of noise and blocks."""
     workers: int = 2
-    """Threads that corrupt crops."""
+    """Number of threads that corrupt crops."""
 
     def __post_init__(self) -> None:
         for name in ("kinds", "levels"):
@@ -50,23 +50,23 @@ class RobustnessConfig:
             for level in self.levels:
                 check(kind, level)
         if self.workers < 1:
-            raise UsageError(f"--workers {self.workers}: at least 1")
+            raise UsageError(f"--workers {self.workers}: must be at least 1")
 
 
 @dataclass(frozen=True)
 class FigureConfig:
-    """Which figures of trained models are drawn, and on which crops."""
+    """Figures to draw, and the crops to draw them on."""
 
     kinds: tuple[str, ...] = FIGURES
     """Figures to draw."""
     split: Split = EvaluateConfig.split
     """Split of the crops."""
     count: int = 400
-    """Crops in the t-SNE."""
+    """Number of crops in the t-SNE figure."""
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
             if kind not in FIGURES:
                 raise UsageError(f"unknown figure {kind!r}; there are {', '.join(FIGURES)}")
         if self.count < 1:
-            raise UsageError(f"--count {self.count}: at least 1")
+            raise UsageError(f"--count {self.count}: must be at least 1")

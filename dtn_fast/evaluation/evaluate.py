@@ -1,4 +1,4 @@
-"""A scorer and prepared crops to metrics: overall and per forgery, frame and video level."""
+"""Metrics of a scorer on prepared crops: overall and per forgery, at frame and video level."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dtn_fast.evaluation.tables import markdown_table
 from dtn_fast.runtime.scorer import Scorer
 
 CHUNK = 256
-"""Crops read at once."""
+"""Number of crops read at once."""
 
 
 class EvaluationRow(NamedTuple):
@@ -25,7 +25,7 @@ class EvaluationRow(NamedTuple):
     frame: Metrics
     video: Metrics
     frame_interval: tuple[float, float] | None
-    """95 % of the frame AUC, by bootstrap over videos; None where there is no AUC."""
+    """Confidence interval of the frame AUC, by bootstrap over videos; None if there is no AUC."""
     video_interval: tuple[float, float] | None
     note: str
     """Protocol note: split, number of videos and frames, how video scores are averaged."""
@@ -36,7 +36,7 @@ class Evaluation(NamedTuple):
     rows: list[EvaluationRow]
     videos: int
     no_face: int
-    """Videos of the split in which no face was found; they are counted here and scored nowhere."""
+    """Number of videos of the split in which no face was found; they are not scored."""
     unreadable: int
     frames_per_video: float
     notice: str
@@ -47,8 +47,8 @@ class Evaluation(NamedTuple):
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows as text."""
-        header = ["fakes", "frame ACC", "frame AUC", "95 %", "frame EER", "frame AP", "video ACC", "video AUC", "95 %",
-                  "videos"]  # fmt: skip
+        header = ["fakes", "frame ACC", "frame AUC", "interval", "frame EER", "frame AP", "video ACC", "video AUC",
+                  "interval", "videos"]  # fmt: skip
         body = []
         for row in self.rows:
             cells = [row.frame.text("acc"), row.frame.text("auc"), _text(row.frame_interval)]
@@ -77,10 +77,10 @@ def evaluate(
     config: EvaluateConfig = EvaluateConfig(),
     groups: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Evaluation:
-    """Scores every crop of a split once and measures each group of forgeries against all its reals.
+    """Scores every crop of a split once and measures each group of forgeries against all reals of the split.
 
     groups: row title -> forgeries; default: all of them together, then one by one.  Raises UsageError when the split is
-    empty or the crops are not of the model's size and margin.
+    empty or the crops do not have the model's size and margin.
     """
     split, rows = config.split, dataset.select(config.split)
     if not len(rows):
@@ -89,10 +89,11 @@ def evaluate(
     scores = np.concatenate([scorer.score(dataset.get(rows[i : i + CHUNK])) for i in range(0, len(rows), CHUNK)])
     labels, names = dataset.labels[rows], dataset.video[rows].astype(str)
     kinds = np.array([v.method for v in dataset.videos])[dataset.video[rows]]
+    drawn = f"{config.confidence:.0%} intervals by {config.bootstrap_draws:,} bootstrap draws of videos"
     table = []
     for title, group in (groups or {"all": dataset.methods, **{m: (m,) for m in dataset.methods}}).items():
         keep = (labels == 0) | np.isin(kinds, group)
-        note = protocol_note(dataset, split, group, config.bootstrap_draws)
+        note = f"{protocol_note(dataset, split, group)}; {drawn}"
         table.append(_row(title, labels[keep], scores[keep], names[keep].tolist(), config, note))
     states = [state for video, state in zip(dataset.videos, dataset.status, strict=True) if video.split == split]
     return Evaluation(
@@ -114,7 +115,7 @@ def _row(
     config: EvaluateConfig,
     note: str,
 ) -> EvaluationRow:
-    """Frames [n], each with the name of its video, measured one by one and as videos."""
+    """Metrics of frames [n] at frame level and, by the names of their ``videos``, at video level."""
     interval = lambda y, s, of: auc_interval(y, s, of, config.bootstrap_draws, config.confidence)
     y, s = by_video(videos, labels, scores)
     frame, video = evaluate_scores(labels, scores, config.threshold), evaluate_scores(y, s, config.threshold)
@@ -122,20 +123,16 @@ def _row(
     return EvaluationRow(title, frame, video, *intervals, note)
 
 
-def protocol_note(dataset: CropDataset, split: str, forgeries: tuple[str, ...], draws: int) -> str:
-    """How metrics on ``split``, its reals and the fakes of ``forgeries``, were computed: one sentence.
-
-    draws: bootstrap draws behind the intervals; 0: there are none.
-    """
+def protocol_note(dataset: CropDataset, split: str, forgeries: tuple[str, ...]) -> str:
+    """Protocol note, one sentence, of metrics on the reals of ``split`` and its fakes of ``forgeries``."""
     chosen = [(video, state) for video, state in zip(dataset.videos, dataset.status, strict=True)
               if video.split == split and (not video.label or video.method in forgeries)]  # fmt: skip
     fakes = sum(video.label for video, _ in chosen)
     faceless = sum(not state["faces"] and not state["error"] for _, state in chosen)
     unreadable = sum(bool(state["error"]) for _, state in chosen)
     frames = len(dataset.select(split, forgeries)) / max(len(chosen) - faceless - unreadable, 1)
-    drawn = f"; intervals by {draws:,} bootstrap draws of videos" if draws else ""
     return (
         f"{split} split, {len(chosen)} videos ({len(chosen) - fakes} real, {fakes} fake), {frames:.1f} frames each on "
         f"average, {dataset.faces}; video score = mean of its frames; {faceless} videos without a face and "
-        f"{unreadable} unreadable ones not scored{drawn}"
+        f"{unreadable} unreadable ones not scored"
     )

@@ -1,6 +1,6 @@
-"""The paper's pictures of trained models on given crops: Grad-CAM, attention, scales, features, t-SNE, soft labels.
+"""The paper's figures of trained models: Grad-CAM, attention, head scales, features, t-SNE, soft labels.
 
-Each picture is a file beside a JSON of the figures in it.  Synthetic or not, a picture carries the models' notices.
+Each figure is a file; figures.json beside them holds the plotted values.  Every figure shows its models' notices.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.load import load_model, read_recipe
 
 VALUES = "figures.json"
-"""The figures' values, beside them."""
+"""Name of the file with the figures' values."""
 
 
 class Faces(NamedTuple):
-    """Crops to draw on: one real and one of each forgery, and the many of the scatter plots."""
+    """Crops to draw: one real and one of each forgery, and many crops for the scatter plots."""
 
     few: NDArray[np.uint8]
     titles: list[str]
     many: NDArray[np.uint8]
     kinds: list[str]
-    """Of ``many``: real, or the forgery's name."""
+    """Kind of each crop of ``many``: real, or the forgery's name."""
 
 
 def choose(dataset: CropDataset, split: str, count: int) -> Faces:
-    """A real and a fake of each forgery, and ``count`` crops spread over the split.  Raises UsageError on none."""
+    """A real, a fake of each forgery, and ``count`` crops spread over the split.  Raises UsageError if it is empty."""
     rows = dataset.select(split)
     if not len(rows):
         raise UsageError(f"the {split} split holds no crops")
@@ -74,18 +74,18 @@ def draw_models(
     names: Sequence[str] = (),
     device: Device = Runtime.device,
 ) -> Iterator[str]:
-    """:func:`draw` of runs or checkpoint folders on the crops in ``data``.
+    """Runs :func:`draw` for runs or checkpoint folders on the crops in ``data``.
 
-    temperature: of soft labels where a model's run has no recipe.  Raises UsageError when the models take crops of
-    different sizes.
+    temperature: temperature of soft labels if a model's run has no recipe.  Raises UsageError when the models take
+    crops of different sizes.
     """
     if not paths:
-        raise UsageError("--models: at least one")
+        raise UsageError("--models: name at least one run or checkpoint folder")
     where, titles = choose_device(device), names_of(paths, names, "model-names")
     models = {title: move_to(load_model(path), where) for title, path in zip(titles, paths, strict=True)}
     sizes = sorted({model.config.image_size for model in models.values()})
     if len(sizes) > 1:
-        raise UsageError(f"--models: they take crops of {' and '.join(map(str, sizes))} pixels; draw them apart")
+        raise UsageError(f"--models: they take crops of {' and '.join(map(str, sizes))} pixels; draw them separately")
     dataset = open_data(data, sizes[0])
     for title, model in models.items():
         dataset.check_fits(model.config, title)
@@ -99,9 +99,9 @@ def draw(
 ) -> Iterator[str]:
     """Writes ``out``/<kind>.png or .svg and figures.json; yields each figure's name before it is drawn.
 
-    A model that a figure cannot show is left out of it, as figures.json says; what it says of kinds that are not drawn
-    now stays.  temperatures: temperature of each model's soft labels.  Raises UsageError without matplotlib or
-    scikit-learn.
+    A model that a figure cannot show is left out and listed in figures.json.  Entries of figures.json for kinds that
+    are not drawn now are kept.  temperatures: temperature of each model's soft labels.  Raises UsageError without
+    matplotlib or scikit-learn.
     """
     if "t-sne" in kinds:
         _check_tsne(faces)
@@ -126,20 +126,20 @@ def draw(
         drawn, make = makers[kind]
         suffix = "png" if kind in ("grad-cam", "attention", "feature-maps", "soft-labels") else "svg"
         picture = out / f"{kind}.{suffix}"
-        picture.unlink(missing_ok=True)  # of an earlier call's models
+        picture.unlink(missing_ok=True)  # it may show an earlier call's models
         figures.pop(kind, None)
         figures["left out"][kind] = [name for name in models if name not in drawn]
         if drawn:
             with drawing():
                 figure = make(drawn, faces, figures)
                 figure.supxlabel(notice, fontsize=7, color="0.4")
-                # tight: long names stick out of what the layout keeps free
+                # tight: otherwise long names outside the layout would be cut off
                 write_whole(picture, lambda file: save(figure, file, suffix, dpi=110, bbox_inches="tight"))  # noqa: B023
     write_whole(out / VALUES, json.dumps(figures, indent=1))
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The figures of an earlier call, none where there was none."""
+    """The values of an earlier call's figures; empty if there was none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -158,7 +158,7 @@ def _canvas(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
 def _grid(
     rows: list[str], columns: list[str], images: list[list[NDArray[Any] | None]], notes: list[list[str]] | None = None
 ) -> Any:
-    """Pictures in a table; ``notes``: a line under each."""
+    """Figure with ``images`` in a grid; ``notes``: a line of text under each."""
     figure, axes = _canvas(len(rows), len(columns), 1.7, 1.9 if notes else 1.7)
     for i, row in enumerate(images):
         for j, image in enumerate(row):
@@ -178,18 +178,18 @@ def _grid(
 
 
 def _plain(text: str, width: int = 22) -> str:
-    """A name as it is, not as mathematics, in lines that fit above a picture."""
+    """``text`` wrapped, also after underscores, into lines of ``width`` characters that fit above an image."""
     lines = [line for part in text.split("\n") for line in textwrap.wrap(part.replace("_", "_ "), width)]
     return "\n".join(lines).replace("_ ", "_")
 
 
 def _grad_cam(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
-    """Figure 8 (b): faces by models."""
+    """Figure 8 (b): Grad-CAM, faces by models."""
     return _overlaid(models, faces, grad_cam)
 
 
 def _overlaid(models: Mapping[str, Any], faces: Faces, heat: Callable[..., NDArray[np.float32]]) -> Any:
-    """Each face, then it with each model's ``heat`` laid over."""
+    """Grid with a row per face: the face, then the face overlaid with each model's ``heat`` map."""
     columns: list[list[NDArray[Any] | None]] = [list(faces.few)]
     columns += [[overlay(crop, heat_map) for crop, heat_map in zip(faces.few, heat(model, faces.few), strict=True)]
                 for model in models.values()]  # fmt: skip
@@ -197,8 +197,8 @@ def _overlaid(models: Mapping[str, Any], faces: Faces, heat: Callable[..., NDArr
 
 
 def _attention(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
-    """Figure 7: for the last forgery's face, what its patches attend to: heads by blocks, a model under the other, the
-    learned scale under each map."""
+    """Figure 7: attention maps of the last forgery's face, heads by blocks, models stacked, the learned scale under
+    each map."""
     rows, images, notes = [], [], []
     for name, model in models.items():
         maps = attention_maps(model, faces.few[-1:])[:, 0]  # [L, H, N, N]
@@ -206,7 +206,7 @@ def _attention(models: Mapping[str, Detector], faces: Faces, figures: dict[str, 
         maps = maps[:, :, -(side**2) :, -(side**2) :]  # without the class token
         for block, of_block in enumerate(maps):
             rows.append(f"{name}\nblock {block + 1}" if not block else f"block {block + 1}")
-            images.append(list(of_block.mean(1).reshape(-1, side, side)))  # [H, h, w], over the patches that look
+            images.append(list(of_block.mean(1).reshape(-1, side, side)))  # [H, h, w], mean over the query patches
             learned = scales[block] if (scales < 1).any() else []
             notes.append([f"scale {scale:.3f}" for scale in learned] or [""] * len(of_block))
     heads = max(len(row) for row in images)
@@ -215,13 +215,13 @@ def _attention(models: Mapping[str, Detector], faces: Faces, figures: dict[str, 
 
 
 def _side(tokens: int) -> int:
-    """Side of the square that patches make, with a class token beside them or without; 0: none."""
+    """Side of the square that the patches form, with or without a class token in ``tokens``; 0: no square."""
     sides = [round(patches**0.5) for patches in (tokens, tokens - 1) if round(patches**0.5) ** 2 == patches]
     return sides[0] if tokens and sides else 0
 
 
 def _scales(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
-    """Figure 7's numbers: sigmoid(s_h) by block and head."""
+    """Figure 7's head scales: sigmoid(s_h) by block and head."""
     learned = {name: head_scales(model) for name, model in models.items()}
     figures["scales"] = {name: values.round(5).tolist() for name, values in learned.items()}
     figure, axes = _canvas(1, len(learned), 3.4, 2.8)
@@ -253,7 +253,7 @@ def _collapse(models: Mapping[str, Detector], faces: Faces, figures: dict[str, A
 
 
 def _feature_maps(dtns: Mapping[str, DTN], faces: Faces, figures: dict[str, Any]) -> Any:
-    """Figure 9: the last map, faces by models."""
+    """Figure 9: the last feature map, faces by models."""
     return _overlaid(dtns, faces, feature_map)
 
 
@@ -264,7 +264,7 @@ def _check_tsne(faces: Faces) -> None:
 
 
 def _tsne(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
-    """Figure 10: what the classifier sees of each forgery, in two dimensions."""
+    """Figure 10: t-SNE of the classifier's input features, by forgery."""
     from sklearn.manifold import TSNE
 
     names = sorted(set(faces.kinds), key=lambda name: (name != "real", name))
@@ -291,12 +291,12 @@ def _tsne(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any])
 def _soft_labels(
     models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any], temperatures: Mapping[str, float]
 ) -> Any:
-    """Figure 8 (a): each face with its hard label and what each model, as a teacher, says of it."""
-    said = {name: soft_labels(model, faces.few, temperatures[name]) for name, model in models.items()}
+    """Figure 8 (a): each face with its hard label and each model's soft label, as a teacher gives it."""
+    soft = {name: soft_labels(model, faces.few, temperatures[name]) for name, model in models.items()}
     figures["soft-labels"] = {name: {"temperature": temperatures[name], "real, fake": values.round(4).tolist()}
-                              for name, values in said.items()}  # fmt: skip
+                              for name, values in soft.items()}  # fmt: skip
     figure, axes = _canvas(1, 1 + len(faces.few), 1.7, 2.1 + 0.12 * len(models))
-    pictures = [np.full_like(faces.few[0], 255), *faces.few]  # above the models' names nothing
+    pictures = [np.full_like(faces.few[0], 255), *faces.few]  # a blank image above the models' names
     for j, (axis, picture) in enumerate(zip(axes[0], pictures, strict=True)):
         axis.imshow(picture)
         axis.set_xticks([])
@@ -305,7 +305,7 @@ def _soft_labels(
         if j:
             hard = [1, 0] if faces.titles[j - 1] == "real" else [0, 1]
             axis.set_title(_plain(f"{faces.titles[j - 1]}\nhard {hard}"), fontsize=8)
-        for line, (name, values) in enumerate(said.items()):
+        for line, (name, values) in enumerate(soft.items()):
             text = (
                 f"[{values[j - 1][0]:.2f}, {values[j - 1][1]:.2f}]"
                 if j

@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates, whole and by the paper's way of counting (thop's)."""
+"""Counts of parameters and multiply-accumulates, in total and as the paper counts them (with thop)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NORMS = (nn.BatchNorm2d, nn.LayerNorm)
 
 class Count(NamedTuple):
     parameters: int
-    """Every parameter."""
+    """Number of all parameters."""
     layer_parameters: int
-    """The paper's way (thop): those of convolutions, linear and norm layers."""
+    """Parameters as thop counts them: those of convolutions, linear and norm layers."""
     macs: int
-    """Multiply-accumulates per image the paper's way (thop): convolutions and linears, four operations per element of
-    an affine norm, no attention products."""
+    """Multiply-accumulates per image as thop counts them: convolutions and linear layers, four operations per element
+    of an affine norm, no attention products."""
     attention_macs: int
-    """The two products inside attention, which thop does not see; of a DTN alone, else 0."""
+    """Multiply-accumulates of the two products inside a DTN's attention, which thop does not count; 0 for others."""
 
 
 def count(config: DTNConfig) -> Count:
@@ -43,8 +43,8 @@ def count_layers(
 ) -> Count:
     """Counts ``model`` on one image [1, 3, size, size] on its device.
 
-    unseen: modules of classes that thop does not know; it sees neither their parameters nor their products.
-    softmax: attention modules whose softmax it counts, as a module of its own: 3 n - 1 operations a row of n.
+    unseen: modules of classes that thop does not know, so that it counts neither their parameters nor their products.
+    softmax: attention modules whose softmax is a module, which thop counts: 3 n - 1 operations per row of n.
     """
     hidden = {id(module) for module in unseen}
     macs = 0
@@ -82,18 +82,18 @@ def count_layers(
 class Table8(NamedTuple):
     model: str
     parameters: float
-    """Millions, as the paper counts."""
+    """Millions of parameters, as the paper counts them."""
     gmacs: float
     paper_parameters: float
     paper_gmacs: float
 
 
 def table8(name: str) -> Table8:
-    """Counts a model of TABLE8_SIZES at 224x224 the paper's way, without allocating it.
+    """Counts a model of TABLE8_SIZES at 224x224 as the paper counts (with thop), without allocating it.
 
-    That way sees no convolution of EfficientNet (a class of its own in the published code) nor what is not called, and
-    counted EfficientViT and CrossEfficientViT with their published single logit; of all attentions it sees ViT's
-    softmax alone.
+    thop misses EfficientNet's convolutions (a class of their own in the published code) and modules that are not
+    called.  EfficientViT and CrossEfficientViT are counted with the single logit of their published code.  Of all
+    attention modules thop counts only ViT's softmax.
     """
 
     from dtn_fast.model.baselines import FAMILIES, Attention, timm

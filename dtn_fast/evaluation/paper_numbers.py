@@ -1,4 +1,4 @@
-"""Every number that the paper's tables print, in percent as printed; none of them was measured with this code."""
+"""Values printed in the paper's tables (metrics in percent); none of them was measured with this code."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 DATASETS = ("FF++", "Celeb-DF", "DFDC", "DF-1.0", "DFD")
 FF_NAMES = {"Deepfakes": "DF", "Face2Face": "F2F", "FaceSwap": "FS", "NeuralTextures": "NT"}
-"""FaceForensics++'s folder names, as the paper shortens them."""
+"""Folder names of FaceForensics++ -> the paper's short forms."""
 
 
 class Pair(NamedTuple):
-    """Percent; None where the paper prints none."""
+    """ACC and AUC in percent; None if the paper does not print the value."""
 
     acc: float | None
     auc: float | None
@@ -32,7 +32,7 @@ TABLE1: dict[str, PaperValues] = {
     "CrossEfficientViT": _row(93.67, 98.36, 44.24, 65.29, 66.14, 75.55, 62.16, 67.51, 86.71, 94.23),
     "DTN": _row(97.13, 99.70, 70.68, 75.32, 72.13, 80.01, 71.24, 78.77, 87.32, 97.60),
 }
-"""Trained on FF++; the rows that this package can train."""
+"""Table 1: models trained on FF++, only those that this package can train."""
 TABLE2: dict[str, dict[str, dict[str, float]]] = {
     "DTN": {
         "DF": {"DF": 100.0, "F2F": 97.23, "FS": 74.26, "NT": 98.53},
@@ -47,7 +47,7 @@ TABLE2: dict[str, dict[str, dict[str, float]]] = {
         "NT": {"DF": 93.09, "F2F": 84.82, "FS": 47.98, "NT": 99.50},
     },
 }
-"""AUC by the forgery trained on, then by the one tested on."""
+"""Table 2: AUC by model, training forgery and test forgery."""
 TABLE8_SIZES = {
     "vit_b16": (85.620, 16.879), "vit_b16_reattention": (85.623, 16.968), "vit_b16_mas": (85.620, 16.879),
     "cvit": (88.988, 6.684), "cvit_reattention": (88.989, 6.684), "cvit_mas": (88.988, 6.684),
@@ -55,7 +55,7 @@ TABLE8_SIZES = {
     "efficient_vit_mas": (104.167, 0.169), "cross_efficient_vit": (90.640, 0.174),
     "cross_efficient_vit_reattention": (90.644, 0.174), "cross_efficient_vit_mas": (90.640, 0.174),
 }  # fmt: skip
-"""Millions of parameters and GMACs of the transformers compared with, by their names in dtn_fast/baselines.py."""
+"""Millions of parameters and GMACs of Table 8's other transformers, by their names in dtn_fast/model/baselines.py."""
 TWO = ("FF++", "DF-1.0")
 """The datasets of Table 3."""
 TABLE3: dict[str, PaperValues] = {
@@ -66,34 +66,34 @@ TABLE3: dict[str, PaperValues] = {
     "Baseline+LEVT*+MoE": _row(95.56, 99.30, 66.96, 75.86, on=TWO),
     "Baseline+LEVT+MoE+MAS": _row(97.13, 99.70, 71.24, 78.77, on=TWO),
 }
-"""Components."""
+"""Table 3: components."""
 TABLE4: dict[str, PaperValues] = {
     "DTN w/o STG": _row(95.20, 99.17, 64.23, 73.72, 70.39, 78.01, 68.03, 75.36),
     "DTN w/ STG": _row(97.13, 99.70, 66.68, 75.32, 72.13, 80.01, 71.24, 78.77),
 }
-"""Soft labels."""
+"""Table 4: soft labels."""
 TABLE5: dict[str, PaperValues] = {
     "CE loss": _row(93.03, 98.13, 57.84, 70.21, 67.94, 73.32, 65.89, 67.75),
     "KD + CE loss": _row(95.77, 99.30, 62.72, 70.92, 69.83, 77.95, 66.97, 71.14),
     "Ct-c + CE loss": _row(95.20, 99.17, 64.23, 73.72, 70.39, 78.01, 68.03, 75.36),
     "DSD loss": _row(97.13, 99.70, 66.68, 75.32, 72.13, 80.01, 71.24, 78.77),
 }
-"""Losses."""
+"""Table 5: losses."""
 TABLE6: dict[str, PaperValues] = {
     "DTN w/o LC": _row(95.56, 99.43, 63.95, 72.52, 70.79, 78.73, 67.43, 74.23),
     "DTN w/ LC": _row(97.13, 99.70, 66.68, 75.32, 72.13, 80.01, 71.24, 78.77),
 }
-"""Local connection."""
+"""Table 6: local connection."""
 TABLE6_SIZES = {
     "DTN w/o LC": (29.876, 9.796),
     "DTN w/ LC": (29.912, 9.799),
 }
-"""Millions of parameters and GMACs."""
+"""Millions of parameters and GMACs of Table 6's models."""
 TABLE7: dict[str, PaperValues] = {
     "Vanilla MoE": _row(92.24, 97.03, 58.28, 63.71, 62.18, 68.03, 62.09, 68.43, 81.65, 87.27),
     "Ours": _row(93.21, 98.20, 60.23, 66.22, 64.88, 72.67, 65.45, 74.36, 82.93, 90.58),
 }
-"""Gate alone on the convolutions."""
+"""Table 7: expert gate without transformer blocks."""
 TABLE8: dict[str, PaperValues] = {
     "ViT": _row(62.44, 67.07, 62.28, 59.75, 56.18, 58.31, 58.05, 61.27),
     "ViT w/ Re-att": _row(62.84, 67.42, 63.25, 60.19, 56.21, 58.34, 58.21, 61.43),
@@ -111,7 +111,7 @@ TABLE8: dict[str, PaperValues] = {
     "Ours w/ Re-att": _row(95.32, 99.03, 66.31, 74.03, 71.27, 79.52, 68.21, 74.36),
     "Ours w/ MAS": _row(97.13, 99.70, 66.68, 75.32, 72.13, 80.01, 71.24, 78.77),
 }
-"""MAS and Re-attention in other transformers."""
+"""Table 8: MAS and Re-attention in other transformers."""
 TABLE8_OWN_SIZES = {
     "Ours": (29.912, 9.799),
     "Ours w/ Re-att": (29.915, 9.802),
@@ -124,14 +124,14 @@ TABLE9: dict[str, PaperValues] = {
     "L=6": _row(97.13, 99.70, 66.68, 75.32, 72.13, 80.01, 71.24, 78.77),
     "L=7": _row(96.85, 98.32, 65.54, 74.27, 72.06, 79.43, 70.32, 77.67),
 }
-"""Transformer blocks."""
+"""Table 9: number of transformer blocks."""
 TABLE9_SIZES = {
     "L=4": (23.590, 9.393),
     "L=5": (26.751, 9.596),
     "L=6": (29.912, 9.799),
     "L=7": (33.073, 10.002),
 }
-"""Millions of parameters and GMACs."""
+"""Millions of parameters and GMACs of Table 9's models."""
 TABLE10: dict[str, tuple[PaperValues, ...]] = {
     "DTN": (
         _row(95.20, 99.17, 64.23, 73.72, 70.39, 78.01, 68.03, 75.36, 85.06, 94.83),
@@ -155,4 +155,4 @@ TABLE10: dict[str, tuple[PaperValues, ...]] = {
         _row(90.07, 97.52, 49.08, 62.56, 63.68, 70.85, 70.03, 77.62, 80.88, 90.31),
     ),
 }
-"""Generations of self-distillation: teacher, then students 1 to 4."""
+"""Table 10: generations of self-distillation, the teacher, then students 1 to 4."""

@@ -16,12 +16,12 @@ REPEATABLE = {"svg.hashsalt": "dtn_fast", "text.parse_math": False}
 
 @contextmanager
 def drawing(style: dict[str, Any] | None = None) -> Iterator[type[Any]]:
-    """Yields matplotlib's Figure class, to be filled and saved within; ``style``: rc parameters on top of matplotlib's.
+    """Yields matplotlib's Figure class, to be filled and saved inside the ``with`` block.
 
-    Raises UsageError without matplotlib.
+    style: rc parameters on top of matplotlib's defaults.  Raises UsageError without matplotlib.
     """
     style_sheets = require("matplotlib.style", "matplotlib")
-    figure = require("matplotlib.figure", "matplotlib").Figure  # pyplot would look for a display and keep state
+    figure = require("matplotlib.figure", "matplotlib").Figure  # not pyplot, which looks for a display and keeps state
     with style_sheets.context(["default", {**REPEATABLE, **(style or {})}]):
         yield figure
 
@@ -39,5 +39,5 @@ def svg_text(figure: Any, **how: Any) -> str:
 
 
 def legible(name: str) -> str:
-    """``name`` for a legend: matplotlib leaves those out that start with an underscore."""
+    """``name`` as a label for a legend; a space hides a leading underscore, because matplotlib skips such labels."""
     return " " + name if name.startswith("_") else name

@@ -1,7 +1,7 @@
 """The paper's protocols over several models and datasets, as tables in its layout.
 
-within-dataset and cross-dataset (Table 1): models by datasets, ACC and AUC.  cross-manipulation (Table 2): models each
-trained on one forgery, by the forgery tested on, AUC.  At frame and at video level, each AUC with its 95 % interval.
+within-dataset and cross-dataset (Table 1): ACC and AUC of models on datasets.  cross-manipulation (Table 2): AUC of
+models trained on one forgery each, on every forgery.  At frame and at video level, each AUC with its interval.
 """
 
 from __future__ import annotations
@@ -30,26 +30,27 @@ Protocol = Literal["auto", "within", "cross-dataset", "cross-manipulation"]
 
 
 class Entry(NamedTuple):
-    """A model of a table."""
+    """A model in a table."""
 
     name: str
     scorer: Scorer
     trained_on: str = ""
-    """The one forgery that it was trained on, for cross-manipulation."""
+    """The single forgery that the model was trained on, for cross-manipulation; else empty."""
 
 
 class Measured(NamedTuple):
     cells: Cells
     column_notes: dict[str, str]
-    """By column."""
+    """Protocol note of each column."""
 
 
 def measure(
     scorer: Scorer, tests: Mapping[str, CropDataset], by_forgery: bool, config: EvaluateConfig
 ) -> Iterator[str | Measured]:
-    """One model on every test set: each one's name before it, then the figures; ``by_forgery``: on each forgery in it.
+    """Measures one model on every test set: yields each set's name before measuring it, then the metrics.
 
-    Raises UsageError as ``evaluate``, and where there is no forgery to test on.
+    by_forgery: measure each forgery of a set separately.  Raises UsageError like ``evaluate``, and when a set has no
+    forgery to test on.
     """
     found = Measured({"frame": {}, "video": {}}, {})
     for name, dataset in tests.items():
@@ -64,7 +65,7 @@ def measure(
 
 
 def _fill(found: Measured, result: Evaluation) -> None:
-    """A column a row of ``result``."""
+    """Adds a column to ``found`` for each row of ``result``."""
     for row in result.rows:
         found.cells["frame"][row.fakes] = Cell(row.frame.acc, row.frame.auc, row.frame_interval)
         found.cells["video"][row.fakes] = Cell(row.video.acc, row.video.auc, row.video_interval)
@@ -72,7 +73,7 @@ def _fill(found: Measured, result: Evaluation) -> None:
 
 
 def within(name: str, dataset: str, result: Evaluation) -> ResultTable:
-    """The overall row of an evaluation as Table 1 shows one model on one dataset."""
+    """The overall row of an evaluation in Table 1's layout, as one model on one dataset."""
     found = Measured({"frame": {}, "video": {}}, {})
     _fill(found, result._replace(rows=[result.rows[0]._replace(fakes=dataset)]))
     return cross_dataset_table([TableRow(name, found.cells, notice=result.notice)], found.column_notes)
@@ -81,16 +82,16 @@ def within(name: str, dataset: str, result: Evaluation) -> ResultTable:
 def cross_dataset(
     entries: Sequence[Entry], datasets: Mapping[str, CropDataset], config: EvaluateConfig = EvaluateConfig()
 ) -> Iterator[str | ResultTable]:
-    """Every model on every dataset (Table 1): what is being measured, then the table.
+    """Measures every model on every dataset (Table 1): yields a label before each measurement, then the table.
 
-    Raises UsageError as ``evaluate``.
+    Raises UsageError like ``evaluate``.
     """
     for step in _measure_all(entries, datasets, False, config):
         yield step if isinstance(step, str) else cross_dataset_table(*step)
 
 
 def cross_dataset_table(rows: list[TableRow], column_notes: dict[str, str]) -> ResultTable:
-    """Rows in Table 1's layout, the paper's below."""
+    """Rows in Table 1's layout, with the paper's rows below."""
     printed = [
         PaperRow(name, {c: row[c] for c in column_notes if c in row})
         for name, row in paper_numbers.TABLE1.items()
@@ -103,16 +104,16 @@ def cross_dataset_table(rows: list[TableRow], column_notes: dict[str, str]) -> R
 def cross_manipulation(
     entries: Sequence[Entry], dataset: CropDataset, config: EvaluateConfig = EvaluateConfig()
 ) -> Iterator[str | ResultTable]:
-    """Models each trained on one forgery, on each forgery of one dataset (Table 2).
+    """Measures models trained on one forgery each on every forgery of one dataset (Table 2).
 
-    Raises UsageError as ``measure``.
+    Yields a label before each measurement, then the table.  Raises UsageError like ``measure``.
     """
     for step in _measure_all(entries, {"the data": dataset}, True, config):
         yield step if isinstance(step, str) else cross_manipulation_table(*step)
 
 
 def cross_manipulation_table(rows: list[TableRow], column_notes: dict[str, str]) -> ResultTable:
-    """Rows in Table 2's layout, below them the paper's that were trained on the same forgeries."""
+    """Rows in Table 2's layout, with the paper's rows of the same training forgeries below."""
     trained = {row.before[TRAINED_ON] for row in rows}
     printed = [
         PaperRow(model, {c: Pair(None, v) for c, v in row.items() if c in column_notes}, {TRAINED_ON: on})
@@ -142,9 +143,9 @@ def _measure_all(
 
 
 def names_of(paths: Sequence[Path], names: Sequence[str], what: str, once: bool = True) -> list[str]:
-    """``names``, or the last parts of ``paths`` that tell them apart.
+    """``names`` if given, else the last parts of ``paths``, or the whole paths if those are not unique.
 
-    Raises UsageError when there are more or fewer than paths or, with ``once``, a name comes twice.
+    Raises UsageError when there are more or fewer names than paths or, with ``once``, a name occurs twice.
     """
     if names:
         if len(names) != len(paths):
@@ -160,7 +161,7 @@ def names_of(paths: Sequence[Path], names: Sequence[str], what: str, once: bool 
 
 
 class Within(NamedTuple):
-    """One model on one dataset, forgery by forgery."""
+    """Result of one model on one dataset, forgery by forgery."""
 
     name: str
     dataset: str
@@ -187,12 +188,13 @@ def evaluate_models(
     self_blend: bool = False,
     runtime: Runtime = Runtime(),
 ) -> Iterator[str | Within | ResultTable]:
-    """Model files on folders of crops, by a protocol of the paper: what is being measured, then the result.
+    """Measures model files on folders of crops by a protocol of the paper: yields a label before each measurement, then
+    the result.
 
     protocol: ``within`` gives Within, the others a ResultTable; ``auto`` is ``within`` for one model on one dataset,
     else ``cross-dataset``.  trained_on: for ``cross-manipulation`` the forgery that each model was trained on; default:
-    as its run says.  self_blend: measure against self-blended copies of the reals instead of the data's fakes.  Raises
-    UsageError on choices that do not fit each other, and as ``evaluate``.
+    read from its run's recipe.  self_blend: measure against self-blended copies of the reals instead of the data's
+    fakes.  Raises UsageError on options that do not fit each other, and like ``evaluate``.
     """
     chosen = _choose_protocol(protocol, models, data, trained_on)
     manipulation = chosen == "cross-manipulation"
@@ -222,7 +224,7 @@ def evaluate_models(
 def _choose_protocol(
     protocol: Protocol, models: Sequence[Path], data: Sequence[Path], trained_on: Sequence[str]
 ) -> Protocol:
-    """The protocol that ``auto`` means.  Raises UsageError where it does not take so many models or datasets."""
+    """``protocol``, with ``auto`` resolved.  Raises UsageError if it does not take this many models or datasets."""
     if not data or not models:
         raise UsageError("name at least one dataset and one model; see dtn-fast evaluate --help")
     several = len(data) > 1 or len(models) > 1
@@ -238,9 +240,9 @@ def _choose_protocol(
 
 
 def _forgeries(models: Sequence[Path], trained_on: Sequence[str]) -> list[str]:
-    """The forgery that each model was trained on, as the paper shortens it: given, or as its run says.
+    """Training forgery of each model in the paper's short form: from ``trained_on``, else from its run's recipe.
 
-    Raises UsageError where neither says so.
+    Raises UsageError when it is in neither.
     """
     if trained_on and len(trained_on) != len(models):
         raise UsageError(f"--trained-on: {len(trained_on)} forgeries for {len(models)} models; give one each")
@@ -250,7 +252,7 @@ def _forgeries(models: Sequence[Path], trained_on: Sequence[str]) -> list[str]:
         methods = [] if recipe.get("self_blend") else recipe.get("methods") or []
         if not trained_on and len(methods) != 1:
             raise UsageError(
-                f"{path}: does not say which one forgery it was trained on; name one a model by --trained-on"
+                f"{path}: its training forgery is not known; give one forgery for each model by --trained-on"
             )
         name = trained_on[place] if trained_on else methods[0]
         found.append(paper_numbers.FF_NAMES.get(name, name))

@@ -1,4 +1,4 @@
-"""AUC under every corruption and level (the paper's Figure 5): models by corruptions by levels, a table and a plot."""
+"""AUC of models under every corruption and level (the paper's Figure 5), as a table and a plot."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from dtn_fast.files import write_whole
 from dtn_fast.runtime.scorer import Scorer
 
 CHUNK = 256
-RULE = "corruptions of the face crops themselves; frame AUC over all forgeries"
+RULE = "corruptions are applied to the face crops; frame AUC over all forgeries"
 
 
 class RobustnessProgress(NamedTuple):
     done: int
     total: int
-    """Cells: a corruption at a level, for all models."""
+    """Number of cells; a cell is one corruption at one level, for all models."""
     name: str
 
 
 def robustness(
     scorers: Mapping[str, Scorer], dataset: CropDataset, out: Path, config: RobustnessConfig = RobustnessConfig()
 ) -> Iterator[RobustnessProgress]:
-    """Fills ``out``/robustness.json, .md and .svg, yielding progress; a call on a started folder does what is missing.
+    """Writes ``out``/robustness.json, .md and .svg and yields progress; a repeated call measures only missing cells.
 
-    Level 0, the crops as they are, is measured once.  Noise and blocks depend on the seed, the crop, the corruption
-    and its level alone.  Raises UsageError for a split of one class, models of another size or margin than the crops,
-    and a folder that holds other data's figures.
+    Level 0, the untouched crops, is measured once.  Noise and blocks depend only on the seed, the crop, the corruption
+    and its level.  Raises UsageError when the split has one class, a model has another size or margin than the crops,
+    or the folder holds results of other data.
     """
     kinds, levels, split, seed = config.kinds, config.levels, config.split, config.seed
     rows = dataset.select(split)
@@ -71,14 +71,14 @@ def robustness(
                 found.add(name, kind, level, _auc(dataset, rows, labels, np.concatenate(parts)))
     yield RobustnessProgress(len(cells), len(cells), "")
     notice = " ".join(sorted({s.notice for s in scorers.values()} - {""}))
-    said = f"{RULE}; {protocol_note(dataset, split, dataset.methods, draws=0)}"
-    write_whole(out / "robustness.md", markdown(found.cells, tuple(scorers), kinds, levels, said, notice))
+    note = f"{RULE}; {protocol_note(dataset, split, dataset.methods)}"
+    write_whole(out / "robustness.md", markdown(found.cells, tuple(scorers), kinds, levels, note, notice))
     write_whole(out / "robustness.svg", plot(found.cells, tuple(scorers), kinds, levels, notice))
 
 
 LevelAuc = dict[str, float]
 LevelAucs = dict[str, dict[str, LevelAuc]]
-"""By model, then by "kind level": frame and video AUC."""
+"""Frame and video AUC by model, then by "kind level"."""
 
 
 def _key(kind: str, level: int) -> str:
@@ -86,7 +86,7 @@ def _key(kind: str, level: int) -> str:
 
 
 class _Results:
-    """The figures so far, on disk after each."""
+    """The AUCs so far, written to disk after each."""
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self._path, self._identity = path, identity
@@ -101,11 +101,11 @@ class _Results:
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UsageError(f"{path}: damaged ({error}); delete it to start over") from error
             if not same:
-                raise UsageError(f"{path}: holds figures of other data, split or seed; choose another --out")
+                raise UsageError(f"{path}: holds results of other data, split or seed; choose another --out")
 
     def recognise(self, name: str, logits: NDArray[np.float64]) -> None:
-        """Forgets the figures of a model that has changed under its name: one whose logits of the same crops differ by
-        more than another precision or device would make them."""
+        """Discards the results of a model that has changed under its name: its logits of the same crops differ by more
+        than another precision or device would explain."""
         before = np.array(self._probes.get(name, []))
         if before.shape != logits.shape or not np.allclose(before, logits, rtol=1e-2, atol=2e-3):
             self.cells.pop(name, None)
@@ -121,7 +121,7 @@ class _Results:
 
 
 def _identity(dataset: CropDataset, rows: NDArray[np.int64], split: str, seed: int) -> dict[str, Any]:
-    """What figures in one folder must share."""
+    """Properties of the data that must be equal for all results in one folder."""
     return {
         "split": split,
         "seed": seed,
@@ -156,7 +156,7 @@ def _auc(
 def markdown(
     cells: LevelAucs, models: Sequence[str], kinds: Sequence[str], levels: Sequence[int], said: str, notice: str
 ) -> str:
-    """A table a model: corruptions by levels, and the mean over corruptions."""
+    """Markdown with a table per model: corruptions by levels, and the mean over corruptions."""
     lines = []
     for model in models:
         values = [[cells[model][_key(kind, level)]["frame"] for level in levels] for kind in kinds]
@@ -168,7 +168,10 @@ def markdown(
 
 
 def plot(cells: LevelAucs, models: Sequence[str], kinds: Sequence[str], levels: Sequence[int], notice: str) -> str:
-    """SVG: a panel a corruption and one for their mean, a line a model.  Raises UsageError without matplotlib."""
+    """SVG plot with a panel per corruption and one for their mean, and a line per model.
+
+    Raises UsageError without matplotlib.
+    """
     across = 3
     down = -(-(len(kinds) + 1) // across)
     with drawing() as Figure:

@@ -1,4 +1,8 @@
-"""Tables in the paper's layout: models by test sets, the paper's own figures beside; Markdown, LaTeX, JSON, a chart."""
+"""Tables in the paper's layout: models by test sets, the paper's own figures beside; Markdown, LaTeX, JSON, a chart.
+
+tabulate escapes neither | nor < in Markdown and knows no multicolumn; pandas' Styler makes the LaTeX header but not the
+second rule, stars and comments, for 84 MB.
+"""
 
 from __future__ import annotations
 
@@ -17,37 +21,37 @@ LEVELS: tuple[Level, ...] = ("frame", "video")
 
 
 class Cell(NamedTuple):
-    """One model on one test set, as fractions; None where the set holds one class."""
+    """Metrics of one model on one test set, as fractions; None if the set holds a single class."""
 
     acc: float | None
     auc: float | None
     interval: tuple[float, float] | None
-    """95 % of the AUC."""
+    """Confidence interval of the AUC."""
 
 
 Cells = dict[Level, dict[str, Cell]]
-"""By level, then by column."""
+"""Cells by level, then by column."""
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """What was measured of one model."""
+    """Measured metrics of one model."""
 
     name: str
     cells: Cells
     before: dict[str, str] = field(default_factory=dict)
-    """What stands between the name and the figures, such as the forgery trained on."""
+    """Extra columns left of the metrics, such as the training forgery: title -> text."""
     after: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """What stands after them, such as sizes: ours, and the paper's or nothing."""
+    """Extra columns right of the metrics, such as sizes: title -> ours, and the paper's or an empty text."""
     paper: dict[str, Pair] = field(default_factory=dict)
-    """The paper's figures of this row by column, percent."""
+    """The paper's values of this row by column, in percent."""
     notice: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Only for the JSON."""
+    """Further data for the JSON file only."""
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> TableRow:
-        """What :meth:`Table.to_json` made of a row.  Raises KeyError, TypeError or AttributeError on anything else."""
+        """Restores a row of :meth:`ResultTable.to_json`.  Raises KeyError, TypeError, AttributeError on other data."""
         cells = {level: {c: Cell(v["acc"], v["auc"], v["interval"] and tuple(v["interval"]))
                          for c, v in stored["cells"][level].items()} for level in LEVELS}  # fmt: skip
         paper = {c: Pair(**pair) for c, pair in stored["paper"].items()}
@@ -56,7 +60,7 @@ class TableRow:
 
 
 class PaperRow(NamedTuple):
-    """A row of the paper's alone."""
+    """A row with only the paper's values."""
 
     name: str
     cells: dict[str, Pair]
@@ -65,27 +69,28 @@ class PaperRow(NamedTuple):
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A table of the paper, measured here."""
+    """A table in the paper's layout with our metrics."""
 
     name: str
     title: str
     columns: tuple[str, ...]
     rows: list[TableRow]
     acc: bool = True
-    """Whether ACC stands beside AUC."""
+    """Whether the table has ACC beside AUC."""
     paper: list[PaperRow] = field(default_factory=list)
-    """The paper's rows that none of ours stands beside."""
+    """The paper's rows without a measured counterpart."""
     column_notes: dict[str, str] = field(default_factory=dict)
-    """How each column's figures came about."""
+    """Protocol note of each column."""
     notes: tuple[str, ...] = ()
 
     @property
     def notices(self) -> list[str]:
-        """What must be said of the models."""
+        """The models' notices, each once."""
         return sorted({row.notice for row in self.rows} - {""})
 
     def text(self, level: Level) -> tuple[list[str], list[list[str]]]:
-        """Header and rows, percent: ours with 95 % of the AUC in parentheses, the paper's in brackets or below."""
+        """Header and rows in percent: ours with the AUC's interval in parentheses, the paper's in brackets or
+        below."""
         before, after = self._around()
         metrics = ("ACC", "AUC") if self.acc else ("AUC",)
         header = ["model", *before, *(f"{c} {m}" for c in self.columns for m in metrics), *after]
@@ -102,19 +107,19 @@ class ResultTable:
             rows.append(cells)
         for other in self.paper:
             figures = [_printed(v) for c in self.columns for v in self._pair(other.cells.get(c))]
-            lead = [f"{other.name} (the paper's figures)", *(other.before.get(k, "") for k in before)]
+            lead = [f"{other.name} (the paper's values)", *(other.before.get(k, "") for k in before)]
             rows.append([*lead, *figures, *("" for _ in after)])
         return header, rows
 
     def _around(self) -> tuple[list[str], list[str]]:
-        """Titles of what stands before and after the figures, in the order met."""
+        """Titles of the extra columns left and right of the metrics, in order of appearance."""
         rows: Sequence[TableRow | PaperRow] = [*self.rows, *self.paper]
         return list(dict.fromkeys(k for r in rows for k in r.before)), list(
             dict.fromkeys(k for r in self.rows for k in r.after)
         )
 
     def _compared(self) -> list[TableRow]:
-        """Our rows that have figures of the paper beside them."""
+        """Our rows that have values of the paper beside them."""
         sized = lambda row: any(theirs for _, theirs in row.after.values())
         return [row for row in self.rows if set(row.paper) & set(self.columns) or sized(row)]
 
@@ -123,10 +128,10 @@ class ResultTable:
         return tuple(pair) if self.acc else (pair.auc,)
 
     def markdown(self) -> str:
-        """Both levels, how the figures came about, what must be said of the models."""
+        """The table at both levels, protocol notes and notices as Markdown."""
         lines = [f"# {self.title}", ""]
         if self._compared():
-            lines += ["In brackets the paper's own figures.", ""]
+            lines += ["The paper's values are in brackets.", ""]
         for level in LEVELS:
             lines += [f"**{level.capitalize()} level, percent**", "", *markdown_table(*self.text(level)), ""]
         lines += [*(f"- {column}: {note}" for column, note in self.column_notes.items()),
@@ -135,13 +140,15 @@ class ResultTable:
         return "\n".join(lines).rstrip() + "\n"
 
     def latex(self, level: Level) -> str:
-        """A tabular in the paper's layout (booktabs): percent, the paper's own rows after a rule, starred; in comments
-        how the figures came about and what must be said of the models."""
+        """LaTeX tabular in the paper's layout (booktabs), in percent; the paper's rows are starred and follow a rule.
+
+        Protocol notes and notices are comments.
+        """
         before, after = self._around()
         each = 2 if self.acc else 1
         shape = "l" * (1 + len(before)) + "c" * (each * len(self.columns) + len(after))
-        said = [f"{column}: {note}" for column, note in self.column_notes.items()]
-        comments = [f"{self.title}, {level} level", *said, *self.notes, *self.notices]
+        protocol = [f"{column}: {note}" for column, note in self.column_notes.items()]
+        comments = [f"{self.title}, {level} level", *protocol, *self.notes, *self.notices]
         lines = [*(f"% {comment}" for comment in comments), rf"\begin{{tabular}}{{{shape}}}", r"\toprule"]
         first = ["Method", *before]
         if self.acc:
@@ -163,11 +170,11 @@ class ResultTable:
             figures = [_printed(v) for c in self.columns for v in self._pair(other.cells.get(c))]
             words = [_tex(other.name) + r"$^{\ast}$", *(_tex(other.before.get(k, "")) for k in before)]
             lines.append(_line([*words, *figures, *(_tex(sizes.get(k, ("", ""))[1]) for k in after)]))
-        note = [r"% * the paper's own figures"] if printed else []
+        note = [r"% * the paper's values"] if printed else []
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *note, ""])
 
     def chart(self, level: Level = "frame") -> str:
-        """SVG: a panel a test set, AUC of each row with its 95 %, the paper's as a ring.
+        """SVG chart with a panel per test set: the AUC of each row with its interval, the paper's as a ring.
 
         Raises UsageError without matplotlib.
         """
@@ -191,7 +198,7 @@ class ResultTable:
                 panel.set_yticks(range(len(titles)), titles, fontsize=8)
                 panel.set_ylim(len(titles) - 0.5, -0.5)
             ring = "; ring: the paper" if any(set(row.paper) & set(self.columns) for row in self.rows) else ""
-            words = [f"{level} AUC, percent; bar: 95 %{ring}", *self.notices]
+            words = [f"{level} AUC, percent; bar: interval{ring}", *self.notices]
             figure.supxlabel("\n".join(words), fontsize=9)
             return svg_text(figure)
 
@@ -205,7 +212,7 @@ class ResultTable:
                 "column_notes": self.column_notes, "notes": self.notes}  # fmt: skip
 
     def write(self, out: Path) -> list[Path]:
-        """OUT.json, OUT.md, OUT.tex and OUT.svg; returns them."""
+        """Writes OUT.json, OUT.md, OUT.tex and OUT.svg, and returns their paths."""
         texts = {
             ".json": json.dumps(self.to_json(), indent=1),
             ".md": self.markdown(),
@@ -219,7 +226,7 @@ class ResultTable:
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a table, whatever is in its cells."""
+    """Lines of a Markdown table, with the text of its cells escaped."""
     safe = lambda cells: [cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells]
     return ["| " + " | ".join(cells) + " |" for cells in (safe(header), ["---"] * len(header), *map(safe, rows))]
 

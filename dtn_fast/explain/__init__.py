@@ -1,1 +1,1 @@
-"""Pictures of a trained model's insides."""
+"""Pictures and values of a trained model's internals."""

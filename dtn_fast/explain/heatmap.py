@@ -21,7 +21,7 @@ OPACITY = 0.5
 
 
 def grad_cam(model: Detector, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Grad-CAM of the fake logit over the real one (Selvaraju et al., 2017), [B, S, S] in [0, 1].
+    """Grad-CAM of the fake logit minus the real one (Selvaraju et al., 2017), [B, S, S] in [0, 1].
 
     crops: [B, S, S, 3] uint8.  The layer is the model's ``cam_layer``.  A crop without positive evidence gives zeros.
     Raises ValueError when the model has no such layer.
@@ -35,7 +35,7 @@ def grad_cam(model: Detector, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
 
     layer = model.cam_layer()
     if layer is None:
-        raise ValueError(f"{type(model).__name__}: no map to weigh, its cam_layer() is None")
+        raise ValueError(f"{type(model).__name__}: no map for Grad-CAM, its cam_layer() is None")
     with hooked(model, [(layer, keep)]), torch.enable_grad():
         logits = model(normalise(crops, model.config, device_of(model)))
         (gradient,) = torch.autograd.grad((logits[:, 1] - logits[:, 0]).sum(), kept[0])
@@ -47,7 +47,7 @@ def grad_cam(model: Detector, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def overlay(crop: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """A crop [S, S, 3] with its heat map [S, S] in [0, 1] laid over it; where the map is 0 the crop stays as it was."""
+    """Overlays a crop [S, S, 3] with its heat map [S, S] in [0, 1]; where the map is 0 the crop is unchanged."""
     colors = cv2.applyColorMap((heat * 255).astype(np.uint8), COLORS)[:, :, ::-1]
     weight = OPACITY * heat[..., None]
     return (crop * (1 - weight) + colors * weight).round().astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The insides of a detector as arrays: attention maps, head scales, attention collapse, features, soft labels."""
+"""Internals of a detector as arrays: attention maps, head scales, attention collapse, features, soft labels."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from dtn_fast.model.mas import HeadScale
 from dtn_fast.model.preprocess import normalise
 
 BATCH = 64
-"""Crops that are run at once."""
+"""Number of crops that are run at once."""
 
 
 # ------------------------------------------------------------------------------------------------ attention
 
 
 def attentions(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model with a ``maps`` method, which returns attention maps: a DTN's and the baselines'."""
+    """The modules of a model whose ``maps`` method returns attention maps, in a DTN or a baseline."""
     return [module for module in model.modules() if callable(getattr(module, "maps", None))]
 
 
 def attention_maps(model: Detector, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
     """The gated attention maps sigmoid(s_h) softmax(Q K^T / sqrt(D)) of every block and head: [L, B, H, N, N].
 
-    crops: [B, S, S, 3] uint8.  From the reference operator, beside an ordinary pass: the fast path computes none.
-    Of Re-attention, which has no s_h, the mixed maps.  Without any attention [0, B, 0, 0, 0].
+    crops: [B, S, S, 3] uint8.  The reference operator computes them during an ordinary pass, as the fast path has no
+    maps.  Re-attention, which has no s_h, gives its mixed maps.  Without any attention [0, B, 0, 0, 0].
     """
     kept: list[Tensor] = []
     look = lambda module, given, _output: kept.append(module.maps(given[0]))
@@ -41,9 +41,9 @@ def attention_maps(model: Detector, crops: NDArray[np.uint8]) -> NDArray[np.floa
 
 
 def head_scales(model: nn.Module) -> NDArray[np.float32]:
-    """sigmoid(s_h) of every block and head, [L, H]; ones without MAS.  Of any model with MAS, ``with_mas`` too.
+    """sigmoid(s_h) of every block and head, [L, H], of any model with MAS (also by ``with_mas``); ones without MAS.
 
-    Raises ValueError when its blocks differ in heads.
+    Raises ValueError when its blocks have different numbers of heads.
     """
     kinds = (ScaledAttention, HeadScale)
     scales = [m.head_scale.detach().sigmoid().float().cpu() for m in model.modules() if isinstance(m, kinds)]
@@ -53,7 +53,7 @@ def head_scales(model: nn.Module) -> NDArray[np.float32]:
 
 
 def collapse(maps: NDArray[np.float32]) -> NDArray[np.float64]:
-    """How alike a block's heads are: mean cosine over pairs of heads and images, [L]; 1: all the same.
+    """Similarity of a block's heads: mean cosine over pairs of heads and images, [L]; 1: all the same.
 
     maps: [L, B, H, N, N].  The paper's "attention collapse" as a number; a head's scale changes nothing in it.
     """
@@ -71,13 +71,13 @@ def collapse(maps: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def features(model: Detector, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """What the classifier sees, [B, C]: the inputs of the model's ``classifiers``, side by side.
+    """Input of the classifier, [B, C]: the inputs of the model's ``classifiers``, concatenated.
 
-    Raises ValueError when it has none.
+    Raises ValueError when the model has no classifier layer.
     """
     layers = model.classifiers()
     if not layers:
-        raise ValueError(f"{type(model).__name__}: no linear layer to read features before")
+        raise ValueError(f"{type(model).__name__}: no linear layer whose input is the features")
     kept: list[list[Tensor]] = [[] for _ in layers]
     keep = lambda into: lambda _module, given: into.append(given[0].float().flatten(1).cpu())
     before = [(layer, keep(into)) for layer, into in zip(layers, kept, strict=True)]
@@ -88,7 +88,7 @@ def features(model: Detector, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def soft_labels(model: Detector, crops: NDArray[np.uint8], temperature: float) -> NDArray[np.float32]:
-    """What a teacher tells its student of each crop: softmax(logits / temperature), [B, 2]: real, fake."""
+    """A teacher's soft label of each crop: softmax(logits / temperature), [B, 2]: real, fake."""
     with hooked(model), torch.inference_mode():
         logits = model(normalise(crops, model.config, device_of(model)))
     return (logits.float() / temperature).softmax(1).cpu().numpy()

@@ -13,7 +13,7 @@ from dtn_fast.model.timm_compat import import_timm
 
 
 class Backbone(nn.Sequential):
-    """Convolutions, BN, ReLU and pools in order; in training on a GPU, all that follows a convolution is one pass."""
+    """Convolutions, BN, ReLU and pools in order; in training on a GPU, BN, ReLU and pool are one fused operator."""
 
     norm_kernels = True
 
@@ -21,9 +21,7 @@ class Backbone(nn.Sequential):
         layers = list(self)
         while layers:
             layer = layers.pop(0)
-            if (
-                self.training and self.norm_kernels and type(layer) is nn.BatchNorm2d
-            ):  # not one whose statistics are shared by processes
+            if self.training and self.norm_kernels and type(layer) is nn.BatchNorm2d:  # not SyncBatchNorm
                 pool = len(layers) > 1 and isinstance(layers[1], nn.MaxPool2d)
                 if fuses_bn(x, pool):
                     x = _normalised(layer, x, pool)
@@ -34,14 +32,14 @@ class Backbone(nn.Sequential):
 
 
 def _normalised(norm: nn.BatchNorm2d, x: Tensor, pool: bool) -> Tensor:
-    """relu(norm(x)), pooled if asked, with the running statistics brought up to date as BatchNorm2d does."""
+    """relu(norm(x)), max-pooled with ``pool``; updates the running statistics as BatchNorm2d does."""
     y, mean, var = bn_relu(x, norm.weight, norm.bias, norm.eps, pool)
     update_statistics(norm, mean, var, x.numel() // x.shape[1])
     return y
 
 
 def build_backbone(config: DTNConfig) -> nn.Sequential:
-    """The layers of a configuration.  The convolutions carry a bias, as CViT's do.
+    """Builds the backbone of a configuration.  The convolutions have a bias, as in CViT.
 
     Raises UsageError when timm is missing, does not know the model, or the model's last map is not 1/32 of the input.
     """
@@ -58,7 +56,7 @@ def build_backbone(config: DTNConfig) -> nn.Sequential:
 
 
 def _timm_backbone(config: DTNConfig) -> nn.Sequential:
-    """A timm model's last map, brought to C channels: [B, 3, H, W] -> [B, C, H / 32, W / 32]."""
+    """A timm model's last map, projected to C channels: [B, 3, H, W] -> [B, C, H / 32, W / 32]."""
     timm = import_timm()
     try:
         body = timm.create_model(config.backbone, pretrained=False, features_only=True, out_indices=(-1,))
@@ -75,7 +73,7 @@ def _timm_backbone(config: DTNConfig) -> nn.Sequential:
     width, side = body.feature_info.channels()[-1], config.image_size // STRIDE
     last = _Last(body)
     try:
-        with torch.no_grad():  # it says 1/32, but some models want another size, or give channels last
+        with torch.no_grad():  # despite 1/32, some models need another size, or give channels last
             device = next(body.parameters()).device
             shape = tuple(last.eval()(torch.zeros(1, 3, config.image_size, config.image_size, device=device)).shape)
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -90,7 +88,7 @@ def _timm_backbone(config: DTNConfig) -> nn.Sequential:
 
 
 class _Last(nn.Module):
-    """The last of a model's list of maps."""
+    """Returns the last map of a model that returns a list of maps."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
 """The transformers that the paper compares with, in timm's registry, each plain, with MAS and with Re-attention.
 
 ViT-B/16, CViT (Wodajo and Atnafu, 2021), EfficientViT and CrossEfficientViT (Coccomini et al., 2022).  The published
-code of the last three gives positions by an image's place in the batch, so that the same image gets different logits;
-here they belong to the tokens.  ``table8`` of evaluation/mac_count.py counts them as the paper does.
+code of the last three indexes position embeddings by an image's place in the batch, so that the same image gets
+different logits; here each token has its own.  ``table8`` of evaluation/mac_count.py counts the models as the paper
+does.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ VARIANTS: tuple[Variant, ...] = ("standard", "mas", "reattention")
 class Attention(nn.Module):
     """Multi-head self-attention on [B, N, C], projections of Q, K and V without bias.
 
-    mas: each head times a learnable sigmoid.  reattention: attention maps mixed across heads.  scale: of Q K^T,
-    1 / sqrt(head_width) unless given.
+    Variant mas multiplies each head by a learnable sigmoid, variant reattention mixes attention maps across heads.
+    scale: factor of Q K^T, default 1 / sqrt(head_width).
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Attention(nn.Module):
         return self.qkv(x).unflatten(2, (3, self.heads, self.head_width)).permute(2, 0, 3, 1, 4)
 
     def maps(self, x: Tensor) -> Tensor:
-        """The attention maps that the heads' values are mixed by, scales and all: [B, N, C] -> [B, H, N, N]."""
+        """The attention maps that weight the values, head scales included: [B, N, C] -> [B, H, N, N]."""
         q, k, _ = self._project(x)
         found = (q @ k.transpose(2, 3) * self.factor).softmax(3)
         if isinstance(self.scale, HeadScale):
@@ -64,7 +65,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """One query [B, 1, C] over itself and the other branch's tokens [B, N, C]."""
+    """Attention of one query [B, 1, C] to itself and the other branch's tokens [B, N, C]."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -99,7 +100,7 @@ class Block(nn.Module):
 
 
 class Tokens(nn.Module):
-    """A class token before the patches, and positions: [B, N, C] -> [B, N + 1, C]."""
+    """Prepends a class token to the patches and adds position embeddings: [B, N, C] -> [B, N + 1, C]."""
 
     def __init__(self, patches: int, width: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -112,7 +113,7 @@ class Tokens(nn.Module):
 
 
 class ViT(nn.Module):
-    """ViT-B/16 (Dosovitskiy et al., 2021); the last norm on the class token alone."""
+    """ViT-B/16 (Dosovitskiy et al., 2021); the last norm is applied to the class token alone."""
 
     def __init__(
         self, img_size: int = 224, num_classes: int = 2, variant: Variant = "standard", width: int = 768,
@@ -131,8 +132,8 @@ class ViT(nn.Module):
 
 
 class CViT(nn.Module):
-    """The DTN's convolutions, their whole last map as one patch, six transformer blocks of 8 heads, whose products are
-    divided by the root of the whole width, as in the published code."""
+    """The DTN's convolutions, their whole last map as one patch, six transformer blocks of 8 heads, whose scores are
+    divided by the square root of the whole width, as in the published code."""
 
     def __init__(
         self, img_size: int = 224, num_classes: int = 2, variant: Variant = "standard", width: int = 1024,
@@ -175,7 +176,7 @@ class EfficientViT(nn.Module):
 
 
 class Branch(nn.Module):
-    """One branch of a cross transformer: blocks, a norm."""
+    """One branch of a cross transformer: blocks, then a norm."""
 
     def __init__(self, width: int, depth: int, heads: int, hidden: int, dropout: float, variant: Variant) -> None:
         super().__init__()
@@ -187,7 +188,7 @@ class Branch(nn.Module):
 
 
 class Cross(nn.Module):
-    """A branch's class token attends to the other branch's patches, in the other's width, and comes back."""
+    """Cross attention of a branch's class token to the other branch's patches, computed in the other's width."""
 
     def __init__(self, width: int, other: int, heads: int) -> None:
         super().__init__()
@@ -199,7 +200,7 @@ class Cross(nn.Module):
 
 
 class CrossStage(nn.Module):
-    """Both branches' blocks, then their class tokens look across, twice."""
+    """The blocks of both branches, then two rounds of cross attention of each class token to the other branch."""
 
     def __init__(self, small: int, large: int, heads: int, hidden: int, dropout: float, variant: Variant) -> None:
         super().__init__()
@@ -217,8 +218,8 @@ class CrossStage(nn.Module):
 
 
 class CrossEfficientViT(nn.Module):
-    """Two EfficientNet-B0: the last map (1280 channels, 1/32) in a small branch, an early one (24, 1/4) in a large
-    one, each as one patch, joined by cross attention; the two heads' logits are added."""
+    """Two EfficientNet-B0: the last map (1280 channels, 1/32) in a small branch and an early one (24 channels, 1/4) in
+    a large branch, each as one patch, joined by cross attention; the two heads' logits are added."""
 
     def __init__(
         self, img_size: int = 224, num_classes: int = 2, variant: Variant = "standard", small: int = 192,
@@ -289,7 +290,7 @@ def _entry(family: str, variant: Variant) -> Any:
             kwargs.pop(name, None)
         if pretrained and "efficient" not in family:
             raise ValueError(f"{registered(family, variant)}: no published weights; leave --pretrained out")
-        if pretrained:  # of its EfficientNet alone
+        if pretrained:  # for its EfficientNet alone
             kwargs["pretrained"] = True
         return kind(variant=variant, **kwargs)
 

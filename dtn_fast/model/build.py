@@ -1,4 +1,4 @@
-"""Any detector by its configuration: the DTN, or a model of timm's registry with two logits."""
+"""Building and loading of any detector: the DTN, or a model of timm's registry with two logits."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TimmDetector(Detector):
         return self.net(images)
 
     def classifiers(self) -> list[nn.Module]:
-        """What the model names itself, if it does."""
+        """The layers that the model itself names, or else the last linear one."""
         own = getattr(self.net, "classifiers", None)
         return own() if own is not None else super().classifiers()
 
@@ -56,7 +56,7 @@ class TimmDetector(Detector):
 
 
 def _takes_size(timm, name: str) -> bool:
-    """Whether a model has positions for one image size alone, as ViTs do."""
+    """Whether a model has positions for one image size only, as ViTs do, and so takes ``img_size``."""
     try:
         return bool(timm.get_pretrained_cfg(name) and timm.get_pretrained_cfg(name).fixed_input_size)
     except RuntimeError:
@@ -69,7 +69,7 @@ def build_detector(config: DTNConfig | TimmConfig, pretrained: bool = False) -> 
 
 
 def load_detector(folder: Path) -> Detector:
-    """Reads what ``save_pretrained`` wrote, in eval mode.  Raises UsageError as ``Detector.from_pretrained``."""
+    """Reads a folder that ``save_pretrained`` wrote, in eval mode.  Raises UsageError as ``from_pretrained`` does."""
     check_folder(folder)
     config = read_config(folder / CONFIG)
     kind = DTN if isinstance(config, DTNConfig) else TimmDetector

@@ -1,4 +1,4 @@
-"""The detector's configuration: one frozen dataclass, every choice where the paper is silent a field."""
+"""The detector's configuration: a frozen dataclass with a field for every choice that the paper leaves open."""
 
 from __future__ import annotations
 
@@ -17,39 +17,41 @@ STRIDE = 32  # the backbone halves the resolution five times
 
 @dataclass(frozen=True)
 class DTNConfig:
-    """Shape of a DTN.  Defaults are the paper's model; *choice* marks what the paper leaves open."""
+    """Architecture of a DTN.  Defaults are the paper's model; *choice* marks values that the paper leaves open."""
 
     image_size: int = 256
-    """Side of the training crops in pixels, a multiple of 32.  Other multiples work by interpolating positions."""
+    """Side of the training crops in pixels, a multiple of 32.  Other multiples work too, with the position embedding
+    interpolated."""
     backbone: str = "vgg"
-    """vgg, the paper's convolutions; or a model of timm whose last map is 1/32 of the input, such as resnet34 or
-    efficientnet_b0, brought to C channels by a 1x1 convolution (Figure 6c)."""
+    """vgg (the paper's convolutions), or a model of timm whose last map is 1/32 of the input, such as resnet34 or
+    efficientnet_b0, projected to C channels by a 1x1 convolution (Figure 6c)."""
     channels: tuple[int, ...] = (32, 64, 128, 256, 512)
     """Width of the five convolution groups; the last is the transformer's width C."""
     convs: tuple[int, ...] = (3, 3, 3, 4, 4)
     """Convolutions per group, each 3x3 + BN + ReLU; a 2x2 max-pool closes the group."""
     num_experts: int = 2
-    """Branches of the MoE gate (Eq. 10), 0 to leave the gate out."""
+    """Number of experts in the MoE gate (Eq. 10); 0: no gate."""
     expert_hidden: int = 128
     """Hidden width M of an expert: conv C->M, ReLU, conv M->1, sigmoid."""
     expert_kernel: int = 1
     """Kernel size of the experts' convolutions, 1 or 3 (*choice*: 1 reproduces the parameter table)."""
     expert_scales: bool = True
-    """Scale each expert by a learnable sigmoid (Eq. 11); False: experts as they are."""
+    """Scale each expert by a learnable sigmoid (Eq. 11); False: experts are not scaled."""
     gate: str = "max"
-    """max, the paper's: the strongest expert at each position (Eq. 11); vanilla: experts weighted by a gating network
-    on the pooled map, softmax (Jacobs et al., 1991; Table 7; *choice*, the paper does not say what its vanilla is)."""
+    """max (the paper's gate): the strongest expert at each position (Eq. 11); vanilla: experts weighted by a softmax
+    gating network on the pooled map (Jacobs et al., 1991; Table 7; *choice*: the paper does not define its vanilla
+    gate)."""
     noise: str = "gaussian"
-    """What disturbs the map before each expert, training only: gaussian (Eq. 10), blur, contrast, compression or none
-    (Figure 6a; the paper does not say how the others are done: *choice*)."""
+    """Disturbance of the map before each expert, in training only: gaussian (Eq. 10), blur, contrast, compression or
+    none (Figure 6a; *choice*: the paper defines gaussian alone)."""
     noise_std: float = 0.1
-    """Standard deviation of the Gaussian noise, strength of the others (*choice*)."""
+    """Standard deviation of the Gaussian noise, or strength of another disturbance (*choice*)."""
     depth: int = 6
-    """Transformer blocks L."""
+    """Number of transformer blocks L."""
     num_heads: int = 8
-    """Attention heads per block."""
+    """Number of attention heads per block."""
     mlp_ratio: int = 4
-    """Hidden width of the block's MLP over C."""
+    """Hidden width of the block's MLP divided by C."""
     mas: bool = True
     """Scale each head by a learnable sigmoid (Eq. 20); False is plain multi-head attention."""
     mas_init: float = 0.0
@@ -59,14 +61,14 @@ class DTNConfig:
     local_connection: bool = True
     """Depthwise 3x3 + BN after attention (Eq. 23)."""
     num_classes: int = 2
-    """Logits: 0 real, 1 fake."""
+    """Number of logits; logit 0 is real, logit 1 fake."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """RGB mean subtracted from pixels in [0, 1] (*choice*: ImageNet's)."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """RGB standard deviation that divides them (*choice*: ImageNet's)."""
+    """RGB standard deviation that divides the result (*choice*: ImageNet's)."""
     margin: float = 1.3
-    """Side of a crop over the longest side of the face in it: how crops were cut in training, and are in detection
-    (*choice*: the habit of FaceForensics++)."""
+    """Side of a crop divided by the longest side of the face in it, in training and in detection (*choice*: customary
+    for FaceForensics++)."""
 
     def __post_init__(self) -> None:
         width = self.channels[-1] if self.channels else 0
@@ -96,7 +98,7 @@ class DTNConfig:
             (isinstance(self.backbone, str) and bool(self.backbone), "backbone", "vgg or a model of timm"),
             (self.gate == "max" or self.expert_kernel == 1, "expert_kernel", "1 with the vanilla gate"),
             (self.noise in ("gaussian", "none") or self.expert_kernel == 1, "expert_kernel", "1 with this noise"),
-            (not (self.mas and self.reattention), "reattention", "False with MAS, which it stands in for"),
+            (not (self.mas and self.reattention), "reattention", "False with MAS, which it replaces"),
             (self.depth >= 0, "depth", ">= 0"),
             (self.mlp_ratio > 0, "mlp_ratio", ">= 1"),
             (self.num_classes >= 2, "num_classes", ">= 2"),
@@ -138,20 +140,20 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class TimmConfig:
-    """A detector from timm's registry."""
+    """Configuration of a detector from timm's registry."""
 
     timm: str
     """Name in timm's registry, such as legacy_xception or efficientnet_b0."""
     image_size: int = DTNConfig.image_size
     """Side of the crops in pixels."""
     num_classes: int = DTNConfig.num_classes
-    """Logits: 0 real, 1 fake."""
+    """Number of logits; logit 0 is real, logit 1 fake."""
     mean: tuple[float, float, float] = DTNConfig.mean
     """RGB mean subtracted from pixels in [0, 1]."""
     std: tuple[float, float, float] = DTNConfig.std
-    """RGB standard deviation that divides them."""
+    """RGB standard deviation that divides the result."""
     margin: float = DTNConfig.margin
-    """Side of a crop over the longest side of the face in it."""
+    """Side of a crop divided by the longest side of the face in it."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.timm, str):
@@ -172,7 +174,7 @@ ModelConfig = DTNConfig | TimmConfig
 
 
 def parse_config(text: str, where: str) -> ModelConfig:
-    """The configuration of either kind in JSON ``text``.  Raises UsageError naming ``where``."""
+    """Reads a DTNConfig or TimmConfig from JSON ``text``.  Raises UsageError naming ``where``."""
     try:
         timm = "timm" in json.loads(text)
     except (ValueError, TypeError) as error:
@@ -181,7 +183,7 @@ def parse_config(text: str, where: str) -> ModelConfig:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The configuration in a JSON file.  Raises UsageError naming it."""
+    """Reads a DTNConfig or TimmConfig from a JSON file.  Raises UsageError naming the file."""
     try:
         return parse_config(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:

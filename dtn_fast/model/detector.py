@@ -1,4 +1,4 @@
-"""What every detector here is: a module with a configuration, saved whole, loaded without executing anything."""
+"""Base class of all detectors: a module with a configuration, saved as safetensors and JSON (no pickle)."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class Detector(nn.Module):
     config_class: ClassVar[Any]
     config: Any
     notice = ""
-    """What every report of this model must say, such as that it was trained on synthetic faces."""
+    """Statement that every report of this model must show, such as that it was trained on synthetic faces."""
 
     def cam_layer(self) -> nn.Module | None:
-        """The layer whose map [B, C, h, w] Grad-CAM weighs; None: this detector has no such map."""
+        """The layer whose map [B, C, h, w] Grad-CAM uses; None: this detector has no such map."""
         return None
 
     def classifiers(self) -> list[nn.Module]:
-        """The layers that make the logits, whose input a detector's features are: the last linear one."""
+        """The layers that make the logits, here the last linear one; their inputs are the detector's features."""
         linear: list[nn.Module] = [module for module in self.modules() if isinstance(module, nn.Linear)]
         return linear[-1:]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes model.safetensors and config.json into ``folder``, each whole or not at all."""
+        """Writes model.safetensors and config.json into ``folder``, each atomically."""
         from safetensors.torch import save
 
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
@@ -67,7 +67,7 @@ class Detector(nn.Module):
 
 
 def check_folder(folder: Path) -> None:
-    """Raises UsageError when ``folder`` is no checkpoint."""
+    """Raises UsageError when ``folder`` is not a checkpoint folder."""
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
             raise UsageError(f"{folder}: no {name} there; give a folder written by training or save_pretrained")
@@ -80,7 +80,7 @@ def check_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
         got, want = (tuple(s[name].shape) if name in s else None for s in (state, own))
         if got != want:
             raise UsageError(
-                f"{where}: {name} is {got or 'absent'}, the model wants {want or 'no such tensor'}; "
+                f"{where}: {name} is {got or 'absent'}, the model needs {want or 'no such tensor'}; "
                 "the checkpoint belongs to another preset or configuration"
             )
 

@@ -16,7 +16,7 @@ from dtn_fast.model.moe_gate import MoEGate
 class DTN(Detector):
     """Distilled transformer network: images [B, 3, H, W] (normalised RGB, H and W multiples of 32) -> logits [B, 2].
 
-    Logit 0 is real, 1 is fake.  Raises ValueError on another shape or a non-floating dtype.
+    Logit 0 is real, 1 is fake.  Raises ValueError for another shape or a non-floating dtype.
     """
 
     config_class = DTNConfig
@@ -57,14 +57,14 @@ class DTN(Detector):
         return self.forward_head(self.forward_features(images))
 
     def cam_layer(self) -> nn.Module:
-        """The backbone's last ReLU, 1/16 of the input: the finest map that still carries the deepest features; of a
-        backbone of timm its last map."""
+        """The backbone's last ReLU at 1/16 of the input, the finest map with the deepest features; for a timm backbone,
+        its last map."""
         return self.backbone[-2]
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
-        """A fresh head for another number of classes (timm's convention)."""
+        """Replaces the head by a new one for another number of classes (timm's convention)."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes)

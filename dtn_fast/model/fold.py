@@ -1,9 +1,9 @@
-"""Every constant of a trained DTN folded into the weights around it, for inference and for a frozen teacher.
+"""Folding of a trained DTN's constants into the weights beside them, for inference and for a frozen teacher.
 
-BN into the convolution or product beside it, 1/sqrt(d) into W_q, sigmoid(head_scale) into the columns of W_O, so that
-MAS costs nothing, and the MLP's two BNs into its first product.  Two things stay where they are because folding them
+BN is folded into the neighbouring convolution or product, 1/sqrt(d) into W_q, sigmoid(head_scale) into the columns of
+W_O, so that MAS costs nothing, and the MLP's two BNs into its first product.  Two constants are not folded because that
 would not be exact: W_O's bias before the depthwise convolution, which pads with zeros, and the experts' scales, which
-stand between a sigmoid and a maximum (as constants, E multiplications a position).
+lie between a sigmoid and a maximum (E multiplications per position).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ AttentionPath = Literal["native", "kernel"]
 
 
 class FoldedDTN(DTN):
-    """A DTN for inference alone: same inputs, same logits to rounding, no BN and no head scales."""
+    """A DTN for inference alone: same inputs, same logits up to rounding, no BN and no head scales."""
 
     def __init__(self, model: DTN, attention: AttentionPath) -> None:
-        nn.Module.__init__(self)  # its parts come from ``model``
+        nn.Module.__init__(self)  # not DTN's: the layers come from ``model``
         self.config, self.notice = model.config, model.notice
         self.num_classes, self.num_features = model.num_classes, model.num_features
         vgg = isinstance(model.backbone, Backbone)
@@ -58,7 +58,7 @@ class FoldedBlock(nn.Module):
         width = source.out.out_features
         size = width // self.num_heads
         weight, bias = _after_norm(source.qkv.weight.double(), None, block.norm1)
-        if self.path == "native":  # the kernel multiplies the scores by a constant anyway
+        if self.path == "native":  # the kernel applies this scale to the scores itself
             weight[:width] *= size**-0.5
             bias[:width] *= size**-0.5
         self.qkv = _linear(weight, bias, like=source.qkv.weight)
@@ -94,8 +94,8 @@ class FoldedBlock(nn.Module):
 def fold(model: DTN, attention: AttentionPath | None = None) -> FoldedDTN:
     """A folded copy of ``model`` in eval mode, without gradients, on its device and in its dtype.
 
-    attention: ``native``, torch's scaled_dot_product_attention, or ``kernel``, this package's; default: the kernel on
-    a GPU, native elsewhere.  Everything is folded in float64 and rounded once.
+    attention: ``native`` (torch's scaled_dot_product_attention) or ``kernel`` (this package's); default: ``kernel`` on
+    a GPU, ``native`` elsewhere.  All weights are folded in float64 and rounded once.
     """
     device = model.head.weight.device
     path = attention or ("kernel" if device.type == "cuda" else "native")
@@ -104,7 +104,7 @@ def fold(model: DTN, attention: AttentionPath | None = None) -> FoldedDTN:
 
 
 def fold_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """The convolution that does both, of any groups; exact, as BN comes after."""
+    """Folds BN into the convolution before it, with any number of groups; exact because BN comes second."""
     bias = conv.bias.double() if conv.bias is not None else torch.zeros_like(norm.running_mean).double()  # type: ignore[arg-type]
     weight, bias = _before_norm(conv.weight.double().flatten(1), bias, norm)
     folded = copy.deepcopy(conv)
@@ -159,6 +159,6 @@ def _linear(weight: Tensor, bias: Tensor, like: Tensor) -> nn.Linear:
 
 
 def frozen(model: Detector) -> Detector:
-    """A copy for inference alone, where ``model`` is: a DTN folded, any other in eval mode; without gradients."""
+    """A copy of ``model`` for inference on its device, without gradients: a DTN is folded, others are in eval mode."""
     copied: Detector = fold(model) if isinstance(model, DTN) else copy.deepcopy(model).eval().requires_grad_(False)
     return move_to(copied, device_of(model))

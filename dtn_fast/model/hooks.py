@@ -1,4 +1,4 @@
-"""A model looked into: eval mode and hooks for the time of a forward pass, everything as before afterwards."""
+"""Temporary forward hooks on a model in eval mode; the model is restored afterwards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 Hook = tuple[nn.Module, Callable[..., Any]]
 _ONE = threading.Lock()
-"""Hooks belong to a model: two threads must not meet on one."""
+"""Lock that keeps two threads from setting hooks on one model at the same time."""
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from dtn_fast.model.norm import update_statistics
 class ScaledAttention(nn.Module):
     """Multi-head attention whose heads are scaled by sigmoid(head_scale) (MAS): [B, N, C] -> [B, N, C].
 
-    reattention: maps mixed across heads instead, for Table 8, in plain torch.
+    reattention: mix the attention maps across heads instead of scaling them (Table 8), in plain torch.
     """
 
     def __init__(self, width: int, num_heads: int, mas: bool, mas_init: float, reattention: bool = False) -> None:
@@ -30,7 +30,8 @@ class ScaledAttention(nn.Module):
             self.register_buffer("head_scale", torch.full((num_heads,), torch.inf), persistent=False)
 
     def maps(self, tokens: Tensor) -> Tensor:
-        """The gated attention maps [B, H, N, N], by the reference operator: [B, N, C] -> what values are mixed by."""
+        """The attention maps that weight the values, head scales included, by the reference operator: [B, N, C] ->
+        [B, H, N, N]."""
         q, k, v = self.project(tokens).unbind(2)
         found = reference.mas_attention(q, k, v, self.head_scale, return_maps=True)[1]
         return found if self.mix is None else self.mix(found)
@@ -74,13 +75,13 @@ class LEVTBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def _connected(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """x + LC(mixed) (Eq. 23); in training on a GPU without the passes between."""
+        """x + LC(mixed) (Eq. 23); one fused operator in training on a GPU."""
         if not (self.training and self.norm_kernels and isinstance(self.local, nn.Sequential)):
             return x + self.local(mixed)
         conv, norm = self.local
         assert isinstance(conv, nn.Conv2d)
         assert conv.bias is not None
-        if type(norm) is not nn.BatchNorm2d or not fuses_local_connection(mixed):  # or its statistics are shared
+        if type(norm) is not nn.BatchNorm2d or not fuses_local_connection(mixed):  # not SyncBatchNorm
             return x + self.local(mixed)
         y, mean, var = local_connection(mixed, x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
         update_statistics(norm, mean, var, x.numel() // x.shape[1])

@@ -1,4 +1,4 @@
-"""MAS for other transformers, a learnable scale on every head of any timm ViT by one call; Re-attention, its rival."""
+"""MAS for other transformers (a learnable scale on every head of any timm ViT), and Re-attention for comparison."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dtn_fast.model.config import DTNConfig
 
 
 class HeadScale(nn.Module):
-    """Multiplies each head's channels by sigmoid(head_scale) (MAS, Eq. 20): [..., H D] -> the same."""
+    """Multiplies each head's channels by sigmoid(head_scale) (MAS, Eq. 20): [..., H D] -> [..., H D]."""
 
     def __init__(self, heads: int, mas_init: float) -> None:
         super().__init__()
@@ -21,11 +21,11 @@ class HeadScale(nn.Module):
 
 
 def with_mas(model: nn.Module, mas_init: float = DTNConfig.mas_init) -> nn.Module:
-    """Puts a learnable scale on every attention head of a timm transformer, in place, and returns it.
+    """Adds a learnable scale to every attention head of a timm transformer, in place, and returns the transformer.
 
-    The scales start at sigmoid(``mas_init``) and the projection after them at its inverse, so that answers stay what
-    they were to rounding, exactly at the default.  Raises ValueError when no module has heads and a linear projection
-    of them (timm's ``num_heads`` and ``proj``), or has scales already.
+    The scales start at sigmoid(``mas_init``) and the projection after them is divided by it, so that the outputs are
+    unchanged up to rounding, and exactly at the default.  Raises ValueError when no module has heads and a linear
+    projection of them (timm's ``num_heads`` and ``proj``), or the model has head scales already.
     """
     if any(isinstance(module, HeadScale) for module in model.modules()):
         raise ValueError(f"{type(model).__name__}: has head scales already")
@@ -50,5 +50,5 @@ def head_mixer(heads: int) -> nn.Sequential:
 
 
 def reattend(q: Tensor, k: Tensor, v: Tensor, mix: nn.Module, scale: float) -> Tensor:
-    """Attention whose maps ``mix`` has mixed: q, k, v [B, H, N, D] -> [B, H, N, D]."""
+    """Attention with maps mixed across heads by ``mix``: q, k, v [B, H, N, D] -> [B, H, N, D]."""
     return mix((q @ k.transpose(2, 3) * scale).softmax(3)) @ v

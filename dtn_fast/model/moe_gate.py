@@ -12,14 +12,14 @@ from dtn_fast.kernels.ops import moe_gate
 from dtn_fast.model.config import DTNConfig
 
 OPEN = 40.0
-"""A scale whose sigmoid is 1 exactly in every dtype, and that engines take, unlike infinity."""
+"""Scale whose sigmoid is exactly 1 in every dtype; inference engines accept it, unlike infinity."""
 
 
 class MoEGate(nn.Module):
-    """Scales a map [B, C, H, W] by one attention value per position, the strongest of E noisy experts.
+    """Scales a map [B, C, H, W] by one attention value per position, the largest of E noisy experts.
 
     The experts' weights are stacked (w1 [E, M, C(, K, K)], w2 [E, M(, K, K)]), as the fused kernel reads them.
-    Disturbances other than Gaussian noise, and the vanilla gate, are for ablations: plain torch.
+    Disturbances other than Gaussian noise and the vanilla gate are for ablations, in plain torch.
     """
 
     def __init__(self, config: DTNConfig) -> None:
@@ -67,15 +67,16 @@ class MoEGate(nn.Module):
 
 
 def disturb(x: Tensor, kind: str, strength: float) -> Tensor:
-    """A map [B, C, H, W] with random noise, blur, contrast or coarse values; ``strength`` from 0, no change.
+    """Disturbs a map [B, C, H, W] by random noise, blur, contrast or rounding; ``strength`` 0 changes nothing.
 
-    blur: a share 10 * strength at most of the map is replaced by its 3x3 Gaussian mean.  contrast: distances from each
-    channel's mean grow or shrink by a factor of standard deviation 5 * strength.  compression: values on a grid of
-    strength times each image's largest, gradients passed through.
+    blur: mixes the map with its 3x3 Gaussian mean, which gets a random weight of at most 10 * strength.  contrast:
+    multiplies distances from each channel's mean by a random factor of mean 1 and standard deviation 5 * strength.
+    compression: rounds values to a grid of random step, at most strength times each image's largest value, and passes
+    gradients through.
     """
     if kind == "gaussian":
         return x + strength * torch.randn_like(x)
-    if kind == "compression":  # in float32: a quotient may leave half precision's range
+    if kind == "compression":  # in float32: the quotient may overflow half precision
         wide = x.float()
         share = torch.rand(len(x), 1, 1, 1, device=x.device)
         step = (strength * share * wide.detach().abs().amax((1, 2, 3), keepdim=True)).clamp_min(1e-6)

@@ -1,4 +1,4 @@
-"""BN statistics kept as torch keeps them, where a kernel computes the batch's."""
+"""Update of BN running statistics where a kernel computes the batch statistics."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def update_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    """Moves a BN's running statistics by those of a batch of ``count`` values a channel, as it does in training."""
+    """Updates a BN's running statistics from a batch of ``count`` values per channel, as torch does in training."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None

@@ -1,4 +1,4 @@
-"""uint8 crops to the network's normalised input."""
+"""Normalisation of uint8 crops to the network's input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def normalise(crops: NDArray[np.uint8] | Tensor, config: Any, device: str | torch.device = "cpu") -> Tensor:
-    """uint8 crops [B, S, S, 3] to the network's input: float32 [B, 3, S, S], channels_last."""
+    """Normalises uint8 crops [B, S, S, 3] to the network's input: float32 [B, 3, S, S], channels_last."""
     if isinstance(crops, np.ndarray):
         crops = torch.from_numpy(np.require(crops, np.uint8, ["C", "W"]))  # torch refuses read-only memory maps
     x = crops.to(device, non_blocking=True).permute(0, 3, 1, 2)  # a channels_last view
@@ -22,7 +22,8 @@ def normalise(crops: NDArray[np.uint8] | Tensor, config: Any, device: str | torc
 
 @functools.lru_cache
 def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Made once: a copy to the device inside a CUDA graph's capture is not allowed, and outside one it waits."""
+    """Mean and standard deviation times 255 on the device, cached: a copy to the device is not allowed in the capture
+    of a CUDA graph, and elsewhere it makes the host wait."""
     with torch.inference_mode(False):
         shift, scale = (torch.tensor(v, device=device).view(1, 3, 1, 1) * 255 for v in (mean, std))
         return shift, scale

@@ -1,4 +1,4 @@
-"""timm, imported beside a CPU-only torch too."""
+"""Import of timm that also works with a CPU-only torch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from dtn_fast.packages import require
 
 @functools.cache
 def import_timm() -> Any:
-    """The timm package.  Raises UsageError when it is not installed.
+    """Imports the timm package.  Raises UsageError when it is not installed.
 
-    timm needs torchvision, and PyPI's torchvision is built for CUDA: beside a CPU-only torch its import fails, because
-    it describes two operators that then do not exist.  Declaring them first is enough; nothing here calls them.
+    timm needs torchvision, and PyPI's torchvision is built for CUDA: with a CPU-only torch its import fails, because it
+    describes two operators that then do not exist.  Declaring them first is enough; nothing here calls them.
     """
     try:
         importlib.import_module("torchvision")
     except ImportError:
-        pass  # timm says what it misses
+        pass  # reported by the import of timm
     except RuntimeError as error:
         if "operator torchvision::" not in str(error):
             raise
@@ -30,7 +30,7 @@ def import_timm() -> Any:
 
 
 _torchvision_library: torch.library.Library | None = None
-"""Keeps the declarations alive."""
+"""Library object that keeps the declarations alive."""
 
 
 def _declare_torchvision_operators() -> None:

@@ -1,4 +1,4 @@
-"""Model files of every kind, run behind one interface: ``load_scorer`` opens any of them."""
+"""One interface for running model files of every kind: ``load_scorer`` opens any of them."""
 
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.load import load_scorer

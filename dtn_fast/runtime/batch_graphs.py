@@ -13,10 +13,10 @@ from dtn_fast.cuda_graph import capture, warm_up
 
 
 class BatchGraphs:
-    """``function`` on a GPU as one CUDA graph per batch size, captured at its first use; one call at a time, all on the
-    same stream.
+    """Runs ``function`` on a GPU as one CUDA graph per batch size, captured at its first use; one call at a time, all
+    on the same stream.
 
-    Sizes are powers of two up to ``largest``: a batch is padded with what lay there before, and its rows cut off.
+    Sizes are powers of two up to ``largest``: a batch is padded with old data, whose results are cut off.
     """
 
     def __init__(self, function: Any, largest: int, smallest: int = 1) -> None:
@@ -25,7 +25,7 @@ class BatchGraphs:
         self._captured: dict[int, tuple[Callable[[], None], Tensor, Tensor]] = {}
 
     def __call__(self, batch: Tensor) -> Tensor:
-        """``function`` of a host batch [B, ...]; the result is the caller's own."""
+        """Applies ``function`` to a host batch [B, ...]; the result is a copy that later calls do not change."""
         size = min(max(1 << (len(batch) - 1).bit_length(), self._smallest), self._largest)
         with self._lock:
             if size not in self._captured:

@@ -1,4 +1,4 @@
-"""What a model file says of itself."""
+"""Metadata of exported model files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dtn_fast.runtime.export_manifest import read_export_manifest
 
 
 def describe(path: Path) -> dict[str, str]:
-    """What a model file says of itself, for a table.  Raises UsageError when it is no file of dtn-fast export."""
+    """Metadata of a model file as text, for a table.  Raises UsageError when dtn-fast export did not write it."""
     if path.suffix == ".onnx":
         from dtn_fast.runtime.onnx import metadata
 

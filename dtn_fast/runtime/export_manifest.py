@@ -1,4 +1,4 @@
-"""What stands beside a built file (.mnn, .engine, .rtx): where it came from, and what may load it."""
+"""The export manifest, a JSON file beside an exported file (.mnn, .engine, .rtx): its origin and what may load it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any
 from dtn_fast.dataclass_json import from_json
 from dtn_fast.errors import UsageError
 from dtn_fast.files import write_whole
-from dtn_fast.model.config import parse_config
+from dtn_fast.model.config import ModelConfig, parse_config
 
 
 @dataclass(frozen=True)
 class ExportManifest:
-    """Written beside ``dtn.engine`` as ``dtn.engine.json``, checked when the file is loaded."""
+    """Manifest of an exported file, beside ``dtn.engine`` as ``dtn.engine.json``; checked when the file is loaded."""
 
     kind: str
     """mnn, tensorrt or tensorrt_rtx."""
     version: str
-    """Of the library that built it."""
+    """Version of the library that built the file."""
     sha256: str
-    """Of the file."""
+    """SHA-256 of the file."""
     weights: str
     """Hash of the checkpoint's weights, as in the ONNX file's metadata."""
     precision: str
@@ -35,21 +35,22 @@ class ExportManifest:
     """The detector's configuration."""
     notice: str = ""
     batches: tuple[int, int, int] = (1, 1, 1)
-    """Least, best and greatest batch; MNN takes any."""
+    """Smallest, optimal and largest batch size; MNN takes any."""
     archs: tuple[int, ...] = ()
-    """Compute capabilities x 10 that may load it; empty: any."""
+    """Compute capabilities x 10 of the GPUs that may load the file; empty: any."""
     attention: str = "native"
-    """native, or plugin: dtn::MASAttention and dtn::MoEGate are this package's kernels."""
+    """native, or plugin (this package's kernels as dtn::MASAttention and dtn::MoEGate)."""
     quantized: str = ""
-    """What is INT8 or FP8; empty: nothing."""
+    """Layers quantised to INT8 or FP8; empty: none."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """How it was built."""
+    """Options that the file was built with."""
 
     def write(self, path: Path) -> None:
         write_whole(beside(path), json.dumps(dataclasses.asdict(self), indent=1))
 
-    def detector_config(self) -> Any:
-        return parse_config(json.dumps(self.config), "its manifest")
+    def detector_config(self, where: str = "export manifest") -> ModelConfig:
+        """The detector's configuration.  Raises UsageError naming ``where`` when it is not valid."""
+        return parse_config(json.dumps(self.config), where)
 
 
 def beside(path: Path) -> Path:
@@ -57,7 +58,7 @@ def beside(path: Path) -> Path:
 
 
 def read_export_manifest(path: Path, kind: str) -> ExportManifest:
-    """The manifest of the file ``path``.  Raises UsageError when it is missing, damaged, or of another file or kind."""
+    """Reads the manifest of the file ``path``.  Raises UsageError if it is missing, damaged or for another file."""
     where = beside(path)
     again = f"; export {path.name} again"
     try:
@@ -67,9 +68,9 @@ def read_export_manifest(path: Path, kind: str) -> ExportManifest:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{where}: cannot be read ({error}){again}") from error
     manifest = from_json(ExportManifest, text, str(where), again)
-    manifest.detector_config()
+    manifest.detector_config(f"{where}, config")
     if manifest.kind != kind:
-        raise UsageError(f"{path}: built by {manifest.kind}, not {kind}; its suffix and manifest do not fit")
+        raise UsageError(f"{path}: built by {manifest.kind}, not {kind}; its suffix and manifest do not match")
     if manifest.sha256 != file_hash(path):
         raise UsageError(f"{path}: not the file that {where.name} describes; copy both, or export again")
     return manifest

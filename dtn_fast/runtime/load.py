@@ -1,4 +1,4 @@
-"""A path to a scorer or a detector, whatever kind of file it is."""
+"""Loading of a scorer or a detector from a model file of any kind."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from dtn_fast.runtime.scorer import Scorer
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
 SUMMARY = "summary.json"
-"""In a training run: its generations, and which is best."""
+"""File of a training run that lists its generations and names the best."""
 RECIPE = "recipe.json"
-"""In a training run: its recipe and model, as they were asked for."""
+"""File of a training run that holds its recipe and model configuration, as requested."""
 
 
 def load_scorer(path: str | Path, runtime: Runtime = Runtime()) -> Scorer:
     """A scorer for ``path``: .onnx, .mnn, .engine, .rtx, a checkpoint folder, or a training run (its best generation).
 
-    Raises UsageError when there is nothing usable, or this machine cannot run it.
+    Raises UsageError when ``path`` is not a model, this machine cannot run it, or a changed option of ``runtime`` does
+    not apply to it.
     """
     path = Path(path)
     kinds = {".onnx": "onnx", ".mnn": "mnn", ".engine": "tensorrt", ".rtx": "tensorrt"}
@@ -32,7 +33,7 @@ def load_scorer(path: str | Path, runtime: Runtime = Runtime()) -> Scorer:
     for field in dataclasses.fields(runtime):
         value = getattr(runtime, field.name)
         if value != field.default and field.name not in takes.get(path.suffix, ("device", "precision", "mode")):
-            what = f"{path.suffix} file, whose way of running is fixed" if path.suffix in kinds else "checkpoint"
+            what = f"{path.suffix} file" if path.suffix in kinds else "checkpoint"
             raise UsageError(f"--{field.name} {value}: not for {path}, a {what}; leave it out")
     if path.suffix in kinds:
         if not path.is_file():
@@ -49,9 +50,9 @@ def load_model(path: Path) -> Detector:
     if path.is_file() and path.name in (WEIGHTS, CONFIG):
         path = path.parent
     if path.is_file():
-        raise UsageError(f"{path}: a file, which does not show its insides; give a run or a checkpoint folder")
+        raise UsageError(f"{path}: a file, not a checkpoint folder; give a training run or a checkpoint folder")
     if not path.is_dir():
-        raise UsageError(f"{path}: no such checkpoint; give a folder written by dtn-fast train, or a file of export")
+        raise UsageError(f"{path}: no such checkpoint; give a folder written by dtn-fast train, or an exported file")
     return load_detector(best_checkpoint(path))
 
 
@@ -66,9 +67,9 @@ def best_checkpoint(run: Path) -> Path:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe's fields of a training run, or of the run that a generation's folder belongs to; empty: none is there.
+    """The recipe fields of a training run, or of the run that a generation's folder belongs to; empty: no recipe.
 
-    For readers that must not depend on training; ``dtn_fast.train.run_folder.load_run`` reads it checked.
+    For callers that must not depend on training; ``dtn_fast.train.run_folder.load_run`` reads and checks it.
     """
     for folder in (path, path.parent):
         try:

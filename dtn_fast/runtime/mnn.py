@@ -1,4 +1,4 @@
-"""Files converted for MNN, the fastest way measured to run this network in float32 on a CPU (Winograd convolutions)."""
+"""Running of MNN files, the fastest way measured to run this network in float32 on a CPU (Winograd convolutions)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from dtn_fast.runtime.export_manifest import ExportManifest, read_export_manifes
 from dtn_fast.runtime.scorer import Scorer
 
 BATCH = 8
-"""Crops that are run at once."""
+"""Number of crops that are run at once."""
 
 
 class MnnScorer(Scorer):
-    """A .mnn file; calls wait for one another, each takes all cores."""
+    """Scorer of an .mnn file; calls wait for one another, because each uses all cores."""
 
     def __init__(self, path: Path, manifest: ExportManifest) -> None:
         super().__init__(manifest.detector_config(), manifest.notice, "MNN", BATCH)
@@ -39,14 +39,14 @@ class MnnScorer(Scorer):
 
 
 def forward(net: Any, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The logits [B, 2] of images [B, 3, S, S]; one call at a time."""
+    """Computes the logits [B, 2] of images [B, 3, S, S]; only one call at a time is allowed."""
     expr = package().expr
     out = net.forward([expr.const(images, list(images.shape), expr.NCHW, expr.float)])
-    return np.array(out[0].read())  # a copy: MNN uses the memory again
+    return np.array(out[0].read())  # a copy: MNN reuses the memory
 
 
 def open_module(path: Path) -> Any:
-    """images [B, 3, S, S] -> logits.  Raises UsageError when MNN is missing or refuses the file."""
+    """Loads a module images [B, 3, S, S] -> logits.  Raises UsageError when MNN is missing or rejects the file."""
     nn = package().nn
     threads = min(torch.get_num_threads(), os.cpu_count() or 1)
     manager = nn.create_runtime_manager(({"backend": "CPU", "precision": "normal", "numThread": threads},))
@@ -61,7 +61,7 @@ def open_module(path: Path) -> Any:
 
 @functools.cache
 def package() -> Any:
-    """The package, imported without the line that its library prints."""
+    """Imports the MNN package without showing the line that its library prints."""
     sys.stdout.flush()
     kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)

@@ -1,4 +1,4 @@
-"""ONNX files written by ``dtn-fast export`` through onnxruntime: on the CPU, on CUDA, or through its TensorRT."""
+"""Running of ONNX files from ``dtn-fast export`` with onnxruntime, on its CPU, CUDA or TensorRT provider."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ NEEDED = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu", "tensorrt": "onnxrunt
 
 
 def session_of(model: str | bytes, name: str, provider: Provider = CPU, optimise: bool = True) -> Any:
-    """An onnxruntime session of a file or of serialized bytes.  ``optimise``: rewrite the graph, which also changes how
-    quantised values round.  Raises UsageError naming ``name``."""
+    """Opens an onnxruntime session of a file or of serialised bytes.  ``optimise``: rewrite the graph, which also
+    changes the rounding of quantised values.  Raises UsageError naming ``name``."""
     onnxruntime = require("onnxruntime", NEEDED[provider])
     wanted = PROVIDERS[provider]
     if wanted[0] not in onnxruntime.get_available_providers():
@@ -37,7 +37,7 @@ def session_of(model: str | bytes, name: str, provider: Provider = CPU, optimise
             "or use --provider cpu"
         )
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; it warns of half-precision constants that it cannot fold on a CPU
+    options.log_severity_level = 3  # errors only: it warns of half-precision constants that it cannot fold on a CPU
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
@@ -51,10 +51,10 @@ def session_of(model: str | bytes, name: str, provider: Provider = CPU, optimise
 
 
 class OnnxScorer(Scorer):
-    """An ONNX file, or its bytes; sessions may be run from any thread.
+    """Scorer of an ONNX file or of its bytes; any thread may run the session.
 
-    ``optimise``: let onnxruntime rewrite the graph.  On a quantised model it does so only where that was seen to keep
-    the answers: INT8 beside float32 (its rewritten INT8 beside fp16, and FP8, move logits by tenths).
+    ``optimise``: let onnxruntime rewrite the graph.  Of the quantised models only INT8 with float32 is rewritten, whose
+    logits stay the same; rewriting INT8 with fp16, or FP8, changes logits by tenths.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class OnnxScorer(Scorer):
         self.weights = meta.get("weights", "")
 
     def feed(self, crops: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        """Crops [B, S, S, 3] as the session's input."""
+        """Converts crops [B, S, S, 3] to the session's input."""
         x = crops if self.input == "crops" else normalise(crops, self.config).numpy()
         return {self.input: np.ascontiguousarray(x)}
 
@@ -85,14 +85,14 @@ class OnnxScorer(Scorer):
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What ``dtn-fast export`` wrote into the file about itself.  Raises UsageError on other files."""
+    """The metadata that ``dtn-fast export`` wrote into the file.  Raises UsageError for other files."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     return OnnxScorer(path, optimise=False).session.get_modelmeta().custom_metadata_map
 
 
 def load(path: Path, runtime: Runtime) -> OnnxScorer:
-    """Raises UsageError where the file or the provider is not usable here."""
+    """Opens an ONNX file.  Raises UsageError when the file or the provider cannot be used here."""
     if runtime.provider != "auto":
         return OnnxScorer(path, runtime.provider)
     wanted = choose_device(runtime.device) == "cuda" and (runtime.device == "cuda" or _has_cuda())

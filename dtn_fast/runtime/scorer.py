@@ -1,6 +1,6 @@
-"""Any model file to one callable, ``score``: uint8 face crops in, P(fake) out, from any thread.
+"""The interface of every runtime, ``score``: uint8 face crops -> P(fake), from any thread.
 
-A checkpoint runs in torch here; .onnx, .mnn, .engine (TensorRT) and .rtx (TensorRT-RTX) in the file named after them.
+Checkpoints run in torch_scorer.py, .onnx in onnx.py, .mnn in mnn.py, .engine and .rtx in tensorrt.py.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import DtnError, UsageError
 
 BATCH = 64
-"""Crops that a scorer runs at once."""
+"""Number of crops that a scorer runs at once."""
 
 
 class Scorer(ABC):
-    """Scores face crops; what every runtime offers.  Any number of threads may call one."""
+    """Base class of the runtimes, which score face crops.  Any number of threads may call a scorer."""
 
     def __init__(self, config: Any, notice: str, name: str, batch_size: int = BATCH) -> None:
         self.config = config
-        """The detector's: image_size, mean, std, num_classes."""
+        """The detector's configuration: image_size, mean, std, num_classes."""
         self.notice = notice
-        """What a report of this model must say; empty for nothing."""
+        """Statement that every report of this model must show; empty: none."""
         self.name = name
         self.batch_size = batch_size
-        """Crops that are run at once."""
+        """Number of crops that are run at once."""
 
     @abstractmethod
     def _logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -38,7 +38,7 @@ class Scorer(ABC):
     def logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
         """Logits of RGB crops [B, S, S, 3] uint8, S = config.image_size: [B, classes].
 
-        Raises UsageError on others, DtnError when a logit is not finite (half-precision overflow).
+        Raises UsageError for another shape or dtype, DtnError when a logit is not finite (half-precision overflow).
         """
         side = self.config.image_size
         if crops.dtype != np.uint8 or crops.shape[1:] != (side, side, 3):
@@ -52,7 +52,7 @@ class Scorer(ABC):
         return probability(self.logits(crops))
 
     def score_rows(self, dataset: CropDataset, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """P(fake) of the crops ``rows`` without reading them all into memory."""
+        """P(fake) [n] of the crops ``rows``, without reading them all into memory."""
         return probability(self.logits_rows(dataset, rows))
 
     def logits_rows(self, dataset: CropDataset, rows: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""Engines of TensorRT (.engine) and TensorRT-RTX (.rtx): checked against their manifest, then run as CUDA graphs."""
+"""Running of TensorRT (.engine) and TensorRT-RTX (.rtx) engines, after a check against their export manifest."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ PACKAGES = {"tensorrt": "tensorrt>=10.13.3,<12", "tensorrt_rtx": "tensorrt-rtx"}
 
 
 def load_backend(kind: str) -> Any:
-    """The module ``tensorrt`` or ``tensorrt_rtx``.  Raises UsageError with the install command."""
+    """Imports ``tensorrt`` or ``tensorrt_rtx``.  Raises UsageError with the install command."""
     return require(kind, PACKAGES[kind])
 
 
-def check_fits(manifest: ExportManifest, version: str, name: str) -> None:
-    """Raises UsageError when the GPU at hand or the library's version is not what the engine was built for."""
+def check_loadable(manifest: ExportManifest, version: str, name: str) -> None:
+    """Raises UsageError when the engine was built for another GPU or library version than this machine has."""
     if not torch.cuda.is_available():
         raise UsageError(f"{name}: an engine needs an NVIDIA GPU and torch sees none; use a checkpoint or .onnx")
     major, minor = torch.cuda.get_device_capability()
@@ -56,9 +56,9 @@ def check_fits(manifest: ExportManifest, version: str, name: str) -> None:
 
 
 def open_engine(trt: Any, source: Path | bytes, host_code: bool = False) -> Any:
-    """The deserialised engine.  ``host_code``: it may carry a lean runtime, which a version-compatible one does.
+    """Deserialises an engine.  ``host_code``: allow the lean runtime that a version-compatible engine contains.
 
-    Raises DtnError when the library refuses it.
+    Raises DtnError when the library cannot load it.
     """
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     if host_code:
@@ -71,9 +71,9 @@ def open_engine(trt: Any, source: Path | bytes, host_code: bool = False) -> Any:
 
 
 class EngineScorer(Scorer):
-    """An engine; one execution context per batch size, TensorRT's replayed as a CUDA graph.
+    """Scorer of an engine, with one execution context per batch size; TensorRT's are replayed as CUDA graphs.
 
-    TensorRT-RTX compiles better kernels while it runs, which a graph would never see, so it runs without.
+    TensorRT-RTX runs without CUDA graphs: it compiles better kernels while it runs, which a graph would not use.
     """
 
     def __init__(self, trt: Any, path: Path, manifest: ExportManifest) -> None:
@@ -97,8 +97,8 @@ class EngineScorer(Scorer):
 
 
 class Contexts:
-    """Input on the GPU -> logits [B, 2] float32 on the current stream; a context per batch size (shape changes leak
-    the modules of ahead-of-time plugins: NVIDIA/TensorRT issue 4849)."""
+    """Runs an engine: input on the GPU -> logits [B, 2] float32, on the current stream; one context per batch size
+    (shape changes leak the modules of ahead-of-time plugins: NVIDIA/TensorRT issue 4849)."""
 
     def __init__(self, engine: Any, name: str, profiler: Any = None) -> None:
         self._engine, self._name, self._profiler = engine, name, profiler
@@ -146,7 +146,7 @@ def layers(path: Path, batch: int | None = None, rounds: int = 20) -> list[tuple
 
     manifest = read_export_manifest(path, KINDS[path.suffix])
     trt = load_backend(manifest.kind)
-    check_fits(manifest, trt.__version__, str(path))
+    check_loadable(manifest, trt.__version__, str(path))
     engine = open_engine(trt, path, bool(manifest.options.get("version_compatible")))
     inspector = engine.create_engine_inspector()
     found = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))["Layers"]
@@ -172,10 +172,10 @@ def layers(path: Path, batch: int | None = None, rounds: int = 20) -> list[tuple
 
 
 def load(path: Path, runtime: Runtime) -> EngineScorer:
-    """Raises UsageError when the engine is not for this machine."""
+    """Opens an engine.  Raises UsageError when it was not built for this machine."""
     manifest = read_export_manifest(path, KINDS[path.suffix])
     if not torch.cuda.is_available():
-        check_fits(manifest, manifest.version, str(path))
+        check_loadable(manifest, manifest.version, str(path))
     trt = load_backend(manifest.kind)
-    check_fits(manifest, trt.__version__, str(path))
+    check_loadable(manifest, trt.__version__, str(path))
     return EngineScorer(trt, path, manifest)

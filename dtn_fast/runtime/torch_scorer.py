@@ -1,4 +1,4 @@
-"""Checkpoints through torch: eager, compiled, or as CUDA graphs."""
+"""Running of checkpoints in torch: eager, compiled, or as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dtn_fast.runtime.scorer import BATCH, Scorer
 
 
 class TorchScorer(Scorer):
-    """A detector, folded, on the device where its weights are; a copy: training changes nothing here."""
+    """Scorer of a folded copy of a detector, on the device of its weights; later training does not change the copy."""
 
     def __init__(self, model: Detector, batch_size: int = BATCH, runtime: Runtime = Runtime()) -> None:
         super().__init__(model.config, model.notice, "torch", batch_size)
@@ -34,7 +34,7 @@ class TorchScorer(Scorer):
             raise UsageError("--mode graph: CUDA graphs need a GPU; use --mode eager or compile")
         net, config, device, dtype = self.folded, self.config, self.device, self._dtype
         compiled = torch.compile(net) if mode == "compile" else net
-        # a function of its own: one that held this scorer would keep its graphs' memory until a garbage collection
+        # does not refer to self: such a cycle would keep the graphs' memory until a garbage collection
         self._run = lambda crops: compiled(normalise(crops, config, device).to(dtype)).double()
         self._graphs = BatchGraphs(self._run, batch_size) if mode == "graph" else None
 

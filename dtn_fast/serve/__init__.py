@@ -1,1 +1,1 @@
-"""Verdicts over HTTP."""
+"""HTTP service for detection."""

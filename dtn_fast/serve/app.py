@@ -1,7 +1,7 @@
-"""``dtn-fast serve``: a page and an interface over HTTP in front of one scorer.
+"""``dtn-fast serve``: a web page and an HTTP API in front of one scorer.
 
-An upload streams into a private temporary file, waits in a bounded queue for one of a few workers, and is gone when
-its verdict is sent.  Only the routes below exist: nothing is ever read from a path that a client names.
+An upload is streamed into a private temporary file, waits in a bounded queue for one of a few workers, and is deleted
+when its verdict is sent.  Only the routes below exist: nothing is ever read from a path that a client names.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from dtn_fast.version import __version__
 
 EXTRA = "dtn-fast[serve]"
 DRAIN = 32_000_000
-"""Bytes of a refused upload that are still read."""
+"""Maximum number of bytes of a refused upload that are still read."""
 
 
 class Refused(DtnError):
-    """A request that gets no verdict, and the status that says why."""
+    """A request that gets no verdict, with the HTTP status and the reason."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -58,7 +58,7 @@ def create_app(scorer: Scorer, config: ServeConfig = ServeConfig(), detection: D
         return HTMLResponse(page, headers=headers)
 
     async def about(_: Request) -> Response:
-        limits = {"max_mb": config.max_mb, "frames": detection.frames, "threshold": detection.threshold}
+        limits = {"max_mb": config.max_mb, "analysed": detection.analysed, "threshold": detection.threshold}
         facts = {"version": __version__, "runtime": scorer.name, "notice": scorer.notice}
         return JSONResponse({**facts, **limits, "formats": sorted(judge.formats)}, headers=headers)
 
@@ -68,8 +68,8 @@ def create_app(scorer: Scorer, config: ServeConfig = ServeConfig(), detection: D
                 found = await judge.upload(request)
         except Exception as error:
             if not isinstance(error, Refused):
-                logging.getLogger(__name__).exception("judging an upload")
-            reason = str(error) if isinstance(error, DtnError) else "the server failed at this upload; see its log"
+                logging.getLogger(__name__).exception("detection on an upload failed")
+            reason = str(error) if isinstance(error, DtnError) else "the server failed on this upload; see its log"
             refused = error if isinstance(error, Refused) else Refused(500, reason)
             judge.metrics.requests.labels(str(refused.status)).inc()
             await _drain(request)
@@ -101,7 +101,7 @@ def create_app(scorer: Scorer, config: ServeConfig = ServeConfig(), detection: D
 
 
 async def _drain(request: Any) -> None:
-    """Reads on what a refused client is still sending, for a while: who is cut off in the middle sees no answer."""
+    """Reads the rest of a refused upload for a while, since a client cut off while sending does not see the answer."""
     from starlette.requests import ClientDisconnect
 
     left = DRAIN
@@ -114,7 +114,7 @@ async def _drain(request: Any) -> None:
 
 
 def _headers(page: str) -> dict[str, str]:
-    """Nothing but the page's own script and style runs, and nothing is fetched from elsewhere."""
+    """Security headers: only the page's own script and style run, and nothing is fetched from other hosts."""
     own = {
         kind: "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
         for kind, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL)
@@ -135,13 +135,13 @@ class Metrics:
 
         self._registry = prometheus.CollectorRegistry()
         where = {"registry": self._registry}
-        self.requests = prometheus.Counter("dtn_requests", "Uploads by the status they were answered with",
+        self.requests = prometheus.Counter("dtn_requests", "Uploads by the HTTP status of the answer",
                                            ["status"], **where)  # fmt: skip
-        self.frames = prometheus.Counter("dtn_frames", "Frames looked at", **where)
+        self.frames = prometheus.Counter("dtn_frames", "Frames analysed", **where)
         self.faces = prometheus.Counter("dtn_faces", "Faces scored", **where)
         self.verdicts = prometheus.Counter("dtn_verdicts", "Verdicts", ["verdict"], **where)
         buckets = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-        help_text = "From the upload's end to its verdict"
+        help_text = "Seconds from the upload's end to its verdict"
         self.seconds = prometheus.Histogram("dtn_judge_seconds", help_text, buckets=buckets, **where)
         for name, text, value in (
             ("dtn_uploads_inside", "Uploads arriving, waiting or being judged", lambda: judge.inside),
@@ -169,11 +169,11 @@ class Judge:
         self._folder = tempfile.TemporaryDirectory(prefix="dtn-fast-")
         self._model = getattr(scorer, "model", None)
         self.metrics = Metrics(self)
-        self._finder()  # an error now rather than at the first upload, when dlib is missing
+        self._finder()  # if dlib is missing, fail now rather than at the first upload
 
     @contextlib.contextmanager
     def admitted(self) -> Any:
-        """A place inside.  Raises Refused when all are taken; called on the event loop alone."""
+        """Holds a place for an upload.  Raises Refused when all are taken; call it only on the event loop."""
         if self.inside >= self.config.workers + self.config.waiting:
             raise Refused(503, "busy: all places are taken; try again in a few seconds")
         self.inside += 1
@@ -183,7 +183,7 @@ class Judge:
             self.inside -= 1
 
     async def upload(self, request: Any) -> dict[str, Any]:
-        """The verdict on a request's body.  Raises Refused."""
+        """The verdict on a request's body.  Raises Refused when there is none."""
         name = request.query_params.get("name", "")
         suffix = Path(name[-64:]).suffix.lower()
         if suffix not in self.formats:
@@ -221,11 +221,11 @@ class Judge:
                     raise Refused(413, f"larger than the limit of {self.config.max_mb:g} MB")
                 file.write(chunk)
         except ClientDisconnect:
-            raise Refused(400, "the upload broke off") from None
+            raise Refused(400, "the upload was interrupted") from None
         return size
 
     def _finder(self) -> Any:
-        """One for each worker thread."""
+        """The face finder of the calling worker thread."""
         from dtn_fast.data.faces import FaceFinder
 
         if not hasattr(self._own, "finder"):
@@ -234,14 +234,14 @@ class Judge:
 
     def _judge(self, path: Path, name: str, begin: float) -> dict[str, Any]:
         from dtn_fast.detect.pipeline import detect
-        from dtn_fast.detect.report import data_uri, heat_uri
+        from dtn_fast.detect.report import heat_uri, jpeg_uri
         from dtn_fast.detect.verdict import RULE
 
         def watch(_: int) -> None:
             if time.monotonic() - begin > self.config.timeout:
                 raise Refused(504, f"no verdict within {self.config.timeout:g} s; send a shorter video")
 
-        watch(0)  # it may have waited too long
+        watch(0)  # the upload may have waited too long
         result = detect(path, self.batcher, self.detection, self._finder(), watch, self._model)
         self.metrics.frames.inc(result.frames_read)
         self.metrics.faces.inc(sum(len(frame.faces) for frame in result.frames))
@@ -249,7 +249,7 @@ class Judge:
             raise Refused(422, (result.error or "").replace(str(path), name))
         self.metrics.verdicts.labels(result.verdict).inc()
         pictures = [
-            {"number": p.number, "seconds": p.seconds, "score": p.score, "face": data_uri(p.crop),
+            {"number": p.number, "seconds": p.seconds, "score": p.score, "face": jpeg_uri(p.crop),
              "heat": None if p.heat is None else heat_uri(p)}
             for p in result.pictures
         ]  # fmt: skip
@@ -264,7 +264,7 @@ class Judge:
 
 
 def run(scorer: Scorer, config: ServeConfig, detection: DetectConfig) -> None:
-    """Serves until interrupted; uploads inside are still answered."""
+    """Serves until interrupted; uploads already accepted are still answered."""
     app = create_app(scorer, config, detection)
     uvicorn = require("uvicorn", EXTRA)
     try:
@@ -275,7 +275,7 @@ def run(scorer: Scorer, config: ServeConfig, detection: DetectConfig) -> None:
         raise UsageError(f"--host {config.host} --port {config.port}: {reason}; choose another") from error
     host, port = listening.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    print(f"{scorer.name} on http://{host}:{port} (page at /, programs at /v1/detect; ctrl-C ends)"
+    print(f"{scorer.name} on http://{host}:{port} (web page at /, API at /v1/detect; Ctrl-C stops)"
           + (f"\n{scorer.notice}" if scorer.notice else ""), flush=True)  # fmt: skip
     with listening:
         server = uvicorn.Server(uvicorn.Config(

@@ -1,4 +1,4 @@
-"""Requests of many threads joined into batches: what a server puts in front of a scorer."""
+"""Joins the requests of many threads into batches for one scorer."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _Request = tuple[NDArray[np.uint8], "Future[NDArray[np.float64]]"]
 class MicroBatcher(Scorer):
     """A scorer whose concurrent calls share batches of ``scorer``: the first call waits ``wait`` seconds for others.
 
-    One thread runs the model, in the order of arrival; an error of a batch reaches every caller in it.  Use as a
-    context manager or call :meth:`close`.
+    One thread runs the model, in the order of arrival; an error in a batch is raised in every caller of the batch.  Use
+    as a context manager or call :meth:`close`.
     """
 
     def __init__(self, scorer: Scorer, wait: float = 0.002) -> None:
@@ -37,7 +37,7 @@ class MicroBatcher(Scorer):
 
     def _logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
         future: Future[NDArray[np.float64]] = Future()
-        with self._lock:  # nothing may be put after the end
+        with self._lock:  # nothing may be put after the end marker
             if self._closed:
                 raise UsageError(f"{self.name}: closed")
             self._jobs.put((crops, future))
@@ -52,7 +52,7 @@ class MicroBatcher(Scorer):
             batch, held, ended = self._together(job)
             try:
                 logits = self.scorer.logits(np.concatenate([crops for crops, _ in batch]))
-            except BaseException as error:  # the callers' to handle
+            except BaseException as error:  # raised in the callers
                 for _, future in batch:
                     future.set_exception(error)
             else:
@@ -65,7 +65,7 @@ class MicroBatcher(Scorer):
                 return
 
     def _together(self, first: _Request) -> tuple[list[_Request], _Request | None, bool]:
-        """Jobs of one batch; a job that did not fit; whether the end was met."""
+        """Jobs of one batch, a job that did not fit, and whether the end marker was read."""
         batch, size, until = [first], len(first[0]), time.monotonic() + self.wait
         while size < self.batch_size:
             try:
@@ -81,7 +81,7 @@ class MicroBatcher(Scorer):
         return batch, None, False
 
     def close(self) -> None:
-        """Scores what was asked before, then ends the thread."""
+        """Scores all earlier requests, then ends the thread."""
         with self._lock:
             if not self._closed:
                 self._closed = True

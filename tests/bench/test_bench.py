@@ -157,7 +157,7 @@ def test_compare_shows_what_moved_beyond_the_spread(tmp_path: Path, capsys: pyte
     assert "2.00x  model: case: 0" in text
     assert "0.67x  model: case: 2" in text
     assert ": 1 " not in text
-    assert "2 figures moved" in text
+    assert "2 measurements changed" in text
     with pytest.raises(UsageError, match="two results files"):
         runner.main(["compare", str(before)])
     with pytest.raises(UsageError, match="unknown suite 'nothing'"):
@@ -210,9 +210,9 @@ def test_wrong_answers_are_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(bench_kernels, "attention_contenders", lambda wrong=wrong: {**right, "wrong": wrong})
         for case in attention_cases(1, 64, torch.float32, None):
             assert set(case.contenders) == set(right)
-            assert any(note.startswith("wrong") and "answers wrongly" in note for note in case.notes)
+            assert any(note.startswith("wrong") and "wrong result" in note for note in case.notes)
         monkeypatch.setattr(bench_kernels, "attention_contenders", lambda wrong=wrong: {**right, "dtn_fast": wrong})
-        with pytest.raises(DtnError, match=r"dtn_fast.* answers wrongly"):
+        with pytest.raises(DtnError, match=r"dtn_fast.* wrong result"):
             list(attention_cases(1, 64, torch.float32, None))
 
 
@@ -282,8 +282,8 @@ def test_gpu_runner_holds_its_budget_and_reports_failures(tmp_path: Path, monkey
     fail = [sys.executable, "-c", "raise SystemExit(3)"]
     monkeypatch.setattr(gpu, "commands", lambda stage, *_: [fail] if stage == "kernels" else [wait])
     start = time.monotonic()
-    summary = gpu.run(["kernels", "model", "train", "data"], 16, tmp_path, quick=True)
-    assert time.monotonic() - start < 20
+    summary = gpu.run(["kernels", "model", "train", "data"], 18, tmp_path, quick=True)
+    assert time.monotonic() - start < 22
     states = {row["stage"]: str(row["state"]) for row in summary}
     assert states["kernels"].startswith("failed with 3")
     assert states["model"].startswith("cut off by the budget")

@@ -165,7 +165,7 @@ def test_deployment_from_the_command_line(run, trained: Path, crops: Path, video
         (["detect", video, "--model", file("m.rtx")], "an engine needs an NVIDIA GPU"),
         (["verify", trained, file("m.mnn"), "--layers"], "MNN shows no layers"),
         (["repository", file("m.mnn"), "--out", file("x")], "the server takes .onnx and .engine"),
-        (["detect", video, "--model", trained, "--rate", "-1"], "not below 0"),
+        (["detect", video, "--model", trained, "--rate", "-1"], "must not be below 0"),
         (["serve", trained, "--port", "99999"], "--port 99999"),
     ):
         code, _, err = run(*words)
@@ -191,7 +191,7 @@ def test_the_papers_experiments_from_the_command_line(run, trained: Path, crops:
     assert code == 0, err
     text = (tmp_path / "tables" / "table2.md").read_text()
     assert "| one | DF |" in text.replace(str(other), "one")
-    assert "| DTN (the paper's figures) | DF | - |" in text
+    assert "| DTN (the paper's values) | DF | - |" in text
     code, out, err = run("evaluate", crops, "--model", other, "--protocol", "cross-manipulation")
     assert code == 0, err
     assert re.search(r"│ one +│ SynthSwap +│", out)  # what its run says
@@ -231,7 +231,7 @@ def test_the_papers_experiments_from_the_command_line(run, trained: Path, crops:
         (["evaluate", crops, crops, "--model", trained, "--protocol", "within"], "takes one dataset and one model"),
         (
             ["evaluate", crops, "--model", trained, "--protocol", "cross-manipulation"],
-            "name one a model by --trained-on",
+            "give one forgery for each model by --trained-on",
         ),
         (["evaluate", crops, "--model", trained, "--trained-on", "DF"], "only for --protocol cross-manipulation"),
         (["evaluate", crops, "--model", trained, other, "--out", "."], "--out .: a folder; name the files in it"),
@@ -239,7 +239,7 @@ def test_the_papers_experiments_from_the_command_line(run, trained: Path, crops:
         (["explain", crops, "--models", tmp_path / "small.json"], "give a run or a checkpoint folder"),
         (["robustness", crops, "--models", trained, "--levels", "1", "1"], "each once"),
         (["ablate", "nothing", "--data", crops, "--preset", "tiny"], "unknown ablation 'nothing'"),
-        (["explain", crops, "--models", trained, "--kinds", "portrait", "--out", tmp_path / "p"], "unknown picture"),
+        (["explain", crops, "--models", trained, "--kinds", "portrait", "--out", tmp_path / "p"], "unknown figure"),
         (["report", tmp_path / "none"], "no such folder"),
         (["verify", trained, trained, "--provider", "cuda"], "--provider cuda: not for"),
     ):

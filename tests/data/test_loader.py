@@ -55,6 +55,19 @@ def test_batches_hold_the_crops_and_labels_of_their_rows() -> None:
         assert len(set(batch.seeds.tolist())) == 8
 
 
+def test_a_batch_that_is_kept_is_never_overwritten_and_released_memory_is_reused() -> None:
+    kept = list(load(numbered(), np.arange(40), 2, prefetch=1).epoch(0))
+    assert len({batch.crops.data_ptr() for batch in kept}) == len(kept) == 30
+    for batch in kept:
+        assert torch.equal(batch.crops[:, 3, 5, 1], torch.from_numpy(batch.rows))
+    loader, places = load(numbered(), np.arange(40), 2, prefetch=1), set()
+    for batch in loader.epoch(0):
+        places.add(batch.crops.data_ptr())
+        assert torch.equal(batch.crops[:, 3, 5, 1], torch.from_numpy(batch.rows))
+        loader.release(batch)
+    assert len(places) <= 4, "one in use, one waiting, two being made"
+
+
 def test_epochs_are_shuffled_balanced_and_repeat() -> None:
     dataset = numbered(40, 30)
     loader = load(dataset, np.arange(40), 6, seed=(3,))
@@ -224,7 +237,7 @@ def test_training_on_a_folder_of_reals(pictures: Path, tmp_path: Path) -> None:
         for copy in range(3):
             (reals / f"{number}-{copy}.jpg").write_bytes(path.read_bytes())
     data = open_data(reals, 64)
-    with pytest.raises(UsageError, match="--self-blend makes fakes of reals"):
+    with pytest.raises(UsageError, match="--self-blend makes fakes from reals"):
         next(iter(fit(DTN(SMALL), data, RECIPE, tmp_path / "x")))
     events = list(fit(DTN(SMALL), data, changed(RECIPE, epochs=1, self_blend=True), tmp_path / "run"))
     assert isinstance(events[-1], Epoch)

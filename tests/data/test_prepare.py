@@ -483,7 +483,8 @@ def test_fakes_are_cropped_where_their_real_is(tmp_path: Path) -> None:
     assert np.array_equal(boxes[0], boxes[2])
     assert np.abs(boxes[1] / 0.75 - boxes[2]).max() < 25
     assert boxes[2].shape == (4, 4)
-    index = run(table, tmp_path / "own", PrepareConfig(frames=4))
+    index = run(table, tmp_path / "own", PrepareConfig(frames=4, margin=1.7))
+    assert open_crop_dataset(tmp_path / "own").margin == 1.7
     assert [state["boxes"] for state in index["status"]] == ["own"] * 3
     assert index["status"][0]["reason"] == "no face in 4 frames"
 

@@ -25,7 +25,7 @@ from small import SMALL
 
 from dtn_fast import DTN
 from dtn_fast.data.crop_dataset import CropDataset
-from dtn_fast.data.faces import Box, FaceFinder
+from dtn_fast.data.faces import Box, FaceFinder, crop_face
 from dtn_fast.data.video import Frame, read_frames, write_video
 from dtn_fast.detect import detect_many
 from dtn_fast.detect.annotate import annotate
@@ -64,6 +64,16 @@ def test_image_with_two_faces_takes_the_higher(small: DTN, detector: FaceFinder,
     assert (result.verdict, result.score, len(result.frames[0].faces)) == ("fake", 0.9, 2)
     assert [p.score for p in result.pictures] == [0.9, 0.2]
     assert all(p.heat is not None for p in result.pictures)
+
+
+def test_faces_are_cropped_with_the_model_s_margin(detector: FaceFinder, tmp_path: Path) -> None:
+    image = np.ascontiguousarray(data.astronaut())
+    Image.fromarray(image).save(tmp_path / "face.png")
+    for margin in (1.3, 2.0):
+        model = DTN(dataclasses.replace(SMALL, margin=margin)).eval()
+        result = detect(tmp_path / "face.png", TorchScorer(model), finder=detector)
+        box = result.frames[0].faces[0].box
+        assert np.array_equal(result.pictures[0].crop, crop_face(image, box, SMALL.image_size, margin))
 
 
 def test_video_score_is_the_mean_over_frames_with_a_face(small: DTN, detector: FaceFinder, tmp_path: Path) -> None:

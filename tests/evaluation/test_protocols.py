@@ -53,7 +53,7 @@ def test_table_1(scorers: dict[str, TorchScorer], dataset: CropDataset, tmp_path
     header, rows = found.text("frame")
     assert header == ["model", "FF++ ACC", "FF++ AUC", "my_set ACC", "my_set AUC"]
     assert rows[0][2].startswith(f"{100 * (expected.frame.auc or 0):.2f} (")
-    assert ["DTN (the paper's figures)", "97.13", "99.70", "-", "-"] in rows
+    assert ["DTN (the paper's values)", "97.13", "99.70", "-", "-"] in rows
     made = found.write(tmp_path / "table1")
     assert [path.name for path in made] == ["table1.json", "table1.md", "table1.tex", "table1.svg"]
     text = made[2].read_text()
@@ -66,7 +66,7 @@ def test_table_1(scorers: dict[str, TorchScorer], dataset: CropDataset, tmp_path
     assert stored["rows"][0]["cells"]["video"]["FF++"]["auc"] == expected.video.auc
     assert [TableRow.from_json(row) for row in stored["rows"]] == found.rows
     assert "10 videos" in made[1].read_text()
-    assert "In brackets" not in made[1].read_text()
+    assert "in brackets" not in made[1].read_text()
     ElementTree.fromstring(made[3].read_text())
 
 
@@ -90,7 +90,7 @@ def test_table_2(scorers: dict[str, TorchScorer], dataset: CropDataset) -> None:
     one = evaluate(scorers["DTN"], ff, groups={"FaceSwap": ("FaceSwap",)}).rows[0]
     assert found.rows[0].cells["video"]["FS"].auc == one.video.auc
     assert [row[:2] for row in rows[:2]] == [["DTN", "DF"], ["a_b & c", "DF"]]
-    assert ["DTN (the paper's figures)", "DF", "100.00", "97.23", "74.26", "98.53"] in rows
+    assert ["DTN (the paper's values)", "DF", "100.00", "97.23", "74.26", "98.53"] in rows
     assert "F2F" not in {row[1] for row in rows}
     assert r"Method & trained on & DF & F2F & FS & NT \\" in found.latex("frame")
     assert r"DTN$^{\ast}$ & DF & 100.00 & 97.23 & 74.26 & 98.53 \\" in found.latex("frame")
@@ -111,7 +111,7 @@ def test_the_papers_figures_stand_beside_ours() -> None:
         ["b", "50.00", "75.00 (70.0-80.0)", "25.00", "-", "", ""],
     ]
     text = table.markdown()
-    assert "In brackets the paper's own figures." in text
+    assert "The paper's values are in brackets." in text
     assert r"| y\|z ACC |" in text
     assert "| a&lt;c | 50.00" in text
     assert text.endswith("**careful**\n")

@@ -16,6 +16,7 @@ from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import FIGURES, FigureConfig
 from dtn_fast.evaluation.figures import choose, draw
+from dtn_fast.explain import internals
 from dtn_fast.explain.heatmap import feature_map
 from dtn_fast.explain.internals import (
     attention_maps,
@@ -108,9 +109,10 @@ def test_collapse_is_one_for_equal_heads_and_falls_with_diversity() -> None:
     assert np.isnan(collapse(one)).all()
 
 
-def test_features_are_what_the_classifier_sees(small: DTN, faces: np.ndarray) -> None:
+def test_features_are_what_the_classifier_sees(small: DTN, faces: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         expected = small.forward_head(small.forward_features(normalise(faces, small.config)), pre_logits=True)
+    monkeypatch.setattr(internals, "BATCH", 2)  # 3 crops in two batches
     assert features(small, faces) == pytest.approx(expected.numpy(), abs=1e-6)
     other = build_detector(TimmConfig("resnet10t", 64)).eval()
     assert features(other, faces).shape == (3, 512)

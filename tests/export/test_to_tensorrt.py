@@ -22,7 +22,7 @@ from dtn_fast.export.to_tensorrt import RTX_ARCHS, build, commands, export_engin
 from dtn_fast.runtime.describe import describe
 from dtn_fast.runtime.export_manifest import ExportManifest, file_hash, read_export_manifest
 from dtn_fast.runtime.load import load_scorer
-from dtn_fast.runtime.tensorrt import check_fits, load_backend
+from dtn_fast.runtime.tensorrt import check_loadable, load_backend
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_the_manifest_says_what_it_is_and_guards_the_file(engine: Path, tmp_path
         load_scorer(copy)
     for text in ("{", "[]", '{"kind": 1}', json.dumps({**json.loads(beside.read_text()), "config": {"model": "x"}})):
         beside.write_text(text)
-        with pytest.raises(UsageError, match="not a valid ExportManifest"):
+        with pytest.raises(UsageError, match=r"copy\.rtx\.json.*: not a valid (ExportManifest|DTNConfig)"):
             load_scorer(copy)
     with pytest.raises(UsageError, match="no such file"):
         describe(tmp_path / "none.rtx")
@@ -98,15 +98,15 @@ def test_an_engine_that_does_not_fit_this_machine_is_named(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     with pytest.raises(UsageError, match=r"built for compute capability 7\.5, 8\.0, .*\(NVIDIA H200\) has 9\.0"):
-        check_fits(manifest, manifest.version, "e")
+        check_loadable(manifest, manifest.version, "e")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
-    check_fits(manifest, manifest.version, "e")
+    check_loadable(manifest, manifest.version, "e")
     with pytest.raises(UsageError, match=f"built by tensorrt_rtx {manifest.version}, installed is 9.9"):
-        check_fits(manifest, "9.9", "e")
-    check_fits(replace(manifest, options={"version_compatible": True}), "9.9", "e")
+        check_loadable(manifest, "9.9", "e")
+    check_loadable(replace(manifest, options={"version_compatible": True}), "9.9", "e")
     with pytest.raises(UsageError, match="built for NVIDIA L4, this is NVIDIA H200"):
-        check_fits(replace(manifest, options={"gpu": "NVIDIA L4", "hardware": "this"}), manifest.version, "e")
-    check_fits(replace(manifest, options={"gpu": "NVIDIA L4", "hardware": "same"}), manifest.version, "e")
+        check_loadable(replace(manifest, options={"gpu": "NVIDIA L4", "hardware": "this"}), manifest.version, "e")
+    check_loadable(replace(manifest, options={"gpu": "NVIDIA L4", "hardware": "same"}), manifest.version, "e")
 
 
 def test_what_cannot_be_asked_is_refused(tiny: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

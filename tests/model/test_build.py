@@ -51,7 +51,7 @@ def test_a_timm_model_is_a_detector(name: str, mapped: bool, tmp_path: Path) -> 
         assert model.training
         assert not model.cam_layer()._forward_hooks, "looked for without a trace"
     else:
-        with pytest.raises(ValueError, match="no map to weigh"):
+        with pytest.raises(ValueError, match="no map for Grad-CAM"):
             grad_cam(model, crops)
 
 

@@ -130,6 +130,7 @@ def test_a_video_gets_verdict_people_frames_and_pictures(port: int, files: dict[
     assert ask(port, "PUT", "/v1/detect?name=face.jpg", files["face.jpg"])[0] == 200  # curl -T
     about = json.loads(ask(port, "GET", "/v1/about")[1])
     assert (about["runtime"], about["max_mb"], about["notice"]) == ("torch", 1.0, model.notice)
+    assert about["analysed"] == "32 frames"
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_whatever_fails_is_one_line_of_json(model: DTN, files: dict[str, bytes])
         def _logits(self, crops: np.ndarray) -> np.ndarray:
             raise RuntimeError("out of memory at /secret/path")
 
-    for scorer, words in ((Broken(model), "not finite"), (Worse(model), "the server failed at this upload")):
+    for scorer, words in ((Broken(model), "not finite"), (Worse(model), "the server failed on this upload")):
         with serving(scorer) as port:
             status, found = judge(port, "face.jpg", files["face.jpg"])
             assert status == 500

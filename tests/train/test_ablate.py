@@ -275,15 +275,15 @@ def test_wrong_names_are_told(few: CropDataset, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no forgery to train on"):
         finish(ablate("cross-manipulation", real, {"a": few}, tmp_path, SMALL, QUICK))
     for recipe, said in (
-        (changed(QUICK, pretrained=True), "--pretrained: a table's models start alike"),
+        (changed(QUICK, pretrained=True), "--pretrained: not all models of a table have published weights"),
         (changed(QUICK, self_blend=True), "--self-blend: cross-manipulation trains on the data's own"),
     ):
         with pytest.raises(UsageError, match=said):
             finish(ablate("cross-manipulation", few, {"a": few}, tmp_path, SMALL, recipe))
     for name, tests, only, said in (
         ("x", {}, (), "unknown ablation 'x'; there are cross-dataset"),
-        ("moe", {}, ("Nothing",), "--only Nothing: moe has Vanilla MoE, Ours"),
-        ("cross-manipulation", {"a": few, "b": few}, (), "of one dataset; --tests names 2"),
+        ("moe", {}, ("Nothing",), "--only Nothing: unknown; moe has Vanilla MoE, Ours"),
+        ("cross-manipulation", {"a": few, "b": few}, (), "of one dataset; give one folder, not 2"),
     ):
         with pytest.raises(UsageError, match=said):
             finish(ablate(name, few, tests, tmp_path, SMALL, QUICK, only))
@@ -346,7 +346,7 @@ def test_losses_by_weight_and_by_features(dataset: CropDataset) -> None:
     outcome = step(torch.from_numpy(dataset.get(rows)), torch.from_numpy(dataset.labels[rows]))
     assert outcome.values.isfinite().all()
     assert not torch.equal(step.centers, before)
-    with pytest.raises(UsageError, match="--center-on features: only a DTN"):
+    with pytest.raises(UsageError, match="--center-on features: needs a DTN"):
         TrainStep(build_detector(TimmConfig("resnet10t", 64)), recipe, Execution(), torch.device("cpu"))
     with pytest.raises(UsageError, match="initial_weights"):
         Recipe(initial_weights=(-1.0, 0.0))

@@ -292,7 +292,7 @@ def test_a_full_disk_leaves_the_last_state(
 
 def test_states_of_other_runs_are_refused(dataset: CropDataset, tmp_path: Path) -> None:
     drive(tmp_path, dataset, recipe=changed(RECIPE, epochs=1))
-    with pytest.raises(UsageError, match="of another version or kind of run"):
+    with pytest.raises(UsageError, match="made by another version or kind of run"):
         drive(tmp_path, dataset, recipe=changed(RECIPE, epochs=2, ema=0.5))
     state = load_state(tmp_path / loop.STATE)
     damages: list[dict] = [{"place": {"nonsense": 1}}, {"model": {}}, {"optimizer": {}}]

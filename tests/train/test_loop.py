@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -139,6 +140,20 @@ def test_wrong_crops_are_named(dataset: CropDataset, tmp_path: Path) -> None:
         next(fit(DTN(DTNConfig.preset("tiny")), dataset, RECIPE, tmp_path))
     with pytest.raises(UsageError, match="needs reals and fakes"):
         next(fit(DTN(SMALL), dataset, changed(RECIPE, methods=("NoSuchMethod",)), tmp_path))
+
+
+def test_a_run_stores_the_margin_of_its_crops_and_refuses_others(dataset: CropDataset, tmp_path: Path) -> None:
+    wide = dataclasses.replace(dataset, margin=1.7)
+    for config in (SMALL, TimmConfig("resnet10t", 64)):
+        assert run_folder.for_crops(config, wide).margin == 1.7
+    run_folder.start_run(tmp_path, changed(RECIPE, epochs=1), run_folder.for_crops(SMALL, wide))
+    for _ in chain.train_initial(tmp_path, wide):
+        pass
+    assert load_model(tmp_path).config.margin == 1.7
+    with pytest.raises(UsageError, match=r"the model: takes crops of margin 1.7, these have 1.3.* --margin 1.7"):
+        next(chain.distill(tmp_path, dataset))
+    pictures = dataclasses.replace(dataset, margin=None)  # a folder of pictures has no margin to compare
+    pictures.check_fits(load_model(tmp_path).config, "the model")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -119,7 +119,7 @@ def test_page_in_the_middle_of_a_run(run: Path) -> None:
     for name in (METRICS, VALIDATION, WEIGHTS):
         (student / name).unlink()
     text = page(run)
-    assert "Best is generation 0 (teacher)" in text
+    assert "The best is generation 0 (teacher)" in text
     assert cells(text, "1 (student)") == ["", "", "", "0 of 2", "7", ""]
     shutil.rmtree(run / "generation-0")
     shutil.move(student, run / "generation-0")
@@ -141,7 +141,7 @@ def test_damaged_and_missing_files_are_said(run: Path) -> None:
     assert "generation 1 are missing or damaged: it has no ROC curve and no confusion matrix" in text
     assert "Confusion" not in text
     assert cells(text, "1 (student)")[2:4] == ["2", "2 of 2"]
-    assert "what must be said of this model is not known" in text
+    assert "the notice about its training data is missing" in text
 
 
 def test_what_it_needs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

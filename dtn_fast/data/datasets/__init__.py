@@ -18,7 +18,7 @@ from dtn_fast.errors import UsageError
 
 
 def read(root: Path, source: Source = Source()) -> VideoTable:
-    """Reads the audited table of a dataset.  Raises UsageError when lists are missing or malformed, or the audit fails."""
+    """Reads and audits a dataset's table.  Raises UsageError if lists are missing or malformed, or the audit fails."""
     if not root.is_dir():
         raise UsageError(f"{root}: no such folder")
     for split in source.splits:

@@ -55,7 +55,7 @@ def read_dfdc(root: Path, source: Source) -> VideoTable:
 
 
 def read_dfdc_preview(root: Path, source: Source) -> VideoTable:
-    """Reads the DFDC preview: dataset.json with the official train and test sets; a tenth of the train people is val."""
+    """Reads DFDC's preview: dataset.json with the official train and test sets; a tenth of the train people is val."""
     videos, straddling = [], 0
     path = root / "dataset.json"
     for name, row in read_object(path).items():

@@ -14,7 +14,7 @@ from dtn_fast.errors import UsageError
 
 
 def keep_wanted(table: VideoTable, source: Source, default: tuple[str, ...] = SPLITS) -> VideoTable:
-    """The table without videos of other splits and methods than ``source`` requests."""
+    """The table's videos of the splits and methods that ``source`` requests."""
     splits = source.splits or default
     known = {video.method for video in table.videos}
     if unknown := set(source.methods) - known:
