@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.sampling import evenly_spaced
+from dtn_fast.data.even_spacing import evenly_spaced
 from dtn_fast.data.video_table import Video, video_of
 from dtn_fast.errors import UsageError
 from dtn_fast.files import load_array

@@ -15,7 +15,7 @@ from torch import Tensor
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.randomness import sample_seeds
 from dtn_fast.errors import UsageError
-from dtn_fast.producer import produced
+from dtn_fast.producer_thread import produced
 
 Transform = Callable[[NDArray[np.uint8], NDArray[np.uint64]], NDArray[np.uint8]]
 """Augmentation on the CPU, in the loader's thread: crops [n, S, S, 3] and a seed per crop -> augmented crops."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.sampling import evenly_spaced
+from dtn_fast.data.even_spacing import evenly_spaced
 from dtn_fast.errors import MediaError
 from dtn_fast.files import replacing
 

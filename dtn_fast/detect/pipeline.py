@@ -25,7 +25,7 @@ from dtn_fast.detect.verdict import Face, FrameResult, Picture, Result, Timing, 
 from dtn_fast.errors import MediaError
 from dtn_fast.explain.heatmap import grad_cam
 from dtn_fast.model.detector import Detector
-from dtn_fast.producer import produced
+from dtn_fast.producer_thread import produced
 from dtn_fast.runtime.scorer import Scorer
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
