@@ -26,11 +26,13 @@ def write_whole(path: Path, content: bytes | str | Callable[[BinaryIO], object],
             content(file)
         else:
             file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
-    """Yields a path to write to; afterwards that file is synchronised to the disk and renamed to ``path``.
+    """Yields a path to write to; afterwards that file is renamed to ``path``.
 
     ``shared``: other processes may write the same content to the same path at the same time.  After a failure (a full
     disk) the previous file at ``path`` is unchanged, no partial file is left, and the OSError names ``path``.
@@ -39,16 +41,15 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{secrets.token_hex(6) + '.' if shared else ''}partial")
     try:
         yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
         try:
             partial.replace(path)
         except FileNotFoundError:  # removed by another process that has finished the same work
             if not (shared and path.is_file()):
                 raise
     except OSError as error:
-        error.filename = str(path)
-        raise
+        if error.filename not in (None, str(partial)):
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 

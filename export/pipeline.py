@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dtn_fast.data.open import open_data
-from dtn_fast.errors import UsageError
+from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.export.config import EngineConfig, OnnxConfig, QuantizeConfig
 from dtn_fast.export.quantize import AccuracyCheck, Sensitivity, check_accuracy, quantize, sensitivity, widths
 from dtn_fast.export.to_mnn import export_mnn
@@ -38,6 +38,14 @@ class Exported:
     """Size, layers and timings of the engine; None for other files."""
 
 
+class ExportRefused(DtnError):
+    """The quantised model is beyond the limits of the accuracy check; ``made`` holds the measurements so far."""
+
+    def __init__(self, error: DtnError, made: Exported) -> None:
+        super().__init__(str(error))
+        self.made = made
+
+
 def export(
     model: Path,
     out: Path,
@@ -51,7 +59,8 @@ def export(
     The logits are compared with torch before the file is written; a quantised model must keep its validation AUC and
     logits within limits.  Engines and MNN files get an export manifest beside them.  watch: called with the name of the
     current step, the amount done and the total (0: unknown).  Raises UsageError when options do not fit ``out`` or
-    ``model``, DtnError when logits differ too much; ``out`` is not written then.
+    ``model``, DtnError when logits differ too much (ExportRefused for a quantised model's); ``out`` is then not
+    written.
     """
     _check_options(model, out, onnx, quantization, engine)
     made = Exported(out)
@@ -135,5 +144,10 @@ def _quantize(
         made.sensitivity.sort(key=lambda row: -row.worst)
     watch("quantising", 0, 0)
     quantized = quantize(proto, crops, config)
-    made.accuracy = check_accuracy(TorchScorer(detector), quantized, dataset, config)
+    try:
+        made.accuracy = check_accuracy(TorchScorer(detector), quantized, dataset, config)
+    except UsageError:
+        raise
+    except DtnError as error:
+        raise ExportRefused(error, made) from error
     return quantized

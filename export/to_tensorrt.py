@@ -21,6 +21,7 @@ from dtn_fast.export.config import EngineConfig
 from dtn_fast.export.to_onnx import require_onnx
 from dtn_fast.files import write_whole
 from dtn_fast.kernels.onnx_nodes import DOMAIN
+from dtn_fast.model.config import DTNConfig, parse_config
 from dtn_fast.runtime.export_manifest import ExportManifest, read_export_manifest
 from dtn_fast.runtime.tensorrt import KINDS, check_loadable, load_backend, open_engine
 
@@ -199,8 +200,12 @@ def _refitted(trt: Any, data: bytes, meta: dict[str, str], source: Path, path: P
     """
     old = read_export_manifest(source, "tensorrt")
     check_loadable(old, trt.__version__, str(source))
-    mine = (json.loads(meta["dtn_config"]), meta["precision"], meta["input"], meta.get("quantized", ""))
-    if mine != (old.config, old.precision, old.input, old.quantized):
+    network = lambda config: replace(
+        config, margin=DTNConfig.margin
+    )  # crops of any margin pass through the same layers
+    mine = network(parse_config(meta["dtn_config"], "the ONNX model")), meta["precision"], meta["input"]
+    theirs = network(old.detector_config()), old.precision, old.input
+    if (*mine, meta.get("quantized", "")) != (*theirs, old.quantized):
         raise UsageError(
             f"--refit-from {source}: its configuration, precision or input is not this model's; build a new engine"
         )

@@ -74,6 +74,8 @@ def ablate(
                          f"{', '.join(v.label for v in variants)}")  # fmt: skip
     if ABLATIONS[name].by_forgery and len(tests) > 1:
         raise UsageError(f"--tests: {name} tests on the forgeries of one dataset; give one folder, not {len(tests)}")
+    for title, dataset in tests.items():
+        dataset.check_fits(model, f"{name}, tested on {title}")
     found = _Rows(out, name, tests)
     shown = [v for v in variants if not only or v.label in only or found.has(v)]
     for variant in shown:
@@ -142,6 +144,8 @@ class _Rows:
                 stored = json.loads(path.read_text(encoding="utf-8"))
                 rows = [TableRow.from_json(row) for row in stored["rows"]]
                 for row in rows:
+                    if "policies" in row.facts:  # the former name
+                        row.facts["column_notes"] = row.facts.pop("policies")
                     for key in FACTS:
                         row.facts[key]
                     for column in row.facts["column_notes"]:

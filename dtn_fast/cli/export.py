@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from dtn_fast.cli.terminal import print_table, progress
+from dtn_fast.cli.terminal import print_table, progress, steps
 from dtn_fast.errors import DtnError
 from dtn_fast.export.config import EngineConfig, OnnxConfig, QuantizeConfig, RepositoryConfig, VerifyConfig
 from dtn_fast.runtime.config import Runtime
+
+if TYPE_CHECKING:
+    from dtn_fast.export.pipeline import Exported
+    from dtn_fast.export.to_tensorrt import Built
 
 
 def export(
@@ -39,18 +43,29 @@ def export(
         quantize: Options of INT8 and FP8 quantisation.
         engine: Options of the engine.
     """
+    from dtn_fast.export.pipeline import ExportRefused
     from dtn_fast.export.pipeline import export as run
 
-    with progress() as bar:
-        task = bar.add_task("exporting", total=None, note="")
-        show = lambda step, done, total: bar.update(task, description=step, completed=done, total=total or None)
-        made = run(model, out, onnx, quantize, engine, show)
+    try:
+        with progress() as bar:
+            made = run(model, out, onnx, quantize, engine, steps(bar))
+    except ExportRefused as error:
+        _print_measurements(error.made, quantize.on)
+        raise
+    _print_measurements(made, quantize.on)
+    if made.built is not None:
+        _print_engine(model, out, engine, made.built)
+    else:
+        print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
+def _print_measurements(made: Exported, quantized: bool) -> None:
     if made.parity:
-        title = f"{out}: {'MNN' if out.suffix == '.mnn' else 'onnxruntime'} against torch"
+        title = "MNN against torch" if made.path.suffix == ".mnn" else "The ONNX model in onnxruntime against torch"
         rows = [[str(r.batch), f"{r.error:.2e}", f"{r.scale:.2f}"] for r in made.parity]
-        print_table(title + (", before quantisation" if quantize.on else ""),
+        print_table(title + (", before quantisation" if quantized else ""),
                     ["batch", "largest logit error", "largest logit"], rows)  # fmt: skip
-        print(f"largest error {max(r.error for r in made.parity):.2e}, file {out.stat().st_size / 1e6:.1f} MB")
+        print(f"largest error {max(r.error for r in made.parity):.2e}")
     if made.sensitivity:
         rows = [[row.layer, row.width, f"{row.worst:.4f}", f"{row.mean:.4f}"] for row in made.sensitivity]
         header = ["layer", "quantised to", "worst logit change", "mean"]
@@ -60,11 +75,9 @@ def export(
         area = "undefined (one class)" if found.auc is None else f"{found.auc:.4f} -> {found.auc_quantized:.4f}"
         print(f"validation split, {found.images} crops: frame AUC {area}; logit change {found.mean:.4f} on average, "
               f"{found.worst:.4f} at worst")  # fmt: skip
-    if made.built is not None:
-        _print_engine(model, out, engine, made.built)
 
 
-def _print_engine(model: Path, out: Path, config: EngineConfig, built) -> None:
+def _print_engine(model: Path, out: Path, config: EngineConfig, built: Built) -> None:
     from dtn_fast.export.to_tensorrt import commands
 
     if built.times:

@@ -83,6 +83,8 @@ def _served(scorer: Scorer) -> Iterator[int]:
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
+        if not thread.is_alive():
+            raise DtnError("the web service did not start")
         time.sleep(0.05)
     try:
         yield server.servers[0].sockets[0].getsockname()[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import (
@@ -45,6 +46,22 @@ def progress() -> Progress:
     )
     terminal = Console(stderr=True)
     return Progress(*columns, console=terminal, disable=not terminal.is_terminal)
+
+
+def steps(bar: Progress) -> Callable[[str, int, int], None]:
+    """Function (step, done, total) that shows the current step of a long task in ``bar``, or without a terminal prints
+    the name of each step to stderr once."""
+    task = bar.add_task("", total=None, note="")
+    shown = ""
+
+    def show(step: str, done: int, total: int) -> None:
+        nonlocal shown
+        if bar.disable and step != shown:
+            print(f"{step} ...", file=sys.stderr)
+        shown = step
+        bar.update(task, description=step, completed=done, total=total or None)
+
+    return show
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:

@@ -92,7 +92,8 @@ class CropDataset:
             )
         if self.margin is not None and self.margin != config.margin:
             raise UsageError(f"{name}: takes crops of margin {config.margin:g}, these have {self.margin:g}; prepare "
-                             f"again with --margin {config.margin:g}")  # fmt: skip
+                             f"again with --margin {config.margin:g} (a model trained on these crops before margins "
+                             'were stored: set "margin" in its config.json)')  # fmt: skip
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -167,7 +168,8 @@ def open_crop_dataset(folder: Path, verify: bool = False) -> CropDataset:
             what += ", only an unfinished prepare"
         raise UsageError(f"{what}; run dtn-fast prepare") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder}: damaged crops ({error}); run the same dtn-fast prepare with --verify") from error
+        raise UsageError(f"{folder}: damaged crops ({error}); run the same dtn-fast prepare with --verify, or delete "
+                         "the folder and prepare again if an earlier version wrote it") from error  # fmt: skip
 
 
 def unfinished(folder: Path) -> bool:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.corrupt import corrupt_all, corrupt_video
-from dtn_fast.data.lmdb_store import open_lmdb
 from dtn_fast.data.even_spacing import evenly_spaced
+from dtn_fast.data.lmdb_store import open_lmdb
 from dtn_fast.data.video import Frame, read_frames, read_image
 from dtn_fast.data.video_table import Video
 from dtn_fast.errors import MediaError

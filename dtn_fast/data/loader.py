@@ -161,8 +161,11 @@ class Loader:
 
     def _buffer(self) -> Tensor:
         """Unused host memory for a batch, pinned for a GPU.  Buffers are reused because page faults in fresh memory
-        cost more than the copy into it."""
+        cost more than the copy into it.  On a GPU there are at least two, so that one is filled while another is
+        copied."""
         try:
+            if self.device.type == "cuda" and self._free.qsize() < 2:
+                raise queue.Empty
             buffer, event = self._free.get_nowait()
         except queue.Empty:
             side = self.dataset.size

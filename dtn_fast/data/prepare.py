@@ -66,8 +66,8 @@ def prepare(
     number, total_shares = work.place
     job = PrepareJob(table, out, size, config, _shards(table, config))
     try:
-        (out / SHARDS).mkdir(parents=True, exist_ok=True)
         _claim(job)
+        (out / SHARDS).mkdir(parents=True, exist_ok=True)
         mine = [k for k in range(len(job.shards)) if k % total_shares == number]
         total = sum(len(job.shards[k]) for k in mine)
         states = {k: state for k in mine if (state := _state(out, k, size, work.verify)) is not None}
@@ -128,6 +128,9 @@ def _claim(job: PrepareJob) -> None:
                 raise ValueError("not an object")
         except ValueError as error:
             raise UsageError(f"{path}: damaged ({error}); delete {job.out} and prepare again") from error
+        if there.get("version") != VERSION:
+            raise UsageError(f"{job.out}: crops of version {there.get('version')}, this program continues version "
+                             f"{VERSION} only; choose another --out or delete it")  # fmt: skip
         if there != wanted:
             differ = [key for key in wanted if there.get(key) != wanted[key]]
             other = ", ".join(f"{key} {there.get(key)} (requested: {wanted[key]})" for key in differ)

@@ -24,6 +24,14 @@ class EvaluateConfig:
     confidence: float = 0.95
     """Confidence level of the AUC's intervals."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise UsageError(f"--threshold {self.threshold}: must be from 0 to 1")
+        if self.bootstrap_draws < 1:
+            raise UsageError(f"--bootstrap-draws {self.bootstrap_draws}: must be at least 1")
+        if not 0 < self.confidence < 1:
+            raise UsageError(f"--confidence {self.confidence}: must be between 0 and 1")
+
 
 @dataclass(frozen=True)
 class RobustnessConfig:

@@ -89,7 +89,7 @@ def evaluate(
     scores = np.concatenate([scorer.score(dataset.get(rows[i : i + CHUNK])) for i in range(0, len(rows), CHUNK)])
     labels, names = dataset.labels[rows], dataset.video[rows].astype(str)
     kinds = np.array([v.method for v in dataset.videos])[dataset.video[rows]]
-    drawn = f"{config.confidence:.0%} intervals by {config.bootstrap_draws:,} bootstrap draws of videos"
+    drawn = f"{100 * config.confidence:g} % intervals by {config.bootstrap_draws:,} bootstrap draws of videos"
     table = []
     for title, group in (groups or {"all": dataset.methods, **{m: (m,) for m in dataset.methods}}).items():
         keep = (labels == 0) | np.isin(kinds, group)

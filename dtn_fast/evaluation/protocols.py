@@ -206,8 +206,8 @@ def evaluate_models(
     scorers = [load_scorer(path, runtime) for path in models]
     sets = [open_data(folder, scorers[0].config.image_size) for folder in data]
     for path, scorer in zip(models, scorers, strict=True):
-        for dataset in sets:
-            dataset.check_fits(scorer.config, str(path))
+        for folder, dataset in zip(data, sets, strict=True):
+            dataset.check_fits(scorer.config, f"{path} on {folder}")
     if self_blend:  # not the paper's test sets any more
         sets, columns = [self_blended(dataset, 0) for dataset in sets], [f"{name}, self-blended" for name in columns]
     if chosen == "within":

@@ -198,7 +198,10 @@ class ResultTable:
                 panel.set_yticks(range(len(titles)), titles, fontsize=8)
                 panel.set_ylim(len(titles) - 0.5, -0.5)
             ring = "; ring: the paper" if any(set(row.paper) & set(self.columns) for row in self.rows) else ""
-            words = [f"{level} AUC, percent; bar: interval{ring}", *self.notices]
+            words = [
+                f"{level} AUC, percent; bar: confidence interval, its level in {self.name}.md{ring}",
+                *self.notices,
+            ]
             figure.supxlabel("\n".join(words), fontsize=9)
             return svg_text(figure)
 

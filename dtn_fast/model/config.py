@@ -160,6 +160,8 @@ class TimmConfig:
             raise UsageError(f"TimmConfig.timm is {self.timm!r}; it must be a name in timm's registry")
         if not isinstance(self.image_size, int) or not 16 <= self.image_size <= 4096:
             raise UsageError(f"TimmConfig.image_size is {self.image_size!r}; it must be 16 to 4096")
+        if not self.margin > 0:
+            raise UsageError(f"TimmConfig.margin is {self.margin!r}; it must be > 0")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)

@@ -130,6 +130,11 @@ def test_deployment_from_the_command_line(run, trained: Path, crops: Path, video
         code, out, err = run("export", trained, "--out", file(name), *words)
         assert code == 0, err
         assert said in out
+    words = [*quantized, "--sensitivity", "--max-logit-change", "0"]
+    code, out, err = run("export", trained, "--out", file("x.onnx"), *words)
+    assert (code, file("x.onnx").exists()) == (1, False)
+    assert "find the worst layers by --sensitivity" in err
+    assert "most sensitive first" in out, "the table is shown when the model is refused"
     code, out, _ = run("export", file("m.onnx"), "--out", file("again.rtx"), "--archs", "86", "120")
     assert (code, "8.6, 12.0" in out) == (0, True)
     code, out, _ = run("inspect", file("q.rtx"))
@@ -165,7 +170,7 @@ def test_deployment_from_the_command_line(run, trained: Path, crops: Path, video
         (["detect", video, "--model", file("m.rtx")], "an engine needs an NVIDIA GPU"),
         (["verify", trained, file("m.mnn"), "--layers"], "MNN shows no layers"),
         (["repository", file("m.mnn"), "--out", file("x")], "the server takes .onnx and .engine"),
-        (["detect", video, "--model", trained, "--rate", "-1"], "must not be below 0"),
+        (["detect", video, "--model", trained, "--rate", "-1"], "--rate -1.0: must"),
         (["serve", trained, "--port", "99999"], "--port 99999"),
     ):
         code, _, err = run(*words)
@@ -235,8 +240,8 @@ def test_the_papers_experiments_from_the_command_line(run, trained: Path, crops:
         ),
         (["evaluate", crops, "--model", trained, "--trained-on", "DF"], "only for --protocol cross-manipulation"),
         (["evaluate", crops, "--model", trained, other, "--out", "."], "--out .: a folder; name the files in it"),
-        (["evaluate", crops, "--model", trained, big], "big: takes 128 pixels, the crops have 64"),
-        (["explain", crops, "--models", tmp_path / "small.json"], "give a run or a checkpoint folder"),
+        (["evaluate", crops, "--model", trained, big], "takes 128 pixels, the crops have 64"),
+        (["explain", crops, "--models", tmp_path / "small.json"], "give a training run or a checkpoint folder"),
         (["robustness", crops, "--models", trained, "--levels", "1", "1"], "each once"),
         (["ablate", "nothing", "--data", crops, "--preset", "tiny"], "unknown ablation 'nothing'"),
         (["explain", crops, "--models", trained, "--kinds", "portrait", "--out", tmp_path / "p"], "unknown figure"),

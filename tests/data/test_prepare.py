@@ -293,6 +293,11 @@ def test_writers_with_the_same_process_number_do_not_meet(tmp_path: Path, monkey
     write()
     assert between
     assert files(tmp_path) == {"job.json": b"same"}
+    sweep = lambda _file: [partial.unlink() for partial in tmp_path.glob(".*partial")]  # another machine has finished
+    write_whole(path, sweep, shared=True)
+    assert files(tmp_path) == {"job.json": b"same"}
+    with pytest.raises(FileNotFoundError):
+        write_whole(path, sweep)
 
 
 @pytest.fixture
@@ -385,7 +390,7 @@ def test_another_job_in_the_same_folder_is_refused(many: VideoTable, whole: Path
     old = job.read_bytes().replace(b'"version": 3', b'"version": 1')
     for content in (b"", b"{", b"[]", b"null", b"\xff\xfe", old):
         job.write_bytes(content)
-        with pytest.raises(UsageError, match="version 1 .requested: 3." if content == old else r"job\.json: damaged"):
+        with pytest.raises(UsageError, match="crops of version 1, this program continues version 3 only" if content == old else r"job\.json: damaged"):
             next(prepare(many, tmp_path / "out", SIZE, EACH, WorkConfig()))
         assert job.read_bytes() == content
 

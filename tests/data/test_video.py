@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,23 @@ def clip(count: int = 12, height: int = 64, width: int = 96) -> list[np.ndarray]
 
 def numbers(frames: list[np.ndarray]) -> list[int]:
     return [round((float(frame[30:, 40:].mean()) - 40) / 12) for frame in frames]
+
+
+def test_a_full_disk_names_the_video_and_leaves_the_previous_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"previous")
+    noise = [np.random.default_rng(n).integers(0, 255, (256, 256, 3), np.uint8) for n in range(20)]
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as error:
+            write_video(path, noise, crf=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    assert error.value.filename == str(path)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"previous"]
 
 
 def test_all_frames_and_even_spread(tmp_path: Path) -> None:

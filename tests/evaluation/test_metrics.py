@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
+from dtn_fast.errors import UsageError
+from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.metrics import UNDEFINED, auc_interval, by_video, evaluate_scores
 
 ROWS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 8)), min_size=1, max_size=60)
@@ -79,3 +81,11 @@ def test_interval_of_auc() -> None:
     assert auc_interval(np.ones(3, int), np.zeros(3), list("abc"), 1000, 0.95) is None
     assert auc_interval([0, 1, 0, 1], [0.5] * 4, list("abcd"), 1000, 0.95) == (0.5, 0.5)
     assert auc_interval([0, 1], [0.1, 0.9], list("ab"), 1000, 0.95) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"threshold": 1.5}, {"bootstrap_draws": 0}, {"confidence": 1.0}, {"confidence": float("nan")}]
+)
+def test_settings_out_of_range_are_named(wrong: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match=f"--{next(iter(wrong)).replace('_', '-')}"):
+        EvaluateConfig(**wrong)
