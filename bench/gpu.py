@@ -34,6 +34,8 @@ SHARES = {
     "data": 1.0,
 }
 """Stages in order, and each one's share of the remaining time.  Tuning precedes the stages that it speeds up."""
+LEAST = 5.0
+"""Seconds below which a stage is not begun."""
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/kernels/test_gpu.py",
           "tests/train/test_step.py", "tests/export/test_tensorrt_plugin.py"]  # fmt: skip
 """Test command with files by name, because collecting the others needs packages that a GPU machine may lack."""
@@ -65,12 +67,12 @@ def run(stages: list[str], budget: float, out: Path, quick: bool) -> list[dict[s
     for stage in stages:
         left = deadline - time.monotonic()
         share = left * (SHARES[stage] if len(stages) > 1 else 1.0)
-        state = "not run: the budget is spent" if share < 5 else "done"
+        state = "not run: the budget is spent" if share < LEAST else "done"
         start = time.monotonic()
         print(f"\n== {stage}, at most {share:.0f} s", flush=True)
-        if share >= 5 and quick and stage in ("tests", "sweep"):
+        if share >= LEAST and quick and stage in ("tests", "sweep"):
             state = "not run: needs a GPU"
-        elif share >= 5:
+        elif share >= LEAST:
             for command in commands(stage, share, out, quick):
                 try:
                     code = subprocess.run(command, timeout=max(start + share - time.monotonic(), 1)).returncode

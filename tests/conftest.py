@@ -24,6 +24,11 @@ LONGEST = (
 """Files that take longest, begun first so that no worker ends with one of them alone."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help = "compile the kernels for all architectures, not for one of each family of launch values"
+    parser.addoption("--every-arch", action="store_true", help=help)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))

@@ -93,8 +93,8 @@ def ablate(
                 for event in distill(run, data, **how):
                     yield working(event)
         yield working(None)
-        found.measure(variant, run, configure(variant, model, recipe)[0], how.get("device", "cpu"))
-        if distributed.ranks().main:
+        renewed = found.measure(variant, run, configure(variant, model, recipe)[0], how.get("device", "cpu"))
+        if distributed.ranks().main and (renewed or number == len(shown) - 1):
             found.table(variants).write(out / name)
     yield found.table(variants)
 
@@ -157,9 +157,10 @@ class _Rows:
     def has(self, variant: Variant) -> bool:
         return any(row.facts["variant"] == variant.label for row in self._rows)
 
-    def measure(self, variant: Variant, run: Path, config: DTNConfig | TimmConfig, device: str) -> None:
-        """Measures the rows of a trained variant that are missing or out of date."""
-        known = {row.name: row for row in self._rows if row.facts["variant"] == variant.label}
+    def measure(self, variant: Variant, run: Path, config: DTNConfig | TimmConfig, device: str) -> bool:
+        """Measures the rows of a trained variant that are missing or out of date; returns whether any row changed."""
+        before = [row for row in self._rows if row.facts["variant"] == variant.label]
+        known = {row.name: row for row in before}
         self._rows = [row for row in self._rows if row.facts["variant"] != variant.label]
         after = {} if variant.size is None else _sizes(config, variant.size)
         for title, generation, printed in _generations(variant, run):
@@ -174,8 +175,9 @@ class _Rows:
             shown = {"validation AUC": (f"{100 * best_auc(run, generation):.2f}", ""), **after}
             if not variant.every_generation:
                 shown["generation"] = str(generation), ""
-            before = {TRAINED_ON: variant.trained_on} if variant.trained_on else {}
-            self._rows.append(dataclasses.replace(row, before=before, after=shown, paper=printed))
+            lead = {TRAINED_ON: variant.trained_on} if variant.trained_on else {}
+            self._rows.append(dataclasses.replace(row, before=lead, after=shown, paper=printed))
+        return [row for row in self._rows if row.facts["variant"] == variant.label] != before
 
     def _measured(self, title: str, folder: Path, facts: dict[str, Any], device: str) -> TableRow:
         scorer = _Shared(move_to(load_detector(folder), device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ class Count(NamedTuple):
     """Multiply-accumulates of the two products inside a DTN's attention, which thop does not count; 0 for others."""
 
 
+@functools.cache
 def count(config: DTNConfig) -> Count:
     """Counts a DTN of ``config`` without allocating it (meta tensors)."""
     with torch.device("meta"):
@@ -88,6 +90,7 @@ class Table8(NamedTuple):
     paper_gmacs: float
 
 
+@functools.cache
 def table8(name: str) -> Table8:
     """Counts a model of TABLE8_SIZES at 224x224 as the paper counts (with thop), without allocating it.
 

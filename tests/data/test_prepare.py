@@ -390,7 +390,8 @@ def test_another_job_in_the_same_folder_is_refused(many: VideoTable, whole: Path
     old = job.read_bytes().replace(b'"version": 3', b'"version": 1')
     for content in (b"", b"{", b"[]", b"null", b"\xff\xfe", old):
         job.write_bytes(content)
-        with pytest.raises(UsageError, match="crops of version 1, this program continues version 3 only" if content == old else r"job\.json: damaged"):
+        found = "crops of version 1, this program continues version 3 only"
+        with pytest.raises(UsageError, match=found if content == old else r"job\.json: damaged"):
             next(prepare(many, tmp_path / "out", SIZE, EACH, WorkConfig()))
         assert job.read_bytes() == content
 
