@@ -79,6 +79,14 @@ def trained(dataset: CropDataset, tmp_path_factory: pytest.TempPathFactory) -> P
     return run
 
 
+@pytest.fixture(scope="session")
+def archs(pytestconfig: pytest.Config) -> list[int]:
+    """Compute capabilities x 10 to compile for: one of each family of launch values, or all with --every-arch."""
+    from dtn_fast.kernels.compile_check import SHARED_LIMIT
+
+    return sorted(SHARED_LIMIT) if pytestconfig.getoption("every_arch") else [86, 90, 100]
+
+
 @pytest.fixture
 def small() -> DTN:
     torch.manual_seed(0)

@@ -17,12 +17,6 @@ Rows = list[compile_check.CompiledKernel]
 
 
 @pytest.fixture(scope="module")
-def archs(pytestconfig: pytest.Config) -> list[int]:
-    """One architecture of each family of launch values, the default's with least shared memory; or all."""
-    return sorted(compile_check.SHARED_LIMIT) if pytestconfig.getoption("every_arch") else [86, 90, 100]
-
-
-@pytest.fixture(scope="module")
 def rows(archs: list[int]) -> Rows:
     return compile_check.check_all(archs)
 

@@ -21,7 +21,7 @@ from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.mac_count import count
 from dtn_fast.evaluation.paper_numbers import TABLE1, TABLE10
 from dtn_fast.evaluation.tables import ResultTable, TableRow
-from dtn_fast.model import build
+from dtn_fast.model import backbone, build
 from dtn_fast.model.build import build_detector
 from dtn_fast.model.config import NOISES, TimmConfig
 from dtn_fast.model.moe_gate import MoEGate, disturb
@@ -171,10 +171,11 @@ SMALL_BASELINES = {
     **{name: {"width": 32, "depth": 1, "heads": 2, "hidden": 32} for name in ("vit_b16", "cvit", "efficient_vit")},
     "cross_efficient_vit": {"small": 32, "large": 32, "depth": 1, "heads": 2, "hidden": 32},
 }
+SMALL_BACKBONES = {"resnet34": "resnet10t", "resnet50": "resnet14t", "efficientnet_b4": "efficientnet_b0"}
 
 
 class SmallTimm:
-    """timm whose transformers that the paper compares with are small: training them at full size takes minutes."""
+    """timm whose models that the paper compares with are small: training them at full size takes minutes."""
 
     def __init__(self, timm: Any) -> None:
         self._timm = timm
@@ -184,13 +185,14 @@ class SmallTimm:
 
     def create_model(self, name: str, **how: Any) -> Any:
         family = name.removesuffix("_mas").removesuffix("_reattention")
-        return self._timm.create_model(name, **how, **SMALL_BASELINES.get(family, {}))
+        return self._timm.create_model(SMALL_BACKBONES.get(name, name), **how, **SMALL_BASELINES.get(family, {}))
 
 
 @pytest.fixture(autouse=True)
 def small_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
     real = build.import_timm
-    monkeypatch.setattr(build, "import_timm", lambda: SmallTimm(real()))
+    for module in (build, backbone):
+        monkeypatch.setattr(module, "import_timm", lambda: SmallTimm(real()))
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

@@ -33,7 +33,7 @@ def test_the_fastest_right_answer_wins_and_is_stored(monkeypatch: pytest.MonkeyP
 
     alike = tune._alike
     monkeypatch.setattr(  # the fastest gives wrong answers: it must not be taken
-        launch_values,
+        tune,
         "_alike",
         lambda a, b: launch_values.override["mas_small_forward"]["num_warps"] != 1 and alike(a, b),
     )
