@@ -46,6 +46,7 @@ bench: setup  ## this machine's figures into bench/results, and the tables made 
 	@$(BIN)/dtn-fast bench model train data kernels tables --budget 540 $(ARGS)
 
 gpu:  ## test, tune and measure on a GPU within BUDGET seconds (540); STAGE="kernels model" chooses; installs nothing
+	@$(PYTHON) -c 'import torch' 2>/dev/null || { echo "make gpu: $(PYTHON) has no torch; name one that has: make gpu PYTHON=$(BIN)/python"; exit 2; }
 	@$(PYTHON) -m dtn_fast.bench.gpu $(if $(STAGE),--stage $(STAGE)) $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
 
 clean:  ## remove the environment and caches

@@ -89,6 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if unknown := [word for word in what if word not in WORDS]:
         raise UsageError(f"unknown suite {unknown[0]!r}; known are {', '.join(WORDS)}")
+    if "tables" in what and options.out.resolve() != results.FOLDER.resolve():
+        raise UsageError(f"--out {options.out}: tables are made of {results.FOLDER} alone; leave tables or --out out")
     deadline = time.monotonic() + options.budget
     bad = structure(options.out) if "structure" in what else 0
     suites = [name for name in results.SUITES if name in what]
@@ -101,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
             left = max(deadline - time.monotonic(), 1.0) / (len(suites) - place)
             run_suite(name, options.out, machine, options.quick, left)
     if "tables" in what:
-        write_tables(folder=options.out)
+        write_tables()
     return int(bad > 0)
 
 

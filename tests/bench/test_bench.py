@@ -283,8 +283,8 @@ def test_gpu_runner_holds_its_budget_and_reports_failures(tmp_path: Path, monkey
     monkeypatch.setattr(gpu, "commands", lambda stage, *_: [fail] if stage == "kernels" else [wait])
     monkeypatch.setattr(gpu, "LEAST", 1)
     start = time.monotonic()
-    summary = gpu.run(["kernels", "model", "train", "data"], 6, tmp_path, quick=True)
-    assert time.monotonic() - start < 12
+    summary = gpu.run(["kernels", "model", "train", "data"], 4, tmp_path, quick=True)
+    assert time.monotonic() - start < 10
     states = {row["stage"]: str(row["state"]) for row in summary}
     assert states["kernels"].startswith("failed with 3")
     assert states["model"].startswith("cut off by the budget")
