@@ -4,7 +4,7 @@ import os
 import sys
 
 # Before torch is imported: its idle threads spin briefly, then sleep.  Two threads, the tiny model in training: beside
-# one busy process 1.4 times as fast as spinning, alone 4 % slower (sleeping at once: 1.7 times, and 15 % slower).
+# one busy process 1.4 times as fast as spinning, alone 5 % slower (sleeping at once: 1.6 times, and 16 % slower).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
