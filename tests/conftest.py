@@ -25,8 +25,8 @@ LONGEST = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    help = "compile the kernels for all six architectures, not for two that differ most"
-    parser.addoption("--every-arch", action="store_true", help=help)
+    help = "every architecture, forgery and gradient element, and the compared models at full size"
+    parser.addoption("--full", action="store_true", help=help)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -80,11 +80,17 @@ def trained(dataset: CropDataset, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
-def archs(pytestconfig: pytest.Config) -> list[int]:
-    """Compute capabilities x 10 to compile for: the least shared memory, and Hopper; or all with --every-arch."""
+def full(pytestconfig: pytest.Config) -> bool:
+    """Whether to test all of what takes long, as CI does, and not a part that shows most faults."""
+    return bool(pytestconfig.getoption("full"))
+
+
+@pytest.fixture(scope="session")
+def archs(full: bool) -> list[int]:
+    """Compute capabilities x 10 to compile for: the least shared memory, and Hopper; or all with --full."""
     from dtn_fast.kernels.compile_check import SHARED_LIMIT
 
-    return sorted(SHARED_LIMIT) if pytestconfig.getoption("every_arch") else [86, 90]
+    return sorted(SHARED_LIMIT) if full else [86, 90]
 
 
 @pytest.fixture

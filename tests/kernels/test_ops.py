@@ -46,10 +46,10 @@ def test_gradcheck_attention() -> None:
 
 @pytest.mark.parametrize("window", [(), (3, 3)])
 @pytest.mark.parametrize("std", [0.0, 0.3])
-def test_gradcheck_gate(std: float, window: tuple[int, ...]) -> None:
+def test_gradcheck_gate(std: float, window: tuple[int, ...], full: bool) -> None:
     call = lambda *t: ops.moe_gate(*t, noise_std=std, seed=5)
     # with windows along random directions: one by one, the 9,216 elements of w1 take 15 s
-    assert torch.autograd.gradcheck(call, gate(window=window), fast_mode=bool(window))
+    assert torch.autograd.gradcheck(call, gate(window=window), fast_mode=bool(window) and not full)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

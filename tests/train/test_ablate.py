@@ -189,7 +189,9 @@ class SmallTimm:
 
 
 @pytest.fixture(autouse=True)
-def small_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_baselines(monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+    if full:
+        return
     real = build.import_timm
     for module in (build, backbone):
         monkeypatch.setattr(module, "import_timm", lambda: SmallTimm(real()))
@@ -197,7 +199,7 @@ def small_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_an_ablation_trains_measures_and_resumes(
-    name: str, few: CropDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, few: CropDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
 ) -> None:
     """Every variant of every name, on the synthetic set in miniature; of generations one student each."""
     whole = ABLATIONS[name]
@@ -205,7 +207,7 @@ def test_an_ablation_trains_measures_and_resumes(
              for v in whole.variants]  # fmt: skip
     monkeypatch.setitem(ABLATIONS, name, whole._replace(variants=tuple(short)))
     how: dict[str, Any] = {"device": "cpu", "execution": Execution()}
-    methods = few.methods[:2] if whole.by_forgery else ()  # a variant is trained for each of them
+    methods = few.methods[:2] if whole.by_forgery and not full else ()  # a variant is trained for each of them
     steps = lambda: ablate(name, few, {"FF++": few}, tmp_path, TINY, changed(QUICK, methods=methods), (), **how)
     made = finish(steps())
     variants = variants_of(name, methods or few.methods)
