@@ -4,6 +4,19 @@ Exit codes: 0 done, 1 some inputs failed, 2 usage (wrong arguments, missing or u
 """
 
 
+import warnings
+
+
+class DtnWarning(UserWarning):
+    """A fact that a person should know about a result that is given nevertheless; the command line prints it in one
+    line."""
+
+
+def tell(message: str) -> None:
+    """Warns with ``message``, once in a process."""
+    warnings.warn(" ".join(message.split()), DtnWarning, stacklevel=3)
+
+
 class DtnError(Exception):
     """A failure caused by an input or the machine; the command line prints it and exits with ``exit_code``."""
 

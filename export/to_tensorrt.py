@@ -200,9 +200,7 @@ def _refitted(trt: Any, data: bytes, meta: dict[str, str], source: Path, path: P
     """
     old = read_export_manifest(source, "tensorrt")
     check_loadable(old, trt.__version__, str(source))
-    network = lambda config: replace(
-        config, margin=DTNConfig.margin
-    )  # crops of any margin pass through the same layers
+    network = lambda config: replace(config, crop=None)  # crops of any policy pass through the same layers
     mine = network(parse_config(meta["dtn_config"], "the ONNX model")), meta["precision"], meta["input"]
     theirs = network(old.detector_config()), old.precision, old.input
     if (*mine, meta.get("quantized", "")) != (*theirs, old.quantized):

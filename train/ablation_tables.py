@@ -152,7 +152,7 @@ def configure(variant: Variant, model: DTNConfig, recipe: Recipe) -> tuple[DTNCo
     """``model`` and ``recipe`` with the variant's changes.  Raises UsageError when a changed value is invalid."""
     changed = dataclasses.replace(recipe, **variant.recipe)
     if "timm" in variant.model:
-        return TimmConfig(variant.model["timm"], model.image_size, margin=model.margin), changed
+        return TimmConfig(variant.model["timm"], model.image_size, crop=model.crop), changed
     return dataclasses.replace(model, **variant.model), changed
 
 

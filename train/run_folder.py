@@ -12,7 +12,7 @@ from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.dataclass_json import from_fields
 from dtn_fast.errors import UsageError
 from dtn_fast.files import write_whole
-from dtn_fast.model.config import ModelConfig, TimmConfig, parse_config
+from dtn_fast.model.config import ModelConfig, TimmConfig, crop_policy, parse_config
 from dtn_fast.model.detector import WEIGHTS
 from dtn_fast.runtime.load import RECIPE, SUMMARY
 from dtn_fast.train import distributed
@@ -45,8 +45,11 @@ def start_run(run: Path, recipe: Recipe, config: ModelConfig) -> None:
     if recipe.pretrained and not isinstance(config, TimmConfig):
         raise UsageError("--pretrained: only models of timm have published weights; name one with --timm")
     begun = any(generation_folder(run, 0).glob("*"))
-    if begun and (run / RECIPE).is_file() and load_run(run) != (recipe, config):
-        raise UsageError(f"{run}: holds a run of another recipe or model; choose another --out or delete it")
+    if begun and (run / RECIPE).is_file():
+        known, model = load_run(run)
+        cropped = lambda model: dataclasses.replace(model, crop=crop_policy(model))  # unknown counts as the default
+        if (known, cropped(model)) != (recipe, cropped(config)):
+            raise UsageError(f"{run}: holds a run of another recipe or model; choose another --out or delete it")
     distributed.barrier()
     if distributed.ranks().main:
         settings = {"recipe": dataclasses.asdict(recipe), "model": dataclasses.asdict(config)}
@@ -55,8 +58,8 @@ def start_run(run: Path, recipe: Recipe, config: ModelConfig) -> None:
 
 
 def for_crops(config: ModelConfig, dataset: CropDataset) -> ModelConfig:
-    """``config`` with the margin of the dataset's crops, so that detection cuts crops with the same margin."""
-    return config if dataset.margin is None else dataclasses.replace(config, margin=dataset.margin)
+    """``config`` with the crop policy of the dataset's crops, so that detection cuts faces alike."""
+    return config if dataset.crop is None else dataclasses.replace(config, crop=dataset.crop)
 
 
 def load_run(run: Path) -> tuple[Recipe, ModelConfig]:

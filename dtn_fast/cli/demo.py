@@ -17,13 +17,12 @@ from dtn_fast.cli.terminal import print_table
 from dtn_fast.cli.train import distill, train
 from dtn_fast.data.config import SyntheticConfig, WorkConfig
 from dtn_fast.data.crop_dataset import open_crop_dataset
-from dtn_fast.data.faces import FaceFinder
 from dtn_fast.data.prepare import finished
 from dtn_fast.data.synthetic_faces import film
 from dtn_fast.data.synthetic_marker import HELD_OUT, METHODS, STAMP
 from dtn_fast.data.video import read_image, write_video
 from dtn_fast.detect.config import DetectConfig
-from dtn_fast.detect.pipeline import detect
+from dtn_fast.detect.pipeline import detect, finder_of
 from dtn_fast.detect.report import ReportTable, trained_on, write_report, write_results
 from dtn_fast.detect.verdict import Result
 from dtn_fast.errors import DtnError
@@ -104,7 +103,8 @@ def _evaluate(training: Path, crops: Path, recipe: Recipe, summary: dict[str, An
 def _detect(model: Detector, out: Path, size: SyntheticConfig) -> list[Result]:
     """Verdicts on three videos by the checkpoint.  Raises DtnError when the ONNX file gives other scores."""
     videos = make_videos(out / "videos", size.train + size.val, size.seed)
-    finder, scorers = FaceFinder(), (TorchScorer(model), load_scorer(out / "dtn.onnx"))
+    scorers = TorchScorer(model), load_scorer(out / "dtn.onnx")
+    finder = finder_of(scorers[0], DETECTION)
     results, onnx = ([detect(path, scorer, DETECTION, finder) for path in videos] for scorer in scorers)
     for a, b in zip(results, onnx, strict=True):
         if a.verdict != b.verdict or abs((a.score or 0) - (b.score or 0)) > 1e-3:

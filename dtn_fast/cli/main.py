@@ -6,7 +6,9 @@ import errno
 import functools
 import itertools
 import sys
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import tyro
 
@@ -17,7 +19,7 @@ from dtn_fast.cli.evaluate import evaluate, explain, report, robustness
 from dtn_fast.cli.export import export, inspect, repository, verify
 from dtn_fast.cli.prepare import corrupt, prepare, synthesize
 from dtn_fast.cli.train import ablate, distill, train
-from dtn_fast.errors import DtnError
+from dtn_fast.errors import DtnError, DtnWarning
 from dtn_fast.train.config import PRESETS
 
 
@@ -56,6 +58,7 @@ def with_preset(verb: Callable[..., None], arguments: list[str]) -> Callable[...
 
 def main() -> None:
     """Entry point of ``dtn-fast``."""
+    warnings.showwarning = _show
     try:
         if sys.argv[1:2] == ["bench"]:  # bench also runs without tyro, so it parses its own arguments
             from dtn_fast.bench.run import main as run
@@ -72,6 +75,14 @@ def main() -> None:
     except KeyboardInterrupt:
         raise SystemExit(_fail("interrupted; run the same command to resume training or rendering", 130)) from None
     raise SystemExit(code or 0)
+
+
+def _show(message: Warning | str, kind: type[Warning], *where: Any) -> None:
+    """Prints a warning of this package in one line, and another's as Python does."""
+    if issubclass(kind, DtnWarning):
+        print(f"dtn-fast: {message}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, kind, *where[:2]), end="", file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> int:

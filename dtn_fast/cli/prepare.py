@@ -111,6 +111,7 @@ class _Progress:
 def _print_prepared(out: Path) -> None:
     """Prints the counts of the crop dataset in ``out``.  Raises DtnError when videos could not be read."""
     from dtn_fast.data.crop_dataset import open_crop_dataset
+    from dtn_fast.data.prepare import mask_notes
 
     made = open_crop_dataset(out)
     bad = [state["error"] for state in made.status if state["error"]]
@@ -118,6 +119,8 @@ def _print_prepared(out: Path) -> None:
     short = sum(0 < state["frames"] < state["asked"] for state in made.status)
     print(f"{len(made.video)} faces of {len(made.videos)} videos in {out}; {empty} videos without a face, {short} with "
           f"fewer frames than requested, {len(bad)} unreadable")  # fmt: skip
+    for note in mask_notes(made.status):
+        print(note)
     if bad:
         raise DtnError(f"{len(bad)} videos could not be read to the end, the first: {bad[0]}; the others are in {out}")
 

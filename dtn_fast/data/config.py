@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from dtn_fast.data.video_table import Allowance
 from dtn_fast.errors import UsageError
-from dtn_fast.model.config import DTNConfig
+from dtn_fast.model.config import Alignment, CropPolicy, FinderName
 
 AugmentName = Literal["none", "light", "forensic"]
 
@@ -59,15 +60,47 @@ and stronger JPEG compression."""
 
 
 @dataclass(frozen=True)
+class FinderConfig:
+    """The face finder, and the faces it looks for."""
+
+    faces: FinderName | None = None
+    """Face finder.  dlib: the paper's HOG, for upright faces; yunet: OpenCV's FaceDetectorYN, which also finds small,
+    turned and half hidden faces, and five landmarks, in a tenth of the time; dlib-cnn: dlib's MMOD network, slow on a
+    CPU.  Default: the one that the model's crops were cut with, and dlib for new crops."""
+    face_model: Path | None = None
+    """The finder's model file.  yunet: fetched once from the Hugging Face hub when left out; dlib-cnn:
+    mmod_human_face_detector.dat, needed; dlib: none."""
+    landmark_model: Path | None = None
+    """A shape predictor of dlib (5, 68 or more points), whose landmarks are kept in place of the finder's."""
+    min_face: float = 0.037
+    """Side of the smallest face to find: in pixels, or below 1 as a fraction of the frame's shorter side but at least
+    32 pixels.  The default is 40 pixels at 1920x1080."""
+    turned: bool = False
+    """Always search the frame turned by every 45 degrees too, for lying heads; without it, only a frame in which
+    nothing was found."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_face < math.inf:
+            raise UsageError(f"--min-face {self.min_face}: must be above 0 (a fraction of the frame, or pixels from 1)")
+
+
+@dataclass(frozen=True)
 class PrepareConfig:
     """Settings for finding and cropping faces."""
 
     frames: int = 8
     """Number of frames per video, evenly spaced."""
-    margin: float = DTNConfig.margin
-    """Side of the crop divided by the longest side of the face; stored with every model trained on the crops."""
-    faces: Literal["largest", "all"] = "largest"
-    """Faces to crop in each frame: the largest one or all."""
+    finder: FinderConfig = FinderConfig()
+    """The face finder."""
+    margin: float = CropPolicy.margin
+    """Side of the crop divided by the side of the face; stored with every model trained on the crops."""
+    align: Alignment = CropPolicy.align
+    """landmarks: turn each crop so that the eyes are level (needs landmarks); none: crop upright in the frame."""
+    people: Literal["one", "all"] = "one"
+    """Faces to crop in each frame: one or all.  One is the largest, or in a fake with a mask the face that the mask
+    touches; with all, the faces that the mask leaves alone are left out, as they are no fakes."""
+    masks: bool = False
+    """Store the crops of the masks beside those of the faces."""
     reuse_boxes: bool = False
     """Crop each fake at the face boxes of the real video that it was made from, where both have the same frames:
     faster, and each fake crop is aligned with its real crop."""
@@ -75,8 +108,16 @@ class PrepareConfig:
     """Search the whole image for faces in every N-th frame, and in between only near the faces already found."""
 
     def __post_init__(self) -> None:
-        if self.frames < 1 or self.every < 1 or not self.margin > 0:
-            raise UsageError("--frames and --every must be at least 1, --margin above 0")
+        if self.frames < 1 or self.every < 1:
+            raise UsageError("--frames and --every must be at least 1")
+        policy = self.policy  # checks the margin
+        if policy.align == "landmarks" and policy.finder != "yunet" and self.finder.landmark_model is None:
+            raise UsageError("--align landmarks: needs landmarks; add --faces yunet or --landmark-model FILE")
+
+    @property
+    def policy(self) -> CropPolicy:
+        """How the crops are cut."""
+        return CropPolicy(self.finder.faces or CropPolicy.finder, self.margin, self.align)
 
 
 Dataset = Literal[

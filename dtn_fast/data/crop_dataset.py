@@ -15,15 +15,16 @@ from numpy.typing import NDArray
 
 from dtn_fast.data.even_spacing import evenly_spaced
 from dtn_fast.data.video_table import Video, video_of
-from dtn_fast.errors import UsageError
+from dtn_fast.dataclass_json import from_fields
+from dtn_fast.errors import UsageError, tell
 from dtn_fast.files import load_array
-from dtn_fast.model.config import ModelConfig
+from dtn_fast.model.config import CropPolicy, ModelConfig, crop_policy
 
-INDEX, VERSION = "index.json", 3
+INDEX, VERSION = "index.json", 4
 SHARDS = "shards"
 """Folder of the shard files."""
-OLD_SHARDS = {2: "parts"}
-"""Older names of the folder, and of the list of shard files in the index, by the index's version."""
+OLD_SHARDS = {2: "parts", 3: SHARDS}
+"""Name of the folder, and of the list of shard files in the index, in older versions of the index."""
 
 
 class CropSource(Protocol):
@@ -39,7 +40,7 @@ class CropSource(Protocol):
 
 
 class ShardFiles:
-    """Several memory-mapped arrays [n, S, S, 3], indexed as one."""
+    """Several memory-mapped arrays [n, S, S, 3] of crops, or [n, S, S] of masks, indexed as one."""
 
     def __init__(self, shards: Sequence[NDArray[np.uint8]], size: int) -> None:
         self.size = size
@@ -74,26 +75,40 @@ class CropDataset:
     synthetic: bool
     notes: list[str] = field(default_factory=list)
     """Findings of the dataset's audit."""
-    margin: float | None = None
-    """Side of a crop divided by the longest side of the face in it; None: pictures that another program cropped."""
+    crop: CropPolicy | None = None
+    """How the crops were cut; None: pictures that another program cut."""
     landmarks: NDArray[np.float32] | None = None
     """[N, K, 2] (x, y) in pixels of the crop, NaN where unknown; None: no landmarks."""
+    masks: ShardFiles | None = None
+    """Masks of the forged pixels; None: not stored."""
+    mask_known: NDArray[np.bool_] | None = None
+    """[N] whether the crop's mask is known; a real's is, and blank."""
 
     @property
     def size(self) -> int:
         return self.crops.size
 
     def check_fits(self, config: ModelConfig, name: str) -> None:
-        """Raises UsageError naming the model ``name`` when it takes crops of another size or margin than these."""
+        """Raises UsageError naming the model ``name`` when it takes crops of another size, margin or alignment."""
         if self.size != config.image_size:
             side = config.image_size
             raise UsageError(
                 f"{name}: takes {side} pixels, the crops have {self.size}; prepare again with --size {side}"
             )
-        if self.margin is not None and self.margin != config.margin:
-            raise UsageError(f"{name}: takes crops of margin {config.margin:g}, these have {self.margin:g}; prepare "
-                             f"again with --margin {config.margin:g} (a model trained on these crops before margins "
-                             'were stored: set "margin" in its config.json)')  # fmt: skip
+        model, own = crop_policy(config), self.crop
+        if own is not None and own.margin != model.margin:
+            raise UsageError(f"{name}: takes crops of margin {model.margin:g}, these have {own.margin:g}; prepare "
+                             f"again with --margin {model.margin:g}")  # fmt: skip
+        if own is not None and own.align != model.align:
+            raise UsageError(f"{name}: takes crops with --align {model.align}, these have {own.align}; prepare again")
+
+    def tell_differences(self, config: ModelConfig, name: str) -> None:
+        """Says in one line when the model ``name`` was trained on the boxes of another face finder, or records none."""
+        if self.crop is not None and config.crop is None:
+            tell(f"{name}: no crop policy is stored in it; taken as {CropPolicy()}")
+        if self.crop is not None and self.crop.finder != (trained := crop_policy(config).finder):
+            tell(f"{name}: trained on crops by {trained}, these are by {self.crop.finder}; their boxes are alike but "
+                 "not the same")  # fmt: skip
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -104,6 +119,14 @@ class CropDataset:
         """Crops [n, S, S, 3] uint8 RGB in the order of ``rows``."""
         out = np.empty((len(rows), self.size, self.size, 3), np.uint8)
         self.crops.fill(np.asarray(rows, np.int64), out, epoch)
+        return out
+
+    def get_masks(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Masks [n, S, S] uint8 of the crops ``rows``, 255 where forged.  Raises UsageError when none are stored."""
+        if self.masks is None:
+            raise UsageError("these crops have no masks; prepare again with --masks")
+        out = np.empty((len(rows), self.size, self.size), np.uint8)
+        self.masks.fill(np.asarray(rows, np.int64), out)
         return out
 
     def select(self, split: str, methods: tuple[str, ...] = ()) -> NDArray[np.int64]:
@@ -147,20 +170,22 @@ def open_crop_dataset(folder: Path, verify: bool = False) -> CropDataset:
         if index["version"] not in (VERSION, *OLD_SHARDS):
             raise ValueError(f"version {index['version']}, this program reads {VERSION}")
         where = OLD_SHARDS.get(index["version"], SHARDS)
-        size, shards, points = int(index["size"]), [], []
+        size, shards, points, masks = int(index["size"]), [], [], []
         for shard in index[where]:
             array = open_shard(folder / where, shard["name"], size, shard["rows"], shard["crc32"] if verify else None)
             shards.append(array)
             if index["landmarks"]:
                 points.append(load_array(folder / where / f"{shard['name']}.landmarks.npy"))
+            if index.get("masks"):
+                masks.append(open_masks(folder / where, shard["name"], size, shard["rows"]))
         if {len(index[name]) for name in ("video", "frame", "person")} != {sum(map(len, shards))}:
             raise ValueError("the crops do not match the index")
         video, frame, person = (np.array(index[name], np.int64) for name in ("video", "frame", "person"))
         videos, marks = [video_of(row) for row in index["videos"]], np.concatenate(points) if points else None
-        found = any(state["boxes"] != "whole" for state in index["status"] if state["faces"])
         return CropDataset(
             ShardFiles(shards, size), video, frame, person, videos, index["status"], index["synthetic"], index["notes"],
-            float(index["margin"]) if found else None, marks,
+            _policy(index, str(folder)), marks, ShardFiles(masks, size) if masks else None,
+            np.array(index["mask_known"], bool) if masks else None,
         )  # fmt: skip
     except FileNotFoundError as error:
         what = f"{folder}: no prepared crops there ({Path(error.filename).name} is missing)"
@@ -170,6 +195,13 @@ def open_crop_dataset(folder: Path, verify: bool = False) -> CropDataset:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder}: damaged crops ({error}); run the same dtn-fast prepare with --verify, or delete "
                          "the folder and prepare again if an earlier version wrote it") from error  # fmt: skip
+
+
+def _policy(index: dict[str, Any], where: str) -> CropPolicy | None:
+    """How the crops of an index were cut; those of an older version by dlib."""
+    if all(state["boxes"] == "whole" for state in index["status"] if state["faces"]):
+        return None
+    return from_fields(CropPolicy, index["crop"] if "crop" in index else {"margin": float(index["margin"])}, where)
 
 
 def unfinished(folder: Path) -> bool:
@@ -182,12 +214,20 @@ def open_shard(shards: Path, name: str, size: int, rows: int, crc32: int | None 
 
     Raises OSError or ValueError when the file is missing or does not match the index.
     """
-    path = shards / f"{name}.npy"
-    if not rows:
-        return np.empty((0, size, size, 3), np.uint8)
+    return _array(shards / f"{name}.npy", (rows, size, size, 3), crc32)
+
+
+def open_masks(shards: Path, name: str, size: int, rows: int, crc32: int | None = None) -> NDArray[np.uint8]:
+    """The masks [rows, S, S] of a shard's crops, like :func:`open_shard`."""
+    return _array(shards / f"{name}.masks.npy", (rows, size, size), crc32)
+
+
+def _array(path: Path, shape: tuple[int, ...], crc32: int | None) -> NDArray[np.uint8]:
+    if not shape[0]:
+        return np.empty(shape, np.uint8)
     array = load_array(path)
-    if array.shape != (rows, size, size, 3) or array.dtype != np.uint8:
-        raise ValueError(f"{path.name} holds {array.dtype} {array.shape}, not {rows} crops of {size} pixels")
+    if array.shape != shape or array.dtype != np.uint8:
+        raise ValueError(f"{path.name} holds {array.dtype} {array.shape}, not {shape[0]} crops of {shape[1]} pixels")
     if crc32 is not None and zlib.crc32(memoryview(array).cast("B")) != crc32:
         raise ValueError(f"{path.name} has another checksum than when it was written")
     return array

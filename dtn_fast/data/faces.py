@@ -1,30 +1,26 @@
-"""Face crops of a frame: dlib's HOG face finder, a square around each face enlarged by a margin, resized.
-
-norfair and ByteTrack link boxes that were found, but cannot search near the last ones: with a search of the whole frame
-at every eighth, they kept 12 % and 4 % of the faces in 24 frames, FaceTracker all.
-"""
+"""Faces in a frame: their boxes and landmarks, and the square crops cut around them."""
 
 from __future__ import annotations
 
-import itertools
+import math
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.packages import require
+from dtn_fast.model.config import CropPolicy
 
-DETECT_SIDE = 640
-"""Longest side that frames are shrunk to for face finding; dlib finds faces from 80 pixels, from 40 when upsampled."""
-NEAR_SIDE = 110
-"""Side in pixels that a face is scaled to when it is searched near its place in the previous frame."""
-MEMORY = 8
-"""Number of frames for which a lost face keeps its person number."""
+IBUG = 68
+"""Number of landmarks from which on they are numbered as in iBUG 300-W; fewer are the five of :class:`FoundFace`."""
 
 
 class Box(NamedTuple):
-    """A face box in pixels of the frame; right and bottom are exclusive.  It may extend beyond the frame."""
+    """A face box in pixels of the frame; right and bottom are exclusive.  It may extend beyond the frame.
+
+    Every face finder gives the square that dlib's HOG finder would give, so that crops of one fit a model trained on
+    another's.
+    """
 
     left: int
     top: int
@@ -35,8 +31,14 @@ class Box(NamedTuple):
     def area(self) -> int:
         return max(self.right - self.left, 0) * max(self.bottom - self.top, 0)
 
-    def moved(self, x: int, y: int) -> Box:
-        return Box(self.left + x, self.top + y, self.right + x, self.bottom + y)
+    @property
+    def side(self) -> int:
+        """The longer side."""
+        return max(self.right - self.left, self.bottom - self.top)
+
+    @property
+    def center(self) -> tuple[float, float]:
+        return (self.left + self.right) / 2, (self.top + self.bottom) / 2
 
     def overlap(self, other: Box) -> float:
         """Intersection over union."""
@@ -44,101 +46,94 @@ class Box(NamedTuple):
                    min(self.right, other.right), min(self.bottom, other.bottom)).area  # fmt: skip
         return both / max(self.area + other.area - both, 1)
 
-
-class FaceFinder:
-    """dlib's frontal face detector.  Raises UsageError when dlib is not installed."""
-
-    def __init__(self) -> None:
-        dlib = require("dlib", "dlib-bin")
-        self._detect = dlib.get_frontal_face_detector()
-
-    def __call__(self, image: NDArray[np.uint8]) -> list[Box]:
-        """Faces in an RGB frame [H, W, 3], largest first; a frame without one is searched again at twice the size."""
-        scale = min(1.0, DETECT_SIDE / max(image.shape[:2]))
-        return self._search(image, scale, upsample=0) or self._search(image, scale, upsample=1)
-
-    def near(self, image: NDArray[np.uint8], box: Box) -> Box | None:
-        """The face that overlaps ``box`` most, or None; searches only around ``box``, at the size best for dlib."""
-        side = max(box.right - box.left, box.bottom - box.top)
-        left, top = max((box.left + box.right) // 2 - side, 0), max((box.top + box.bottom) // 2 - side, 0)
-        window = image[top : top + 2 * side, left : left + 2 * side]
-        if not side or not window.size:
-            return None
-        found = [b.moved(left, top) for b in self._search(window, NEAR_SIDE / side, upsample=0)]
-        return max(found, key=box.overlap, default=None)
-
-    def _search(self, image: NDArray[np.uint8], scale: float, upsample: int) -> list[Box]:
-        height, width = image.shape[:2]
-        if scale != 1:
-            size = (max(1, round(width * scale)), max(1, round(height * scale)))
-            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-        found = self._detect(np.ascontiguousarray(image), upsample)  # in colour: grey is faster but finds fewer
-        boxes = [Box(*(round(v / scale) for v in (r.left(), r.top(), r.right() + 1, r.bottom() + 1))) for r in found]
-        return sorted(boxes, key=lambda box: -box.area)
+    @classmethod
+    def around(cls, center: tuple[float, float], side: float) -> Box:
+        """The square of this side, in whole pixels, around ``center``."""
+        whole = max(1, round(side))
+        left, top = round(center[0] - whole / 2), round(center[1] - whole / 2)
+        return cls(left, top, left + whole, top + whole)
 
 
-class Tracked(NamedTuple):
-    person: int
-    """Number of the face's track in this video, from 0."""
+class FoundFace(NamedTuple):
     box: Box
+    score: float
+    """Confidence of the face finder, on its own scale; larger is surer."""
+    points: NDArray[np.float32] | None = None
+    """Landmarks [K, 2] (x, y) in pixels of the frame, NaN where unknown; None: the finder gives none.  K = 5: right
+    eye, left eye, nose, right and left corner of the mouth, left and right as the person's own; 68 and more: numbered
+    as in iBUG 300-W."""
+    turn: int = 0
+    """Degrees that the frame was turned by, anticlockwise, when the face was found."""
+
+    def placed(self, matrix: NDArray[np.float64]) -> FoundFace:
+        """The same face in a frame that an affine map [2, 3] without shear, from this one, leads to."""
+        center = matrix @ np.array([*self.box.center, 1.0])
+        box = Box.around((center[0], center[1]), self.box.side * math.sqrt(abs(np.linalg.det(matrix[:, :2]))))
+        points = None if self.points is None else (self.points @ matrix[:, :2].T + matrix[:, 2]).astype(np.float32)
+        return self._replace(box=box, points=points)
 
 
-class FaceTracker:
-    """Finds and numbers the faces of a video, given its frames in order.
+def eyes(points: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The person's right and left eye [2, 2] from landmarks [K, 2]."""
+    if len(points) >= IBUG:
+        return np.stack([points[36:42].mean(0), points[42:48].mean(0)])
+    return points[:2]
 
-    Each face is searched near its last place, which costs about a tenth of searching the whole frame.  The whole frame
-    is searched for the first frame, for every ``every``-th after it (to find new faces), and whenever a face is no
-    longer near its last place.  A lost person keeps the number for MEMORY more frames: a face found in the same place
-    by then is the same person.
+
+def roll(points: NDArray[np.float32] | None) -> float | None:
+    """Degrees by which a face is turned clockwise in the picture, from its eyes; None without landmarks of both."""
+    if points is None or not np.isfinite(pair := eyes(points)).all():
+        return None
+    x, y = pair[1] - pair[0]
+    return math.degrees(math.atan2(y, x))
+
+
+class Cut(NamedTuple):
+    """The part of a frame that a crop shows: a square, which may be turned."""
+
+    center: tuple[float, float]
+    side: int
+    degrees: float = 0.0
+    """Angle by which the square is turned clockwise in the frame."""
+
+    def matrix(self, size: int) -> NDArray[np.float64]:
+        """The affine map [2, 3] from pixels of the frame to pixels of the crop of ``size`` pixels."""
+        zoom, angle = size / self.side, math.radians(self.degrees)
+        turn = zoom * np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+        return np.hstack([turn, (size / 2 - turn @ np.array(self.center))[:, None]])
+
+    def placed(self, points: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+        """Points [K, 2] of the frame in pixels of the crop."""
+        matrix = self.matrix(size)
+        return (points @ matrix[:, :2].T + matrix[:, 2]).astype(np.float32)
+
+
+def cut_of(box: Box, degrees: float | None, policy: CropPolicy) -> Cut:
+    """The part of a frame that ``policy`` shows of a face: the square around its box, enlarged by the margin and, with
+    alignment, turned by the angle of the eyes, so that they are level.
+
+    degrees: clockwise angle of the eyes, as :func:`roll` gives it; None: unknown, no turn.
     """
-
-    def __init__(self, finder: FaceFinder, every: int) -> None:
-        self._finder, self._every = finder, every
-        self._last: list[Tracked] = []
-        self._lost: list[tuple[int, Tracked]] = []
-        """Lost faces, each with the frame after which it is forgotten."""
-        self._count = self._people = self._frame = 0
-
-    def __call__(self, image: NDArray[np.uint8]) -> list[Tracked]:
-        """Faces in the next RGB frame [H, W, 3], largest first."""
-        near = None
-        self._frame += 1
-        if self._last and self._count % self._every:
-            near = self._follow(image)
-        self._count = 1 if near is None else self._count + 1
-        self._last = self._link(self._finder(image)) if near is None else near
-        return self._last
-
-    def _follow(self, image: NDArray[np.uint8]) -> list[Tracked] | None:
-        """The last frame's faces in this frame, or None when one is lost or two boxes overlap by half."""
-        found = [Tracked(t.person, box) for t in self._last if (box := self._finder.near(image, t.box)) is not None]
-        apart = all(a.box.overlap(b.box) < 0.5 for a, b in itertools.combinations(found, 2))
-        return sorted(found, key=lambda t: -t.box.area) if apart and len(found) == len(self._last) else None
-
-    def _link(self, boxes: list[Box]) -> list[Tracked]:
-        """Gives each box the number of the face that it overlaps most among the last frame's and the lost faces, or a
-        new number."""
-        recent = [(until, face) for until, face in self._lost if until >= self._frame]
-        free, linked = [*self._last, *(face for _, face in recent)], []
-        for box in boxes:
-            best = max(((box.overlap(t.box), t) for t in free), default=(0.0, None))[1]
-            if best is not None and box.overlap(best.box) > 0.2:
-                free.remove(best)
-                linked.append(Tracked(best.person, box))
-            else:
-                linked.append(Tracked(self._people, box))
-                self._people += 1
-        until = {face.person: last for last, face in recent}
-        self._lost = [(until.get(face.person, self._frame + MEMORY), face) for face in free]
-        return linked
-
-
-def crop_face(image: NDArray[np.uint8], box: Box, size: int, margin: float) -> NDArray[np.uint8]:
-    """The square around ``box``, enlarged by ``margin`` and resized to [size, size, 3]; outside the frame, its edge
-    pixels are repeated."""
-    side = max(1, round(max(box.right - box.left, box.bottom - box.top) * margin))
+    side = max(1, round(box.side * policy.margin))
+    if degrees and policy.align == "landmarks":
+        return Cut(box.center, side, degrees)
     left, top = (box.left + box.right - side) // 2, (box.top + box.bottom - side) // 2
-    height, width = image.shape[:2]
+    return Cut((left + side / 2, top + side / 2), side)
+
+
+def crop_face(image: NDArray[np.uint8], cut: Cut, size: int) -> NDArray[np.uint8]:
+    """The part ``cut`` of a frame [H, W] or [H, W, C], resized to ``size`` pixels; outside the frame, its edge pixels
+    are repeated."""
+    side, height, width = cut.side, *image.shape[:2]
+    if cut.degrees:  # the upright square that holds the turned one, resized, then turned
+        angle = math.radians(cut.degrees)
+        grown = math.ceil(side * (abs(math.cos(angle)) + abs(math.sin(angle))))
+        wide = round(size * grown / side)
+        turn = cv2.getRotationMatrix2D(((wide - 1) / 2,) * 2, cut.degrees, 1.0)
+        turn[:, 2] += (size - wide) / 2
+        return cv2.warpAffine(crop_face(image, Cut(cut.center, grown), wide), turn, (size, size),
+                              flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)  # fmt: skip
+    left, top = round(cut.center[0] - side / 2), round(cut.center[1] - side / 2)
     before = (max(-top, 0), max(-left, 0))
     after = (max(top + side - height, 0), max(left + side - width, 0))
     part = image[max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)]
@@ -148,7 +143,7 @@ def crop_face(image: NDArray[np.uint8], box: Box, size: int, margin: float) -> N
 
 
 def resize_square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Resizes an image [H, W, 3] to [size, size, 3], by averaging when it shrinks."""
+    """Resizes an image [H, W] or [H, W, C] to ``size`` x ``size``, by averaging when it shrinks."""
     if image.shape[:2] == (size, size):
         return image
     shrinks = min(image.shape[:2]) > size

@@ -22,9 +22,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.config import PrepareConfig, WorkConfig
-from dtn_fast.data.crop_dataset import INDEX, SHARDS, VERSION, open_shard
-from dtn_fast.data.faces import Box, FaceFinder, FaceTracker, Tracked, crop_face, resize_square
+from dtn_fast.data.config import FinderConfig, PrepareConfig, WorkConfig
+from dtn_fast.data.crop_dataset import INDEX, SHARDS, VERSION, open_masks, open_shard
+from dtn_fast.data.face_finders import FaceFinder, open_finder
+from dtn_fast.data.face_tracker import FaceTracker, Tracked
+from dtn_fast.data.faces import Box, crop_face, cut_of, resize_square
+from dtn_fast.data.forged_face import Mask, forged_faces, masks_of
 from dtn_fast.data.frames import landmarks, video_frames
 from dtn_fast.data.video_table import Video, VideoTable
 from dtn_fast.errors import DtnError, MediaError, UsageError
@@ -65,6 +68,8 @@ def prepare(
     """
     number, total_shares = work.place
     job = PrepareJob(table, out, size, config, _shards(table, config))
+    if not table.crops:
+        open_finder(config.finder)  # its model file is fetched, and any fault told, before the workers start
     try:
         _claim(job)
         (out / SHARDS).mkdir(parents=True, exist_ok=True)
@@ -118,7 +123,7 @@ def _shards(table: VideoTable, config: PrepareConfig) -> list[list[int]]:
 def _claim(job: PrepareJob) -> None:
     """Records the job in ``out``/job.json.  Raises UsageError when that file records another job."""
     rows = json.dumps([_portable(video)._asdict() for video in job.table.videos]).encode()
-    wanted = {"version": VERSION, "size": job.size, **asdict(job.config), "dataset": job.table.dataset,
+    wanted = {"version": VERSION, "size": job.size, **_settings(job.config), "dataset": job.table.dataset,
               "videos": len(job.table.videos), "manifest": hashlib.sha256(rows).hexdigest()}  # fmt: skip
     path = job.out / JOB
     if path.is_file():
@@ -136,6 +141,15 @@ def _claim(job: PrepareJob) -> None:
             other = ", ".join(f"{key} {there.get(key)} (requested: {wanted[key]})" for key in differ)
             raise UsageError(f"{job.out}: holds crops of other settings: {other}; choose another --out or delete it")
     write_whole(path, json.dumps(wanted, indent=1).encode(), shared=True)
+
+
+def _settings(config: PrepareConfig) -> dict[str, Any]:
+    """The settings as JSON, with the checksums of model files, which may be elsewhere on another machine."""
+    settings = asdict(config)
+    for name in ("face_model", "landmark_model"):
+        path = getattr(config.finder, name)
+        settings["finder"][name] = path and hashlib.sha256(path.read_bytes()).hexdigest()
+    return {**settings, "crop": asdict(config.policy)}
 
 
 def _portable(video: Video) -> Video:
@@ -156,6 +170,8 @@ def _state(out: Path, shard: int, size: int, verify: bool) -> dict[str, Any] | N
                 return None
             if verify and zlib.crc32(points.tobytes()) != state["landmarks_crc32"]:
                 return None
+        if state["masks"]:
+            open_masks(out / SHARDS, _name(shard), size, state["rows"], state["masks_crc32"] if verify else None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return state
@@ -176,6 +192,8 @@ class Cropped(NamedTuple):
     rows: list[tuple[int, int, Box]]
     """(frame, person, box) of each crop."""
     points: list[NDArray[np.float32] | None]
+    masks: list[Mask | None]
+    """[S, S] each; None: unknown."""
     state: dict[str, Any]
 
 
@@ -225,6 +243,15 @@ def _make_shard(shard: int) -> int:
                 known[place, : len(point)] = point
         state["landmarks_crc32"] = zlib.crc32(known.tobytes())
         write_whole(folder / f"{_name(shard)}.landmarks.npy", _npy(known), shared=True)
+    state["masks"] = job.config.masks
+    if job.config.masks:
+        found = [mask for video in done for mask in video.masks]
+        blank = np.zeros((job.size, job.size), np.uint8)
+        masks = np.array([blank if mask is None else mask for mask in found], np.uint8).reshape(-1, job.size, job.size)
+        state["mask_known"] = [int(mask is not None) for mask in found]
+        state["masks_crc32"] = zlib.crc32(masks.data.cast("B")) if len(masks) else 0
+        if len(masks):
+            write_whole(folder / f"{_name(shard)}.masks.npy", _npy(masks), shared=True)
     write_whole(folder / f"{_name(shard)}.json", json.dumps({**state, "check": _check(state)}).encode(), shared=True)
     return len(array)
 
@@ -236,15 +263,16 @@ Boxes = dict[int, tuple[tuple[int, ...], list[Tracked]]]
 def _crop_video(job: PrepareJob, video: Video, reals: dict[str, Boxes]) -> Cropped:
     config, table = job.config, job.table
     state: dict[str, Any] = {
-        "asked": config.frames, "frames": 0, "faces": 0, "boxes": "own", "error": None, "reason": None
+        "asked": config.frames, "frames": 0, "faces": 0, "boxes": "own", "error": None, "reason": None,
+        "masked": 0, "not_largest": 0, "untouched": 0,
     }  # fmt: skip
-    crops, points = [], []
-    rows: list[tuple[int, int, Box]] = []
+    made = Cropped([], [], [], [], state)
     known = reals.get(video.target) if config.reuse_boxes and video.label else None
     found: Boxes = {}
-    tracker = None if table.crops else FaceTracker(_finder(), config.every)
+    tracker = None if table.crops else FaceTracker(_finder(config.finder), config.every)
     names = {int(Path(name).stem): name for name in video.frames if Path(name).stem.isdecimal()}
     try:
+        mask_of = masks_of(table, video, config.frames) if video.label else None
         for frame in video_frames(table.root, video, config.frames, table.lmdb):
             state["frames"] += 1
             shape = frame.image.shape
@@ -252,27 +280,43 @@ def _crop_video(job: PrepareJob, video: Video, reals: dict[str, Boxes]) -> Cropp
                 faces, state["boxes"] = [Tracked(0, Box(0, 0, shape[1], shape[0]))], "whole"
             elif known is not None and frame.number in known and known[frame.number][0] == shape:
                 faces = known[frame.number][1]
-                state["boxes"] = "real" if state["boxes"] == "real" or not rows else "mixed"
+                state["boxes"] = "real" if state["boxes"] == "real" or not made.rows else "mixed"
             else:
                 known, faces = None, tracker(frame.image)  # the videos differ: find faces from here on
                 state["boxes"] = "mixed" if state["boxes"] == "real" else state["boxes"]
                 found[frame.number] = (shape, faces)
-            for face in faces if config.faces == "all" else faces[:1]:
+            mask = mask_of(frame) if mask_of else None
+            if mask is not None and tracker is not None:
+                faces = _forged(faces, mask, state)
+            mask = np.zeros(shape[:2], np.uint8) if not video.label else mask
+            for face in faces if config.people == "all" else faces[:1]:
                 if tracker is None:
-                    points.append(_points(job, names.get(frame.number), shape))
-                    crops.append(resize_square(frame.image, job.size))
+                    made.points.append(_points(job, names.get(frame.number), shape))
+                    made.crops.append(resize_square(frame.image, job.size))
+                    made.masks.append(None if mask is None else resize_square(mask, job.size))
                 else:
-                    crops.append(crop_face(frame.image, face.box, job.size, config.margin))
-                    points.append(None)
-                rows.append((frame.number, face.person, face.box))
+                    cut = cut_of(face.box, face.degrees, config.policy)
+                    made.crops.append(crop_face(frame.image, cut, job.size))
+                    made.points.append(None if face.points is None else cut.placed(face.points, job.size))
+                    made.masks.append(crop_face(mask, cut, job.size) if config.masks and mask is not None else None)
+                made.rows.append((frame.number, face.person, face.box))
     except MediaError as error:
         state["error"] = str(error)
-    state["faces"] = len(crops)
-    if not crops and not state["error"]:
-        state["reason"] = f"no face in {state['frames']} frames"
+    state["faces"] = len(made.crops)
+    if not made.crops and not state["error"]:
+        state["reason"] = f"no {'forged ' if state['masked'] else ''}face in {state['frames']} frames"
     if not video.label:
         reals[video.path] = found
-    return Cropped(crops, rows, points, state)
+    return made
+
+
+def _forged(faces: list[Tracked], mask: Mask, state: dict[str, Any]) -> list[Tracked]:
+    """The faces that the mask touches; counts in ``state`` how it disagrees with the choice of the largest."""
+    forged = forged_faces(faces, mask)
+    state["masked"] += 1
+    state["untouched"] += not forged
+    state["not_largest"] += bool(forged and forged[0] is not faces[0])
+    return forged
 
 
 def _points(job: PrepareJob, name: str | None, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
@@ -283,8 +327,8 @@ def _points(job: PrepareJob, name: str | None, shape: tuple[int, ...]) -> NDArra
 
 
 @functools.cache
-def _finder() -> FaceFinder:
-    return FaceFinder()
+def _finder(config: FinderConfig) -> FaceFinder:
+    return open_finder(config)
 
 
 def _write_index(job: PrepareJob) -> None:
@@ -295,7 +339,8 @@ def _write_index(job: PrepareJob) -> None:
         if state is None:
             return  # another share is still at work
         states.append(state)
-    joined = {name: [v for state in states for v in state[name]] for name in ("video", "frame", "person", "box")}
+    lists = ("video", "frame", "person", "box", *(["mask_known"] if job.config.masks else []))
+    joined = {name: [v for state in states for v in state[name]] for name in lists}
     if not joined["video"]:
         raise UsageError(f"{job.table.root}: no face was found in any of the {len(job.table.videos)} videos")
     status: list[dict[str, Any]] = [{}] * len(job.table.videos)
@@ -307,9 +352,9 @@ def _write_index(job: PrepareJob) -> None:
         "size": job.size,
         "synthetic": job.table.synthetic,
         "dataset": job.table.dataset,
-        **asdict(job.config),
+        **_settings(job.config),
         "landmarks": len(marks := {state["landmarks"] for state in states if state["rows"]}) == 1 and 0 not in marks,
-        "notes": job.table.notes,
+        "notes": [*job.table.notes, *mask_notes(status)],
         "shards": [
             {"name": _name(k), "rows": state["rows"], "crc32": state["crc32"]}
             for k, state in enumerate(states)
@@ -322,6 +367,15 @@ def _write_index(job: PrepareJob) -> None:
     write_whole(job.out / INDEX, json.dumps(index).encode(), shared=True)
     for partial in [*job.out.glob(".*.partial"), *(job.out / SHARDS).glob(".*.partial")]:  # of killed runs
         partial.unlink(missing_ok=True)
+
+
+def mask_notes(status: list[dict[str, Any]]) -> list[str]:
+    """A line on how the masks and the largest faces disagree; none when they do not."""
+    masked, other, none = (sum(state[name] for state in status) for name in ("masked", "not_largest", "untouched"))
+    if not other and not none:
+        return []
+    return [f"in {other} of {masked} frames with a mask the forged face is not the largest, and was cropped; in {none} "
+            "the mask touches no face that was found, and none was cropped"]  # fmt: skip
 
 
 def _npy(array: NDArray) -> bytes:

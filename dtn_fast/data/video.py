@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,8 +66,11 @@ def _image(file: Path | io.BytesIO, name: str) -> NDArray[np.uint8]:
         raise MediaError(f"{name}: cannot read this image ({_reason(error)})") from error
 
 
-def read_frames(path: Path, count: int | None = None, threads: int = 0, check: Check = lambda: None) -> Iterator[Frame]:
-    """Yields the upright frames of a video in order; with ``count`` that many (or fewer), evenly spaced.
+def read_frames(
+    path: Path, count: int | Sequence[int] | None = None, threads: int = 0, check: Check = lambda: None
+) -> Iterator[Frame]:
+    """Yields the upright frames of a video in order; with ``count`` that many (or fewer), evenly spaced, or those with
+    the given numbers.
 
     With ``count`` only the frames that a requested frame depends on are decoded: whole groups of pictures are skipped
     and, with one decoder thread, frames that no other frame refers to; the requested frames do not change.
@@ -80,15 +83,15 @@ def read_frames(path: Path, count: int | None = None, threads: int = 0, check: C
     last, wanted = -1, None
     if count is not None:
         index = _index(path, check)
-        wanted = evenly_spaced(index.total, count)
+        wanted = _chosen(index.total, count)
         for frame in _jump(path, index, wanted, threads, check):
             last = frame.number
             yield frame
-        if last == wanted[-1]:
+        if not wanted or last == wanted[-1]:
             return
     try:
         if count is not None and last < 0:  # the first frames cannot be decoded: the others are numbered from 0
-            wanted = evenly_spaced(sum(1 for _ in _decoded(path, threads, check)), count)
+            wanted = _chosen(sum(1 for _ in _decoded(path, threads, check)), count)
         for number, raw in enumerate(_decoded(path, threads, check)):
             if number > last and (wanted is None or number in wanted):
                 last = number
@@ -98,6 +101,16 @@ def read_frames(path: Path, count: int | None = None, threads: int = 0, check: C
             raise MediaError(f"{path}: cannot read this video ({_reason(error)})") from error
     if last < 0:
         raise MediaError(f"{path}: the video holds no frame")
+
+
+def frame_numbers(path: Path, count: int, check: Check = lambda: None) -> list[int]:
+    """Numbers of the frames that ``read_frames(path, count)`` gives of an undamaged video.  Raises MediaError when it
+    cannot be read."""
+    return evenly_spaced(_index(path, check).total, count)
+
+
+def _chosen(total: int, count: int | Sequence[int]) -> list[int]:
+    return evenly_spaced(total, count) if isinstance(count, int) else sorted({n for n in count if n < total})
 
 
 def _frame(number: int, raw: Any) -> Frame:

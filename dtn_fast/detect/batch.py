@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dtn_fast.data.faces import FaceFinder
 from dtn_fast.data.video import VIDEOS
 from dtn_fast.detect.annotate import annotate as write_annotated
 from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.inputs import find_inputs
-from dtn_fast.detect.pipeline import detect
+from dtn_fast.detect.pipeline import detect, finder_of
 from dtn_fast.detect.report import trained_on, write_report, write_results
 from dtn_fast.detect.verdict import Result, Timing
 from dtn_fast.errors import DtnError, UsageError
@@ -60,7 +59,8 @@ def detect_many(
     """
     if not inputs:
         raise UsageError("no inputs; name images, videos, folders or globs, such as clip.mp4")
-    paths, finder, batch = list(find_inputs(list(inputs))), FaceFinder(), BatchResult()
+    paths, batch = list(find_inputs(list(inputs))), BatchResult()
+    finder = finder_of(scorer, config)
     batch.inputs = len(paths)
     for number, (path, error) in enumerate(paths, 1):
         tell = lambda frames, name=path.name: watch(batch, f"{name}, {frames} frames")

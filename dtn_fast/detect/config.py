@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dtn_fast.data.config import PrepareConfig
+from dtn_fast.data.config import FinderConfig, PrepareConfig
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
 
@@ -20,7 +20,10 @@ class DetectConfig:
     threshold: float = EvaluateConfig.threshold
     """P(fake) at and above which the verdict is fake and a span counts as forged."""
     every: int = PrepareConfig.every
-    """Search the whole image for faces in every N-th analysed frame; in between search only near the faces found."""
+    """Search the whole image for faces in every N-th analysed frame, in between only near the faces found; yunet
+    searches every frame."""
+    finder: FinderConfig = FinderConfig()
+    """The face finder."""
 
     def __post_init__(self) -> None:
         if self.frames < 0 or not self.rate >= 0:

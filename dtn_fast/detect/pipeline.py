@@ -17,13 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.faces import FaceFinder, FaceTracker, Tracked, crop_face
+from dtn_fast.data.face_finders import MAX_FACES, FaceFinder, open_finder
+from dtn_fast.data.face_tracker import FaceTracker, Tracked
+from dtn_fast.data.faces import crop_face, cut_of
 from dtn_fast.data.video import Check, Frame
 from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.inputs import frames_of
 from dtn_fast.detect.verdict import Face, FrameResult, Picture, Result, Timing, judge
-from dtn_fast.errors import MediaError
+from dtn_fast.errors import MediaError, UsageError, tell
 from dtn_fast.explain.heatmap import grad_cam
+from dtn_fast.model.config import CropPolicy, crop_policy
 from dtn_fast.model.detector import Detector
 from dtn_fast.producer_thread import produced
 from dtn_fast.runtime.scorer import Scorer
@@ -47,11 +50,13 @@ def detect(
 ) -> Result:
     """The verdict on one image or video; an unreadable input gives a result with an error, it does not raise.
 
-    finder: face finder to reuse over many inputs; default: a new one.  watch: called with the number of frames read so
+    finder: face finder to reuse over many inputs; default: a new one, of the model's crop policy unless ``config``
+    names another.  watch: called with the number of frames read so
     far, also while waiting for a frame; an exception raised by it ends the work.  model: model for the heat maps;
     default: the scorer's, if it is a torch model.  Raises UsageError when a package is missing.
     """
-    path, tracker = Path(path), FaceTracker(finder or FaceFinder(), config.every)
+    policy, side = crop_policy(scorer.config), scorer.config.image_size
+    path, tracker = Path(path), FaceTracker(finder or finder_of(scorer, config), config.every)
     result, kept = Result(path), list[Picture]()
     begin = time.perf_counter()
     source = functools.partial(frames_of, path, config.frames, config.rate)
@@ -65,8 +70,8 @@ def detect(
                 watch(result.frames_read)
                 start = time.perf_counter()
                 found = tracker(frame.image)
-                side, margin = scorer.config.image_size, scorer.config.margin
-                crops = [crop_face(frame.image, face.box, side, margin) for face in found]
+                crops = [crop_face(frame.image, cut_of(face.box, face.degrees, policy), side) for face in found]
+                result.crowded += len(found) == MAX_FACES
                 result.timing.find_faces += time.perf_counter() - start
                 if found:
                     scoring.add(frame, found, crops)
@@ -80,6 +85,25 @@ def detect(
         own = scorer.model if model is None and isinstance(scorer, TorchScorer) else model
         result.pictures = _with_heat(kept, own)
     return result
+
+
+def finder_of(scorer: Scorer, config: DetectConfig) -> FaceFinder:
+    """The face finder that ``config`` names, or else the one that the model's crops were cut with.
+
+    Says in one line when the two differ, or the model records none.  Raises UsageError when a package or a model file
+    is missing, or the model wants level eyes and the finder gives no landmarks.
+    """
+    policy = crop_policy(scorer.config)
+    if scorer.config.crop is None:
+        tell(f"the model records no crop policy; its faces are taken as {CropPolicy()}")
+    if config.finder.faces not in (None, policy.finder):
+        tell(f"--faces {config.finder.faces}: the model was trained on the boxes of {policy.finder}; they are alike but "
+             "not the same")  # fmt: skip
+    finder = open_finder(config.finder, policy)
+    if policy.align == "landmarks" and not finder.gives_points:
+        raise UsageError("the model takes crops whose eyes are level, which needs landmarks; add --faces yunet or "
+                         "--landmark-model FILE")  # fmt: skip
+    return finder
 
 
 def _with_heat(pictures: list[Picture], model: Detector | None) -> list[Picture]:

@@ -93,6 +93,8 @@ class Result:
     """``fake``, ``real``, ``no face`` or ``failed``."""
     score: float | None = None
     frames_read: int = 0
+    crowded: int = 0
+    """Number of frames with more faces than are judged, of which the largest were."""
     frames: list[FrameResult] = field(default_factory=list)
     """The frames with at least one face."""
     people: list[Person] = field(default_factory=list)
@@ -117,6 +119,7 @@ class Result:
             "score": self.score,
             "frames_read": self.frames_read,
             "frames_with_face": len(self.frames),
+            "frames_crowded": self.crowded,
             "error": self.error,
             "people": [{**p._asdict(), "spans": [span._asdict() for span in p.spans]} for p in self.people],
             "timing": {name: round(seconds, 3) for name, seconds in vars(self.timing).items()},

@@ -4,15 +4,52 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from dtn_fast.dataclass_json import from_json
+from dtn_fast.dataclass_json import from_fields
 from dtn_fast.errors import UsageError
 
 NOISES = ("gaussian", "blur", "contrast", "compression", "none")
+MAX_MARGIN = 10.0
 STRIDE = 32  # the backbone halves the resolution five times
+
+
+FinderName = Literal["dlib", "yunet", "dlib-cnn"]
+Alignment = Literal["none", "landmarks"]
+
+
+@dataclass(frozen=True)
+class CropPolicy:
+    """How faces are cut out of frames: stored with crops, checkpoints and exported files, so that detection cuts as
+    training did.  The side of the crops in pixels stands beside it, as the model's ``image_size``."""
+
+    finder: FinderName = "dlib"
+    """Face finder whose boxes were cut: dlib (the paper's HOG), yunet (OpenCV's FaceDetectorYN) or dlib-cnn."""
+    margin: float = 1.3
+    """Side of a crop divided by the side of the face's box (*choice*: customary for FaceForensics++)."""
+    align: Alignment = "none"
+    """landmarks: crops are turned so that the eyes are level; none: upright in the frame."""
+
+    def __post_init__(self) -> None:
+        for value, name, known in ((self.finder, "finder", FinderName), (self.align, "align", Alignment)):
+            if value not in get_args(known):
+                raise UsageError(f"CropPolicy.{name} is {value!r}; it must be {' or '.join(get_args(known))}")
+        if not (isinstance(self.margin, int | float) and 0 < self.margin <= MAX_MARGIN):
+            raise UsageError(f"CropPolicy.margin is {self.margin!r}; it must be above 0 and at most {MAX_MARGIN}")
+
+    def __str__(self) -> str:
+        return f"{self.finder} at margin {self.margin:g}" + (", eyes level" if self.align == "landmarks" else "")
+
+
+def _read_crop(config: Any) -> None:
+    """Replaces the decoded JSON object in ``crop`` by its dataclass."""
+    if isinstance(config.crop, Mapping):
+        object.__setattr__(config, "crop", from_fields(CropPolicy, config.crop, "crop"))
+    elif not isinstance(config.crop, CropPolicy | None):
+        raise UsageError(f"{type(config).__name__}.crop is {config.crop!r}; it must be an object or null")
 
 
 @dataclass(frozen=True)
@@ -66,11 +103,11 @@ class DTNConfig:
     """RGB mean subtracted from pixels in [0, 1] (*choice*: ImageNet's)."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """RGB standard deviation that divides the result (*choice*: ImageNet's)."""
-    margin: float = 1.3
-    """Side of a crop divided by the longest side of the face in it, in training and in detection (*choice*: customary
-    for FaceForensics++)."""
+    crop: CropPolicy | None = None
+    """How the training crops were cut; None: unknown, because another program cut them."""
 
     def __post_init__(self) -> None:
+        _read_crop(self)
         width = self.channels[-1] if self.channels else 0
         checks = [
             (
@@ -102,7 +139,6 @@ class DTNConfig:
             (self.depth >= 0, "depth", ">= 0"),
             (self.mlp_ratio > 0, "mlp_ratio", ">= 1"),
             (self.num_classes >= 2, "num_classes", ">= 2"),
-            (self.margin > 0, "margin", "> 0"),
         ]
         for good, name, allowed in checks:
             if not good:
@@ -121,7 +157,7 @@ class DTNConfig:
     @classmethod
     def from_json(cls, text: str, where: str = "config") -> DTNConfig:
         """Inverse of :meth:`to_json`.  Raises UsageError naming ``where`` on bad JSON, unknown or wrong fields."""
-        return from_json(cls, text, where)
+        return _parsed(cls, text, where)
 
 
 PRESETS = {
@@ -152,16 +188,15 @@ class TimmConfig:
     """RGB mean subtracted from pixels in [0, 1]."""
     std: tuple[float, float, float] = DTNConfig.std
     """RGB standard deviation that divides the result."""
-    margin: float = DTNConfig.margin
-    """Side of a crop divided by the longest side of the face in it."""
+    crop: CropPolicy | None = None
+    """How the training crops were cut; None: unknown, because another program cut them."""
 
     def __post_init__(self) -> None:
+        _read_crop(self)
         if not isinstance(self.timm, str):
             raise UsageError(f"TimmConfig.timm is {self.timm!r}; it must be a name in timm's registry")
         if not isinstance(self.image_size, int) or not 16 <= self.image_size <= 4096:
             raise UsageError(f"TimmConfig.image_size is {self.image_size!r}; it must be 16 to 4096")
-        if not self.margin > 0:
-            raise UsageError(f"TimmConfig.margin is {self.margin!r}; it must be > 0")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -169,10 +204,28 @@ class TimmConfig:
     @classmethod
     def from_json(cls, text: str, where: str = "config") -> TimmConfig:
         """Inverse of :meth:`to_json`.  Raises UsageError naming ``where``."""
-        return from_json(cls, text, where)
+        return _parsed(cls, text, where)
 
 
 ModelConfig = DTNConfig | TimmConfig
+
+
+def crop_policy(config: ModelConfig) -> CropPolicy:
+    """How faces are cut for a model: as its training crops were, or by the defaults when that is unknown."""
+    return config.crop or CropPolicy()
+
+
+def _parsed(kind: Any, text: str, where: str) -> Any:
+    """A configuration from JSON.  Version 0.1 stored a margin, for dlib's boxes, in place of the crop policy; the usual
+    margin counts as none, because it was also stored when another program had cut the crops."""
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{where}: not a valid {kind.__name__} ({error})") from error
+    if isinstance(fields, dict) and "margin" in fields and "crop" not in fields:
+        margin = fields.pop("margin")
+        fields["crop"] = None if margin == CropPolicy.margin else {"margin": margin}
+    return from_fields(kind, fields, where)
 
 
 def parse_config(text: str, where: str) -> ModelConfig:

@@ -14,7 +14,6 @@ import logging
 import re
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dtn_fast.detect.config import DetectConfig
+from dtn_fast.detect.pipeline import finder_of
 from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.packages import require
 from dtn_fast.runtime.scorer import Scorer
@@ -165,11 +165,10 @@ class Judge:
         self.batcher = MicroBatcher(scorer)
         self.inside = 0
         self._pool = ThreadPoolExecutor(config.workers, "judging")
-        self._own = threading.local()
+        self._finder = finder_of(scorer, detection)
         self._folder = tempfile.TemporaryDirectory(prefix="dtn-fast-")
         self._model = getattr(scorer, "model", None)
         self.metrics = Metrics(self)
-        self._finder()  # if dlib is missing, fail now rather than at the first upload
 
     @contextlib.contextmanager
     def admitted(self) -> Any:
@@ -224,14 +223,6 @@ class Judge:
             raise Refused(400, "the upload was interrupted") from None
         return size
 
-    def _finder(self) -> Any:
-        """The face finder of the calling worker thread."""
-        from dtn_fast.data.faces import FaceFinder
-
-        if not hasattr(self._own, "finder"):
-            self._own.finder = FaceFinder()
-        return self._own.finder
-
     def _judge(self, path: Path, name: str, begin: float) -> dict[str, Any]:
         from dtn_fast.detect.pipeline import detect
         from dtn_fast.detect.report import heat_uri, jpeg_uri
@@ -242,7 +233,7 @@ class Judge:
                 raise Refused(504, f"no verdict within {self.config.timeout:g} s; send a shorter video")
 
         watch(0)  # the upload may have waited too long
-        result = detect(path, self.batcher, self.detection, self._finder(), watch, self._model)
+        result = detect(path, self.batcher, self.detection, self._finder, watch, self._model)
         self.metrics.frames.inc(result.frames_read)
         self.metrics.faces.inc(sum(len(frame.faces) for frame in result.frames))
         if result.verdict == "failed":
