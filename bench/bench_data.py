@@ -32,6 +32,8 @@ from dtn_fast.data.open import open_data
 from dtn_fast.data.randomness import sample_seeds
 from dtn_fast.data.video import read_frames, write_video
 from dtn_fast.data.video_table import Video
+from dtn_fast.model.config import CropPolicy
+from dtn_fast.packages import require
 
 SUITE = "data"
 FRAMES, SAMPLED, CROPS, BATCH = 120, 24, 1024, 64
@@ -69,7 +71,7 @@ def film(folder: Path, count: int) -> tuple[Path, list[Box]]:
     from skimage import data
 
     face = data.astronaut()[:280, 90:370]
-    true = FaceFinder()(face)[0]
+    true = DlibFinder()([face])[0][0].box
     rng, frames, boxes = np.random.default_rng(0), [], []
     back = cv2.resize(rng.integers(60, 140, (18, 32, 3), np.uint8), (1280, 720), interpolation=cv2.INTER_CUBIC)
     for index in range(count):
@@ -79,17 +81,18 @@ def film(folder: Path, count: int) -> tuple[Path, list[Box]]:
         frame[top : top + side, left : left + side] = cv2.resize(face, (side, side))
         noisy = frame + rng.normal(0, 3, frame.shape)
         frames.append(np.clip(noisy, 0, 255).astype(np.uint8))
-        boxes.append(Box(*(round(v * side / 280) for v in true)).moved(left, top))
+        x, y = true.center
+        boxes.append(Box.around((left + x * side / 280, top + y * side / 280), true.side * side / 280))
     write_video(folder / "face.mp4", frames, fps=30)
     return folder / "face.mp4", boxes
 
 
 def _fast(path: Path) -> dict[int, Box]:
     """Boxes found as by prepare: sampled frames, face tracker, crops."""
-    tracker, found = FaceTracker(FaceFinder(), PrepareConfig.every), {}
+    tracker, found = FaceTracker(DlibFinder(), PrepareConfig.every), {}
     for frame in read_frames(path, SAMPLED, threads=1):
         if faces := tracker(frame.image):
-            crop_face(frame.image, faces[0].box, 256, PrepareConfig.margin)
+            crop_face(frame.image, cut_of(faces[0].box, None, CropPolicy()), 256)
             found[frame.number] = faces[0].box
     return found
 
@@ -104,7 +107,7 @@ def _slow(path: Path) -> dict[int, Box]:
         if rectangles:
             r = rectangles[0]
             found[frame.number] = Box(r.left(), r.top(), r.right() + 1, r.bottom() + 1)
-            crop_face(frame.image, found[frame.number], 256, PrepareConfig.margin)
+            crop_face(frame.image, cut_of(found[frame.number], None, CropPolicy()), 256)
     return found
 
 
@@ -140,17 +143,17 @@ def decode_case(path: Path, true: list[Box]) -> Case:
 
 def detect_case(path: Path, true: list[Box]) -> Case:
     frames = list(read_frames(path, SAMPLED, threads=1))
-    detector = FaceFinder()
+    finder, dlib = DlibFinder(), require("dlib", "dlib-bin").get_frontal_face_detector()
 
     def track() -> list[Box]:
-        tracker = FaceTracker(detector, PrepareConfig.every)
+        tracker = FaceTracker(finder, PrepareConfig.every)
         return [faces[0].box for frame in frames if (faces := tracker(frame.image))]
 
     return Case(
         SUITE, "Detect, 1280x720, one core",
         {
-            "dlib HOG at full size": lambda: [detector._detect(frame.image, 0) for frame in frames],
-            "FaceFinder (640 pixels)": lambda: [detector(frame.image) for frame in frames],
+            "dlib HOG at full size": lambda: [dlib(frame.image, 0) for frame in frames],
+            "DlibFinder": lambda: finder([frame.image for frame in frames]),
             "FaceTracker": track,
         },
         "FaceTracker", "dlib HOG at full size", len(frames), rounds=3,

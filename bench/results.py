@@ -21,7 +21,8 @@ from dtn_fast.files import write_whole
 from dtn_fast.provenance import commit
 
 FOLDER = Path(__file__).parent / "results"
-STRUCTURE = "structure.json"
+STRUCTURE, FACES = "structure.json", "faces.json"
+"""Files in FOLDER that are no machine's measurements: the compile report, and what face finders find."""
 SUITES = ("model", "train", "data", "kernels")
 
 
@@ -60,6 +61,11 @@ def file_name(env: dict[str, Any]) -> str:
     processor = env["gpu"] or f"{env['cpu']} {env['threads']}t"
     text = f"{processor}-{env['torch'].split('+')[0]}-{env['cuda'] or 'cpu'}"
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-") + ".json"
+
+
+def machine_files(folder: Path) -> list[Path]:
+    """The results files of machines in ``folder``."""
+    return [path for path in sorted(folder.glob("*.json")) if path.name not in (STRUCTURE, FACES)]
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from dtn_fast.bench.tables import write_tables
 from dtn_fast.device import choose_precision
 from dtn_fast.errors import DtnError, UsageError
 
-WORDS = (*results.SUITES, "roofline", "structure", "tables", "compare")
+WORDS = (*results.SUITES, "faces", "roofline", "structure", "tables", "compare")
 
 
 def run_suite(name: str, folder: Path, machine: roofline.Machine, quick: bool, budget: float) -> Path | None:
@@ -70,11 +70,14 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Example: dtn-fast bench model train --budget 300\n"
         "Others:  dtn-fast bench roofline --batch 256\n"
+        "         dtn-fast bench faces --photos photos\n"
         "         dtn-fast bench compare before.json after.json",
     )
     parser.add_argument("what", nargs="*", help=f"{', '.join(WORDS)}; default: {' '.join(results.SUITES)}")
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the results (bench/results)")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds for all suites together")
+    parser.add_argument("--face-model", type=Path, help="faces: YuNet's model file; default: fetched once")
+    parser.add_argument("--photos", type=Path, help="faces: folder of photographs with truth.json, to measure recall")
     parser.add_argument("--quick", action="store_true", help="few small cases, to check that everything works")
     options, rest = parser.parse_known_args(arguments)
     what = options.what or list(results.SUITES)
@@ -102,6 +105,10 @@ def main(arguments: list[str] | None = None) -> int:
         for place, name in enumerate(suites):
             left = max(deadline - time.monotonic(), 1.0) / (len(suites) - place)
             run_suite(name, options.out, machine, options.quick, left)
+    if "faces" in what:
+        from dtn_fast.bench.faces import write_faces
+
+        print(write_faces(options.out, options.face_model, options.photos, options.quick))
     if "tables" in what:
         write_tables()
     return int(bad > 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from dtn_fast.bench.machine import Machine
 from dtn_fast.bench.measure import Measurement, seconds
-from dtn_fast.bench.results import FOLDER, STRUCTURE, SUITES, load
+from dtn_fast.bench.results import FACES, FOLDER, STRUCTURE, SUITES, load, machine_files
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.plotting import drawing, svg_text
 from dtn_fast.evaluation.tables import markdown_table
@@ -60,7 +60,7 @@ warps that fit into its registers and shared memory."""
 
 def benchmarks_page(folder: Path = FOLDER) -> str:
     """Text of BENCHMARKS.md: every committed measurement, and the suites that were not run."""
-    files = {path: load(path) for path in sorted(folder.glob("*.json")) if path.name != STRUCTURE}
+    files = {path: load(path) for path in machine_files(folder)}
     out = ["# Benchmarks", "", INTRODUCTION]
     if not any(data["machine"]["name"].startswith("NVIDIA") for data in files.values()):
         out += ["", f"**GPU: {NOT_RUN}.** `make gpu` on a machine with a GPU fills this page."]
@@ -83,8 +83,24 @@ def benchmarks_page(folder: Path = FOLDER) -> str:
             for case, rows in by_case(suite["rows"]).items():
                 out += ["", f"**{case}**", "", markdown(rows)]
                 out += ["", *(f"{note}." for note in suite.get("notes", {}).get(case, []))]
+    out += ["", "## Face finders", "", *faces_table(folder)]
     out += ["", "## Structure of the kernels", "", *structure_table(folder)]
     return "\n".join(out).rstrip().replace("\n\n\n", "\n\n") + "\n"
+
+
+FACES_NOTE = """Made by `dtn-fast bench faces` on {cpu}, one core, commit {commit}, {date}.  The pictures are composed
+of one photograph; the photographs of the last row are not in this repository.  "dlib, before" is dlib as this program
+called it until version 0.2: in the frame shrunk to 640 pixels."""
+
+
+def faces_table(folder: Path) -> list[str]:
+    """Table of what face finders find."""
+    path = folder / FACES
+    if not path.is_file():
+        return [NOT_RUN]
+    data = json.loads(path.read_text(encoding="utf-8"))
+    rows = [[name, *values] for name, values in data["rows"].items()]
+    return [FACES_NOTE.format(**data["environment"]), "", *markdown_table(["", *data["columns"]], rows)]
 
 
 def structure_table(folder: Path) -> list[str]:
@@ -109,9 +125,7 @@ BEGIN, END = "<!-- made by dtn-fast bench tables -->", "<!-- end -->"
 def readme_table(folder: Path = FOLDER) -> str:
     """The README's table: the best row of each case, by machine."""
     table, gpu = [], False
-    for path in sorted(folder.glob("*.json")):
-        if path.name == STRUCTURE:
-            continue
+    for path in machine_files(folder):
         data = load(path)
         gpu |= data["machine"]["name"].startswith("NVIDIA")
         for name in ("model", "train", "data"):
@@ -151,7 +165,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
 
 def plots(folder: Path = FOLDER) -> dict[Path, dict[str, Any]]:
     """Path of each machine's plot, and the results to draw."""
-    files = {path: load(path) for path in sorted(folder.glob("*.json")) if path.name != STRUCTURE}
+    files = {path: load(path) for path in machine_files(folder)}
     drawn = {path.with_suffix(".svg"): data for path, data in files.items()}
     return {path: data for path, data in drawn.items() if {"model", "train"} & set(data["suites"])}
 

@@ -3,7 +3,6 @@
 Exit codes: 0 done, 1 some inputs failed, 2 usage (wrong arguments, missing or unsuitable files).
 """
 
-
 import warnings
 
 

@@ -63,6 +63,9 @@ class Recipe:
     device on a GPU, else cpu."""
     self_blend: bool = False
     """Train on self-blended copies of the real crops instead of the data's fakes (*choice*)."""
+    blend_share: float = 1.0
+    """Share of the training fakes that --self-blend makes; below 1 the others are the data's own, and validation is on
+    the data's own alone."""
     cache_teacher: int = 0
     """Fixed number of augmented views per crop.  The teacher labels each view once and its logits are kept.  0: new
     augmentation in every epoch, nothing kept."""
@@ -101,6 +104,10 @@ class Recipe:
                 raise UsageError(f"Recipe.{name} is {getattr(self, name)}; each must be a number, 0 or more")
         if not 0 <= self.ema < 1:
             raise UsageError(f"Recipe.ema is {self.ema}; it must be from 0 to below 1")
+        if not 0 < self.blend_share <= 1:
+            raise UsageError(f"--blend-share {self.blend_share}: must be above 0 and at most 1")
+        if self.blend_share < 1 and not self.self_blend:
+            raise UsageError("--blend-share: only with --self-blend")
         if self.cache_teacher and self.self_blend:
             raise UsageError("--cache-teacher with --self-blend: blends are new in every epoch; drop one of the two")
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtn_fast.data.augment import Augment, DeviceAugment
-from dtn_fast.data.blend import self_blended
+from dtn_fast.data.blend import partly_blended, self_blended
 from dtn_fast.data.config import AUGMENTATIONS
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.loader import Batch, Loader
@@ -193,7 +193,11 @@ class _Loop:
     ) -> None:
         self.recipe, self.execution, self.out, self.stop = recipe, execution, out, stop
         self.generation, self.device, self.ranks = generation, device, distributed.ranks()
-        self.dataset = dataset = self_blended(dataset, recipe.seed) if recipe.self_blend else dataset
+        if recipe.self_blend and recipe.blend_share < 1:
+            dataset = partly_blended(dataset, recipe.blend_share, recipe.seed)
+        elif recipe.self_blend:
+            dataset = self_blended(dataset, recipe.seed)
+        self.dataset = dataset
         train_rows, self.val_rows = splits(dataset, recipe, model)
         model.notice = STAMP if dataset.synthetic else ""
         self.step = TrainStep(model, recipe, execution, device, teacher)
@@ -381,7 +385,7 @@ class _Clock:
 def splits(dataset: CropDataset, recipe: Recipe, model: Detector) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Rows to train on and to validate on.  Raises UsageError when a split lacks a class or the crops do not fit the
     model."""
-    methods = () if recipe.self_blend else recipe.methods
+    methods = () if recipe.self_blend and recipe.blend_share == 1 else recipe.methods
     train_rows, val_rows = dataset.select("train", methods), dataset.select("val", methods)
     for name, rows in (("train", train_rows), ("val", val_rows)):
         if set(dataset.labels[rows]) != {0, 1}:

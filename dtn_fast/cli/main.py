@@ -77,12 +77,11 @@ def main() -> None:
     raise SystemExit(code or 0)
 
 
-def _show(message: Warning | str, kind: type[Warning], *where: Any) -> None:
+def _show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:
     """Prints a warning of this package in one line, and another's as Python does."""
-    if issubclass(kind, DtnWarning):
-        print(f"dtn-fast: {message}", file=sys.stderr)
-    else:
-        print(warnings.formatwarning(message, kind, *where[:2]), end="", file=sys.stderr)
+    own = issubclass(category, DtnWarning)
+    text = f"dtn-fast: {message}\n" if own else warnings.formatwarning(message, category, filename, lineno)
+    print(text, end="", file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> int:

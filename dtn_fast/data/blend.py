@@ -28,8 +28,9 @@ def self_blend(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Makes a self-blended fake of a face crop [S, S, 3]; returns it and the opacity [S, S] of the blend.
 
-    points: landmarks [K, 2] (x, y) in pixels, whose convex hull is the mask; rows of NaN are left out, and without
-    three usable points the mask is an ellipse where the face lies in a crop with the usual margin.
+    points: landmarks [K, 2] (x, y) in pixels, NaN where unknown.  The mask is the convex hull of 68 and more; of five
+    (eyes, nose, corners of the mouth) that of a face's outline put on them; without two usable points, an ellipse where
+    the face lies in a crop with the usual margin.
     """
     side = face.shape[0]
     inner, outer = face, face
@@ -67,6 +68,8 @@ def _mask(side: int, rng: np.random.Generator, points: NDArray[np.float32] | Non
     """Opacity [S, S] float32 in [0, 1]: an outline, distorted, blurred twice, and scaled."""
     mask = np.zeros((side, side), np.float32)
     known = points[np.isfinite(points).all(1)] if points is not None else np.empty((0, 2), np.float32)
+    if points is not None and len(points) == len(FIVE):
+        known = _outline(points)
     if len(known) > 2:
         if rng.random() < 0.5:  # the lower face alone, as reenactment changes mouth and chin
             low = known[known[:, 1] > np.median(known[:, 1]) - 0.1 * np.ptp(known[:, 1])]
@@ -84,6 +87,26 @@ def _mask(side: int, rng: np.random.Generator, points: NDArray[np.float32] | Non
     mask = np.where(cv2.GaussianBlur(mask, (0, 0), soft) > rng.uniform(0.3, 0.7), 1.0, 0.0).astype(np.float32)
     mask = cv2.GaussianBlur(mask, (0, 0), side * rng.uniform(0.005, 0.04))
     return mask / max(float(mask.max()), 1e-6) * np.float32(rng.choice(RATIOS))
+
+
+FIVE = np.array([[-0.22, -0.21], [0.22, -0.21], [-0.01, 0.02], [-0.18, 0.22], [0.18, 0.22]], np.float32)
+"""Eyes, nose and corners of the mouth of an upright face, in sides of its box from the box's middle: medians over the
+faces that both finders find."""
+OUTLINE = np.stack([0.42 * np.cos(a := np.linspace(0, 2 * np.pi, 24, endpoint=False)), 0.06 + 0.5 * np.sin(a)], 1)
+"""The same face's outline, from above the brows to the chin."""
+
+
+def _outline(points: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The outline [24, 2] of a face with five landmarks; empty when fewer than two are known."""
+    known = np.isfinite(points).all(1)
+    if known.sum() < 2:
+        return np.empty((0, 2), np.float32)
+    # the similarity z -> a z + b, over complex numbers, that maps FIVE to the landmarks with the least square error
+    mine, theirs = (p[known].astype(np.float64) @ (1, 1j) for p in (FIVE, points))
+    centred = mine - mine.mean()
+    a = np.vdot(centred, theirs - theirs.mean()) / np.vdot(centred, centred)
+    placed = a * (OUTLINE @ (1, 1j) - mine.mean()) + theirs.mean()
+    return np.stack([placed.real, placed.imag], 1).astype(np.float32)
 
 
 class BlendedCrops:
@@ -141,4 +164,51 @@ def self_blended(dataset: CropDataset, seed: int) -> CropDataset:
         videos=[*sources, *fakes],
         status=[dataset.status[number] for number in reals] * 2,
         landmarks=None if points is None else np.tile(points, (2, 1, 1)),
+        masks=None,
+        mask_known=None,
     )
+
+
+class MixedCrops:
+    """Crops of a dataset, in which a fake to be trained on is, with probability ``share``, a self-blended real, drawn
+    anew for each (seed, epoch); reals to be trained on are recoloured as often as the blended ones' surroundings."""
+
+    def __init__(self, dataset: CropDataset, share: float, seed: int) -> None:
+        train = np.zeros(len(dataset.video), bool)
+        train[dataset.select("train")] = True
+        self.size, self._crops, self._points = dataset.size, dataset.crops, dataset.landmarks
+        self._fake, self._real = train & (dataset.labels == 1), train & (dataset.labels == 0)
+        self._reals, self._share, self._seed = np.flatnonzero(self._real), share, seed
+        self._pool = ThreadPoolExecutor(os.cpu_count() or 1)
+
+    def __len__(self) -> int:
+        return len(self._crops)
+
+    def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0) -> None:
+        draws = [np.random.default_rng((self._seed, epoch, int(row), 2)) for row in rows]
+        blend = np.array([bool(self._fake[row]) and rng.random() < self._share
+                          for row, rng in zip(rows, draws, strict=True)], bool)  # fmt: skip
+        source = np.array([rng.choice(self._reals) if b else row
+                           for row, rng, b in zip(rows, draws, blend, strict=True)], np.int64)  # fmt: skip
+        self._crops.fill(source, out, epoch)
+
+        def change(place: int) -> None:
+            rng, row = draws[place], source[place]
+            if blend[place]:
+                out[place] = self_blend(out[place], rng, None if self._points is None else self._points[row])[0]
+            elif self._real[rows[place]] and rng.random() < self._share / 2:
+                out[place] = recolour(out[place], rng)
+
+        list(self._pool.map(change, range(len(rows))))
+
+
+def partly_blended(dataset: CropDataset, share: float, seed: int) -> CropDataset:
+    """``dataset`` with a share of the fakes to be trained on replaced by self-blended reals; validation and test keep
+    the dataset's own.
+
+    Raises UsageError when the train split has no real, or no fake of its own.
+    """
+    rows = dataset.select("train")
+    if set(dataset.labels[rows].tolist()) != {0, 1}:
+        raise UsageError("--blend-share below 1 needs reals and fakes in the train split; leave it out to blend alone")
+    return replace(dataset, crops=MixedCrops(dataset, share, seed), landmarks=None, masks=None, mask_known=None)

@@ -23,6 +23,8 @@ Look = NDArray[np.float32]
 
 MEMORY = 8
 """Number of frames for which a lost face is known by its place; by its appearance it is known to the clip's end."""
+JUMP = 0.5
+"""Distance, as a share of the side, or relative growth, that is a jump."""
 HOLD_DEGREES = 3.0
 """Angle that the eyes turn by before the box's angle follows."""
 SAME = 0.6
@@ -33,7 +35,7 @@ CUT = 0.8
 """Likeness of two frames below which there may be a cut between them."""
 LOOKS = 4
 """Number of appearances kept of a person."""
-PEOPLE = 200
+KNOWN = 200
 """Number of people known at a time; the one that was lost first is forgotten."""
 TURNED_EVERY = 8
 """In a row of frames without a face, one in so many is searched turned too."""
@@ -70,17 +72,16 @@ class Track:
 
     def follow(self, face: FoundFace, frame: int, hold: float) -> None:
         """Moves the box by as much as the face is more than ``hold`` sides away from it, and its side likewise; after a
-        gap, puts it on the face.
+        gap or a jump, puts it on the face.
 
         The box stands still while the face moves less than its finder's boxes shake, and then stays that far behind at
         most: a third to a half of what the usual margin leaves on each side.
         """
         center, side, degrees = np.array(face.box.center), float(face.box.side), roll(face.points)
-        if frame == self.frame + 1:
-            step = center - self.center
-            away = float(np.linalg.norm(step)) / self.side
+        step, growth = center - self.center, math.log(side / self.side)
+        away = float(np.linalg.norm(step)) / self.side
+        if frame == self.frame + 1 and max(away, abs(growth)) < JUMP:
             center = self.center + step * (max(away - hold, 0.0) / max(away, 1e-9))
-            growth = math.log(side / self.side)
             side = self.side * math.exp(math.copysign(max(abs(growth) - hold, 0.0), growth))
             if degrees is not None and self.degrees is not None:
                 change = (degrees - self.degrees + 180) % 360 - 180
@@ -119,8 +120,8 @@ class FaceTracker:
         self._scene = scene
         current = [track for track in self._tracks if track.frame == self._frame - 1]
         near = None
-        if self._finder.follows and current and self._since < self._every and not cut:
-            near = self._follow(image, current)
+        if self._finder.follows and current and self._since < self._every:
+            near = self._follow(image, current, cut)
         self._since = 1 if near is None else self._since + 1
         if near is None:
             near = self._finder([image], turned=self._empty % TURNED_EVERY == 0)[0]
@@ -131,15 +132,22 @@ class FaceTracker:
             for track in sorted(found, key=lambda track: -track.face.box.area)
         ]
 
-    def _follow(self, image: NDArray[np.uint8], tracks: list[Track]) -> list[FoundFace] | None:
-        """The last frame's faces in this frame, or None when one is lost or two boxes overlap by half."""
+    def _follow(self, image: NDArray[np.uint8], tracks: list[Track], cut: bool) -> list[FoundFace] | None:
+        """The last frame's faces in this frame, or None when one is lost, two boxes overlap by half or, after what may
+        be a cut, one looks like another person's."""
         found = [face for track in tracks if (face := self._finder.near(image, track.face)) is not None]
         apart = all(a.box.overlap(b.box) < 0.5 for a, b in itertools.combinations(found, 2))
-        return found if apart and len(found) == len(tracks) else None
+        if not apart or len(found) < len(tracks):
+            return None
+        if cut:
+            looks = np.stack([_look_of(image, face) for face in found])
+            own = [alike(look[None], np.stack(track.looks)).max() for look, track in zip(looks, tracks, strict=True)]
+            return found if min(own) > SAME else None
+        return found
 
     def _link(self, image: NDArray[np.uint8], faces: list[FoundFace], cut: bool) -> list[Track]:
         """Gives each face to the person whom place and appearance suggest most, or to a new one."""
-        looks = [look_of(crop_face(image, _surroundings(face), LOOK_SIDE)) for face in faces]
+        looks = [_look_of(image, face) for face in faces]
         pairs = []
         for number, (face, likenesses) in enumerate(zip(faces, self._likeness(looks), strict=True)):
             for track, likeness in zip(self._tracks, likenesses, strict=True):
@@ -152,15 +160,13 @@ class FaceTracker:
                 given[number] = track
         for number, (face, look) in enumerate(zip(faces, looks, strict=True)):
             if number in given:
-                if cut:
-                    given[number].frame = -1  # the box is not held over a cut
                 given[number].follow(face, self._frame, self._finder.shake)
             else:
                 given[number] = Track.begin(self._people, face, self._frame)
                 self._people += 1
                 self._tracks.append(given[number])
             given[number].remember(look)
-        self._tracks = sorted(self._tracks, key=lambda track: track.frame)[-PEOPLE:]
+        self._tracks = sorted(self._tracks, key=lambda track: track.frame)[-KNOWN:]
         return list(given.values())
 
     def _likeness(self, looks: list[Look]) -> NDArray[np.float32]:
@@ -201,5 +207,8 @@ def _is_cut(before: Look, after: Look) -> bool:
     return bool(alike(before[None], after[None])[0, 0] < CUT * float(before[:64] @ before[:64]))
 
 
-def _surroundings(face: FoundFace) -> Cut:
-    return Cut(face.box.center, max(1, round(SURROUNDINGS * face.box.side)), roll(face.points) or float(face.turn))
+def _look_of(image: NDArray[np.uint8], face: FoundFace) -> Look:
+    """The appearance of a face and what surrounds it, upright."""
+    side = max(1, round(SURROUNDINGS * face.box.side))
+    cut = Cut(face.box.center, side, roll(face.points) or float(face.turn))
+    return look_of(crop_face(image, cut, LOOK_SIDE))

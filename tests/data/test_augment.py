@@ -13,7 +13,7 @@ from PIL import Image
 from skimage import data
 
 from dtn_fast.data.augment import Augment, DeviceAugment, jpeg
-from dtn_fast.data.blend import METHOD, BlendedCrops, self_blend, self_blended
+from dtn_fast.data.blend import FIVE, METHOD, BlendedCrops, partly_blended, self_blend, self_blended
 from dtn_fast.data.config import AUGMENTATIONS, AugmentPreset
 from dtn_fast.data.crop_dataset import CropDataset, ShardFiles
 from dtn_fast.data.randomness import sample_seeds, uniform
@@ -157,13 +157,55 @@ def test_a_self_blend_changes_the_inside_of_its_mask_only() -> None:
 
 
 def test_landmarks_give_the_mask_and_unknown_ones_do_not() -> None:
-    points = np.array([[20, 30], [50, 30], [50, 70], [20, 70], [35, 90]], np.float32)
+    points = np.array([[20, 30], [35, 30], [50, 30], [50, 70], [20, 70], [35, 90]], np.float32)
     left = [self_blend(FACE, np.random.default_rng(s), points)[1] for s in range(8)]
     assert all((mask[:, 75:] == 0).all() for mask in left)
     unknown = np.full_like(points, np.nan)
     assert np.array_equal(
         self_blend(FACE, np.random.default_rng(1), unknown)[1], self_blend(FACE, np.random.default_rng(1))[1]
     )
+
+
+def test_five_landmarks_place_and_turn_a_face_s_outline() -> None:
+    """The mask lies where the landmarks are, wherever that is, and is taller than wide along the face's own axis."""
+    middle, axes = [], []
+    for angle, place in ((0, (64, 64)), (0, (40, 50)), (90, (64, 64))):
+        turn = np.array([[np.cos(t := np.radians(angle)), np.sin(t)], [-np.sin(t), np.cos(t)]])
+        points = (60 * FIVE @ turn + place).astype(np.float32)
+        masks = [self_blend(FACE, np.random.default_rng(s), points)[1] for s in range(40)]
+        y, x = np.nonzero(np.mean(masks, 0) > 0.2 * np.mean(masks, 0).max())
+        middle.append((x.mean(), y.mean()))
+        axes.append((np.ptp(x), np.ptp(y)))
+    assert middle[0] == pytest.approx((64, 70), abs=6)
+    assert middle[1] == pytest.approx((40, 56), abs=6)
+    assert axes[0][1] > 1.05 * axes[0][0]
+    assert axes[2][0] > 1.05 * axes[2][1]
+    points[2:] = np.nan  # eyes alone suffice, one point does not
+    assert not np.array_equal(blend(points), blend(None))
+    points[1] = np.nan
+    assert np.array_equal(blend(points), blend(None))
+
+
+def blend(points: np.ndarray | None) -> np.ndarray:
+    return self_blend(FACE, np.random.default_rng(1), points)[1]
+
+
+def test_a_share_of_the_training_fakes_is_blended_anew_in_each_epoch(dataset: CropDataset) -> None:
+    made = partly_blended(dataset, 0.5, seed=3)
+    assert made.videos == dataset.videos
+    rows = dataset.select("train")
+    real = dataset.labels[rows] == 0
+    changed = [np.abs(made.get(rows, epoch).astype(int) - dataset.get(rows)).max((1, 2, 3)) > 0 for epoch in range(30)]
+    assert np.mean(changed, 0)[~real].mean() == pytest.approx(0.5, abs=0.1)
+    assert np.mean(changed, 0)[real].mean() == pytest.approx(0.25, abs=0.06)
+    assert (np.std(changed, axis=0)[~real] > 0).mean() > 0.8, "another half in each epoch"
+    assert np.array_equal(made.get(rows[::-1].copy(), 2)[::-1], made.get(rows, 2))
+    for split in ("val", "test"):
+        kept = dataset.select(split)
+        assert np.array_equal(made.get(kept), dataset.get(kept))
+    only = dataclasses.replace(dataset, videos=[v._replace(label=0, method="real") for v in dataset.videos])
+    with pytest.raises(UsageError, match="--blend-share below 1 needs reals and fakes"):
+        partly_blended(only, 0.5, 0)
 
 
 def test_self_blended_shards_double_the_reals(dataset: CropDataset) -> None:

@@ -31,12 +31,15 @@ from dtn_fast.data.config import PrepareConfig, Source, WorkConfig
 from dtn_fast.data.crop_dataset import open_crop_dataset
 from dtn_fast.data.datasets import read
 from dtn_fast.data.datasets.ffpp import read_ffpp
-from dtn_fast.data.faces import Box, FaceFinder, FaceTracker
+from dtn_fast.data.face_finders import DlibFinder
+from dtn_fast.data.face_tracker import FaceTracker
+from dtn_fast.data.faces import Box, FoundFace
 from dtn_fast.data.prepare import PrepareProgress, prepare
 from dtn_fast.data.video import read_frames, write_video
 from dtn_fast.data.video_table import Video, VideoTable
 from dtn_fast.errors import MediaError, UsageError
 from dtn_fast.files import write_whole
+from dtn_fast.model.config import CropPolicy
 
 SIZE = SMALL.image_size
 EACH = PrepareConfig(frames=P.SHARD_CROPS, every=1)
@@ -173,6 +176,7 @@ def test_every_video_has_its_rows_or_a_reason(video_set, crops, dataset, tmp_pat
     assert np.array_equal(pictures, dataset.get(np.lexsort((dataset.frame, dataset.video)))), "whatever the shards"
     assert all(40 < box[2] - box[0] == pytest.approx(box[3] - box[1], abs=2) for box in index["box"])
     fine = {"asked": 3, "frames": 3, "faces": 3, "boxes": "own", "error": None, "reason": None}
+    fine |= {"masked": 0, "not_largest": 0, "untouched": 0}
     text, blank = some.status[1:3]
     assert [some.status[0], *some.status[3:]] == dataset.status == [fine] * 40
     assert (text["frames"], text["faces"], text["reason"]) == (0, 0, None)
@@ -363,7 +367,7 @@ def test_a_lost_or_damaged_index_is_written_again(many: VideoTable, whole: Path,
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     index, good = out / "index.json", (whole / "index.json").read_bytes()
-    version = good.replace(b'"version": 3', b'"version": 1', 1)
+    version = good.replace(b'"version": 4', b'"version": 1', 1)
     for content in (None, b"", b"[]", b"{}", b"null", b"\xff\xfe", half(good), version):
         index.unlink() if content is None else index.write_bytes(content)
         match = "index.json is missing" if content is None else "version 1" if content == version else "damaged crops"
@@ -387,27 +391,31 @@ def test_another_job_in_the_same_folder_is_refused(many: VideoTable, whole: Path
         assert "\n" not in str(error.value)
     assert files(tmp_path / "out") == files(whole)
     job = tmp_path / "out" / "job.json"
-    old = job.read_bytes().replace(b'"version": 3', b'"version": 1')
+    old = job.read_bytes().replace(b'"version": 4', b'"version": 1')
     for content in (b"", b"{", b"[]", b"null", b"\xff\xfe", old):
         job.write_bytes(content)
-        found = "crops of version 1, this program continues version 3 only"
+        found = "crops of version 1, this program continues version 4 only"
         with pytest.raises(UsageError, match=found if content == old else r"job\.json: damaged"):
             next(prepare(many, tmp_path / "out", SIZE, EACH, WorkConfig()))
         assert job.read_bytes() == content
 
 
 class KnownFaces:
-    """A detector told where the faces of each frame are; remembers which frames it searched as a whole."""
+    """A finder told where the faces of each frame are; remembers which frames it searched as a whole."""
+
+    follows, shake = True, 0.0
 
     def __init__(self, frames: list[list[Box]]) -> None:
         self.frames, self.whole = frames, list[int]()
 
-    def __call__(self, image: np.ndarray) -> list[Box]:
+    def __call__(self, frames: list[np.ndarray], turned: bool) -> list[list[FoundFace]]:
+        (image,) = frames
         self.whole.append(int(image[0, 0, 0]))
-        return sorted(self.frames[image[0, 0, 0]], key=lambda box: -box.area)
+        return [[FoundFace(box, 1.0) for box in sorted(self.frames[image[0, 0, 0]], key=lambda box: -box.area)]]
 
-    def near(self, image: np.ndarray, box: Box) -> Box | None:
-        return max((b for b in self.frames[image[0, 0, 0]] if b.overlap(box) > 0.1), key=box.overlap, default=None)
+    def near(self, image: np.ndarray, face: FoundFace) -> FoundFace | None:
+        here = [box for box in self.frames[image[0, 0, 0]] if box.overlap(face.box) > 0.1]
+        return FoundFace(max(here, key=face.box.overlap), 1.0) if here else None
 
 
 def track(frames: list[list[Box]], every: int) -> tuple[list[dict[int, Box]], list[int]]:
@@ -459,11 +467,12 @@ def test_people_who_cross_keep_their_numbers_and_newcomers_get_their_own() -> No
 def test_two_people_keep_numbers_and_good_boxes_between_whole_searches(tmp_path: Path, monkeypatch) -> None:
     places = [((6 * i, 10, 240), (440 - 5 * i, 100, 180)) for i in range(20)]
     write_video(tmp_path / "two.mp4", [scene(*pair) for pair in places])
-    table, search, searched = VideoTable(tmp_path, rows("two.mp4")), FaceFinder.__call__, [0]
-    monkeypatch.setattr(FaceFinder, "__call__", lambda *a: searched.append(searched.pop() + 1) or search(*a))
+    table, search, searched = VideoTable(tmp_path, rows("two.mp4")), DlibFinder.__call__, [0]
+    counted = lambda *a, **b: searched.append(searched.pop() + 1) or search(*a, **b)
+    monkeypatch.setattr(DlibFinder, "__call__", counted)
     boxes = {}
     for every, times in ((1, 20), (8, 23)):
-        index = run(table, tmp_path / f"{every}", PrepareConfig(frames=20, faces="all", every=every))
+        index = run(table, tmp_path / f"{every}", PrepareConfig(frames=20, people="all", every=every))
         assert searched == [times]
         assert index["frame"] == [frame for frame in range(20) for _ in range(2)]
         assert index["person"] == [0, 1] * 20
@@ -490,7 +499,7 @@ def test_fakes_are_cropped_where_their_real_is(tmp_path: Path) -> None:
     assert np.abs(boxes[1] / 0.75 - boxes[2]).max() < 25
     assert boxes[2].shape == (4, 4)
     index = run(table, tmp_path / "own", PrepareConfig(frames=4, margin=1.7))
-    assert open_crop_dataset(tmp_path / "own").margin == 1.7
+    assert open_crop_dataset(tmp_path / "own").crop == CropPolicy(margin=1.7)
     assert [state["boxes"] for state in index["status"]] == ["own"] * 3
     assert index["status"][0]["reason"] == "no face in 4 frames"
 

@@ -25,7 +25,8 @@ from small import SMALL
 
 from dtn_fast import DTN
 from dtn_fast.data.crop_dataset import CropDataset
-from dtn_fast.data.faces import Box, FaceFinder, crop_face
+from dtn_fast.data.face_finders import DlibFinder
+from dtn_fast.data.faces import Box, FoundFace, crop_face, cut_of
 from dtn_fast.data.video import Frame, read_frames, write_video
 from dtn_fast.detect import detect_many
 from dtn_fast.detect.annotate import annotate
@@ -36,13 +37,14 @@ from dtn_fast.detect.report import write_report, write_results
 from dtn_fast.detect.verdict import Face, FrameResult, Result, aggregate, people_of
 from dtn_fast.errors import UsageError
 from dtn_fast.explain.heatmap import grad_cam, overlay
+from dtn_fast.model.config import CropPolicy
 from dtn_fast.model.preprocess import normalise
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
 
 @pytest.fixture(scope="module")
-def detector() -> FaceFinder:
-    return FaceFinder()
+def finder() -> DlibFinder:
+    return DlibFinder()
 
 
 class Fixed(TorchScorer):
@@ -57,34 +59,35 @@ class Fixed(TorchScorer):
         return np.array(taken)
 
 
-def test_image_with_two_faces_takes_the_higher(small: DTN, detector: FaceFinder, tmp_path: Path) -> None:
+def test_image_with_two_faces_takes_the_higher(small: DTN, finder: DlibFinder, tmp_path: Path) -> None:
     face = data.astronaut()[:256, 96:352]
     Image.fromarray(np.hstack([face, face])).save(tmp_path / "two.png")
-    result = detect(tmp_path / "two.png", Fixed(small, [0.2, 0.9]), finder=detector)
+    result = detect(tmp_path / "two.png", Fixed(small, [0.2, 0.9]), finder=finder)
     assert (result.verdict, result.score, len(result.frames[0].faces)) == ("fake", 0.9, 2)
     assert [p.score for p in result.pictures] == [0.9, 0.2]
     assert all(p.heat is not None for p in result.pictures)
 
 
-def test_faces_are_cropped_with_the_model_s_margin(detector: FaceFinder, tmp_path: Path) -> None:
+def test_faces_are_cropped_with_the_model_s_margin(finder: DlibFinder, tmp_path: Path) -> None:
     image = np.ascontiguousarray(data.astronaut())
     Image.fromarray(image).save(tmp_path / "face.png")
     for margin in (1.3, 2.0):
-        model = DTN(dataclasses.replace(SMALL, margin=margin)).eval()
-        result = detect(tmp_path / "face.png", TorchScorer(model), finder=detector)
+        policy = CropPolicy(margin=margin)
+        model = DTN(dataclasses.replace(SMALL, crop=policy)).eval()
+        result = detect(tmp_path / "face.png", TorchScorer(model), finder=finder)
         box = result.frames[0].faces[0].box
-        assert np.array_equal(result.pictures[0].crop, crop_face(image, box, SMALL.image_size, margin))
+        assert np.array_equal(result.pictures[0].crop, crop_face(image, cut_of(box, None, policy), SMALL.image_size))
 
 
-def test_video_score_is_the_mean_over_frames_with_a_face(small: DTN, detector: FaceFinder, tmp_path: Path) -> None:
+def test_video_score_is_the_mean_over_frames_with_a_face(small: DTN, finder: DlibFinder, tmp_path: Path) -> None:
     face = data.astronaut()[:256, 96:352]
     blank = np.zeros_like(face)
     write_video(tmp_path / "v.mp4", [face, face, blank, face], fps=2)
-    result = detect(tmp_path / "v.mp4", Fixed(small, [0.1, 0.3, 0.8]), finder=detector)
+    result = detect(tmp_path / "v.mp4", Fixed(small, [0.1, 0.3, 0.8]), finder=finder)
     assert result.score == pytest.approx(0.4)
     assert (result.verdict, result.frames_read, len(result.frames)) == ("real", 4, 3)
     assert [f.seconds for f in result.frames] == pytest.approx([0, 0.5, 1.5])
-    loose = detect(tmp_path / "v.mp4", Fixed(small, [0.1, 0.3, 0.8]), DetectConfig(threshold=0.4), detector)
+    loose = detect(tmp_path / "v.mp4", Fixed(small, [0.1, 0.3, 0.8]), DetectConfig(threshold=0.4), finder)
     assert loose.verdict == "fake"
 
 
@@ -106,7 +109,7 @@ def test_people_have_scores_and_spans_and_the_highest_regular_one_decides() -> N
     assert aggregate(people_of(cuts, 0.5), cuts) == pytest.approx(0.15)
 
 
-def test_two_people_are_told_apart_in_a_video(small: DTN, detector: FaceFinder, tmp_path: Path) -> None:
+def test_two_people_are_told_apart_in_a_video(small: DTN, finder: DlibFinder, tmp_path: Path) -> None:
     face = data.astronaut()[:256, 96:352]
     write_video(tmp_path / "two.mp4", [np.hstack([face, face // 2])] * 5, fps=1, crf=10)
 
@@ -114,7 +117,7 @@ def test_two_people_are_told_apart_in_a_video(small: DTN, detector: FaceFinder, 
         def score(self, crops: np.ndarray) -> np.ndarray:
             return np.where(crops.mean((1, 2, 3)) > 90, 0.9, 0.2)
 
-    result = detect(tmp_path / "two.mp4", ByLight(small), finder=detector)
+    result = detect(tmp_path / "two.mp4", ByLight(small), finder=finder)
     assert [(p.frames, pytest.approx(p.score)) for p in result.people] == [(5, 0.9), (5, 0.2)]
     assert (result.verdict, result.score) == ("fake", pytest.approx(0.9))
     assert [(s.start, s.end) for s in result.spans] == [(0, 4)]
@@ -123,14 +126,14 @@ def test_two_people_are_told_apart_in_a_video(small: DTN, detector: FaceFinder, 
     assert {f["person"] for frame in stored["frames"] for f in frame["faces"]} == {0, 1}
 
 
-def test_frames_by_count_rate_or_all(small: DTN, detector: FaceFinder, tmp_path: Path) -> None:
+def test_frames_by_count_rate_or_all(small: DTN, finder: DlibFinder, tmp_path: Path) -> None:
     face = data.astronaut()[:256, 96:352]
     write_video(tmp_path / "v.mp4", [face] * 40, fps=10)
     scorer = TorchScorer(small)
-    read = lambda **how: detect(tmp_path / "v.mp4", scorer, DetectConfig(**how), detector).frames_read
+    read = lambda **how: detect(tmp_path / "v.mp4", scorer, DetectConfig(**how), finder).frames_read
     assert (read(frames=7), read(frames=0), read(rate=2.0), read(frames=3, rate=0.1)) == (7, 40, 8, 1)
     told: list[int] = []
-    timing = detect(tmp_path / "v.mp4", scorer, DetectConfig(5), detector, watch=told.append).timing
+    timing = detect(tmp_path / "v.mp4", scorer, DetectConfig(5), finder, watch=told.append).timing
     assert told == [1, 2, 3, 4, 5]
     assert min(timing.decode, timing.find_faces, timing.score) > 0
     assert timing.wall <= timing.decode + timing.find_faces + timing.score + 1
@@ -152,11 +155,13 @@ def test_a_long_video_streams(small: DTN, tmp_path: Path, monkeypatch: pytest.Mo
             yield Frame(number, number / 25, image)
 
     class Always:
-        def __call__(self, image: np.ndarray) -> list[Box]:
-            return [Box(0, 0, 64, 64)]
+        follows, shake = True, 0.1
 
-        def near(self, image: np.ndarray, box: Box) -> Box:
-            return box
+        def __call__(self, frames: list[np.ndarray], turned: bool) -> list[list[FoundFace]]:
+            return [[FoundFace(Box(0, 0, 64, 64), 1.0)] for _ in frames]
+
+        def near(self, image: np.ndarray, face: FoundFace) -> FoundFace:
+            return face
 
     class Quick(TorchScorer):
         def score(self, crops: np.ndarray) -> np.ndarray:
@@ -178,10 +183,10 @@ def test_a_long_video_streams(small: DTN, tmp_path: Path, monkeypatch: pytest.Mo
     assert not [t for t in threading.enumerate() if t.name.startswith(("decoding", "scoring"))]
 
 
-def test_the_annotated_video_frames_faces_and_marks_spans(small: DTN, detector: FaceFinder, tmp_path: Path) -> None:
+def test_the_annotated_video_frames_faces_and_marks_spans(small: DTN, finder: DlibFinder, tmp_path: Path) -> None:
     face = cv2.resize(data.astronaut()[:256, 96:352], (480, 480))
     write_video(tmp_path / "v.mp4", [face] * 12, fps=4)
-    result = detect(tmp_path / "v.mp4", Fixed(small, [0.9] * 2 + [0.1] * 4), DetectConfig(6), detector)
+    result = detect(tmp_path / "v.mp4", Fixed(small, [0.9] * 2 + [0.1] * 4), DetectConfig(6), finder)
     assert list(annotate(result, tmp_path / "out.mp4", 0.5)) == [*range(1, 13)]
     frames = list(read_frames(tmp_path / "out.mp4"))
     assert (len(frames), frames[0].image.shape) == (12, (480, 480, 3))
@@ -202,7 +207,7 @@ def test_no_inputs_is_a_usage_error(small: DTN, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_inputs_are_verdicts_not_crashes(small: DTN, detector: FaceFinder, tmp_path: Path) -> None:
+def test_bad_inputs_are_verdicts_not_crashes(small: DTN, finder: DlibFinder, tmp_path: Path) -> None:
     Image.fromarray(np.zeros((100, 80, 3), np.uint8)).save(tmp_path / "blank.png")
     (tmp_path / "text.mp4").write_text("hello")
     (tmp_path / "notes.txt").write_text("hello")
@@ -213,7 +218,7 @@ def test_bad_inputs_are_verdicts_not_crashes(small: DTN, detector: FaceFinder, t
         ("notes.txt", "failed", "neither an image"),
         ("nowhere.png", "failed", "no such file"),
     ):
-        result = detect(tmp_path / name, scorer, finder=detector)
+        result = detect(tmp_path / name, scorer, finder=finder)
         assert (result.verdict, result.ok) == (verdict, False)
         assert word in (result.error or "")
         assert name in (result.error or "")
@@ -295,13 +300,13 @@ class Parsed(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
 
-def test_report_is_self_contained_and_escaped(small: DTN, detector: FaceFinder, tmp_path: Path) -> None:
+def test_report_is_self_contained_and_escaped(small: DTN, finder: DlibFinder, tmp_path: Path) -> None:
     face = data.astronaut()[:256, 96:352]
     evil = tmp_path / "<script>alert(1)<"
     evil.mkdir()
     write_video(evil / "v.mp4", [face] * 3)
     results = [
-        detect(evil / "v.mp4", Fixed(small, [0.9, 0.8, 0.1]), finder=detector),
+        detect(evil / "v.mp4", Fixed(small, [0.9, 0.8, 0.1]), finder=finder),
         Result(Path("x<b>.png"), error="x<b>.png: no & such file"),
     ]
     write_report(tmp_path / "r.html", "Title & more", ["a <notice>"], None, results, threshold=0.5)

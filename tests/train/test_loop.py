@@ -19,7 +19,7 @@ from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.loader import epoch_order
 from dtn_fast.device import choose_precision
 from dtn_fast.errors import DtnError, UsageError
-from dtn_fast.model.config import TimmConfig
+from dtn_fast.model.config import CropPolicy, TimmConfig
 from dtn_fast.runtime.load import best_checkpoint, load_model
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train import distill as chain
@@ -143,16 +143,16 @@ def test_wrong_crops_are_named(dataset: CropDataset, tmp_path: Path) -> None:
 
 
 def test_a_run_stores_the_margin_of_its_crops_and_refuses_others(dataset: CropDataset, tmp_path: Path) -> None:
-    wide = dataclasses.replace(dataset, margin=1.7)
+    wide = dataclasses.replace(dataset, crop=CropPolicy(margin=1.7))
     for config in (SMALL, TimmConfig("resnet10t", 64)):
-        assert run_folder.for_crops(config, wide).margin == 1.7
+        assert run_folder.for_crops(config, wide).crop == wide.crop
     run_folder.start_run(tmp_path, changed(RECIPE, epochs=1), run_folder.for_crops(SMALL, wide))
     for _ in chain.train_initial(tmp_path, wide):
         pass
-    assert load_model(tmp_path).config.margin == 1.7
+    assert load_model(tmp_path).config.crop == wide.crop
     with pytest.raises(UsageError, match=r"the model: takes crops of margin 1.7, these have 1.3.* --margin 1.7"):
         next(chain.distill(tmp_path, dataset))
-    pictures = dataclasses.replace(dataset, margin=None)  # a folder of pictures has no margin to compare
+    pictures = dataclasses.replace(dataset, crop=None)  # a folder of pictures has no margin to compare
     pictures.check_fits(load_model(tmp_path).config, "the model")
 
 
