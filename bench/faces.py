@@ -7,6 +7,7 @@ faces in truth.json ({"name.jpg": [[x, y, width], ...]}).
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import statistics
@@ -157,7 +158,7 @@ def _nearly(image: Image, seed: int) -> Image:
 
 def _shaking(finder: FaceFinder, frames: list[Image]) -> str:
     sides = [max((face.box.side for face in faces), default=0) for faces in _tracked(finder, frames)]
-    steps = [abs(b / a - 1) for a, b in zip(sides, sides[1:], strict=False)] if all(sides) else [math.inf]
+    steps = [abs(b / a - 1) for a, b in itertools.pairwise(sides)] if all(sides) else [math.inf]
     return f"{max(steps):.1%}"
 
 

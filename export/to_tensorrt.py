@@ -21,7 +21,7 @@ from dtn_fast.export.config import EngineConfig
 from dtn_fast.export.to_onnx import require_onnx
 from dtn_fast.files import write_whole
 from dtn_fast.kernels.onnx_nodes import DOMAIN
-from dtn_fast.model.config import DTNConfig, parse_config
+from dtn_fast.model.config import parse_config
 from dtn_fast.runtime.export_manifest import ExportManifest, read_export_manifest
 from dtn_fast.runtime.tensorrt import KINDS, check_loadable, load_backend, open_engine
 

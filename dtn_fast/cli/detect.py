@@ -33,6 +33,8 @@ def detect(
 
     Example: dtn-fast detect clip.mp4 photos/ "more/**/*.jpg" --model runs/first --out detect --annotate
 
+    Faces are found as for the model's training crops; --faces yunet finds small, turned and half hidden ones too.
+
     Prints a table and writes OUT/results.json and OUT/report.html.  Exit code 0: every input has a verdict; 1: some
     could not be read or show no face; 2: wrong usage.
 
@@ -40,7 +42,7 @@ def detect(
         inputs: Images, videos, folders (searched recursively) and globs.
         model: A run, a checkpoint folder, or an .onnx, .mnn, .engine or .rtx file.
         out: Folder for the results.
-        config: Frames to analyse, and threshold of the verdict.
+        config: Frames to analyse, threshold of the verdict, and how faces are found.
         annotate: Also write each video with faces framed and forged spans marked.
         runtime: Device and precision that the model runs with.
     """
@@ -56,7 +58,7 @@ def detect(
                 print(f"dtn-fast: {problem}", file=sys.stderr)
             printed = len(batch.problems)
 
-        batch = detect_many(inputs, scorer, out, config, annotate, watch)
+        batch = detect_many(inputs, scorer, out, config, annotate, watch=watch)
     header = ["input", "verdict", "P(fake)", "people", "forged, seconds", "frames with a face"]
     print_table("Verdicts", header, [_cells(result) for result in batch.results])
     print(f"{RULE}; fake if it is at least {config.threshold}" + (f"\n{scorer.notice}" if scorer.notice else ""))
@@ -64,6 +66,8 @@ def detect(
         wall = batch.timing.wall
         print(f"{batch.frames_read} frames in {wall:.1f} s, {batch.frames_read / max(wall, 1e-9):.1f} frames/s; "
               f"work: {batch.timing.shares()}")  # fmt: skip
+    for note in batch.notes:
+        print(note)
     print("\n".join([f"report: {out / 'report.html'}", *(f"annotated: {path}" for path in batch.annotated[:FILES])]))
     if len(batch.annotated) > FILES:
         print(f"and {len(batch.annotated) - FILES} more annotated videos in {out}")
@@ -97,7 +101,7 @@ def serve(
     Args:
         model: A run, a checkpoint folder, or an .onnx, .mnn, .engine or .rtx file.
         config: Address and limits.
-        detection: Frames to analyse, and threshold of the verdict.
+        detection: Frames to analyse, threshold of the verdict, and how faces are found.
         runtime: Device and precision that the model runs with.
     """
     from dtn_fast.serve.app import run

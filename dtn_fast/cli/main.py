@@ -56,6 +56,16 @@ def with_preset(verb: Callable[..., None], arguments: list[str]) -> Callable[...
     return functools.partial(verb, recipe=PRESETS[names[-1]].recipe)
 
 
+def renamed(arguments: list[str]) -> list[str]:
+    """The arguments with ``--faces all`` and ``--faces largest``, of version 0.1, as ``--people all`` and ``one``."""
+    words = [word for a in arguments for word in (a.split("=", 1) if a.startswith("--faces=") else [a])]
+    people = {"all": "all", "largest": "one"}
+    for place, (option, value) in enumerate(itertools.pairwise(words)):
+        if option == "--faces" and value in people:
+            words[place : place + 2] = ["--people", people[value]]
+    return words
+
+
 def main() -> None:
     """Entry point of ``dtn-fast``."""
     warnings.showwarning = _show
@@ -64,6 +74,7 @@ def main() -> None:
             from dtn_fast.bench.run import main as run
 
             raise SystemExit(run(sys.argv[2:]))
+        sys.argv[1:] = renamed(sys.argv[1:])
         verbs = {**VERBS, **{verb.__name__: with_preset(verb, sys.argv[1:]) for verb in (train, ablate)}}
         code = tyro.extras.subcommand_cli_from_dict(verbs, prog="dtn-fast", description=DESCRIPTION)
     except DtnError as error:

@@ -102,10 +102,10 @@ def _outline(points: NDArray[np.float32]) -> NDArray[np.float32]:
     if known.sum() < 2:
         return np.empty((0, 2), np.float32)
     # the similarity z -> a z + b, over complex numbers, that maps FIVE to the landmarks with the least square error
-    mine, theirs = (p[known].astype(np.float64) @ (1, 1j) for p in (FIVE, points))
+    mine, theirs, outline = (p[:, 0] + 1j * p[:, 1] for p in (FIVE[known], points[known], OUTLINE))
     centred = mine - mine.mean()
-    a = np.vdot(centred, theirs - theirs.mean()) / np.vdot(centred, centred)
-    placed = a * (OUTLINE @ (1, 1j) - mine.mean()) + theirs.mean()
+    a = (centred.conj() * (theirs - theirs.mean())).sum() / (np.abs(centred) ** 2).sum()
+    placed = a * (outline - mine.mean()) + theirs.mean()
     return np.stack([placed.real, placed.imag], 1).astype(np.float32)
 
 

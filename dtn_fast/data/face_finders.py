@@ -401,5 +401,5 @@ def _turn(width: int, height: int, degrees: float) -> NDArray[np.float64]:
 
 
 def _extent(turn: NDArray[np.float64], width: int, height: int) -> tuple[int, int]:
-    sides = np.abs(turn[:, :2]) @ (width, height)
-    return math.ceil(sides[0]), math.ceil(sides[1])
+    wide, high = (abs(row[0]) * width + abs(row[1]) * height for row in turn.tolist())
+    return math.ceil(wide), math.ceil(high)

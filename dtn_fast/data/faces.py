@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -67,10 +67,17 @@ class FoundFace(NamedTuple):
 
     def placed(self, matrix: NDArray[np.float64]) -> FoundFace:
         """The same face in a frame that an affine map [2, 3] without shear, from this one, leads to."""
-        center = matrix @ np.array([*self.box.center, 1.0])
-        box = Box.around((center[0], center[1]), self.box.side * math.sqrt(abs(np.linalg.det(matrix[:, :2]))))
-        points = None if self.points is None else (self.points @ matrix[:, :2].T + matrix[:, 2]).astype(np.float32)
+        (a, b, _), (c, d, _) = matrix.tolist()
+        center = _mapped(matrix, np.array([self.box.center]))[0]
+        box = Box.around((center[0], center[1]), self.box.side * math.sqrt(abs(a * d - b * c)))
+        points = None if self.points is None else _mapped(matrix, self.points).astype(np.float32)
         return self._replace(box=box, points=points)
+
+
+def _mapped(matrix: NDArray[np.float64], points: NDArray[Any]) -> NDArray[np.float64]:
+    """Points [K, 2] mapped by an affine map [2, 3].  Written out, because a matrix product's last bit may differ from
+    call to call, and boxes are rounded to pixels."""
+    return np.stack([row[0] * points[:, 0] + row[1] * points[:, 1] + row[2] for row in matrix], 1)
 
 
 def eyes(points: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -99,13 +106,12 @@ class Cut(NamedTuple):
     def matrix(self, size: int) -> NDArray[np.float64]:
         """The affine map [2, 3] from pixels of the frame to pixels of the crop of ``size`` pixels."""
         zoom, angle = size / self.side, math.radians(self.degrees)
-        turn = zoom * np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-        return np.hstack([turn, (size / 2 - turn @ np.array(self.center))[:, None]])
+        a, b, (x, y) = zoom * math.cos(angle), zoom * math.sin(angle), self.center
+        return np.array([[a, b, size / 2 - a * x - b * y], [-b, a, size / 2 + b * x - a * y]])
 
     def placed(self, points: NDArray[np.float32], size: int) -> NDArray[np.float32]:
         """Points [K, 2] of the frame in pixels of the crop."""
-        matrix = self.matrix(size)
-        return (points @ matrix[:, :2].T + matrix[:, 2]).astype(np.float32)
+        return _mapped(self.matrix(size), points).astype(np.float32)
 
 
 def cut_of(box: Box, degrees: float | None, policy: CropPolicy) -> Cut:

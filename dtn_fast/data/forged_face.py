@@ -13,8 +13,7 @@ from dtn_fast.data.face_tracker import Tracked
 from dtn_fast.data.faces import Box
 from dtn_fast.data.lmdb_store import open_lmdb
 from dtn_fast.data.video import Frame, frame_numbers, read_frames, read_image
-from dtn_fast.data.video_table import VideoTable
-from dtn_fast.data.video_table import Video as VideoRow
+from dtn_fast.data.video_table import Video, VideoTable
 from dtn_fast.errors import MediaError
 
 Mask = NDArray[np.uint8]
@@ -27,7 +26,7 @@ MaskOf = Callable[[Frame], Mask | None]
 """The mask [H, W] of a frame, as large as the frame; None: the dataset has none for it.  Called in frame order."""
 
 
-def masks_of(table: VideoTable, video: VideoRow, count: int) -> MaskOf | None:
+def masks_of(table: VideoTable, video: Video, count: int) -> MaskOf | None:
     """The masks of a fake of which ``count`` frames are read, or None when the dataset has none.
 
     The function raises MediaError when a mask cannot be read.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dtn_fast.data.face_finders import FaceFinder
 from dtn_fast.data.video import VIDEOS
 from dtn_fast.detect.annotate import annotate as write_annotated
 from dtn_fast.detect.config import DetectConfig
@@ -29,6 +30,8 @@ class BatchResult:
     """Times, summed over all inputs."""
     annotated: list[Path] = field(default_factory=list)
     """Annotated videos written."""
+    notes: list[str] = field(default_factory=list)
+    """A line for each input of which not every face was judged."""
     problems: list[str] = field(default_factory=list)
     """A line for each input without a verdict and for each annotated video that could not be written."""
 
@@ -48,19 +51,21 @@ def detect_many(
     out: Path,
     config: DetectConfig = DetectConfig(),
     annotate: bool = False,
+    finder: FaceFinder | None = None,
     watch: Callable[[BatchResult, str], object] = lambda _batch, _note: None,
 ) -> BatchResult:
     """Runs :func:`detect` on images, videos, folders (searched recursively) and globs; writes ``out``/results.json and
     report.html.
 
-    annotate: also write each video with its faces framed and the forged spans marked.  watch: called often with the
-    batch so far and a note of the current work.  Raises UsageError without inputs; an input without a verdict adds a
-    line to ``problems`` and does not stop the others.
+    annotate: also write each video with its faces framed and the forged spans marked.  finder: face finder; default:
+    the model's, as in :func:`detect`.  watch: called often with the batch so far and a note of the current work.
+    Raises UsageError without inputs; an input without a verdict adds a line to ``problems`` and does not stop the
+    others.
     """
     if not inputs:
         raise UsageError("no inputs; name images, videos, folders or globs, such as clip.mp4")
     paths, batch = list(find_inputs(list(inputs))), BatchResult()
-    finder = finder_of(scorer, config)
+    finder = finder or finder_of(scorer, config)
     batch.inputs = len(paths)
     for number, (path, error) in enumerate(paths, 1):
         tell = lambda frames, name=path.name: watch(batch, f"{name}, {frames} frames")
@@ -76,9 +81,11 @@ def detect_many(
                 batch.annotated.append(target)
             except (DtnError, OSError, ValueError) as failed:  # PyAV's errors are OSErrors and ValueErrors
                 batch.problems.append(f"{target}: the annotated video was not written ({failed})")
+        if result.crowded:
+            batch.notes.append(f"{path}: {result.crowd_note}")
         batch.results.append(result)
         watch(batch, path.name)
     write_results(out / "results.json", batch.results, scorer.notice, config.threshold)
-    title, notices = "Face forgery report", [trained_on(scorer.notice)]
+    title, notices = "Face forgery report", [trained_on(scorer.notice), *batch.notes]
     write_report(out / "report.html", title, notices, None, batch.results, threshold=config.threshold)
     return batch

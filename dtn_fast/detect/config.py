@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dtn_fast.data.config import FinderConfig, PrepareConfig
 from dtn_fast.errors import UsageError
@@ -22,7 +22,7 @@ class DetectConfig:
     every: int = PrepareConfig.every
     """Search the whole image for faces in every N-th analysed frame, in between only near the faces found; yunet
     searches every frame."""
-    finder: FinderConfig = FinderConfig()
+    finder: FinderConfig = field(default_factory=FinderConfig)
     """The face finder."""
 
     def __post_init__(self) -> None:

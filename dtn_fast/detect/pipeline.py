@@ -97,8 +97,8 @@ def finder_of(scorer: Scorer, config: DetectConfig) -> FaceFinder:
     if scorer.config.crop is None:
         tell(f"the model records no crop policy; its faces are taken as {CropPolicy()}")
     if config.finder.faces not in (None, policy.finder):
-        tell(f"--faces {config.finder.faces}: the model was trained on the boxes of {policy.finder}; they are alike but "
-             "not the same")  # fmt: skip
+        tell(f"--faces {config.finder.faces}: the model was trained on the boxes of {policy.finder}; they are alike "
+             "but not the same")  # fmt: skip
     finder = open_finder(config.finder, policy)
     if policy.align == "landmarks" and not finder.gives_points:
         raise UsageError("the model takes crops whose eyes are level, which needs landmarks; add --faces yunet or "

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dtn_fast.data.face_finders import MAX_FACES
 from dtn_fast.data.faces import Box
 
 RULE = (
@@ -106,6 +107,11 @@ class Result:
     @property
     def ok(self) -> bool:
         return self.score is not None
+
+    @property
+    def crowd_note(self) -> str:
+        frames = f"{self.crowded} frame{'s' * (self.crowded != 1)}"
+        return f"in {frames} only the {MAX_FACES} largest faces are judged"
 
     @property
     def spans(self) -> list[Span]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -34,7 +35,7 @@ NAMES = ["dlib", pytest.param("yunet", marks=pytest.mark.skipif(YUNET is None, r
 
 
 def finder(name: str, **config: object) -> F.FaceFinder:
-    return F.open_finder(FinderConfig(name, YUNET if name == "yunet" else None, **config))  # type: ignore[arg-type]
+    return F.open_finder(FinderConfig(name, YUNET if name == "yunet" else None, **config))
 
 
 def beside(smaller: int, larger: int = 0, height: int = 1080, width: int = 1920) -> np.ndarray:
@@ -110,7 +111,8 @@ def test_blank_tiny_grey_and_transparent_frames(name: str) -> None:
     boxes = [found[0].box for found in search([PORTRAIT, grey, grey[..., None], alpha])]
     assert boxes[3] == boxes[0]
     assert all(box.overlap(boxes[0]) > 0.7 for box in boxes)
-    for wrong in (np.zeros((8, 8, 2), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros(8, np.uint8)):
+    wrongs: tuple[Any, ...] = np.zeros((8, 8, 2), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros(8, np.uint8)
+    for wrong in wrongs:
         with pytest.raises(UsageError, match="a frame is"):
             search([wrong])
 

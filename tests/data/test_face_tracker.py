@@ -48,7 +48,7 @@ class Given:
 
 
 def track(finder: Given, images: list[np.ndarray], every: int = 8) -> list[list[Tracked]]:
-    tracker, found = FaceTracker(finder, every), []  # type: ignore[arg-type]
+    tracker, found = FaceTracker(finder, every), []
     for finder.now, image in enumerate(images):
         found.append(tracker(image))
     return found

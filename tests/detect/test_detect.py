@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -24,18 +25,19 @@ from skimage import data
 from small import SMALL
 
 from dtn_fast import DTN
+from dtn_fast.data.config import FinderConfig
 from dtn_fast.data.crop_dataset import CropDataset
-from dtn_fast.data.face_finders import DlibFinder
-from dtn_fast.data.faces import Box, FoundFace, crop_face, cut_of
+from dtn_fast.data.face_finders import FINDERS, DlibFinder
+from dtn_fast.data.faces import Box, FoundFace, crop_face, cut_of, roll
 from dtn_fast.data.video import Frame, read_frames, write_video
 from dtn_fast.detect import detect_many
 from dtn_fast.detect.annotate import annotate
 from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.inputs import find_inputs
-from dtn_fast.detect.pipeline import AHEAD, detect
+from dtn_fast.detect.pipeline import AHEAD, detect, finder_of
 from dtn_fast.detect.report import write_report, write_results
 from dtn_fast.detect.verdict import Face, FrameResult, Result, aggregate, people_of
-from dtn_fast.errors import UsageError
+from dtn_fast.errors import DtnWarning, UsageError
 from dtn_fast.explain.heatmap import grad_cam, overlay
 from dtn_fast.model.config import CropPolicy
 from dtn_fast.model.preprocess import normalise
@@ -323,3 +325,57 @@ def test_report_is_self_contained_and_escaped(small: DTN, finder: DlibFinder, tm
     assert stored["results"][0]["score"] == pytest.approx(0.6)
     assert stored["results"][1]["verdict"] == "failed"
     assert len(stored["results"][0]["frames"]) == 3
+
+
+def with_policy(policy: CropPolicy | None) -> TorchScorer:
+    return TorchScorer(DTN(dataclasses.replace(SMALL, crop=policy)).eval())
+
+
+def test_the_finder_is_the_model_s_unless_another_is_named_and_either_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Yunet(DlibFinder):
+        name = "yunet"
+
+    monkeypatch.setitem(FINDERS, "yunet", Yunet)
+    config = lambda name: DetectConfig(finder=FinderConfig(name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(finder_of(with_policy(CropPolicy("yunet")), DetectConfig()), Yunet)
+        assert isinstance(finder_of(with_policy(CropPolicy("yunet")), config("yunet")), Yunet)
+    with pytest.warns(DtnWarning, match="--faces dlib: the model was trained on the boxes of yunet"):
+        assert not isinstance(finder_of(with_policy(CropPolicy("yunet")), config("dlib")), Yunet)
+    with pytest.warns(DtnWarning, match=r"records no crop policy; its faces are taken as dlib at margin 1\.3"):
+        assert not isinstance(finder_of(with_policy(None), DetectConfig()), Yunet)
+    level = with_policy(CropPolicy("dlib", align="landmarks"))
+    with pytest.raises(UsageError, match="eyes are level, which needs landmarks; add --faces yunet"):
+        finder_of(level, DetectConfig())
+
+
+def test_a_model_of_level_eyes_sees_level_eyes(tmp_path: Path) -> None:
+    image = np.ascontiguousarray(data.astronaut())
+    Image.fromarray(image).save(tmp_path / "face.png")
+    points = np.array([[200, 100], [240, 120], [218, 125], [200, 145], [232, 150]], np.float32)
+
+    class Given(DlibFinder):
+        def _search(self, frame: np.ndarray, smallest: float, quick: bool = False) -> list[FoundFace]:
+            return [FoundFace(Box(170, 70, 270, 170), 1.0, points)]
+
+    policy = CropPolicy("yunet", 1.4, "landmarks")
+    result = detect(tmp_path / "face.png", with_policy(policy), finder=Given())
+    cut = cut_of(Box(170, 70, 270, 170), roll(points), policy)
+    assert cut.degrees == pytest.approx(np.degrees(np.arctan2(20, 40)))
+    assert np.array_equal(result.pictures[0].crop, crop_face(image, cut, SMALL.image_size))
+
+
+def test_a_crowd_is_judged_in_part_and_that_is_said(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((400, 400, 3), np.uint8)).save(tmp_path / "crowd.png")
+
+    class Crowd(DlibFinder):
+        def _search(self, frame: np.ndarray, smallest: float, quick: bool = False) -> list[FoundFace]:
+            return [FoundFace(Box(3 * n, 0, 3 * n + 40, 40), 1.0) for n in range(130)]
+
+    batch = detect_many([str(tmp_path / "crowd.png")], with_policy(None), tmp_path / "out", finder=Crowd())
+    (result,) = batch.results
+    assert len(result.frames[0].faces) == 100
+    assert result.to_json()["frames_crowded"] == 1
+    assert batch.notes == [f"{tmp_path / 'crowd.png'}: in 1 frame only the 100 largest faces are judged"]
+    assert "only the 100 largest faces" in (tmp_path / "out" / "report.html").read_text()
