@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dtn_fast.data.open import open_data
-from dtn_fast.errors import UsageError
+from dtn_fast.errors import UsageError, tell
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.metrics import evaluate_scores
 from dtn_fast.export.config import VerifyConfig
@@ -76,12 +76,16 @@ def verify(
     Raises UsageError when the split holds no crop, or the two take crops of different sizes.
     """
     a, b = load_scorer(first, runtime), load_scorer(second, runtime)
+    if a.config.crop != b.config.crop:
+        tell(f"{first} takes crops by {a.config.crop or 'an unknown policy'}, {second} by "
+             f"{b.config.crop or 'an unknown policy'}")  # fmt: skip
     labels = None
     if data is None:
         crops = example_inputs(a.config, "crops", config.images, seed=0).numpy()
     else:
         dataset = open_data(data, a.config.image_size)
         dataset.check_fits(a.config, str(first))
+        dataset.tell_differences(a.config, str(first))
         rows = dataset.evenly_spaced(config.split, config.images)
         if not len(rows):
             raise UsageError(f"--data {data}: no crop in its {config.split} split")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,12 @@ import numpy as np
 import pytest
 
 from dtn_fast.data.crop_dataset import open_crop_dataset
-from dtn_fast.runtime.load import load_scorer
+from dtn_fast.detect.config import DetectConfig
+from dtn_fast.detect.pipeline import finder_of
+from dtn_fast.errors import DtnWarning, UsageError
+from dtn_fast.export.pipeline import export
+from dtn_fast.model.config import CropPolicy, parse_config
+from dtn_fast.runtime.load import load_model, load_scorer
 from dtn_fast.train.distill import distill
 from dtn_fast.train.log_lines import read_lines
 
@@ -47,3 +53,56 @@ def test_an_old_run_is_resumed(tmp_path: Path) -> None:
     after = read_lines(run / "generation-1" / "metrics.jsonl")
     assert after[:-1] == before
     assert [row["epoch"] for row in after] == [0, 1, 2]
+
+
+def test_what_an_old_file_does_not_say_is_taken_as_dlib_and_told() -> None:
+    """Version 0.1 knew no crop policy: its crops are dlib's, and its models' are taken for such."""
+    crops, model = open_crop_dataset(DATA / "crops"), load_scorer(DATA / "run")
+    assert crops.crop == CropPolicy("dlib", 1.3, "none")
+    for name in ("run", "model.onnx", "model.mnn"):
+        assert load_scorer(DATA / name).config.crop is None
+    crops.check_fits(model.config, "it")
+    with pytest.warns(DtnWarning, match=r"it: no crop policy is stored in it; taken as dlib at margin 1\.3"):
+        crops.tell_differences(model.config, "it")
+    with pytest.warns(DtnWarning, match="records no crop policy"):
+        finder_of(model, DetectConfig())
+    wide = json.loads((DATA / "run" / "generation-0" / "config.json").read_text()) | {"margin": 1.7}
+    assert parse_config(json.dumps(wide), "x").crop == CropPolicy(margin=1.7)
+
+
+def test_a_policy_travels_with_every_file(tmp_path: Path) -> None:
+    policy = CropPolicy("yunet", 1.5, "landmarks")
+    model = load_model(DATA / "run")
+    model.config = dataclasses.replace(model.config, crop=policy)
+    model.save_pretrained(tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "model.onnx")
+    export(tmp_path / "checkpoint", tmp_path / "model.mnn")
+    crops = open_crop_dataset(DATA / "crops")
+    for name in ("checkpoint", "model.onnx", "model.mnn"):
+        config = load_scorer(tmp_path / name).config
+        assert config.crop == policy
+        with pytest.raises(UsageError, match=r"it: takes crops of margin 1\.5, these have 1\.3"):
+            crops.check_fits(config, "it")
+        fitting = dataclasses.replace(crops, crop=CropPolicy("dlib", 1.5, "landmarks"))
+        fitting.check_fits(config, "it")
+        with pytest.warns(DtnWarning, match="trained on crops by yunet, these are by dlib"):
+            fitting.tell_differences(config, "it")
+        upright = dataclasses.replace(crops, crop=CropPolicy("yunet", 1.5))
+        with pytest.raises(UsageError, match="takes crops with --align landmarks, these have none"):
+            upright.check_fits(config, "it")
+
+
+@pytest.mark.parametrize(
+    ("crop", "match"),
+    [
+        ({"finder": "haar"}, "CropPolicy.finder is 'haar'"),
+        ({"margin": 0}, "CropPolicy.margin is 0"),
+        ({"margin": "1"}, "CropPolicy.margin is '1'"),
+        ({"align": 5}, "CropPolicy.align is 5"),
+        ({"size": 3}, "not a valid CropPolicy"),
+        (7, "crop is 7"),
+    ],
+)
+def test_a_damaged_policy_is_named(crop: object, match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        parse_config(json.dumps({"crop": crop}), "config.json")

@@ -89,6 +89,7 @@ def draw_models(
     dataset = open_data(data, sizes[0])
     for title, model in models.items():
         dataset.check_fits(model.config, title)
+        dataset.tell_differences(model.config, title)
     temperatures = {title: float(read_recipe(path).get("temperature", temperature))
                     for title, path in zip(titles, paths, strict=True)}  # fmt: skip
     yield from draw(models, choose(dataset, config.split, config.count), out, config.kinds, temperatures)

@@ -208,6 +208,7 @@ def evaluate_models(
     for path, scorer in zip(models, scorers, strict=True):
         for folder, dataset in zip(data, sets, strict=True):
             dataset.check_fits(scorer.config, f"{path} on {folder}")
+            dataset.tell_differences(scorer.config, f"{path} on {folder}")
     if self_blend:  # not the paper's test sets any more
         sets, columns = [self_blended(dataset, 0) for dataset in sets], [f"{name}, self-blended" for name in columns]
     if chosen == "within":

@@ -49,6 +49,7 @@ def robustness(
         raise UsageError(f"the {split} split needs reals and fakes; it has {len(rows)} crops")
     for name, scorer in scorers.items():
         dataset.check_fits(scorer.config, name)
+        dataset.tell_differences(scorer.config, name)
     cells = [(kind, level) for kind in kinds for level in levels if level]
     cells = [("", 0), *cells] if 0 in levels else cells
     found = _Results(out / "robustness.json", _identity(dataset, rows, split, seed))

@@ -333,7 +333,7 @@ def with_policy(policy: CropPolicy | None) -> TorchScorer:
 
 def test_the_finder_is_the_model_s_unless_another_is_named_and_either_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     class Yunet(DlibFinder):
-        name = "yunet"
+        name = "yunet"  # type: ignore[assignment]
 
     monkeypatch.setitem(FINDERS, "yunet", Yunet)
     config = lambda name: DetectConfig(finder=FinderConfig(name))
