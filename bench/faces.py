@@ -39,7 +39,7 @@ NEARLY = 12
 
 class Shrunk(DlibFinder):
     """The baseline: dlib in the frame shrunk to 640 pixels, enlarged only when nothing is found, with one search near a
-    face, scaled by its last size; this program until 0.2."""
+    face, scaled by its last size, as this program did before."""
 
     shake = 0.0
 

@@ -89,8 +89,8 @@ def benchmarks_page(folder: Path = FOLDER) -> str:
 
 
 FACES_NOTE = """Made by `dtn-fast bench faces` on {cpu}, one core, commit {commit}, {date}.  The pictures are composed
-of one photograph; the photographs of the last row are not in this repository.  "dlib, before" is dlib as this program
-called it until version 0.2: in the frame shrunk to 640 pixels."""
+of one photograph; the photographs of the last row are not in this repository.  "dlib, before" is dlib in the frame
+shrunk to 640 pixels, as this program called it before."""
 
 
 def faces_table(folder: Path) -> list[str]:

@@ -56,7 +56,7 @@ def test_an_old_run_is_resumed(tmp_path: Path) -> None:
 
 
 def test_what_an_old_file_does_not_say_is_taken_as_dlib_and_told() -> None:
-    """Version 0.1 knew no crop policy: its crops are dlib's, and its models' are taken for such."""
+    """Earlier versions knew no crop policy: their crops are dlib's, and their models' are taken for such."""
     crops, model = open_crop_dataset(DATA / "crops"), load_scorer(DATA / "run")
     assert crops.crop == CropPolicy("dlib", 1.3, "none")
     for name in ("run", "model.onnx", "model.mnn"):

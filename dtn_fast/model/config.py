@@ -216,8 +216,8 @@ def crop_policy(config: ModelConfig) -> CropPolicy:
 
 
 def _parsed(kind: Any, text: str, where: str) -> Any:
-    """A configuration from JSON.  Version 0.1 stored a margin, for dlib's boxes, in place of the crop policy; the usual
-    margin counts as none, because it was also stored when another program had cut the crops."""
+    """A configuration from JSON.  Earlier versions stored a margin, for dlib's boxes, in place of the crop policy; the
+    usual margin counts as none, because it was also stored when another program had cut the crops."""
     try:
         fields = json.loads(text)
     except ValueError as error:

@@ -177,6 +177,7 @@ def test_yunet_is_fetched_once_and_checked(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / "model.onnx").write_bytes(b"another file")
         return str(tmp_path / "model.onnx")
 
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     with pytest.raises(UsageError, match=r"cannot be fetched \(no route to host\); download .* --face-model"):
         F.open_finder(FinderConfig("yunet"))
@@ -184,8 +185,8 @@ def test_yunet_is_fetched_once_and_checked(tmp_path: Path, monkeypatch: pytest.M
         F.open_finder(FinderConfig("yunet"))
     assert asked == [F.YUNET] * 2
     if YUNET is not None:
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: str(YUNET))
-        assert len(F.open_finder(FinderConfig("yunet"))([PORTRAIT])[0]) == 1
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: str(YUNET))
+        assert len(F.open_finder(FinderConfig("yunet"))([PORTRAIT])[0]) == 1  # without asking the hub
 
 
 @pytest.mark.skipif(YUNET is None, reason="no model: set DTN_YUNET")
