@@ -175,13 +175,13 @@ def _following(finder: FaceFinder, frames: list[Image], true: list[Box]) -> str:
     return f"{min(overlaps):.2f}"
 
 
-def _ms(call: Callable[[], object], frames: int = 1) -> str:
+def _ms(call: Callable[[], object], count: int = 1) -> str:
     times = []
     for _ in range(5):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return f"{1e3 * statistics.median(times) / frames:.0f}"
+    return f"{1e3 * statistics.median(times) / count:.0f}"
 
 
 def _recall(finder: FaceFinder, photos: Path) -> str:

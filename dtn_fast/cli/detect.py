@@ -33,10 +33,10 @@ def detect(
 
     Example: dtn-fast detect clip.mp4 photos/ "more/**/*.jpg" --model runs/first --out detect --annotate
 
-    Faces are found as for the model's training crops; --faces yunet finds small, turned and half hidden ones too.
-
     Prints a table and writes OUT/results.json and OUT/report.html.  Exit code 0: every input has a verdict; 1: some
     could not be read or show no face; 2: wrong usage.
+
+    Faces are found as for the training crops of the model; --faces yunet finds small, turned and half hidden ones too.
 
     Args:
         inputs: Images, videos, folders (searched recursively) and globs.

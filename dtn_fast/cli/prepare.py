@@ -56,7 +56,7 @@ def prepare(
 
     Example: dtn-fast prepare /data/DFDC --out dfdc --dataset dfdc --frames 32 --share 3/8
 
-    Of every face, with landmarks and masks: dtn-fast prepare /data/FF++ --out ffpp --faces yunet --people all --masks
+    Every face, with landmarks and masks: dtn-fast prepare /data/FF++ --out ffpp --faces yunet --people all --masks
 
     Args:
         root: The dataset as it was downloaded.

@@ -36,7 +36,7 @@ MAX_SEARCH = 12e6
 """Maximum number of pixels of a frame as it is searched, so that time and memory are bounded at any --min-face."""
 QUICK_SEARCH = 2e6
 """The same for each of the seven searches of a turned frame."""
-LEAST_SIDE = 32
+LEAST_SIDE = 40
 """Side in pixels of the smallest face that a --min-face below 1 means: smaller ones hold nothing to judge."""
 
 
@@ -246,11 +246,12 @@ YUNET = ("opencv/face_detection_yunet", "face_detection_yunet_2026may.onnx")
 YUNET_SHA256 = "ebafce4e3c118d6554634be5c27ab333b4c047a9a8c3faf1d7cf93101c22f0f0"
 YUNET_SCORE = 0.7
 """Least score of a face."""
-YUNET_SIDE = 14
-"""Side in pixels that the smallest face is scaled to; YuNet finds faces from 10 pixels."""
+YUNET_SIDE = 18
+"""Side in pixels that the smallest face is scaled to; YuNet finds faces from 10 pixels,
+half hidden ones from 16."""
 YUNET_FRAME = 192
 """Shorter side in pixels that smaller frames are enlarged to, by two at most; in tiny ones YuNet misses faces."""
-YUNET_LARGEST = 25
+YUNET_LARGEST = 20
 """Side of the largest face to be relied on, as a multiple of YUNET_SIDE; larger ones are searched in a smaller copy."""
 TO_DLIB = 0.94
 """Side of dlib's square divided by the root of the area of YuNet's box: 0.96 over 72 faces in photographs, 0.92 over

@@ -67,6 +67,7 @@ def test_a_box_stands_still_while_its_face_shakes_and_follows_real_motion() -> N
     boxes = [faces[0].box for faces in track(Given(shaking), [BLANK] * 40)]
     sides = np.array([box.side for box in boxes])
     assert np.ptp(sides) <= 2
+    assert np.ptp([box.center[0] for box in boxes]) <= 2
     moving = [[square(50 + 20 * n, 200, 100 * 1.03**n)] for n in range(15)]
     for faces, (true,) in zip(track(Given(moving), [BLANK] * 15), moving, strict=True):
         (x, _), (u, _) = faces[0].box.center, true.box.center
@@ -75,6 +76,11 @@ def test_a_box_stands_still_while_its_face_shakes_and_follows_real_motion() -> N
         left, right = (x + way * 0.65 * faces[0].box.side for way in (-1, 1))  # the usual margin
         assert left < true.box.left
         assert true.box.right < right
+
+
+def test_after_a_jump_a_box_is_on_the_face() -> None:
+    found = track(Given([[square(150, 200, 100)], [square(204, 200, 100)]]), [BLANK] * 2)
+    assert found[1] == [Tracked(0, Box.around((204, 200), 100))]
 
 
 def test_the_eyes_angle_is_held_too() -> None:
@@ -143,6 +149,13 @@ def test_a_cut_does_not_swap_two_people(dlib: FaceFinder) -> None:
 def test_shot_and_counter_shot_are_two_people_and_both_keep_their_numbers(dlib: FaceFinder) -> None:
     a, b = scene(ASTRONAUT), scene(HOPPER, back=60)
     assert numbers(dlib, [a, a, b, b, a, b, a]) == [[0], [0], [1], [1], [0], [1], [0]]
+
+
+def test_after_a_cut_the_whole_frame_is_searched(dlib: FaceFinder) -> None:
+    """Another person in the same place is a sign that there may be more elsewhere."""
+    found = numbers(dlib, [scene(ASTRONAUT, None)] * 2 + [scene(HOPPER, HOPPER, back=60)] * 2)
+    assert [len(row) for row in found] == [1, 1, 2, 2]
+    assert not set(found[0]) & set(found[2])
 
 
 def test_a_person_who_was_away_for_long_keeps_the_number(dlib: FaceFinder) -> None:
