@@ -85,8 +85,8 @@ def measure_faces(model: Path | None = None, photos: Path | None = None, quick: 
             "largest step of the side over equal frames": lambda f: _shaking(f, [_portrait(320)] * 6),
             f"over {NEARLY} nearly equal frames": lambda f: _shaking(f, nearly),
             "least overlap with the true box of a moving face": lambda f: _following(f, frames, boxes),
-            "ms a frame, whole search, 1920x1080": lambda f: _ms(lambda: f([_frame(110, 400)])),
-            "ms a frame, whole search, no face in it": lambda f: _ms(lambda: f([blank])),
+            "ms a frame, whole search, 1920x1080": lambda f: _ms(lambda: f([_frame(110, 400)]), 1),
+            "ms a frame, whole search, no face in it": lambda f: _ms(lambda: f([blank]), 1),
             "ms a frame, tracked, 1280x720": lambda f: _ms(lambda: _tracked(f, frames), len(frames)),
         }  # fmt: skip
         if photos is not None:
@@ -175,7 +175,7 @@ def _following(finder: FaceFinder, frames: list[Image], true: list[Box]) -> str:
     return f"{min(overlaps):.2f}"
 
 
-def _ms(call: Callable[[], object], count: int = 1) -> str:
+def _ms(call: Callable[[], object], count: int) -> str:
     times = []
     for _ in range(5):
         start = time.perf_counter()

@@ -57,7 +57,7 @@ def with_preset(verb: Callable[..., None], arguments: list[str]) -> Callable[...
 
 
 def renamed(arguments: list[str]) -> list[str]:
-    """The arguments with ``--faces all`` and ``--faces largest``, the earlier spelling, as ``--people all`` and ``one``."""
+    """The arguments with ``--faces all`` and ``largest``, the earlier spelling, as ``--people all`` and ``one``."""
     words = [word for a in arguments for word in (a.split("=", 1) if a.startswith("--faces=") else [a])]
     people = {"all": "all", "largest": "one"}
     for place, (option, value) in enumerate(itertools.pairwise(words)):
