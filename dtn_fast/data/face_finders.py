@@ -194,8 +194,9 @@ class DlibFinder(FaceFinder):
         return [hit.placed(_zoom(1 / scale)) for hit in self._hits(_scaled(frame, scale))]
 
     def _hits(self, image: Image) -> list[FoundFace]:
-        """The faces as dlib gives them; in colour, because in grey fewer are found."""
-        found = zip(*self._detector().run(image, 0, 0.0)[:2], strict=True)
+        """The faces as dlib gives them; in colour, because in grey fewer are found.  From a view of a larger picture
+        dlib reads other memory."""
+        found = zip(*self._detector().run(np.ascontiguousarray(image), 0, 0.0)[:2], strict=True)
         return [FoundFace(_square(rectangle), float(score)) for rectangle, score in found]
 
     def _detector(self) -> Any:

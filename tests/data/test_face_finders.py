@@ -197,6 +197,23 @@ def test_a_network_that_is_no_face_finder_is_refused() -> None:
         F.open_finder(FinderConfig("yunet", old))
 
 
+def test_dlib_is_given_whole_arrays() -> None:
+    """It reads a view of a larger picture wrongly, another way each time: the window of a face that needs no scaling."""
+    search = F.DlibFinder()
+    detector, given = search._detector(), list[bool]()
+
+    class Spy:
+        def run(self, image: np.ndarray, *more: object) -> Any:
+            given.append(image.flags.c_contiguous)
+            return detector.run(image, *more)
+
+    search._own.detector = Spy()
+    for side in F.NEAR_SIDES:
+        assert search.near(PHOTO, FoundFace(F.Box.around((224, 126), side), 1.0)) is not None
+    assert len(given) == 16
+    assert all(given)
+
+
 def test_a_model_s_policy_names_the_finder_and_the_config_overrides_it() -> None:
     assert isinstance(F.open_finder(FinderConfig()), F.DlibFinder)
     if YUNET is not None:
