@@ -198,7 +198,7 @@ def test_a_network_that_is_no_face_finder_is_refused() -> None:
 
 
 def test_dlib_is_given_whole_arrays() -> None:
-    """It reads a view of a larger picture wrongly, another way each time: the window of a face that needs no scaling."""
+    """It reads a view of a larger picture wrongly, such as the window of a face that needs no scaling."""
     search = F.DlibFinder()
     detector, given = search._detector(), list[bool]()
 
