@@ -135,6 +135,7 @@ def _quantize(
     assert config.calibrate is not None
     dataset = open_data(config.calibrate, detector.config.image_size)
     dataset.check_fits(detector.config, "the model")
+    dataset.tell_differences(detector.config, "the model")
     crops = dataset.get(dataset.evenly_spaced("train", config.images))
     if config.sensitivity:
         total = len(widths(proto, config))

@@ -76,6 +76,7 @@ def ablate(
         raise UsageError(f"--tests: {name} tests on the forgeries of one dataset; give one folder, not {len(tests)}")
     for title, dataset in tests.items():
         dataset.check_fits(model, f"{name}, tested on {title}")
+        dataset.tell_differences(model, f"{name}, tested on {title}")
     found = _Rows(out, name, tests)
     shown = [v for v in variants if not only or v.label in only or found.has(v)]
     for variant in shown:

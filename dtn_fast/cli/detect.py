@@ -34,7 +34,7 @@ def detect(
     Example: dtn-fast detect clip.mp4 photos/ "more/**/*.jpg" --model runs/first --out detect --annotate
 
     Prints a table and writes OUT/results.json and OUT/report.html.  Exit code 0: every input has a verdict; 1: some
-    could not be read or show no face; 2: wrong usage.
+    could not be read, show no face or lost more than --max-lost of their frames; 2: wrong usage.
 
     Faces are found as for the training crops of the model; --faces yunet finds small, turned and half hidden ones too.
 

@@ -113,6 +113,7 @@ class _Progress:
 def _print_prepared(out: Path) -> None:
     """Prints the counts of the crop dataset in ``out``.  Raises DtnError when videos could not be read."""
     from dtn_fast.data.crop_dataset import open_crop_dataset
+    from dtn_fast.data.face_finders import MAX_FACES
     from dtn_fast.data.prepare import mask_notes
 
     made = open_crop_dataset(out)
@@ -123,6 +124,13 @@ def _print_prepared(out: Path) -> None:
           f"fewer frames than requested, {len(bad)} unreadable")  # fmt: skip
     for note in mask_notes(made.status):
         print(note)
+    if crowded := sum(state.get("crowded", 0) for state in made.status):
+        print(f"in {crowded} frames only the {MAX_FACES} largest faces were considered")
+    damaged = [state for state in made.status if state.get("lost") or state.get("missing")]
+    if damaged:
+        lost, asked, missing = (sum(state[name] for state in damaged) for name in ("lost", "asked", "missing"))
+        print(f"{len(damaged)} videos are damaged: {lost} of {asked} frames wanted of them could not be decoded, and "
+              f"{missing} are missing from the files; index.json says which")  # fmt: skip
     if bad:
         raise DtnError(f"{len(bad)} videos could not be read to the end, the first: {bad[0]}; the others are in {out}")
 

@@ -75,7 +75,7 @@ def _mask(side: int, rng: np.random.Generator, points: NDArray[np.float32] | Non
             low = known[known[:, 1] > np.median(known[:, 1]) - 0.1 * np.ptp(known[:, 1])]
             known = low if len(low) > 2 else known
         cv2.fillConvexPoly(mask, cv2.convexHull(known.astype(np.float32)).astype(np.int32), 1.0)
-    else:
+    if mask.mean() < LEAST_HULL:  # no landmarks, or of no use
         center = (side * rng.uniform(0.47, 0.53), side * rng.uniform(0.5, 0.58))
         axes = (side * rng.uniform(0.24, 0.34), side * rng.uniform(0.28, 0.42))
         cv2.ellipse(mask, (center, (2 * axes[0], 2 * axes[1]), rng.uniform(-8, 8)), 1.0, -1)
@@ -89,6 +89,8 @@ def _mask(side: int, rng: np.random.Generator, points: NDArray[np.float32] | Non
     return mask / max(float(mask.max()), 1e-6) * np.float32(rng.choice(RATIOS))
 
 
+LEAST_HULL = 0.01
+"""Share of the crop that a hull of landmarks must cover to be used."""
 FIVE = np.array([[-0.22, -0.21], [0.22, -0.21], [-0.01, 0.02], [-0.18, 0.22], [0.18, 0.22]], np.float32)
 """Eyes, nose and corners of the mouth of an upright face, in sides of its box from the box's middle: medians over the
 faces that both finders find."""

@@ -81,6 +81,8 @@ class CropDataset:
     """[N, K, 2] (x, y) in pixels of the crop, NaN where unknown; None: no landmarks."""
     masks: ShardFiles | None = None
     """Masks of the forged pixels; None: not stored."""
+    every_face: bool = False
+    """Whether every face of a frame was cropped, not one."""
     mask_known: NDArray[np.bool_] | None = None
     """[N] whether the crop's mask is known; a real's is, and blank."""
 
@@ -122,7 +124,10 @@ class CropDataset:
         return out
 
     def get_masks(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Masks [n, S, S] uint8 of the crops ``rows``, 255 where forged.  Raises UsageError when none are stored."""
+        """Masks [n, S, S] uint8 of the crops ``rows``: 0 where untouched, up to 255 where forged.
+
+        Raises UsageError when none are stored.
+        """
         if self.masks is None:
             raise UsageError("these crops have no masks; prepare again with --masks")
         out = np.empty((len(rows), self.size, self.size), np.uint8)
@@ -150,10 +155,10 @@ class CropDataset:
 
     @property
     def faces(self) -> str:
-        """Description of the crops for reports: whole pictures, every face or the largest face."""
+        """Description of the crops for reports: whole pictures, every face, or one face of a frame."""
         if all(state["boxes"] == "whole" for state in self.status):
             return "pictures as they are"
-        return "every face" if self.person.any() else "largest face"
+        return "every face" if self.every_face else "one face of a frame"
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -185,7 +190,7 @@ def open_crop_dataset(folder: Path, verify: bool = False) -> CropDataset:
         return CropDataset(
             ShardFiles(shards, size), video, frame, person, videos, index["status"], index["synthetic"], index["notes"],
             _policy(index, str(folder)), marks, ShardFiles(masks, size) if masks else None,
-            np.array(index["mask_known"], bool) if masks else None,
+            index.get("people", index.get("faces")) == "all", np.array(index["mask_known"], bool) if masks else None,
         )  # fmt: skip
     except FileNotFoundError as error:
         what = f"{folder}: no prepared crops there ({Path(error.filename).name} is missing)"
@@ -201,7 +206,11 @@ def _policy(index: dict[str, Any], where: str) -> CropPolicy | None:
     """How the crops of an index were cut; those of an older version by dlib."""
     if all(state["boxes"] == "whole" for state in index["status"] if state["faces"]):
         return None
-    return from_fields(CropPolicy, index["crop"] if "crop" in index else {"margin": float(index["margin"])}, where)
+    if "crop" in index:
+        return from_fields(CropPolicy, index["crop"], where)
+    policy = CropPolicy(margin=float(index["margin"]))
+    tell(f"{where}: crops of an earlier version, without a crop policy; taken as {policy}")
+    return policy
 
 
 def unfinished(folder: Path) -> bool:

@@ -10,12 +10,13 @@ which changes when the head is turned.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.config import FinderConfig
-from dtn_fast.data.faces import IBUG, Box, Cut, FoundFace, crop_face
+from dtn_fast.data.faces import IBUG, Box, Cut, FoundFace, crop_face, mapped, roll
 from dtn_fast.errors import UsageError
 from dtn_fast.model.config import CropPolicy, FinderName
 from dtn_fast.packages import require
@@ -33,7 +34,10 @@ Image = NDArray[np.uint8]
 MAX_FACES = 100
 """Maximum number of faces found in a frame; of a larger crowd the largest ones."""
 MAX_SEARCH = 12e6
-"""Maximum number of pixels of a frame as it is searched, so that time and memory are bounded at any --min-face."""
+"""Maximum number of pixels of a frame as it is searched, so that time and memory are bounded at any --min-face: in an
+8K frame dlib finds faces from 150 pixels."""
+LANDMARK_SIDE = 400
+"""Side in pixels of the picture, twice a face's box, that landmarks are predicted in."""
 QUICK_SEARCH = 2e6
 """The same for each of the seven searches of a turned frame."""
 LEAST_SIDE = 40
@@ -78,18 +82,25 @@ class FaceFinder(ABC):
     def _search(self, frame: Image, smallest: float, quick: bool = False) -> list[FoundFace]:
         """All faces of at least ``smallest`` pixels in an RGB frame; ``quick``: once, and in QUICK_SEARCH pixels."""
 
+    @property
+    def crowded(self) -> bool:
+        """Whether the last frame that this thread searched has more faces than were given."""
+        return getattr(self._own, "crowded", False)
+
     def _find(self, frame: Image, turned: bool) -> list[FoundFace]:
+        self._own.crowded = False
         smallest = _smallest(frame, self.config.min_face)
         found = self._search(frame, smallest)
         if self.config.turned or (not found and turned):
             found = _apart([*found, *self._search_turned(frame, smallest)])
         found.sort(key=lambda face: -face.box.area)
+        self._own.crowded |= len(found) > MAX_FACES
         return [self._with_points(frame, face) for face in found[:MAX_FACES]]
 
     def _search_turned(self, frame: Image, smallest: float) -> list[FoundFace]:
         """Faces in the frame turned by 45, 90, ... 315 degrees; of twice the size, because seven searches take long."""
         height, width = frame.shape[:2]
-        scale = _bounded(frame, 1.0, QUICK_SEARCH / 2)  # turned by 45 degrees, a frame needs twice the pixels
+        scale = min(1.0, math.sqrt(2 * QUICK_SEARCH) / (width + height))  # by 45 degrees it takes (w + h)^2 / 2 pixels
         small = _scaled(frame, scale)
         found = []
         for degrees in range(45, 360, 45):
@@ -104,11 +115,16 @@ class FaceFinder(ABC):
         return found
 
     def _with_points(self, frame: Image, face: FoundFace) -> FoundFace:
+        """The face with the landmarks of the landmark model, if there is one, predicted in an upright copy of it."""
         if self.config.landmark_model is None:
             return face
-        dlib = require("dlib", "dlib-bin")
-        shape = self._predictor()(frame, dlib.rectangle(*face.box[:2], face.box.right - 1, face.box.bottom - 1))
-        points = np.array([(part.x, part.y) for part in shape.parts()], np.float32)
+        angle = roll(face.points)
+        cut = _window(face, face.turn if angle is None else angle)
+        near, far = LANDMARK_SIDE // 4, LANDMARK_SIDE * 3 // 4 - 1
+        rectangle = require("dlib", "dlib-bin").rectangle(near, near, far, far)
+        image = np.ascontiguousarray(crop_face(frame, cut, LANDMARK_SIDE))
+        found = np.array([(part.x, part.y) for part in self._predictor()(image, rectangle).parts()], np.float32)
+        points = mapped(cv2.invertAffineTransform(cut.matrix(LANDMARK_SIDE)), found).astype(np.float32)
         if len(points) < IBUG:  # dlib's own five: two corners of the left eye, two of the right eye, below the nose
             unknown = np.full((2, 2), np.nan, np.float32)
             points = np.concatenate([[points[2:4].mean(0), points[:2].mean(0), points[4]], unknown]).astype(np.float32)
@@ -162,7 +178,7 @@ class DlibFinder(FaceFinder):
 
     def near(self, frame: Image, face: FoundFace) -> FoundFace | None:
         """The face that overlaps ``face`` most: the mean of up to four boxes; None when fewer than two are found."""
-        window = Cut(face.box.center, 2 * face.box.side, face.turn)
+        window = _window(face, face.turn)
         found = []
         for side in NEAR_SIDES:
             size = round(2 * side)
@@ -175,13 +191,14 @@ class DlibFinder(FaceFinder):
             return None
         x, y, side, _ = np.mean(found, 0)
         score = sum(score for *_, score in found) / len(NEAR_SIDES)
-        return FoundFace(Box.around((x, y), side), score, turn=face.turn)
+        return self._with_points(frame, FoundFace(Box.around((x, y), side), score, turn=face.turn))
 
     def _search(self, frame: Image, smallest: float, quick: bool = False) -> list[FoundFace]:
         """A frame without a face is searched again, small, and then a face is taken at its first sight."""
         scale = _bounded(frame, ZOOM * WINDOW / smallest, QUICK_SEARCH if quick else MAX_SEARCH)
-        hits = sorted(self._at(frame, scale), key=lambda hit: -hit.box.area)[:MAX_FACES]
-        near = [face for hit in hits if (face := self.near(frame, hit)) is not None]
+        hits = sorted(self._at(frame, scale), key=lambda hit: -hit.box.area)
+        self._own.crowded |= len(hits) > MAX_FACES
+        near = [face for hit in hits[:MAX_FACES] if (face := self.near(frame, hit)) is not None]
         if (faces := _apart([face for face in near if face.score >= LEAST_SCORE])) or quick:
             return faces
         for scale in (plain := min(1.0, PLAIN / max(frame.shape[:2])), 2 * plain):
@@ -298,17 +315,29 @@ class YunetFinder(FaceFinder):
 
     def _detector(self) -> Any:
         if not hasattr(self._own, "detector"):
-            level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # it warns of its own defaults
             try:
-                detector = cv2.FaceDetectorYN.create(str(self._path), "", (64, 64), YUNET_SCORE, 0.3, 5000)
-                detector.detect(np.zeros((64, 64, 3), np.uint8))
+                with quiet_opencv():
+                    detector = cv2.FaceDetectorYN.create(str(self._path), "", (64, 64), YUNET_SCORE, 0.3, 5000)
+                    detector.detect(np.zeros((64, 64, 3), np.uint8))
             except cv2.error as error:
                 raise UsageError(f"--face-model {self._path}: OpenCV {cv2.__version__} cannot run it as YuNet "
                                  f"({error.err or error}); use {YUNET[1]}") from error  # fmt: skip
-            finally:
-                cv2.utils.logging.setLogLevel(level)
             self._own.detector = detector
         return self._own.detector
+
+
+@contextlib.contextmanager
+def quiet_opencv() -> Iterator[None]:
+    """Keeps OpenCV from logging, one thread at a time; it warns of its own defaults."""
+    with _LOGGING:
+        level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+        try:
+            yield
+        finally:
+            cv2.utils.logging.setLogLevel(level)
+
+
+_LOGGING = threading.Lock()
 
 
 def fetch_yunet() -> Path:
@@ -383,6 +412,12 @@ def _scaled(image: Image, scale: float) -> Image:
     if size == (image.shape[1], image.shape[0]):
         return np.ascontiguousarray(image)
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+
+
+def _window(face: FoundFace, degrees: float) -> Cut:
+    """The square of twice a face's side around it, between whole pixels."""
+    x, y = face.box.center
+    return Cut((round(x), round(y)), 2 * face.box.side, degrees)
 
 
 def _zoom(scale: float) -> NDArray[np.float64]:

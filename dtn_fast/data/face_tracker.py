@@ -111,10 +111,15 @@ class FaceTracker:
         self._tracks: list[Track] = []
         self._frame = self._since = self._people = self._empty = 0
         self._scene: Look | None = None
+        self._shape: tuple[int, ...] = ()
+        self.crowded = False
+        """Whether the last frame has more faces than were given."""
 
     def __call__(self, image: NDArray[np.uint8]) -> list[Tracked]:
         """Faces in the next RGB frame [H, W, 3], largest first."""
         self._frame += 1
+        if image.shape != self._shape:  # places in a frame of another size mean nothing
+            self._shape, self._frame = image.shape, self._frame + MEMORY + 1
         scene = look_of(image)
         cut = self._scene is not None and _is_cut(self._scene, scene)
         self._scene = scene
@@ -125,6 +130,7 @@ class FaceTracker:
         self._since = 1 if near is None else self._since + 1
         if near is None:
             near = self._finder([image], turned=self._empty % TURNED_EVERY == 0)[0]
+            self.crowded = getattr(self._finder, "crowded", False)
         self._empty = 0 if near else self._empty + 1
         found = self._link(image, near, cut)
         return [

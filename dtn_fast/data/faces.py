@@ -68,16 +68,22 @@ class FoundFace(NamedTuple):
     def placed(self, matrix: NDArray[np.float64]) -> FoundFace:
         """The same face in a frame that an affine map [2, 3] without shear, from this one, leads to."""
         (a, b, _), (c, d, _) = matrix.tolist()
-        center = _mapped(matrix, np.array([self.box.center]))[0]
+        center = mapped(matrix, np.array([self.box.center]))[0]
         box = Box.around((center[0], center[1]), self.box.side * math.sqrt(abs(a * d - b * c)))
-        points = None if self.points is None else _mapped(matrix, self.points).astype(np.float32)
+        points = None if self.points is None else mapped(matrix, self.points).astype(np.float32)
         return self._replace(box=box, points=points)
 
 
-def _mapped(matrix: NDArray[np.float64], points: NDArray[Any]) -> NDArray[np.float64]:
+def mapped(matrix: NDArray[np.float64], points: NDArray[Any]) -> NDArray[np.float64]:
     """Points [K, 2] mapped by an affine map [2, 3].  Written out, because a matrix product's last bit may differ from
     call to call, and boxes are rounded to pixels."""
     return np.stack([row[0] * points[:, 0] + row[1] * points[:, 1] + row[2] for row in matrix], 1)
+
+
+def _joined(second: NDArray[np.float64], first: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The affine map [2, 3] that does ``first``, then ``second``."""
+    linear = mapped(second, first[:, :2].T).T - second[:, 2:]
+    return np.hstack([linear, mapped(second, first[:, 2:].T).T])
 
 
 def eyes(points: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -111,7 +117,7 @@ class Cut(NamedTuple):
 
     def placed(self, points: NDArray[np.float32], size: int) -> NDArray[np.float32]:
         """Points [K, 2] of the frame in pixels of the crop."""
-        return _mapped(self.matrix(size), points).astype(np.float32)
+        return mapped(self.matrix(size), points).astype(np.float32)
 
 
 def cut_of(box: Box, degrees: float | None, policy: CropPolicy) -> Cut:
@@ -133,16 +139,22 @@ def crop_face(image: NDArray[np.uint8], cut: Cut, size: int) -> NDArray[np.uint8
     side, height, width = cut.side, *image.shape[:2]
     if cut.degrees:  # the upright square that holds the turned one, resized, then turned
         angle = math.radians(cut.degrees)
-        grown = math.ceil(side * (abs(math.cos(angle)) + abs(math.sin(angle))))
+        grown = math.ceil(side * (abs(math.cos(angle)) + abs(math.sin(angle)))) + 2
+        left, top = round(cut.center[0] - grown / 2), round(cut.center[1] - grown / 2)
         wide = round(size * grown / side)
-        turn = cv2.getRotationMatrix2D(((wide - 1) / 2,) * 2, cut.degrees, 1.0)
-        turn[:, 2] += (size - wide) / 2
-        return cv2.warpAffine(crop_face(image, Cut(cut.center, grown), wide), turn, (size, size),
-                              flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)  # fmt: skip
+        upright = Cut((left + grown / 2, top + grown / 2), grown)
+        # crop <- frame <- upright, between the middles of pixels
+        turn = _joined(cut.matrix(size), cv2.invertAffineTransform(upright.matrix(wide)))
+        turn[:, 2] += (turn[:, 0] + turn[:, 1] - 1) / 2
+        return cv2.warpAffine(crop_face(image, upright, wide), turn, (size, size), flags=cv2.INTER_LINEAR,
+                              borderMode=cv2.BORDER_REPLICATE)  # fmt: skip
     left, top = round(cut.center[0] - side / 2), round(cut.center[1] - side / 2)
     before = (max(-top, 0), max(-left, 0))
     after = (max(top + side - height, 0), max(left + side - width, 0))
     part = image[max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)]
+    if not part.size:  # wholly outside: its nearest pixel alone
+        x, y = (min(max(round(c), 0), limit - 1) for c, limit in zip(cut.center, (width, height), strict=True))
+        return np.broadcast_to(image[y, x], (size, size, *image.shape[2:])).copy()
     if any(before + after):
         part = cv2.copyMakeBorder(part, before[0], after[0], before[1], after[1], cv2.BORDER_REPLICATE)
     return resize_square(part, size)

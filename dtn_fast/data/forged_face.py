@@ -37,7 +37,9 @@ def masks_of(table: VideoTable, video: Video, count: int) -> MaskOf | None:
         names = {int(Path(name).stem): name for name in video.frames if Path(name).stem.isdecimal()}
 
         def picture(frame: Frame) -> Mask | None:
-            name = f"{video.mask}/{Path(names[frame.number]).name}" if frame.number in names else ""
+            if frame.number not in names:
+                return None
+            name = f"{video.mask}/{Path(names[frame.number]).name}"
             if table.lmdb:
                 store = open_lmdb(table.lmdb)
                 return _fitted(store.image(name), frame) if name in store else None

@@ -13,19 +13,27 @@ from numpy.typing import NDArray
 from dtn_fast.data.corrupt import corrupt_all, corrupt_video
 from dtn_fast.data.even_spacing import evenly_spaced
 from dtn_fast.data.lmdb_store import open_lmdb
-from dtn_fast.data.video import Frame, read_frames, read_image
+from dtn_fast.data.video import Frame, Reading, read_frames, read_image
 from dtn_fast.data.video_table import Video
 from dtn_fast.errors import MediaError
 from dtn_fast.files import load_array
 
 
-def video_frames(root: Path, video: Video, count: int, lmdb: Path | None = None, threads: int = 1) -> Iterator[Frame]:
+def video_frames(
+    root: Path,
+    video: Video,
+    count: int,
+    lmdb: Path | None = None,
+    threads: int = 1,
+    reading: Reading | None = None,
+) -> Iterator[Frame]:
     """Yields ``count`` frames (or as many as there are) of a video, evenly spaced, upright RGB.
 
-    Raises MediaError when the video, or one of its pictures, cannot be read.
+    Frames and pictures that cannot be decoded are left out and counted in ``reading``.  Raises MediaError when none
+    can.
     """
     if not video.corruptions:
-        yield from _plain(root, video, count, lmdb, threads)
+        yield from _plain(root, video, count, lmdb, threads, Reading() if reading is None else reading)
         return
     seed, steps = zlib.crc32(Path(video.path).name.encode()), list(video.corruptions)
     with tempfile.TemporaryDirectory(prefix="dtn-fast-") as folder:
@@ -36,20 +44,27 @@ def video_frames(root: Path, video: Video, count: int, lmdb: Path | None = None,
             for _ in corrupt_video(out, source, steps[: compressed + 1], seed, threads):
                 pass
             steps = steps[compressed + 1 :]
-        for frame in read_frames(source, count, threads):
+        for frame in read_frames(source, count, threads, reading=reading):
             yield frame._replace(image=corrupt_all(frame.image, steps, (seed, frame.number)))
 
 
-def _plain(root: Path, video: Video, count: int, lmdb: Path | None, threads: int) -> Iterator[Frame]:
+def _plain(root: Path, video: Video, count: int, lmdb: Path | None, threads: int, reading: Reading) -> Iterator[Frame]:
     if not video.frames:
-        yield from read_frames(root / video.path, count, threads)
+        yield from read_frames(root / video.path, count, threads, reading=reading)
         return
-    total = len(video.frames)
-    for place in evenly_spaced(total, count):
+    places = evenly_spaced(len(video.frames), count)
+    reading.asked = reading.total = len(places)
+    for place in places:
         name = video.frames[place]
         stem = Path(name).stem
-        number = int(stem) if stem.isdecimal() else place
-        yield Frame(number, 0.0, open_lmdb(lmdb).image(name) if lmdb else read_image(root / name))
+        try:
+            image = open_lmdb(lmdb).image(name) if lmdb else read_image(root / name)
+        except MediaError:
+            reading.lost += 1
+            if reading.lost == reading.asked:
+                raise
+            continue
+        yield Frame(int(stem) if stem.isdecimal() else place, 0.0, image)
 
 
 def landmarks(root: Path, frame: str) -> NDArray[np.float32] | None:

@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 
 from dtn_fast.data.config import FinderConfig, PrepareConfig, WorkConfig
 from dtn_fast.data.crop_dataset import INDEX, SHARDS, VERSION, open_masks, open_shard
-from dtn_fast.data.face_finders import FaceFinder, open_finder
+from dtn_fast.data.face_finders import YUNET_SHA256, FaceFinder, open_finder
 from dtn_fast.data.face_tracker import FaceTracker, Tracked
 from dtn_fast.data.faces import Box, crop_face, cut_of, resize_square
 from dtn_fast.data.forged_face import Mask, forged_faces, masks_of
 from dtn_fast.data.frames import landmarks, video_frames
+from dtn_fast.data.video import Frame, Reading
 from dtn_fast.data.video_table import Video, VideoTable
 from dtn_fast.errors import DtnError, MediaError, UsageError
 from dtn_fast.files import load_array, write_whole
@@ -149,6 +150,9 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
     for name in ("face_model", "landmark_model"):
         path = getattr(config.finder, name)
         settings["finder"][name] = path and hashlib.sha256(path.read_bytes()).hexdigest()
+    settings["finder"]["faces"] = config.policy.finder
+    if config.policy.finder == "yunet" and config.finder.face_model is None:
+        settings["finder"]["face_model"] = YUNET_SHA256
     return {**settings, "crop": asdict(config.policy)}
 
 
@@ -264,16 +268,17 @@ def _crop_video(job: PrepareJob, video: Video, reals: dict[str, Boxes]) -> Cropp
     config, table = job.config, job.table
     state: dict[str, Any] = {
         "asked": config.frames, "frames": 0, "faces": 0, "boxes": "own", "error": None, "reason": None,
-        "masked": 0, "not_largest": 0, "untouched": 0,
+        "masked": 0, "not_largest": 0, "untouched": 0, "unmasked": 0, "lost": 0, "missing": 0, "crowded": 0,
     }  # fmt: skip
+    reading = Reading()
     made = Cropped([], [], [], [], state)
     known = reals.get(video.target) if config.reuse_boxes and video.label else None
     found: Boxes = {}
     tracker = None if table.crops else FaceTracker(_finder(config.finder), config.every)
     names = {int(Path(name).stem): name for name in video.frames if Path(name).stem.isdecimal()}
     try:
-        mask_of = masks_of(table, video, config.frames) if video.label else None
-        for frame in video_frames(table.root, video, config.frames, table.lmdb):
+        mask_of = _Masks(table, video, config) if video.label else None
+        for frame in video_frames(table.root, video, config.frames, table.lmdb, reading=reading):
             state["frames"] += 1
             shape = frame.image.shape
             if tracker is None:
@@ -285,9 +290,10 @@ def _crop_video(job: PrepareJob, video: Video, reals: dict[str, Boxes]) -> Cropp
                 known, faces = None, tracker(frame.image)  # the videos differ: find faces from here on
                 state["boxes"] = "mixed" if state["boxes"] == "real" else state["boxes"]
                 found[frame.number] = (shape, faces)
+                state["crowded"] += tracker.crowded
             mask = mask_of(frame) if mask_of else None
-            if mask is not None and tracker is not None:
-                faces = _forged(faces, mask, state)
+            if mask_of and tracker is not None:
+                faces = mask_of.forged(faces, mask, state)
             mask = np.zeros(shape[:2], np.uint8) if not video.label else mask
             for face in faces if config.people == "all" else faces[:1]:
                 if tracker is None:
@@ -302,7 +308,7 @@ def _crop_video(job: PrepareJob, video: Video, reals: dict[str, Boxes]) -> Cropp
                 made.rows.append((frame.number, face.person, face.box))
     except MediaError as error:
         state["error"] = str(error)
-    state["faces"] = len(made.crops)
+    state |= {"faces": len(made.crops), "lost": reading.lost, "missing": reading.missing}
     if not made.crops and not state["error"]:
         state["reason"] = f"no {'forged ' if state['masked'] else ''}face in {state['frames']} frames"
     if not video.label:
@@ -310,13 +316,40 @@ def _crop_video(job: PrepareJob, video: Video, reals: dict[str, Boxes]) -> Cropp
     return made
 
 
-def _forged(faces: list[Tracked], mask: Mask, state: dict[str, Any]) -> list[Tracked]:
-    """The faces that the mask touches; counts in ``state`` how it disagrees with the choice of the largest."""
-    forged = forged_faces(faces, mask)
-    state["masked"] += 1
-    state["untouched"] += not forged
-    state["not_largest"] += bool(forged and forged[0] is not faces[0])
-    return forged
+class _Masks:
+    """A fake's masks, and the people whom they have shown to be forged."""
+
+    def __init__(self, table: VideoTable, video: Video, config: PrepareConfig) -> None:
+        wanted = config.masks or not table.crops
+        self.people = set[int]()
+        self.known = bool(video.mask) and wanted
+        try:
+            self._mask_of = masks_of(table, video, config.frames) if wanted else None
+        except MediaError:
+            self._mask_of = None
+
+    def __call__(self, frame: Frame) -> Mask | None:
+        """The mask of the next frame; None when there is none, or it cannot be read."""
+        try:
+            return self._mask_of(frame) if self._mask_of else None
+        except MediaError:
+            self._mask_of = None
+            return None
+
+    def forged(self, faces: list[Tracked], mask: Mask | None, state: dict[str, Any]) -> list[Tracked]:
+        """The forged faces of a frame: those that its mask touches; without its mask, of the people whom an earlier one
+        touched, or else the largest.  Counts in ``state`` the frames in which that is not all or the largest."""
+        if mask is not None:
+            forged = forged_faces(faces, mask)
+            state["masked"] += 1
+            state["untouched"] += not forged
+            state["not_largest"] += bool(forged and forged[0] is not faces[0])
+            self.people |= {face.person for face in forged}
+            return forged
+        if not self.known:
+            return faces
+        state["unmasked"] += 1
+        return [face for face in faces if face.person in self.people] if self.people else faces[:1]
 
 
 def _points(job: PrepareJob, name: str | None, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
@@ -370,12 +403,17 @@ def _write_index(job: PrepareJob) -> None:
 
 
 def mask_notes(status: list[dict[str, Any]]) -> list[str]:
-    """A line on how the masks and the largest faces disagree; none when they do not."""
-    masked, other, none = (sum(state[name] for state in status) for name in ("masked", "not_largest", "untouched"))
-    if not other and not none:
-        return []
-    return [f"in {other} of {masked} frames with a mask the forged face is not the largest, and was cropped; in {none} "
-            "the mask touches no face that was found, and none was cropped"]  # fmt: skip
+    """Lines on how the masks and the largest faces disagree, and on frames without their mask; none when all agree."""
+    total = {name: sum(state[name] for state in status) for name in ("masked", "not_largest", "untouched", "unmasked")}
+    notes = []
+    if total["not_largest"] or total["untouched"]:
+        notes.append(f"in {total['not_largest']} of {total['masked']} frames with a mask the forged face is not the "
+                     f"largest, and was cropped; in {total['untouched']} the mask touches no face that was found, and "
+                     "none was cropped")  # fmt: skip
+    if total["unmasked"]:
+        notes.append(f"in {total['unmasked']} frames the mask is missing or cannot be read: the people forged in other "
+                     "frames were cropped, or else the largest face")  # fmt: skip
+    return notes
 
 
 def _npy(array: NDArray) -> bytes:

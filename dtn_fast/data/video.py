@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import bisect
 import io
+import itertools
 import re
+import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +35,12 @@ Check = Callable[[], object]
 """Function called for every packet that is read; an exception from it ends the reading."""
 MAX_PIXELS = 64_000_000
 """Pixel limit per image; a larger one is refused before it is decoded (a decompression bomb or a mistake)."""
+
+
+HOLE = 5
+"""Number of frames from which on a gap in a regular clock is damage; smaller ones are frames that a camera dropped."""
+DAMAGES = 100
+"""Maximum number of errors in a container after which reading goes on."""
 
 
 class Frame(NamedTuple):
@@ -66,41 +75,81 @@ def _image(file: Path | io.BytesIO, name: str) -> NDArray[np.uint8]:
         raise MediaError(f"{name}: cannot read this image ({_reason(error)})") from error
 
 
+@dataclass
+class Reading:
+    """Count of the frames of one video, or folder of pictures, that were read."""
+
+    asked: int = 0
+    """Number of frames asked for; all frames when all were."""
+    lost: int = 0
+    """Number of these that could not be decoded."""
+    total: int = 0
+    """Number of frames in the file."""
+    missing: int = 0
+    """Number of frames that the file's header promises, or its clock leaves room for, and the file does not hold."""
+
+    @property
+    def share(self) -> float:
+        """Share of the frames that was lost or is missing: the larger of the two."""
+        return max(self.lost / max(self.asked, 1), self.missing / max(self.total + self.missing, 1))
+
+    def note(self) -> str:
+        """What was lost, in words; empty: nothing."""
+        parts = [f"{self.lost} of {self.asked} frames could not be decoded"] * bool(self.lost)
+        parts += [f"{self.missing} of {self.total + self.missing} frames are missing from the file"] * bool(
+            self.missing
+        )
+        return ", ".join(parts)
+
+
 def read_frames(
-    path: Path, count: int | Sequence[int] | None = None, threads: int = 0, check: Check = lambda: None
+    path: Path,
+    count: int | Sequence[int] | None = None,
+    threads: int = 0,
+    check: Check = lambda: None,
+    reading: Reading | None = None,
 ) -> Iterator[Frame]:
     """Yields the upright frames of a video in order; with ``count`` that many (or fewer), evenly spaced, or those with
     the given numbers.
 
     With ``count`` only the frames that a requested frame depends on are decoded: whole groups of pictures are skipped
     and, with one decoder thread, frames that no other frame refers to; the requested frames do not change.
-    ``threads``: number of decoder threads, 0 for one per core.  Raises MediaError when the file is not a video, holds
-    no frame, or fails before the first frame.  A truncated video yields the frames that can be decoded; its length is
-    counted, not taken from the header.
+    ``threads``: number of decoder threads, 0 for one per core.  A damaged stretch is passed over: its frames are left
+    out, the others keep their numbers, and ``reading`` counts both.  Raises MediaError when the file is not a video or
+    no frame of it can be decoded.  The length of a truncated video is counted, not taken from its header.
     """
     import av
 
-    last, wanted = -1, None
-    if count is not None:
-        index = _index(path, check)
-        wanted = _chosen(index.total, count)
+    reading = Reading() if reading is None else reading
+    index = _index(path, check)
+    wanted = None if count is None else _chosen(index.total, count)
+    reading.asked = index.total if wanted is None else len(wanted)
+    reading.total, reading.missing = index.total, index.missing
+    last, given = -1, 0
+    if wanted is not None:
         for frame in _jump(path, index, wanted, threads, check):
-            last = frame.number
+            last, given = frame.number, given + 1
             yield frame
         if not wanted or last == wanted[-1]:
+            reading.lost = reading.asked - given
             return
+    problem, first = "the video holds no frame", 0
+    numbered = lambda: _numbered(_decoded(path, threads, check), index)
     try:
-        if count is not None and last < 0:  # the first frames cannot be decoded: the others are numbered from 0
-            wanted = _chosen(sum(1 for _ in _decoded(path, threads, check)), count)
-        for number, raw in enumerate(_decoded(path, threads, check)):
-            if number > last and (wanted is None or number in wanted):
-                last = number
-                yield _frame(number, raw)
+        if last < 0:  # frames before the first that can be decoded do not count
+            first = next((number for number, _ in numbered()), 0)
+            wanted = None if count is None else _chosen(index.total - first, count)
+            reading.asked = index.total - first if wanted is None else len(wanted)
+            reading.missing += first * index.begins_whole
+        for number, raw in numbered():
+            if number - first > last and (wanted is None or number - first in wanted):
+                last, given = number - first, given + 1
+                yield _frame(last, raw)
     except (av.FFmpegError, OSError, ValueError) as error:
-        if last < 0:
-            raise MediaError(f"{path}: cannot read this video ({_reason(error)})") from error
+        problem = f"cannot read this video ({_reason(error)})"
     if last < 0:
-        raise MediaError(f"{path}: the video holds no frame")
+        raise MediaError(f"{path}: {problem}")
+    reading.lost = max(reading.asked - given, 0)
 
 
 def frame_numbers(path: Path, count: int, check: Check = lambda: None) -> list[int]:
@@ -124,11 +173,44 @@ def _open(path: Path) -> Any:
 
 
 def _decoded(path: Path, threads: int, check: Check) -> Iterator[Any]:
+    """Every frame in order, None in place of one that cannot be decoded.  Raises av.FFmpegError when none can."""
+    import av
 
+    good, problem = 0, None
     with _open(path) as container:
-        for packet in container.demux(_stream(container, path, threads)):
+        for packet in _packets(container, _stream(container, path, threads)):
             check()
-            yield from packet.decode()
+            try:
+                frames = packet.decode()
+            except av.FFmpegError as error:
+                problem = error
+                yield None
+                continue
+            for frame in frames:
+                good += 1
+                yield None if frame.is_corrupt else frame
+    if not good and problem is not None:
+        raise problem
+
+
+def _numbered(frames: Iterator[Any], index: _Index) -> Iterator[tuple[int, Any]]:
+    """Yields (number, frame) of those that could be decoded: by their timestamps or, without usable ones, counted."""
+    for place, frame in enumerate(frames):
+        if frame is not None:
+            yield index.numbers.get(frame.pts, place), frame
+
+
+def _packets(container: Any, stream: Any) -> Iterator[Any]:
+    """The stream's packets; reading goes on after an error, up to DAMAGES times."""
+    import av
+
+    for _ in range(DAMAGES):
+        try:
+            yield from container.demux(stream)
+            return
+        except av.FFmpegError as error:
+            if isinstance(error, EOFError):
+                return
 
 
 def _jump(path: Path, index: _Index, numbers: list[int], threads: int, check: Check) -> Iterator[Frame]:
@@ -197,6 +279,13 @@ class _Index(NamedTuple):
     """Frame number by timestamp; empty when the file's timestamps are missing, repeated or inexact."""
     keys: list[int]
     """Timestamps of frames from which decoding can start, in order."""
+    missing: int = 0
+    """Number of frames that the header promises beyond those in the file, or that its clock leaves room for."""
+
+    @property
+    def begins_whole(self) -> bool:
+        """Whether decoding can start at the first frame; not in a clip that was cut between key frames."""
+        return not self.numbers or (bool(self.keys) and self.numbers[self.keys[0]] == 0)
 
     def segments(self, wanted: list[int]) -> Iterator[tuple[int | None, set[int]]]:
         """Yields runs of frames to decode: (timestamp to seek to or None, requested frame numbers)."""
@@ -217,12 +306,16 @@ def _index(path: Path, check: Check = lambda: None) -> _Index:
 
     stamps: list[int | None] = []
     keys: list[int] = []
+    promised = other = 0
     try:
         with _open(path) as container:
             # timestamps and seeks are exact in these formats alone
             exact = container.format.name.partition(",")[0] in ("mov", "matroska")
-            for packet in container.demux(_stream(container, path)):
+            stream = _stream(container, path)
+            promised = stream.frames
+            for packet in _packets(container, stream):
                 check()
+                other += packet.dts is not None and (not packet.size or packet.is_discard)
                 if packet.size and not packet.is_discard:
                     stamps.append(packet.pts)
                     if packet.is_keyframe and packet.pts is not None:
@@ -234,7 +327,20 @@ def _index(path: Path, check: Check = lambda: None) -> _Index:
         raise MediaError(f"{path}: the video holds no frame")
     known = sorted({stamp for stamp in stamps if stamp is not None})
     usable = exact and len(known) == len(stamps)
-    return _Index(len(stamps), {t: n for n, t in enumerate(known)} if usable else {}, sorted(keys) if usable else [])
+    numbers = {stamp: number for number, stamp in enumerate(known)} if usable else {}
+    missing = max(promised - len(stamps) - other, _hole(known) if len(known) == len(stamps) else 0, 0)
+    return _Index(len(stamps), numbers, sorted(keys) if usable else [], missing)
+
+
+def _hole(stamps: list[int]) -> int:
+    """Number of frames for which a clock that is otherwise regular has a gap; gaps below HOLE frames are none."""
+    steps = [b - a for a, b in itertools.pairwise(stamps)]
+    if len(steps) < HOLE:
+        return 0
+    usual = statistics.median(steps)
+    if sum(abs(step - usual) <= max(0.1 * usual, 1) for step in steps) < 0.9 * len(steps):
+        return 0
+    return sum(n for step in steps if (n := round(step / usual) - 1) >= HOLE)
 
 
 def _reason(error: BaseException) -> str:

@@ -31,13 +31,14 @@ class BatchResult:
     annotated: list[Path] = field(default_factory=list)
     """Annotated videos written."""
     notes: list[str] = field(default_factory=list)
-    """A line for each input of which not every face was judged."""
+    """A line for each input of which frames were lost, or not every face was judged."""
     problems: list[str] = field(default_factory=list)
-    """A line for each input without a verdict and for each annotated video that could not be written."""
+    """A line for each input without a verdict, or with one on too few of its frames, and for each annotated video that
+    could not be written."""
 
     @property
     def ok(self) -> bool:
-        """Whether every input has a verdict and every annotated video was written."""
+        """Whether every input has a verdict on enough of its frames and every annotated video was written."""
         return not self.problems
 
     @property
@@ -81,8 +82,11 @@ def detect_many(
                 batch.annotated.append(target)
             except (DtnError, OSError, ValueError) as failed:  # PyAV's errors are OSErrors and ValueErrors
                 batch.problems.append(f"{target}: the annotated video was not written ({failed})")
-        if result.crowded:
-            batch.notes.append(f"{path}: {result.crowd_note}")
+        for note in result.notes if result.ok else ():
+            batch.notes.append(f"{path}: {note}")
+        if result.ok and result.reading.share > config.max_lost:
+            batch.problems.append(f"{path}: {result.reading.note()}, over --max-lost {config.max_lost:g}; the verdict "
+                                  "is on the rest")  # fmt: skip
         batch.results.append(result)
         watch(batch, path.name)
     write_results(out / "results.json", batch.results, scorer.notice, config.threshold)

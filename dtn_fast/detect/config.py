@@ -19,6 +19,9 @@ class DetectConfig:
     """Frames per second of video, instead of --frames; 0: use --frames."""
     threshold: float = EvaluateConfig.threshold
     """P(fake) at and above which the verdict is fake and a span counts as forged."""
+    max_lost: float = 0.1
+    """Share of a video's frames that may be damaged or missing; above it the verdict, on the rest, counts as a
+    failure."""
     every: int = PrepareConfig.every
     """Search the whole image for faces in every N-th analysed frame, in between only near the faces found; yunet
     searches every frame."""
@@ -30,6 +33,8 @@ class DetectConfig:
             raise UsageError(f"--frames {self.frames}, --rate {self.rate}: must not be below 0")
         if not 0 <= self.threshold <= 1:
             raise UsageError(f"--threshold {self.threshold}: must be from 0 to 1")
+        if not 0 <= self.max_lost <= 1:
+            raise UsageError(f"--max-lost {self.max_lost}: must be from 0 to 1")
         if self.every < 1:
             raise UsageError(f"--every {self.every}: must be at least 1")
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from dtn_fast.data.video import IMAGES, VIDEOS, Check, Frame, duration, read_frames, read_image
+from dtn_fast.data.video import IMAGES, VIDEOS, Check, Frame, Reading, duration, read_frames, read_image
 from dtn_fast.errors import MediaError
 
 
@@ -46,10 +46,13 @@ def _walk(path: Path) -> Iterator[tuple[Path, str | None]]:
         yield path, f"{path}: no image or video in this folder"
 
 
-def frames_of(path: Path, count: int, rate: float, check: Check = lambda: None) -> Iterator[Frame]:
+def frames_of(
+    path: Path, count: int, rate: float, check: Check = lambda: None, reading: Reading | None = None
+) -> Iterator[Frame]:
     """Yields the frame of an image, or frames of a video: ``count`` evenly spaced (0: all), or ``rate`` per second.
 
-    ``check`` is called for every packet read.  Raises MediaError when ``path`` is not a readable image or video.
+    ``check`` is called for every packet read; ``reading`` counts what could not be decoded.  Raises MediaError when
+    ``path`` is not a readable image or video.
     """
     if not path.is_file():
         raise MediaError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
@@ -59,7 +62,7 @@ def frames_of(path: Path, count: int, rate: float, check: Check = lambda: None) 
     elif suffix in VIDEOS:
         if rate:
             count = max(1, round(duration(path, check) * rate))
-        yield from read_frames(path, count or None, check=check)
+        yield from read_frames(path, count or None, check=check, reading=reading)
     else:
         raise MediaError(
             f"{path}: neither an image ({' '.join(sorted(IMAGES))}) nor a video ({' '.join(sorted(VIDEOS))})"

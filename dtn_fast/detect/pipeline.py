@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.face_finders import MAX_FACES, FaceFinder, open_finder
+from dtn_fast.data.face_finders import FaceFinder, open_finder
 from dtn_fast.data.face_tracker import FaceTracker, Tracked
 from dtn_fast.data.faces import crop_face, cut_of
 from dtn_fast.data.video import Check, Frame
@@ -59,7 +59,7 @@ def detect(
     path, tracker = Path(path), FaceTracker(finder or finder_of(scorer, config), config.every)
     result, kept = Result(path), list[Picture]()
     begin = time.perf_counter()
-    source = functools.partial(frames_of, path, config.frames, config.rate)
+    source = functools.partial(frames_of, path, config.frames, config.rate, reading=result.reading)
     try:
         with (
             _Scoring(scorer, result, kept) as scoring,
@@ -71,7 +71,7 @@ def detect(
                 start = time.perf_counter()
                 found = tracker(frame.image)
                 crops = [crop_face(frame.image, cut_of(face.box, face.degrees, policy), side) for face in found]
-                result.crowded += len(found) == MAX_FACES
+                result.crowded += tracker.crowded
                 result.timing.find_faces += time.perf_counter() - start
                 if found:
                     scoring.add(frame, found, crops)

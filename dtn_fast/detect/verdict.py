@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from dtn_fast.data.face_finders import MAX_FACES
 from dtn_fast.data.faces import Box
+from dtn_fast.data.video import Reading
 
 RULE = (
     "person score = mean P(fake) over the frames with that person's face; input score = the highest person score among "
@@ -23,7 +24,7 @@ class Face(NamedTuple):
     box: Box
     score: float
     person: int = 0
-    """Number of the person's track in this input, from 0; a person out of sight for long gets a new number."""
+    """Number of the person's track in this input, from 0."""
 
 
 class FrameResult(NamedTuple):
@@ -94,6 +95,8 @@ class Result:
     """``fake``, ``real``, ``no face`` or ``failed``."""
     score: float | None = None
     frames_read: int = 0
+    reading: Reading = field(default_factory=Reading)
+    """Count of the frames asked for, lost and missing."""
     crowded: int = 0
     """Number of frames with more faces than are judged, of which the largest were."""
     frames: list[FrameResult] = field(default_factory=list)
@@ -109,9 +112,11 @@ class Result:
         return self.score is not None
 
     @property
-    def crowd_note(self) -> str:
+    def notes(self) -> list[str]:
+        """What the verdict does not rest on: frames that were lost, faces beyond the largest of a crowd."""
         frames = f"{self.crowded} frame{'s' * (self.crowded != 1)}"
-        return f"in {frames} only the {MAX_FACES} largest faces are judged"
+        crowd = [f"in {frames} only the {MAX_FACES} largest faces are judged"] * bool(self.crowded)
+        return [note for note in (self.reading.note(), *crowd) if note]
 
     @property
     def spans(self) -> list[Span]:
@@ -123,7 +128,11 @@ class Result:
             "path": str(self.path),
             "verdict": self.verdict,
             "score": self.score,
+            "frames_asked": self.reading.asked or self.frames_read,
             "frames_read": self.frames_read,
+            "frames_lost": self.reading.lost,
+            "frames_missing": self.reading.missing,
+            "notes": self.notes,
             "frames_with_face": len(self.frames),
             "frames_crowded": self.crowded,
             "error": self.error,

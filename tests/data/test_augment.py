@@ -186,6 +186,16 @@ def test_five_landmarks_place_and_turn_a_face_s_outline() -> None:
     assert np.array_equal(blend(points), blend(None))
 
 
+@pytest.mark.parametrize("count", [5, 68])
+@pytest.mark.parametrize("place", [(64.0, 64.0), (400.0, 400.0)], ids=["one spot", "outside"])
+def test_landmarks_of_no_use_give_the_ellipse(count: int, place: tuple[float, float]) -> None:
+    points = np.full((count, 2), place, np.float32)
+    if place[0] > 128:
+        points += np.random.default_rng(0).uniform(-20, 20, points.shape).astype(np.float32)
+    for seed in range(20):
+        assert self_blend(FACE, np.random.default_rng(seed), points)[1].max() >= 0.2
+
+
 def blend(points: np.ndarray | None) -> np.ndarray:
     return self_blend(FACE, np.random.default_rng(1), points)[1]
 

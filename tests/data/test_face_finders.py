@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -237,3 +238,55 @@ def test_dlib_s_network_and_landmarks() -> None:
         assert (len(points), int(np.isfinite(points).all(1).sum())) == (count, known)
         assert roll(points) == pytest.approx(0, abs=8)
         assert F.Box.around((164, 126), 110).left < np.nanmin(points[:, 0])
+
+
+class Eyes:
+    """A landmark model that puts two eyes level in its picture, 40 pixels beside the middle, and a nose below."""
+
+    def __call__(self, image: np.ndarray, rectangle: Any) -> Any:
+        middle = F.LANDMARK_SIDE / 2
+        assert image.shape == (F.LANDMARK_SIDE, F.LANDMARK_SIDE, 3)
+        assert image.flags.c_contiguous
+        x, y = [middle + 40, middle + 40, middle - 40, middle - 40, middle], [middle] * 4 + [middle + 30]
+        points = [SimpleNamespace(x=a, y=b) for a, b in zip(x, y, strict=True)]
+        return SimpleNamespace(parts=lambda: points)
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180])
+def test_a_landmark_model_sees_every_face_upright_followed_ones_too(
+    degrees: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(F.FaceFinder, "_predictor", lambda _: Eyes())
+    search = F.DlibFinder(FinderConfig("dlib", landmark_model=tmp_path))
+    image = np.ascontiguousarray(np.rot90(PORTRAIT, degrees // 90))  # anticlockwise
+    (found,) = search([image])[0]
+    followed = search.near(image, found)
+    assert followed is not None
+    for face in (found, followed):
+        assert face.points is not None
+        assert face.points.shape == (5, 2)
+        assert np.isnan(face.points[3:]).all()
+        turned = (roll(face.points) or 0) + degrees
+        assert abs((turned + 180) % 360 - 180) < 1
+        assert face.points[:2].mean(0) == pytest.approx(face.box.center, abs=1)
+        assert np.hypot(*(face.points[1] - face.points[0])) == pytest.approx(80 * 2 * face.box.side / F.LANDMARK_SIDE)
+
+
+@pytest.mark.parametrize("shape", [(30, 60000), (60000, 30), (1200, 1200), (2160, 3840)])
+def test_turned_frames_are_bounded_whatever_their_shape(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turned: list[int] = []
+    monkeypatch.setattr(F.DlibFinder, "_search", lambda _, image, *a, **b: turned.append(image[..., 0].size) or [])
+    F.DlibFinder()([np.zeros((*shape, 3), np.uint8)])
+    assert len(turned) == 8
+    assert max(turned[1:]) <= 1.05 * F.QUICK_SEARCH
+
+
+def test_exactly_as_many_faces_as_are_given_are_no_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
+    faces = [FoundFace(F.Box(n, 0, n + 9, 9), 1.0) for n in range(F.MAX_FACES + 1)]
+    search, given = F.DlibFinder(), faces[:-1]
+    monkeypatch.setattr(F.DlibFinder, "_search", lambda *_, **__: list(given))
+    assert (len(search([PORTRAIT])[0]), search.crowded) == (F.MAX_FACES, False)
+    given = faces
+    assert (len(search([PORTRAIT])[0]), search.crowded) == (F.MAX_FACES, True)

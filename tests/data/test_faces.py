@@ -70,3 +70,12 @@ def test_the_eyes_of_both_numberings_give_the_angle() -> None:
     assert roll(five[:, ::-1] * (1, -1)) == pytest.approx(-90.0)
     assert roll(None) is None
     assert roll(np.full((5, 2), np.nan, np.float32)) is None
+
+
+@pytest.mark.parametrize("degrees", [0.0, 30.0])
+def test_a_square_wholly_outside_shows_the_nearest_pixel(degrees: float) -> None:
+    """As after a video's frames have become smaller."""
+    for center, expected in (((900.0, 100.0), RAMP[100, 299]), ((-500.0, -500.0), RAMP[0, 0])):
+        made = crop_face(RAMP, Cut(center, 60, degrees), 32)
+        assert np.abs(made.astype(int) - expected).max() <= (0 if not degrees else 1)
+    assert (crop_face(RAMP[..., 1], Cut((150.0, 900.0), 60), 32) == 199).all()

@@ -152,6 +152,33 @@ def test_masks_are_matched_by_frame_number_and_size(tmp_path: Path) -> None:
         mask_of(Frame(0, 0.0, scene(0, True)))
 
 
+@pytest.mark.parametrize("people", ["one", "all"])
+def test_without_its_mask_a_frame_shows_the_person_forged_before(tmp_path: Path, people: Any) -> None:
+    table = write(tmp_path / "dfd", [mask(k) for k in range(2)])
+    crops = made(table, tmp_path / "out", people=people)
+    fakes = np.flatnonzero(crops.labels)
+    assert crops.frame[fakes].tolist() == [0, 1, 2, 3]
+    assert green(crops.get(fakes)).min() > 20
+    assert "in 2 frames the mask is missing or cannot be read" in crops.notes[-1]
+
+
+def test_a_broken_mask_costs_no_frame(tmp_path: Path) -> None:
+    table = write(tmp_path / "dfd", [mask(k) for k in range(FRAMES)])
+    (tmp_path / "dfd" / MASK).write_bytes(b"no video")
+    crops = made(table, tmp_path / "out", people="all", masks=True)
+    assert crops.frame[crops.labels == 1].tolist() == [0, 1, 2, 3]  # the largest face, not both
+    assert f"in {FRAMES} frames the mask is missing or cannot be read" in crops.notes[-1]
+    assert crops.mask_known is not None
+    assert not crops.mask_known[crops.labels == 1].any()
+
+
+def test_the_same_finder_named_or_not_is_the_same_job(table: VideoTable, tmp_path: Path) -> None:
+    made(table, tmp_path)
+    made(table, tmp_path, finder=FinderConfig("dlib"))
+    with pytest.raises(UsageError, match="holds crops of other settings: finder"):
+        made(table, tmp_path, finder=FinderConfig("dlib", min_face=50))
+
+
 def test_masks_of_pictures_have_the_pictures_names(tmp_path: Path) -> None:
     (tmp_path / "masks").mkdir()
     Image.fromarray(mask(0)).save(tmp_path / "masks" / "007.png")

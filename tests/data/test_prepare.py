@@ -176,7 +176,7 @@ def test_every_video_has_its_rows_or_a_reason(video_set, crops, dataset, tmp_pat
     assert np.array_equal(pictures, dataset.get(np.lexsort((dataset.frame, dataset.video)))), "whatever the shards"
     assert all(40 < box[2] - box[0] == pytest.approx(box[3] - box[1], abs=2) for box in index["box"])
     fine = {"asked": 3, "frames": 3, "faces": 3, "boxes": "own", "error": None, "reason": None}
-    fine |= {"masked": 0, "not_largest": 0, "untouched": 0}
+    fine |= dict.fromkeys(("masked", "not_largest", "untouched", "unmasked", "lost", "missing", "crowded"), 0)
     text, blank = some.status[1:3]
     assert [some.status[0], *some.status[3:]] == dataset.status == [fine] * 40
     assert (text["frames"], text["faces"], text["reason"]) == (0, 0, None)
@@ -609,3 +609,21 @@ def test_one_bad_input_does_not_stop_the_others(tmp_path: Path) -> None:
     assert max(found[4]) < 11
     for frame, (left, _, right, _) in zip(index["frame"], index["box"], strict=True):
         assert (left + right) / 2 == pytest.approx(140 + 2 * frame, abs=25)
+
+
+def test_one_bad_picture_does_not_cost_its_video_the_others(tmp_path: Path) -> None:
+    names = [f"v/{number}.png" for number in range(4)]
+    (tmp_path / "v").mkdir()
+    for name in names:
+        Image.fromarray(FACE).save(tmp_path / name)
+    (tmp_path / names[1]).write_bytes(b"no picture")
+    table = VideoTable(tmp_path, [Video("v", 0, "real", "test", frames=tuple(names))])
+    index = run(table, tmp_path / "out")
+    assert index["frame"] == [0, 2, 3]
+    assert (index["status"][0]["lost"], index["status"][0]["error"]) == (1, None)
+    for name in names:
+        (tmp_path / name).write_bytes(b"no picture")
+    with pytest.raises(UsageError, match="no face was found in any"):
+        run(table, tmp_path / "none")
+    state = json.loads((tmp_path / "none" / "shards" / "000000.json").read_text())["status"][0]
+    assert "3.png: cannot read this image" in state["error"]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import resource
 import signal
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
+from skimage import data
 
-from dtn_fast.data.video import read_frames, read_image, write_video
+from dtn_fast.data.video import Reading, read_frames, read_image, write_video
 from dtn_fast.errors import MediaError
 
 
@@ -156,3 +159,98 @@ def test_write_is_atomic(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r".+"):
         write_video(tmp_path / "a.mp4", [np.zeros((64, 64, 3), np.uint8), np.zeros((3, 3), np.uint8)])
     assert not (tmp_path / "a.mp4").exists()
+
+
+FACE = np.ascontiguousarray(data.astronaut()[0:320:2, 60:380:2][:160, :160])
+
+
+def shots(count: int = 60) -> list[np.ndarray]:
+    """A face, its number written as a bar at the left, noise above, so that no frame is small."""
+    rng, frames = np.random.default_rng(0), []
+    for number in range(count):
+        frame = FACE.copy()
+        frame[:20] = rng.integers(0, 255, (20, 160, 3))
+        frame[30:, :4] = 4 * number
+        frames.append(frame)
+    return frames
+
+
+KINDS = {
+    "a.mp4": ("libx264", {"crf": "30", "g": "10", "bf": "0"}),
+    "b.mp4": ("libx264", {"crf": "30", "g": "10", "bf": "3"}),
+    "a.mkv": ("libx264", {"crf": "30", "g": "10", "bf": "0"}),
+    "a.webm": ("libvpx-vp9", {"g": "10", "deadline": "realtime", "cpu-used": "8"}),
+    "a.avi": ("mpeg4", {"g": "10", "qscale": "8"}),
+    "a.mpg": ("mpeg2video", {"g": "10"}),
+}
+
+
+def write(path: Path, codec: str, options: dict[str, str], count: int = 60) -> None:
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=25, options=options)
+        stream.height = stream.width = 160
+        stream.pix_fmt = "yuv420p"
+        for frame in shots(count):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        out.mux(stream.encode())
+
+
+def damage(path: Path, start: float, share: float) -> None:
+    """Overwrites a stretch of the file with zeros, as a bad sector or a torn download does."""
+    content = bytearray(path.read_bytes())
+    first, length = int(len(content) * start), int(len(content) * share)
+    content[first : first + length] = bytes(length)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("threads", [1, 0])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_damaged_stretch_is_passed_over_and_counted(tmp_path: Path, name: str, threads: int) -> None:
+    path = tmp_path / name
+    write(path, *KINDS[name])
+    whole = {frame.number: frame.image for frame in read_frames(path)}
+    for count in (None, 20):
+        reading = Reading()
+        assert len(list(read_frames(path, count, threads, reading=reading))) == reading.asked == (count or 60)
+        assert (reading.lost, reading.missing, reading.note()) == (0, 0, "")
+    damage(path, 0.4, 0.1)
+    for count in (None, 20):
+        reading = Reading()
+        frames = list(read_frames(path, count, threads, reading=reading))
+        assert len(frames) >= (40 if count is None else 13)
+        assert frames[-1].seconds > 2.0  # to the end; AVI has no clock
+        assert reading.asked == len(frames) + reading.lost
+        assert reading.note()
+        assert 0.02 < reading.share < 0.4
+        if name.endswith(("mp4",)):  # whose frames' numbers do not depend on the damage
+            for frame in (frames[0], frames[-1]):
+                assert np.abs(frame.image.astype(int) - whole[frame.number]).mean() < 4
+
+
+def test_a_pause_of_the_camera_and_a_varying_rate_are_no_damage(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    varying = np.cumsum(rng.integers(20, 80, 60)).tolist()
+    dropped = [40 * n for n in range(60) if n % 15]
+    for stamps in (varying, dropped):
+        with av.open(str(tmp_path / "v.mkv"), "w") as out:
+            stream = out.add_stream("libx264", rate=25)
+            stream.height = stream.width = 160
+            stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, 1000)
+            for stamp, image in zip(stamps, shots(60), strict=False):
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+                frame.pts, frame.time_base = stamp, Fraction(1, 1000)
+                out.mux(stream.encode(frame))
+            out.mux(stream.encode())
+        reading = Reading()
+        assert len(list(read_frames(tmp_path / "v.mkv", 10, reading=reading))) == 10
+        assert reading == Reading(asked=10, total=len(stamps))
+
+
+def test_a_video_without_one_good_frame_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "a.mp4", *KINDS["a.mp4"], count=12)
+    content = (tmp_path / "a.mp4").read_bytes()
+    start, end = content.index(b"mdat") + 4, content.index(b"moov") - 4
+    (tmp_path / "a.mp4").write_bytes(content[:start] + bytes(end - start) + content[end:])
+    for count in (None, 5):
+        with pytest.raises(MediaError, match="cannot read this video"):
+            list(read_frames(tmp_path / "a.mp4", count))

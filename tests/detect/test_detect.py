@@ -379,3 +379,28 @@ def test_a_crowd_is_judged_in_part_and_that_is_said(tmp_path: Path) -> None:
     assert result.to_json()["frames_crowded"] == 1
     assert batch.notes == [f"{tmp_path / 'crowd.png'}: in 1 frame only the 100 largest faces are judged"]
     assert "only the 100 largest faces" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_damaged_video_is_judged_on_the_rest_and_that_is_said(small: DTN, finder: DlibFinder, tmp_path: Path) -> None:
+    face, rng = np.ascontiguousarray(data.astronaut()[:256, 96:352]), np.random.default_rng(0)
+    noise = [np.vstack([rng.integers(0, 255, (40, 256, 3), np.uint8), face]) for _ in range(40)]
+    write_video(tmp_path / "v.mp4", noise, fps=10, crf=30)
+    content = bytearray((tmp_path / "v.mp4").read_bytes())
+    first, length = int(0.4 * len(content)), len(content) // 8
+    content[first : first + length] = bytes(length)
+    (tmp_path / "v.mp4").write_bytes(content)
+    for most, ok in ((0.0, False), (1.0, True)):
+        config = DetectConfig(frames=20, max_lost=most)
+        batch = detect_many([str(tmp_path / "v.mp4")], TorchScorer(small), tmp_path / "out", config, finder=finder)
+        (result,) = batch.results
+        assert result.ok
+        assert (batch.ok, result.reading.asked) == (ok, 20)
+        assert 0 < result.reading.lost == 20 - result.frames_read
+        note = f"{tmp_path / 'v.mp4'}: {result.reading.lost} of 20 frames could not be decoded"
+        assert batch.notes == [note]
+        assert batch.problems == ([] if ok else [f"{note}, over --max-lost 0; the verdict is on the rest"])
+        stored = json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]
+        assert (stored["frames_asked"], stored["frames_lost"]) == (20, result.reading.lost)
+        assert "frames could not be decoded" in (tmp_path / "out" / "report.html").read_text()
+    with pytest.raises(UsageError, match="--max-lost 2"):
+        DetectConfig(max_lost=2)

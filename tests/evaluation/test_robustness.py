@@ -65,7 +65,7 @@ def test_figures_are_those_of_corrupted_crops(scorers: dict, dataset: CropDatase
     picture = (tmp_path / "robustness.svg").read_text()
     assert picture.count("<svg") == 1
     assert "<!-- model &lt;1&gt; -->" in picture
-    assert "test split, 10 videos (2 real, 8 fake), 3.0 frames each on average, largest face;" in table
+    assert "test split, 10 videos (2 real, 8 fake), 3.0 frames each on average, one face of a frame;" in table
     list(robustness(scorers, dataset, tmp_path, RobustnessConfig(("blocks", "jpeg"), (0, 2, 5))))
     assert (tmp_path / "robustness.svg").read_text() == picture
 
