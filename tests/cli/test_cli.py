@@ -51,6 +51,16 @@ def test_help_names_every_verb_and_shows_examples_that_parse(run) -> None:
         assert all(flag in text.replace(example[0], "") for flag in flags), (verb, flags)
 
 
+def test_the_earlier_spelling_of_people_still_works() -> None:
+    for given, read in (
+        ("prepare x --faces all", "prepare x --people all"),
+        ("prepare x --faces=largest --out y", "prepare x --people one --out y"),
+        ("prepare x --faces yunet --faces all", "prepare x --faces yunet --people all"),
+        ("detect x --faces=yunet --out=y", "detect x --faces yunet --out=y"),
+    ):
+        assert cli.renamed(given.split()) == read.split()
+
+
 def test_usage_errors_exit_2(run, tmp_path: Path) -> None:
     for words, word in (
         (["fly"], "fly"),
