@@ -36,10 +36,10 @@ MAX_FACES = 100
 MAX_SEARCH = 12e6
 """Maximum number of pixels of a frame as it is searched, so that time and memory are bounded at any --min-face: in an
 8K frame dlib finds faces from 150 pixels."""
-LANDMARK_SIDE = 400
-"""Side in pixels of the picture, twice a face's box, that landmarks are predicted in."""
 QUICK_SEARCH = 2e6
 """The same for each of the seven searches of a turned frame."""
+LANDMARK_SIDE = 400
+"""Side in pixels of the picture, twice a face's box, that landmarks are predicted in."""
 LEAST_SIDE = 40
 """Side in pixels of the smallest face that a --min-face below 1 means: smaller ones hold nothing to judge."""
 
@@ -48,6 +48,10 @@ class FaceFinder(ABC):
     """Finds faces in RGB frames.  Any number of threads may call one."""
 
     name: ClassVar[FinderName]
+    shake: ClassVar[float]
+    """Difference between boxes of a face in nearly equal frames, as a share of the side."""
+    follows: ClassVar[bool] = False
+    """Whether faces are followed by :meth:`near` between searches of the whole frame."""
 
     def __init__(self, config: FinderConfig = FinderConfig()) -> None:
         self.config = config
@@ -67,16 +71,10 @@ class FaceFinder(ABC):
         whole frame.  Only finders with ``follows`` have it."""
         raise NotImplementedError
 
-    shake: ClassVar[float]
-    """Difference between boxes of a face in nearly equal frames, as a share of the side."""
-
     @property
     def gives_points(self) -> bool:
         """Whether found faces have landmarks."""
         return self.name == "yunet" or self.config.landmark_model is not None
-
-    follows: ClassVar[bool] = False
-    """Whether faces are followed by :meth:`near` between searches of the whole frame."""
 
     @abstractmethod
     def _search(self, frame: Image, smallest: float, quick: bool = False) -> list[FoundFace]:
