@@ -4,8 +4,8 @@ dlib's HOG finder jumps between the sizes of its image pyramid (1.2 times apart)
 face that it finds is therefore searched again around its place at four sizes that divide one step of the pyramid, and
 the boxes and scores are averaged.
 
-YuNet's boxes are mapped to dlib's: the square's centre from the landmarks, its side from the box's area, neither of
-which changes when the head is turned.
+The other finders' boxes are mapped to its square.  YuNet's: the centre from the landmarks, the side from the box's
+area, neither of which changes when the head is turned.
 """
 
 from __future__ import annotations
@@ -226,6 +226,11 @@ CNN_SEARCH = 1e6
 met in frames of up to a million pixels divided by the square of 80 / --min-face."""
 
 
+CNN_TO_DLIB = (1.05, 0.06)
+"""Side of the HOG finder's square divided by the network's, and its shift right and down in sides: medians over 16
+faces in photographs."""
+
+
 class DlibCnnFinder(FaceFinder):
     """dlib's MMOD network.  Raises UsageError without dlib or a model file."""
 
@@ -240,7 +245,13 @@ class DlibCnnFinder(FaceFinder):
         pixels = CNN_SEARCH if not self._on_gpu else QUICK_SEARCH if quick else MAX_SEARCH
         scale = _bounded(frame, WINDOW / smallest, pixels)
         hits = self._detector()(_scaled(frame, scale), 0)
-        return [FoundFace(_square(hit.rect), float(hit.confidence)).placed(_zoom(1 / scale)) for hit in hits]
+        found = [FoundFace(_square(hit.rect), float(hit.confidence)).placed(_zoom(1 / scale)) for hit in hits]
+        return [face._replace(box=self._like_hog(face.box)) for face in found]
+
+    @staticmethod
+    def _like_hog(box: Box) -> Box:
+        x, y = (c + CNN_TO_DLIB[1] * box.side for c in box.center)
+        return Box.around((x, y), CNN_TO_DLIB[0] * box.side)
 
     def _detector(self) -> Any:
         if not hasattr(self._own, "detector"):
