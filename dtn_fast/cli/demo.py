@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dtn_fast.cli.prepare import prepare, synthesize
 from dtn_fast.cli.terminal import print_table
 from dtn_fast.cli.train import distill, train
-from dtn_fast.data.config import SyntheticConfig, WorkConfig
+from dtn_fast.data.config import FinderConfig, PrepareConfig, SyntheticConfig, WorkConfig
 from dtn_fast.data.crop_dataset import open_crop_dataset
 from dtn_fast.data.prepare import finished
 from dtn_fast.data.synthetic_faces import film
@@ -56,7 +56,8 @@ def run(out: Path, workers: int, size: SyntheticConfig = SyntheticConfig(), reci
         if finished(crops):
             print("already done")
         else:
-            prepare(data, crops, work=WorkConfig(workers), preset="tiny")
+            near = PrepareConfig(finder=FinderConfig(min_face=80))  # the rendered faces fill their frames
+            prepare(data, crops, config=near, work=WorkConfig(workers), preset="tiny")
     with _stage(3, "Training the teacher (CE + Ct-c)"):
         train(crops, training, recipe, preset="demo")
     with _stage(4, "Distilling students (DSD)"):
