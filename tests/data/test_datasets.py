@@ -27,7 +27,7 @@ from dtn_fast.data.datasets.deeperforensics import VARIANTS, perturbations
 from dtn_fast.data.datasets.ffpp import DFD, FFPP_METHODS
 from dtn_fast.data.datasets.parsing import safe_path
 from dtn_fast.data.frames import landmarks, video_frames
-from dtn_fast.data.video import read_frames, write_video
+from dtn_fast.data.video import Reading, read_frames, write_video
 from dtn_fast.data.video_table import SPLITS, Video, VideoTable, audit
 from dtn_fast.errors import MediaError, UsageError
 
@@ -580,8 +580,11 @@ def test_pictures_are_spread_and_numbered_by_name(tmp_path: Path) -> None:
     assert all(np.array_equal(frame.image, picture(2 * frame.number)) for frame in frames)
     assert len(list(video_frames(tmp_path, video, 99))) == 5
     put(tmp_path, names[2], data=still()[:200])
+    reading = Reading()
+    assert [frame.number for frame in video_frames(tmp_path, video, 3, reading=reading)] == [0, 40]
+    assert (reading.asked, reading.lost) == (3, 1)
     with pytest.raises(MediaError, match=r"020\.png: cannot read this image"):
-        list(video_frames(tmp_path, video, 3))
+        list(video_frames(tmp_path, video._replace(frames=names[2:3]), 3))
 
 
 def test_lmdb(tmp_path: Path) -> None:
@@ -594,10 +597,10 @@ def test_lmdb(tmp_path: Path) -> None:
         transaction.put(first.encode(), still())
         transaction.put(second.encode(), still()[:100])
     refused(tmp_path, replace(source, lmdb=damaged), "5 of 5 videos are missing")
-    with pytest.raises(MediaError, match=f"damaged: holds no {re.escape(third)}"):
-        list(video_frames(tmp_path, rows[0], 2, damaged))
-    with pytest.raises(MediaError, match=f"{re.escape(second)}: cannot read this image"):
-        list(video_frames(tmp_path, rows[0], 3, damaged))
+    assert [frame.number for frame in video_frames(tmp_path, rows[0], 3, damaged)] == [0]
+    for name, fault in ((third, "damaged: holds no {}"), (second, "{}: cannot read this image")):
+        with pytest.raises(MediaError, match=fault.format(re.escape(name))):
+            list(video_frames(tmp_path, rows[0]._replace(frames=(name,)), 3, damaged))
     refused(tmp_path, replace(source, lmdb=tmp_path / "nowhere"), "nowhere: cannot open this LMDB")
     put(tmp_path, "bench.json", data=one({"frames": ["/".join(["a" * 200] * 3)]}))
     refused(tmp_path, source)
