@@ -105,6 +105,13 @@ def test_frames_without_a_face_are_searched_turned_once_in_a_while() -> None:
     assert [number for number, turned in enumerate(finder.turned) if turned] == [0, 8, 16]
 
 
+def test_a_frame_of_another_size_is_searched_anew() -> None:
+    """Places in the frame before mean nothing there."""
+    finder = Given([[square(60, 60, 40)]] * 4)
+    track(finder, [BLANK, BLANK, BLANK[:200], BLANK[:200]])
+    assert len(finder.turned) == 2
+
+
 def scene(*people: np.ndarray | None, side: int = 320, back: int = 120) -> np.ndarray:
     """A frame 320 pixels high with a place for each person; None leaves it empty."""
     empty = np.full((320, side, 3), back, np.uint8)

@@ -222,6 +222,8 @@ def test_a_damaged_stretch_is_passed_over_and_counted(tmp_path: Path, name: str,
         assert reading.asked == len(frames) + reading.lost
         assert reading.note()
         assert 0.02 < reading.share < 0.4
+        if name in ("a.avi", "a.mpg") and count is None:
+            assert reading.lost  # a frame that is decoded from half of its data is none
         if name.endswith(("mp4",)):  # whose frames' numbers do not depend on the damage
             for frame in (frames[0], frames[-1]):
                 assert np.abs(frame.image.astype(int) - whole[frame.number]).mean() < 4
@@ -229,7 +231,7 @@ def test_a_damaged_stretch_is_passed_over_and_counted(tmp_path: Path, name: str,
 
 def test_a_pause_of_the_camera_and_a_varying_rate_are_no_damage(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
-    varying = np.cumsum(rng.integers(20, 80, 60)).tolist()
+    varying = np.cumsum(rng.choice([2, 17, 40, 41, 500], 60)).tolist()
     dropped = [40 * n for n in range(60) if n % 15]
     for stamps in (varying, dropped):
         with av.open(str(tmp_path / "v.mkv"), "w") as out:
