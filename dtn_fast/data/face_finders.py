@@ -50,8 +50,6 @@ class FaceFinder(ABC):
     name: ClassVar[FinderName]
     shake: ClassVar[float]
     """Difference between boxes of a face in nearly equal frames, as a share of the side."""
-    follows: ClassVar[bool] = False
-    """Whether faces are followed by :meth:`near` between searches of the whole frame."""
 
     def __init__(self, config: FinderConfig = FinderConfig()) -> None:
         self.config = config
@@ -67,9 +65,9 @@ class FaceFinder(ABC):
         return [self._find(_rgb(frame), turned) for frame in frames]
 
     def near(self, frame: Image, face: FoundFace) -> FoundFace | None:
-        """The face near the place of ``face``, found in an earlier frame, or None; much faster than a search of the
-        whole frame.  Only finders with ``follows`` have it."""
-        raise NotImplementedError
+        """The face near the place of ``face``, found in an earlier frame, much faster than by a search of the whole
+        frame; None when it is not there, and from finders that are fast enough to search every frame."""
+        return None
 
     @property
     def gives_points(self) -> bool:
@@ -168,7 +166,6 @@ class DlibFinder(FaceFinder):
     """dlib's HOG face finder, the paper's.  Raises UsageError when dlib is not installed."""
 
     name, shake = "dlib", 0.08
-    follows = True
 
     def __init__(self, config: FinderConfig = FinderConfig()) -> None:
         super().__init__(config)

@@ -294,7 +294,8 @@ def _crop_video(job: PrepareJob, video: Video, reals: dict[str, Boxes]) -> Cropp
             mask = mask_of(frame) if mask_of else None
             if mask_of and tracker is not None:
                 faces = mask_of.forged(faces, mask, state)
-            mask = np.zeros(shape[:2], np.uint8) if not video.label else mask
+            if config.masks and not video.label:
+                mask = np.zeros(shape[:2], np.uint8)
             for face in faces if config.people == "all" else faces[:1]:
                 if tracker is None:
                     made.points.append(_points(job, names.get(frame.number), shape))
@@ -386,6 +387,7 @@ def _write_index(job: PrepareJob) -> None:
         "synthetic": job.table.synthetic,
         "dataset": job.table.dataset,
         **_settings(job.config),
+        "crop": None if job.table.crops else asdict(job.config.policy),
         "landmarks": len(marks := {state["landmarks"] for state in states if state["rows"]}) == 1 and 0 not in marks,
         "notes": [*job.table.notes, *mask_notes(status)],
         "shards": [

@@ -33,7 +33,7 @@ HOPPER = hopper()
 class Given:
     """A finder told the faces of each call; ``near`` gives the one that overlaps most."""
 
-    follows, shake = True, 0.08
+    shake = 0.08
 
     def __init__(self, frames: list[list[FoundFace]]) -> None:
         self.frames, self.now, self.turned = frames, -1, list[bool]()

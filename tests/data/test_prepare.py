@@ -403,7 +403,7 @@ def test_another_job_in_the_same_folder_is_refused(many: VideoTable, whole: Path
 class KnownFaces:
     """A finder told where the faces of each frame are; remembers which frames it searched as a whole."""
 
-    follows, shake = True, 0.0
+    shake = 0.0
 
     def __init__(self, frames: list[list[Box]]) -> None:
         self.frames, self.whole = frames, list[int]()

@@ -157,7 +157,7 @@ def test_a_long_video_streams(small: DTN, tmp_path: Path, monkeypatch: pytest.Mo
             yield Frame(number, number / 25, image)
 
     class Always:
-        follows, shake = True, 0.1
+        shake = 0.1
 
         def __call__(self, frames: list[np.ndarray], turned: bool) -> list[list[FoundFace]]:
             return [[FoundFace(Box(0, 0, 64, 64), 1.0)] for _ in frames]
