@@ -98,9 +98,9 @@ class Track:
 class FaceTracker:
     """Finds and numbers the faces of a video, given its frames in order.
 
-    The finder is asked for each face near its last place, which costs about a tenth of a search of the whole frame.  The
-    whole frame is searched for the first frame, for every ``every``-th after it (to find new faces), after a cut, and
-    whenever a face is no longer near its last place; by a finder that does not look near a place, always.
+    The finder is asked for each face near its last place, which costs about a tenth of a search of the whole frame.
+    The whole frame is searched for the first frame, for every ``every``-th after it (to find new faces), after a cut,
+    and whenever a face is no longer near its last place; by a finder that does not look near a place, always.
 
     Faces are given to people by place and appearance: a person seen again keeps the number, and a cut does not swap two
     people's, as far as the pictures tell.
