@@ -30,8 +30,9 @@ from dtn_fast.data.faces import Box, crop_face, cut_of
 from dtn_fast.data.loader import Loader
 from dtn_fast.data.open import open_data
 from dtn_fast.data.randomness import sample_seeds
-from dtn_fast.data.video import read_frames, write_video
+from dtn_fast.data.video import read_frames
 from dtn_fast.data.video_table import Video
+from dtn_fast.data.video_writer import write_video
 from dtn_fast.model.config import CropPolicy
 from dtn_fast.packages import require
 

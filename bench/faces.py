@@ -26,7 +26,8 @@ from dtn_fast.data.config import FinderConfig, PrepareConfig
 from dtn_fast.data.face_finders import DlibFinder, FaceFinder, Image, open_finder
 from dtn_fast.data.face_tracker import FaceTracker
 from dtn_fast.data.faces import Box, Cut, FoundFace, crop_face
-from dtn_fast.data.video import read_frames, read_image
+from dtn_fast.data.pictures import read_image
+from dtn_fast.data.video import read_frames
 from dtn_fast.errors import UsageError
 from dtn_fast.packages import require
 

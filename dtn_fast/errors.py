@@ -3,7 +3,15 @@
 Exit codes: 0 done, 1 some inputs failed, 2 usage (wrong arguments, missing or unsuitable files).
 """
 
+import re
 import warnings
+
+
+def one_line(text: str) -> str:
+    """The text, such as a file's name, in one line that a terminal shows: control characters, line breaks, marks that
+    reverse the direction of writing, and bytes that are no UTF-8 become escapes."""
+    hidden = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(hidden, lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class DtnWarning(UserWarning):
@@ -13,7 +21,7 @@ class DtnWarning(UserWarning):
 
 def tell(message: str) -> None:
     """Warns with ``message``, once in a process."""
-    warnings.warn(" ".join(message.split()), DtnWarning, stacklevel=3)
+    warnings.warn(one_line(" ".join(message.split())), DtnWarning, stacklevel=3)
 
 
 class DtnError(Exception):
@@ -22,7 +30,7 @@ class DtnError(Exception):
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))  # one line, even if a file name holds line breaks
+        super().__init__(one_line(" ".join(message.split())))  # even if a file name holds line breaks
 
 
 class UsageError(DtnError, ValueError):

@@ -39,6 +39,8 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(6) + '.' if shared else ''}partial")
+    if len(os.fsencode(partial.name)) > longest_name(path.parent):
+        partial = path.with_name(f".{secrets.token_hex(12)}.partial")
     try:
         yield partial
         try:
@@ -47,11 +49,27 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
             if not (shared and path.is_file()):
                 raise
     except OSError as error:
-        if error.filename not in (None, str(partial)):
+        if error.filename is not None and not str(error.filename).endswith(partial.name):
             raise
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def longest_name(folder: Path) -> int:
+    """Maximum number of bytes of a file's name in ``folder``."""
+    try:
+        return os.pathconf(folder, "PC_NAME_MAX")
+    except (OSError, ValueError, AttributeError):  # a folder that is not there yet, or not a POSIX system
+        return 255
+
+
+def fitting_name(folder: Path, stem: str, suffix: str) -> Path:
+    """The path of a file in ``folder``, with a shorter stem where the file system does not take the whole name."""
+    room = longest_name(folder) - len(os.fsencode(suffix))
+    while len(os.fsencode(stem)) > room:
+        stem = stem[:-1]
+    return folder / (stem + suffix)
 
 
 def load_array(path: Path) -> Any:

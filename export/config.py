@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from dtn_fast.data.config import Split
 from dtn_fast.errors import UsageError
+from dtn_fast.ranges import Count, Natural, NotNegative, Range, check_ranges
 
 
 @dataclass(frozen=True)
@@ -16,18 +17,17 @@ class RepositoryConfig:
 
     name: str = "dtn"
     """Name of the model that takes crops; the ensemble that takes encoded pictures is called NAME_encoded."""
-    max_batch: int = 64
+    max_batch: Annotated[int, Range(1, 4096)] = 64
     """Largest batch that the server forms from requests."""
-    delay_us: int = 2000
+    delay_us: Natural = 2000
     """Longest time that a request waits for others to fill its batch, in microseconds."""
-    instances: int = 1
+    instances: Annotated[int, Range(1, 1024)] = 1
     """Number of copies of the model per GPU (or per machine without one)."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if not self.name.replace("_", "").replace("-", "").isalnum():
             raise UsageError(f"--name {self.name}: use letters, digits, - and _ only; it names a folder")
-        if min(self.max_batch, self.instances) < 1 or self.delay_us < 0:
-            raise UsageError("--max-batch and --instances must be at least 1, --delay-us at least 0")
 
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -55,12 +55,12 @@ class OnnxConfig:
 class EngineConfig:
     """Settings for building an engine."""
 
-    batches: tuple[int, int, int] = (1, 8, 64)
+    batches: Annotated[tuple[int, int, int], Range(1, 4096)] = (1, 8, 64)
     """Smallest, optimum and largest batch size of the engine, which is fastest at the optimum."""
     attention: Literal["native", "plugin", "fastest"] = "native"
     """Layers for MAS attention and the expert gate in a .engine: TensorRT's own (native), this package's Triton kernels
     (plugin), or the faster of the two at the optimum batch size (fastest)."""
-    archs: tuple[int, ...] = ()
+    archs: Annotated[tuple[int, ...], Range(50, 999)] = ()
     """Compute capabilities x 10 to compile a .rtx file for, such as 89; default: all that support its precision."""
     hardware: Literal["this", "same", "ampere+"] = "this"
     """GPUs that a .engine runs on: this GPU model, all of its compute capability, or all from Ampere on (slower)."""
@@ -70,17 +70,16 @@ class EngineConfig:
     """Make a .engine whose weights can be replaced later (--refit-from) without building again."""
     refit_from: Path | None = None
     """Engine built with --refit: copy it with this model's weights instead of building a new engine."""
-    effort: int = 3
+    effort: Annotated[int, Range(0, 5)] = 3
     """Builder optimisation level, 0 (fast build) to 5 (fast engine)."""
     timing_cache: Path | None = None
     """File that stores TensorRT's tactic timings; default: one per GPU and TensorRT version in ~/.cache/dtn_fast."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         low, best, high = self.batches
-        if not 1 <= low <= best <= high <= 4096:
-            raise UsageError(f"--batches {low} {best} {high}: give smallest <= optimum <= largest, from 1 to 4096")
-        if not 0 <= self.effort <= 5:
-            raise UsageError(f"--effort {self.effort}: it must be 0 to 5")
+        if not low <= best <= high:
+            raise UsageError(f"--batches {low} {best} {high}: give smallest <= optimum <= largest")
 
 
 Width = Literal["none", "int8", "fp8"]
@@ -99,16 +98,19 @@ class QuantizeConfig:
     calibrate: Path | None = None
     """Crops written by dtn-fast prepare, or a folder of face pictures: the train split is used for calibration, the val
     split for the accuracy check."""
-    images: int = 128
+    images: Count = 128
     """Number of crops to calibrate with."""
     keep: tuple[str, ...] = ()
     """Names of layers, as in the sensitivity table, that are not quantised."""
     sensitivity: bool = False
     """Also quantise each layer alone and print how much the logits change."""
-    max_auc_drop: float = 0.005
+    max_auc_drop: NotNegative = 0.005
     """Largest accepted loss of frame AUC on the validation split; more is an error."""
-    max_logit_change: float = 1.0
+    max_logit_change: NotNegative = 1.0
     """Largest accepted change of a logit on the validation split; more is an error."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     @property
     def on(self) -> bool:
@@ -121,9 +123,12 @@ class VerifyConfig:
 
     split: Split = "val"
     """Split that the crops are taken from."""
-    images: int = 64
+    images: Count = 64
     """Number of crops, evenly spaced over the split."""
     layers: bool = False
     """Also compare the output of every convolution and matrix product; checkpoints and ONNX files only."""
-    tolerance: float = 0.01
+    tolerance: NotNegative = 0.01
     """Largest accepted difference of a logit."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 
@@ -13,48 +12,49 @@ from dtn_fast.data.config import AugmentName
 from dtn_fast.data.synthetic_marker import HELD_OUT, METHODS
 from dtn_fast.errors import UsageError
 from dtn_fast.model.config import DTNConfig, ModelConfig, TimmConfig, read_config
+from dtn_fast.ranges import Count, Natural, NotNegative, Positive, Range, Seed, check_ranges
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The training recipe.  Defaults are the paper's; *choice* marks values that the paper leaves open."""
 
-    epochs: int = 30
+    epochs: Count = 30
     """Epochs of the initial training and of each generation (*choice*)."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Images per update, over all processes and accumulated parts, so a run is the same on any number of GPUs."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Number of parts that a batch is computed in, one after another, to save memory; BN sees one part at a time."""
     sync_bn: bool = True
     """Compute BN statistics over the images of all processes, not of each process alone."""
-    lr: float = 1e-4
+    lr: Positive = 1e-4
     """Adam's learning rate."""
-    weight_decay: float = 1e-4
+    weight_decay: NotNegative = 1e-4
     """Adam's weight decay."""
-    lr_step: int = 15
+    lr_step: Count = 15
     """Epochs between divisions of the learning rate by ten."""
-    weights: tuple[float, float, float] = (4.0, 0.4, 0.6)
+    weights: Annotated[tuple[float, float, float], Range(0)] = (4.0, 0.4, 0.6)
     """Weights of CE, KD and Ct-c in the DSD loss (Eq. 7; this order is a *choice*)."""
-    initial_weights: tuple[float, float] = (1.0, 1.0)
+    initial_weights: Annotated[tuple[float, float], Range(0)] = (1.0, 1.0)
     """Weights of CE and Ct-c in the initial training (section 3.1)."""
     center_on: Literal["logits", "features"] = "logits"
     """Input of the Ct-c loss: the two logits (low-dimensional Ct-c, the paper's) or a DTN's pooled features."""
-    temperature: float = 2.0
+    temperature: Positive = 2.0
     """Temperature of the softened probabilities (soft labels) in the KD loss (*choice*)."""
-    delta: float = 1.0
+    delta: Positive = 1.0
     """Constant added to the denominator of Ct-c (Eq. 3)."""
-    real_repeat: int = 0
+    real_repeat: Natural = 0
     """Repeats of each real crop per epoch, with new augmentation.  The paper uses 4; 0 chooses the number that balances
     the classes."""
     methods: tuple[str, ...] = ()
     """Forgeries to train and validate on.  Default: all in the data."""
-    generations: int = 5
+    generations: Natural = 5
     """Maximum number of students, trained one after another."""
-    min_generations: int = 0
+    min_generations: Natural = 0
     """Minimum number of students, trained even when validation AUC does not improve."""
-    generation_patience: int = 1
+    generation_patience: Count = 1
     """Stop after this many students in a row that do not exceed the best validation AUC so far."""
-    epoch_patience: int = 0
+    epoch_patience: Natural = 0
     """Stop a generation after this many epochs in a row without a better validation AUC; 0: never."""
     augment: AugmentName = "forensic"
     """Augmentation.  forensic: geometry, lighting, blur, noise and JPEG; light: for small, clean datasets."""
@@ -63,15 +63,15 @@ class Recipe:
     device on a GPU, else cpu."""
     self_blend: bool = False
     """Train on self-blended copies of the real crops instead of the data's fakes (*choice*)."""
-    blend_share: float = 1.0
+    blend_share: Annotated[float, Range(above=0, high=1)] = 1.0
     """Share of the training fakes that --self-blend makes; below 1 the others are the data's own, and validation is on
     the data's own alone."""
-    cache_teacher: int = 0
+    cache_teacher: Natural = 0
     """Fixed number of augmented views per crop.  The teacher labels each view once and its logits are kept.  0: new
     augmentation in every epoch, nothing kept."""
-    ema: float = 0.0
+    ema: Annotated[float, Range(0, below=1)] = 0.0
     """Decay of a moving average of the weights, such as 0.999; the average is validated and saved.  0: no average."""
-    max_nonfinite: int = 10
+    max_nonfinite: Natural = 10
     """Maximum number of steps per generation that are skipped because the loss or gradient is not finite; one more ends
     the run with an error."""
     pretrained: bool = False
@@ -79,33 +79,11 @@ class Recipe:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format.  auto: bf16 if the hardware supports it, fp16 with a loss scaler on older GPUs, fp32 on other
     CPUs."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed of the initial weights, the order of the crops and the augmentation."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "epochs",
-            "batch_size",
-            "accumulate",
-            "lr_step",
-            "temperature",
-            "delta",
-            "lr",
-            "generation_patience",
-        ):
-            if not 0 < getattr(self, name) < math.inf:  # false for NaN
-                raise UsageError(f"Recipe.{name} is {getattr(self, name)}; it must be positive")
-        for name in ("weight_decay", "real_repeat", "generations", "min_generations", "epoch_patience", "cache_teacher",
-                     "max_nonfinite"):  # fmt: skip
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UsageError(f"Recipe.{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("weights", "initial_weights"):
-            if not all(0 <= weight < math.inf for weight in getattr(self, name)):
-                raise UsageError(f"Recipe.{name} is {getattr(self, name)}; each must be a number, 0 or more")
-        if not 0 <= self.ema < 1:
-            raise UsageError(f"Recipe.ema is {self.ema}; it must be from 0 to below 1")
-        if not 0 < self.blend_share <= 1:
-            raise UsageError(f"--blend-share {self.blend_share}: must be above 0 and at most 1")
+        check_ranges(self)
         if self.blend_share < 1 and not self.self_blend:
             raise UsageError("--blend-share: only with --self-blend")
         if self.cache_teacher and self.self_blend:
@@ -139,15 +117,13 @@ class Execution:
     """Run the teacher on its own CUDA stream, in parallel with the student's forward pass."""
     resident: bool = False
     """Keep the training crops in the device's memory."""
-    save_every: int = 1000
+    save_every: Natural = 1000
     """Steps between saved training states; 0: save only at the end of each epoch, as is always done."""
-    log_every: int = 50
+    log_every: Count = 50
     """Number of steps averaged into one line of steps.jsonl."""
 
     def __post_init__(self) -> None:
-        for name, least in (("save_every", 0), ("log_every", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"Execution.{name} is {getattr(self, name)}; it must be at least {least}")
+        check_ranges(self)
 
     def compiled(self, device: torch.device) -> bool:
         return self.compile == "on" or (self.compile == "auto" and device.type == "cuda")

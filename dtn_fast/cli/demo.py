@@ -17,10 +17,11 @@ from dtn_fast.cli.terminal import print_table
 from dtn_fast.cli.train import distill, train
 from dtn_fast.data.config import FinderConfig, PrepareConfig, SyntheticConfig, WorkConfig
 from dtn_fast.data.crop_dataset import open_crop_dataset
+from dtn_fast.data.pictures import read_image
 from dtn_fast.data.prepare import finished
 from dtn_fast.data.synthetic_faces import film
 from dtn_fast.data.synthetic_marker import HELD_OUT, METHODS, STAMP
-from dtn_fast.data.video import read_image, write_video
+from dtn_fast.data.video_writer import write_video
 from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.pipeline import detect, finder_of
 from dtn_fast.detect.report import ReportTable, trained_on, write_report, write_results
@@ -30,6 +31,7 @@ from dtn_fast.evaluation.evaluate import evaluate
 from dtn_fast.export.to_onnx import Parity, export_onnx
 from dtn_fast.model.detector import Detector
 from dtn_fast.packages import require
+from dtn_fast.ranges import Workers
 from dtn_fast.runtime.load import load_model, load_scorer
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train.config import PRESETS, Recipe
@@ -136,7 +138,7 @@ def _report(
     write_results(out / "results.json", results, notice, DETECTION.threshold)
 
 
-def demo(out: Path = Path("runs/demo"), workers: int = WorkConfig.workers) -> None:
+def demo(out: Path = Path("runs/demo"), workers: Workers = WorkConfig.workers) -> None:
     """Run every step once, in minutes on real files: make a dataset, train, distil, evaluate, export, detect.
 
     Example: dtn-fast demo --out runs/demo

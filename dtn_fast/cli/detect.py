@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from dtn_fast.cli.terminal import print_table, progress
-from dtn_fast.data.video import VIDEOS
+from dtn_fast.data.media import VIDEOS
 from dtn_fast.detect.batch import BatchResult, detect_many
 from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.verdict import RULE, Result

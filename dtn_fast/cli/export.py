@@ -10,6 +10,7 @@ import tyro
 from dtn_fast.cli.terminal import print_table, progress, steps
 from dtn_fast.errors import DtnError
 from dtn_fast.export.config import EngineConfig, OnnxConfig, QuantizeConfig, RepositoryConfig, VerifyConfig
+from dtn_fast.ranges import Count
 from dtn_fast.runtime.config import Runtime
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def verify(
         raise DtnError(f"{second}: a logit differs by {gap.worst_logit:.2e}, over --tolerance {config.tolerance:g}")
 
 
-def inspect(engine: Annotated[Path, tyro.conf.Positional], batch: int | None = None) -> None:
+def inspect(engine: Annotated[Path, tyro.conf.Positional], batch: Count | None = None) -> None:
     """Show the metadata of an engine, ONNX or MNN file; for an engine on its GPU also its layers and their times.
 
     Example: dtn-fast inspect dtn.engine --batch 8

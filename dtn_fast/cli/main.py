@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
+import io
 import itertools
+import os
+import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,7 +24,8 @@ from dtn_fast.cli.evaluate import evaluate, explain, report, robustness
 from dtn_fast.cli.export import export, inspect, repository, verify
 from dtn_fast.cli.prepare import corrupt, prepare, synthesize
 from dtn_fast.cli.train import ablate, distill, train
-from dtn_fast.errors import DtnError, DtnWarning
+from dtn_fast.errors import DtnError, DtnWarning, UsageError
+from dtn_fast.ranges import checked
 from dtn_fast.train.config import PRESETS
 
 
@@ -69,16 +75,21 @@ def renamed(arguments: list[str]) -> list[str]:
 def main() -> None:
     """Entry point of ``dtn-fast``."""
     warnings.showwarning = _show
+    for stream in (sys.stdout, sys.stderr):  # the bytes of a file's name may be no text of the terminal's encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         if sys.argv[1:2] == ["bench"]:  # bench also runs without tyro, so it parses its own arguments
             from dtn_fast.bench.run import main as run
 
             raise SystemExit(run(sys.argv[2:]))
-        sys.argv[1:] = renamed(sys.argv[1:])
-        verbs = {**VERBS, **{verb.__name__: with_preset(verb, sys.argv[1:]) for verb in (train, ablate)}}
-        code = tyro.extras.subcommand_cli_from_dict(verbs, prog="dtn-fast", description=DESCRIPTION)
+        code = _parsed(renamed(sys.argv[1:]))()
+        sys.stdout.flush()
     except DtnError as error:
         raise SystemExit(_fail(str(error), error.exit_code)) from None
+    except BrokenPipeError:  # the reader, such as head, wants no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except OSError as error:  # such as a full disk, or a folder without permission
         where = f"{error.filename}: " if error.filename else ""
         remedy = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
@@ -86,6 +97,46 @@ def main() -> None:
     except KeyboardInterrupt:
         raise SystemExit(_fail("interrupted; run the same command to resume training or rendering", 130)) from None
     raise SystemExit(code or 0)
+
+
+def _parsed(arguments: list[str]) -> Callable[[], int | None]:
+    """The verb with its options, ready to run.  Raises UsageError, in one line, when an option is unknown or wrong."""
+    verbs = {**VERBS, **{verb.__name__: with_preset(verb, arguments) for verb in (train, ablate)}}
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            later = {name: _later(verb) for name, verb in verbs.items()}
+            return tyro.extras.subcommand_cli_from_dict(later, prog="dtn-fast", description=DESCRIPTION, args=arguments)
+    except SystemExit as stop:
+        cause: BaseException | None = stop
+        while cause is not None and not isinstance(cause, UsageError):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
+        if stop.code == 2:
+            verb = f"{arguments[0]} " if arguments[:1] and arguments[0] in verbs else ""
+            raise UsageError(f"{_unboxed(box.getvalue())}; see dtn-fast {verb}--help") from None
+        raise
+
+
+def _later(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with the parameters of ``verb`` that checks their ranges and gives the call, to be made later."""
+    fixed = verb.keywords if isinstance(verb, functools.partial) else {}
+    base = checked(verb.func if isinstance(verb, functools.partial) else verb)
+
+    @functools.wraps(base)
+    def bound(*args: Any, **kwargs: Any) -> Callable[[], Any]:
+        return functools.partial(base, *args, **kwargs)
+
+    return functools.partial(bound, **fixed) if fixed else bound
+
+
+def _unboxed(text: str) -> str:
+    """The message of an error box of tyro's, in one line."""
+    rows = [re.sub(r"^[│|]\s?|\s*[│|]$", "", row).strip() for row in text.splitlines()]
+    inside = (row for row in rows if row and row[0] not in "╭╰")
+    body = itertools.takewhile(lambda row: not set(row) <= set("─-"), inside)  # help follows a rule
+    return " ".join(body) or " ".join(text.split())
 
 
 def _show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:

@@ -15,6 +15,7 @@ from dtn_fast.data.synthetic_faces import make_synthetic
 from dtn_fast.data.synthetic_marker import STAMP
 from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.evaluation.config import RobustnessConfig
+from dtn_fast.ranges import Range, Seed, Side, Workers
 
 ModelPreset = Literal["paper", "tiny"]
 LOG_EVERY = 30
@@ -24,7 +25,7 @@ LOG_EVERY = 30
 def synthesize(
     out: Annotated[Path, tyro.conf.Positional],
     config: Annotated[SyntheticConfig, tyro.conf.OmitArgPrefixes] = SyntheticConfig(),
-    workers: int = WorkConfig.workers,
+    workers: Workers = WorkConfig.workers,
 ) -> None:
     """Write the synthetic demo dataset, laid out like FaceForensics++.
 
@@ -49,7 +50,7 @@ def prepare(
     config: Annotated[PrepareConfig, tyro.conf.OmitArgPrefixes] = PrepareConfig(),
     work: Annotated[WorkConfig, tyro.conf.OmitArgPrefixes] = WorkConfig(),
     preset: ModelPreset = "paper",
-    size: int | None = None,
+    size: Side | None = None,
     audit_only: bool = False,
 ) -> None:
     """Audit a dataset and crop its faces for training and evaluation; the same command resumes it.
@@ -73,8 +74,6 @@ def prepare(
     from dtn_fast.data.prepare import prepare as run
     from dtn_fast.model.config import DTNConfig
 
-    if size is not None and size < 16:
-        raise UsageError(f"--size {size}: at least 16 pixels")
     table = read(root, source)
     print("\n".join(f"{root}: {note}" for note in table.notes))
     if audit_only:
@@ -139,8 +138,8 @@ def corrupt(
     source: Annotated[Path, tyro.conf.Positional],
     out: Path,
     kind: str,
-    level: int = 3,
-    seed: int = RobustnessConfig.seed,
+    level: Annotated[int, Range(0, 5)] = 3,
+    seed: Seed = RobustnessConfig.seed,
 ) -> None:
     """Write a corrupted copy of an image (.png) or a video (.mp4), as the robustness protocol does.
 
@@ -157,10 +156,11 @@ def corrupt(
 
     from dtn_fast.data.corrupt import check, corrupt_video
     from dtn_fast.data.corrupt import corrupt as run
-    from dtn_fast.data.video import IMAGES, read_image
+    from dtn_fast.data.media import PICTURES
+    from dtn_fast.data.pictures import read_image
 
     check(kind, level)
-    image = source.suffix.lower() in IMAGES
+    image = source.suffix.lower() in PICTURES
     if out.suffix.lower() != (".png" if image else ".mp4"):
         raise UsageError(f"--out {out}: the name must end in {'.png' if image else '.mp4'}")
     if image:

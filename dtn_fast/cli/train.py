@@ -14,6 +14,7 @@ from dtn_fast.data.open import open_data
 from dtn_fast.device import Device, choose_device
 from dtn_fast.evaluation.tables import ResultTable
 from dtn_fast.provenance import record
+from dtn_fast.ranges import Natural
 from dtn_fast.runtime.load import best_checkpoint
 from dtn_fast.train.config import DEFAULT_PRESET, Execution, Recipe, RunPreset
 from dtn_fast.train.distributed import connect, ranks
@@ -68,7 +69,7 @@ def train(
 def distill(
     data: Annotated[Path, tyro.conf.Positional],
     run: Path,
-    restart: int | None = None,
+    restart: Natural | None = None,
     execution: Annotated[Execution, tyro.conf.OmitArgPrefixes] = Execution(),
     wandb: str = "",
     device: Device = Runtime.device,

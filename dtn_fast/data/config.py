@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from dtn_fast.data.video_table import Allowance
 from dtn_fast.errors import UsageError
-from dtn_fast.model.config import Alignment, CropPolicy, FinderName
+from dtn_fast.model.config import MAX_MARGIN, Alignment, CropPolicy, FinderName
+from dtn_fast.ranges import Count, Positive, Range, Seed, Workers, check_ranges
 
 AugmentName = Literal["none", "light", "forensic"]
 
@@ -72,7 +72,7 @@ class FinderConfig:
     mmod_human_face_detector.dat, needed; dlib: none."""
     landmark_model: Path | None = None
     """A shape predictor of dlib (5, 68 or more points), whose landmarks are kept in place of the finder's."""
-    min_face: float = 0.037
+    min_face: Positive = 0.037
     """Side of the smallest face to find: in pixels, or below 1 as a fraction of the frame's shorter side but at least
     40 pixels.  The default is 40 pixels in frames of up to 1920x1080.  Frames are searched at 12 million pixels at
     most: at 3840x2160 dlib finds faces from 75 pixels, at 7680x4320 from 150."""
@@ -81,19 +81,18 @@ class FinderConfig:
     nothing was found."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.min_face < math.inf:
-            raise UsageError(f"--min-face {self.min_face}: must be above 0 (a fraction of the frame, or pixels from 1)")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
     """Settings for finding and cropping faces."""
 
-    frames: int = 8
-    """Number of frames per video, evenly spaced."""
+    frames: Count = 8
+    """Number of frames per video, evenly spaced in time."""
     finder: FinderConfig = FinderConfig()
     """The face finder."""
-    margin: float = CropPolicy.margin
+    margin: Annotated[float, Range(above=0, high=MAX_MARGIN)] = CropPolicy.margin
     """Side of the crop divided by the side of the face; stored with every model trained on the crops."""
     align: Alignment = CropPolicy.align
     """landmarks: turn each crop so that the eyes are level (needs landmarks); none: crop upright in the frame."""
@@ -105,13 +104,12 @@ class PrepareConfig:
     reuse_boxes: bool = False
     """Crop each fake at the face boxes of the real video that it was made from, where both have the same frames:
     faster, and each fake crop is aligned with its real crop."""
-    every: int = 8
+    every: Count = 8
     """Search the whole image for faces in every N-th frame, and in between only near the faces already found."""
 
     def __post_init__(self) -> None:
-        if self.frames < 1 or self.every < 1:
-            raise UsageError("--frames and --every must be at least 1")
-        policy = self.policy  # checks the margin
+        check_ranges(self)
+        policy = self.policy
         if policy.align == "landmarks" and policy.finder != "yunet" and self.finder.landmark_model is None:
             raise UsageError("--align landmarks: needs landmarks; add --faces yunet or --landmark-model FILE")
 
@@ -159,7 +157,7 @@ class Source:
 class WorkConfig:
     """Distribution of the work of preparing a dataset; it does not change the result."""
 
-    workers: int = 2
+    workers: Workers = 2
     """Number of worker processes."""
     share: str = "1/1"
     """Worker share i/n: make every n-th shard file, beginning with the i-th, such as 3/8 on the third of eight
@@ -168,8 +166,7 @@ class WorkConfig:
     """Compare the checksums of existing shard files, and make damaged ones again."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UsageError(f"--workers {self.workers}: must be at least 1")
+        check_ranges(self)
         number, slash, total = self.share.partition("/")
         if not (slash and number.isdecimal() and total.isdecimal()):
             raise UsageError(f"--share {self.share}: i/n was expected, for example 1/4")
@@ -187,23 +184,21 @@ class WorkConfig:
 class SyntheticConfig:
     """Size of the synthetic demo set."""
 
-    train: int = 56
+    train: Annotated[int, Range(2, 1000)] = 56
     """Number of training identities (even, because they are paired)."""
-    val: int = 14
+    val: Annotated[int, Range(2, 1000)] = 14
     """Number of validation identities (even)."""
-    test: int = 20
+    test: Annotated[int, Range(2, 1000)] = 20
     """Number of test identities (even)."""
-    frames: int = 10
+    frames: Count = 10
     """Number of frames per video, at 5 frames/s."""
-    size: int = 256
+    size: Annotated[int, Range(64, 4096)] = 256
     """Side of the square frames in pixels."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed of the faces and forgeries."""
 
     def __post_init__(self) -> None:
-        for name in ("train", "val", "test"):
-            value = getattr(self, name)
-            if value < 2 or value % 2:
-                raise UsageError(f"SyntheticConfig.{name} is {value}; it must be an even number >= 2")
-        if self.frames < 1 or self.size < 64 or self.size % 2:
-            raise UsageError("SyntheticConfig: frames must be >= 1 and size an even number >= 64")
+        check_ranges(self)
+        for name in ("train", "val", "test", "size"):
+            if getattr(self, name) % 2:
+                raise UsageError(f"--{name} {getattr(self, name)}: must be an even number")

@@ -64,7 +64,8 @@ def corrupt_video(
     Corruptions are applied in order; ``video`` must be the last.  Raises MediaError for an unreadable video,
     UsageError for an unknown corruption.
     """
-    from dtn_fast.data.video import frame_rate, read_frames, write_frames
+    from dtn_fast.data.video import frame_rate, read_frames
+    from dtn_fast.data.video_writer import write_timed
 
     for name, level in corruptions:
         check(name, level)
@@ -75,11 +76,11 @@ def corrupt_video(
         level = pixels.pop()[1]
         crf = int(LEVELS["video"][level - 1]) if level else LOSSLESS_ENOUGH
 
-    def frames() -> Iterator[Image]:
+    def frames() -> Iterator[tuple[float, Image]]:
         for frame in read_frames(source, threads=threads):
-            yield corrupt_all(frame.image, pixels, (seed, frame.number))
+            yield frame.seconds, corrupt_all(frame.image, pixels, (seed, frame.number))
 
-    yield from write_frames(out, frames(), frame_rate(source), crf, preset="medium")
+    yield from write_timed(out, frames(), frame_rate(source), crf, preset="medium")
 
 
 def corrupt_all(image: Image, corruptions: Sequence[tuple[str, int]], seed: Sequence[int]) -> Image:
@@ -151,7 +152,7 @@ def _video(image: Image, crf: float, rng: np.random.Generator) -> Image:
     """Encodes one frame with H.264 and decodes it."""
     import av
 
-    from dtn_fast.data.video import h264
+    from dtn_fast.data.video_writer import h264
 
     height, width = image.shape[:2]
     even = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), "edge")

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from dtn_fast.data.face_tracker import Tracked
 from dtn_fast.data.faces import Box
 from dtn_fast.data.lmdb_store import open_lmdb
-from dtn_fast.data.video import Frame, frame_numbers, read_frames, read_image
+from dtn_fast.data.pictures import read_image
+from dtn_fast.data.video import Frame, frame_numbers, read_frames
 from dtn_fast.data.video_table import Video, VideoTable
 from dtn_fast.errors import MediaError
 

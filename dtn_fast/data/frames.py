@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from dtn_fast.data.corrupt import corrupt_all, corrupt_video
 from dtn_fast.data.even_spacing import evenly_spaced
 from dtn_fast.data.lmdb_store import open_lmdb
-from dtn_fast.data.video import Frame, Reading, read_frames, read_image
+from dtn_fast.data.pictures import read_image
+from dtn_fast.data.video import Frame, Reading, read_frames
 from dtn_fast.data.video_table import Video
 from dtn_fast.errors import MediaError
 from dtn_fast.files import load_array

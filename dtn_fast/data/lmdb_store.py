@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.video import decode_image
+from dtn_fast.data.pictures import decode_image
 from dtn_fast.errors import MediaError, UsageError
 from dtn_fast.packages import require
 

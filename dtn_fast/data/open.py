@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dtn_fast.data.crop_dataset import INDEX, CropDataset, open_crop_dataset, unfinished
 from dtn_fast.data.datasets.folder import read_folder, read_reals
 from dtn_fast.data.faces import resize_square
-from dtn_fast.data.video import read_image
+from dtn_fast.data.pictures import read_image
 from dtn_fast.data.video_table import SPLITS, VideoTable
 from dtn_fast.errors import UsageError
 

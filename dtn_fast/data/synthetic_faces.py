@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from dtn_fast.data.config import SyntheticConfig
 from dtn_fast.data.synthetic_marker import HELD_OUT, MARKER, METHODS, STAMP
-from dtn_fast.data.video import write_video
+from dtn_fast.data.video_writer import write_video
 from dtn_fast.errors import UsageError
 
 FPS = 5

@@ -1,4 +1,4 @@
-"""Annotated copies of videos: every face framed with its score, the forged spans at the bottom."""
+"""Pictures and copies of videos with every face framed, and the forged spans at a video's bottom."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.faces import Box
-from dtn_fast.data.video import Frame, duration, frame_rate, read_frames, write_frames
-from dtn_fast.detect.verdict import Face, Result, Span
+from dtn_fast.data.video import Frame
+from dtn_fast.data.video_writer import write_timed
+from dtn_fast.detect.inputs import frames_of
+from dtn_fast.detect.verdict import Face, FrameResult, Result, Span
 
 RED, GREEN = (220, 40, 40), (30, 160, 70)
 
 
 def annotate(result: Result, out: Path, threshold: float) -> Iterator[int]:
-    """Writes the video of ``result`` to ``out`` (.mp4), every face framed with its score, forged spans at the bottom.
+    """Writes the video of ``result`` to ``out`` (.mp4), every face framed with its score, forged spans at the bottom;
+    every frame appears when it does in the video.
 
     Boxes are interpolated between the analysed frames.  Yields the number of frames written.
     """
@@ -26,9 +29,23 @@ def annotate(result: Result, out: Path, threshold: float) -> Iterator[int]:
     for frame in result.frames:
         for face in frame.faces:
             tracks.setdefault(face.person, []).append((frame.number, face))
-    end = max(duration(result.path), 1e-3)
-    drawn = (_drawn(frame, tracks, result.spans, end, threshold) for frame in read_frames(result.path))
-    yield from write_frames(out, drawn, frame_rate(result.path))
+    end = result.reading.seconds
+    frames = (
+        (frame.seconds, _drawn(frame, tracks, result.spans, end, threshold)) for frame in frames_of(result.path, 0, 0)
+    )
+    yield from write_timed(out, frames, result.reading.total / end)
+
+
+def framed(image: NDArray[np.uint8], frames: list[FrameResult], threshold: float, side: int) -> NDArray[np.uint8]:
+    """A copy of a still picture with the faces of its only frame framed, its longer side at most ``side`` pixels."""
+    scale = min(1.0, side / max(image.shape[:2]))
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image.copy()
+    faces = [face for frame in frames for face in frame.faces]
+    for face in faces:
+        box = Box(*(round(place * scale) for place in face.box))
+        _frame_face(image, box, face.score, face.person if len(faces) > 1 else None, threshold)
+    return image
 
 
 def _drawn(
@@ -36,28 +53,34 @@ def _drawn(
 ) -> NDArray[np.uint8]:
     image = frame.image.copy()
     height, width = image.shape[:2]
-    thick = max(1, round(min(height, width) / 240))
-    size = max(0.4, min(height, width) / 800)
     for person, track in tracks.items():
         found = _at(track, frame.number)
-        if found is None:
-            continue
-        box, score = found
-        color = RED if score >= threshold else GREEN
-        cv2.rectangle(image, (box.left, box.top), (box.right, box.bottom), color, 2 * thick)
-        text = f"{'fake' if score >= threshold else 'real'} {score:.2f}" + (f" #{person}" if len(tracks) > 1 else "")
-        (wide, high), low = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, thick)
-        left, base = max(box.left, 0), max(box.top - low, high + low)
-        cv2.rectangle(image, (left - thick, base - high - low), (left + wide + thick, base + low), color, cv2.FILLED)
-        cv2.putText(image, text, (left, base), cv2.FONT_HERSHEY_SIMPLEX, size, (255, 255, 255), thick, cv2.LINE_AA)
+        if found is not None:
+            _frame_face(image, *found, person if len(tracks) > 1 else None, threshold)
     bar = max(4, height // 60)
     image[height - bar :] = (40, 40, 40)
     for span in spans:
         left = int(width * span.start / end)
         image[height - bar :, left : max(left + 2, int(width * span.end / end))] = RED
-    now = min(int(width * frame.seconds / end), width - 1)
+    now, thick = min(int(width * frame.seconds / end), width - 1), _thickness(image)
     image[height - 2 * bar :, max(now - thick, 0) : now + thick] = 255
     return image
+
+
+def _thickness(image: NDArray[np.uint8]) -> int:
+    return max(1, round(min(image.shape[:2]) / 240))
+
+
+def _frame_face(image: NDArray[np.uint8], box: Box, score: float, person: int | None, threshold: float) -> None:
+    """Draws a face's box and verdict into ``image``, with the person's number if there is one."""
+    thick, size = _thickness(image), max(0.4, min(image.shape[:2]) / 800)
+    color = RED if score >= threshold else GREEN
+    cv2.rectangle(image, (box.left, box.top), (box.right, box.bottom), color, 2 * thick)
+    text = f"{'fake' if score >= threshold else 'real'} {score:.2f}" + ("" if person is None else f" #{person}")
+    (wide, high), low = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, thick)
+    left, base = max(box.left, 0), max(box.top - low, high + low)
+    cv2.rectangle(image, (left - thick, base - high - low), (left + wide + thick, base + low), color, cv2.FILLED)
+    cv2.putText(image, text, (left, base), cv2.FONT_HERSHEY_SIMPLEX, size, (255, 255, 255), thick, cv2.LINE_AA)
 
 
 def _at(track: list[tuple[int, Face]], number: int) -> tuple[Box, float] | None:

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dtn_fast.data.face_finders import FaceFinder
-from dtn_fast.data.video import VIDEOS
 from dtn_fast.detect.annotate import annotate as write_annotated
 from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.inputs import find_inputs
 from dtn_fast.detect.pipeline import detect, finder_of
-from dtn_fast.detect.report import trained_on, write_report, write_results
+from dtn_fast.detect.report import DETAILS, trained_on, write_report, write_results
 from dtn_fast.detect.verdict import Result, Timing
 from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.files import fitting_name
 from dtn_fast.runtime.scorer import Scorer
 
 
@@ -74,8 +74,8 @@ def detect_many(
         batch.timing.add(result.timing)
         if result.error:
             batch.problems.append(result.error)
-        elif annotate and path.suffix.lower() in VIDEOS:
-            target = out / f"{number:03d}-{path.stem}.mp4"
+        elif annotate and result.moving:
+            target = fitting_name(out, f"{number:03d}-{path.stem}", ".mp4")
             try:
                 for drawn in write_annotated(result, target, config.threshold):
                     watch(batch, f"{target.name}, {drawn} frames drawn")
@@ -87,6 +87,8 @@ def detect_many(
         if result.ok and result.reading.share > config.max_lost:
             batch.problems.append(f"{path}: {result.reading.note()}, over --max-lost {config.max_lost:g}; the verdict "
                                   "is on the rest")  # fmt: skip
+        if number > DETAILS:
+            result.pictures, result.whole = [], None  # the report does not show them, and thousands fill the memory
         batch.results.append(result)
         watch(batch, path.name)
     write_results(out / "results.json", batch.results, scorer.notice, config.threshold)

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from dtn_fast.data.face_finders import FaceFinder, open_finder
 from dtn_fast.data.face_tracker import FaceTracker, Tracked
 from dtn_fast.data.faces import crop_face, cut_of
-from dtn_fast.data.video import Check, Frame
+from dtn_fast.data.video import Frame
+from dtn_fast.data.video_index import Check
+from dtn_fast.detect.annotate import framed
 from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.inputs import frames_of
 from dtn_fast.detect.verdict import Face, FrameResult, Picture, Result, Timing, judge
@@ -36,6 +38,8 @@ BATCH = 16
 """Number of faces scored at once."""
 AHEAD = 4
 """Maximum number of frames decoded, and of batches scored, before they are needed."""
+WHOLE = 960
+"""Longest side in pixels of a still picture that is kept for the report."""
 TOP = 4
 """Number of highest-scoring faces of an input kept for the report."""
 
@@ -51,9 +55,9 @@ def detect(
     """The verdict on one image or video; an unreadable input gives a result with an error, it does not raise.
 
     finder: face finder to reuse over many inputs; default: a new one, of the model's crop policy unless ``config``
-    names another.  watch: called with the number of frames read so
-    far, also while waiting for a frame; an exception raised by it ends the work.  model: model for the heat maps;
-    default: the scorer's, if it is a torch model.  Raises UsageError when a package is missing.
+    names another.  watch: called with the number of frames read so far, also while waiting for a frame; an exception
+    raised by it ends the work.  model: model for the heat maps; default: the scorer's, if it is a torch model.  Raises
+    UsageError when a package is missing.
     """
     policy, side = crop_policy(scorer.config), scorer.config.image_size
     path, tracker = Path(path), FaceTracker(finder or finder_of(scorer, config), config.every)
@@ -67,6 +71,7 @@ def detect(
         ):
             for frame in frames:
                 result.frames_read += 1
+                result.analysed.append((frame.seconds, frame.end))
                 watch(result.frames_read)
                 start = time.perf_counter()
                 found = tracker(frame.image)
@@ -74,13 +79,17 @@ def detect(
                 result.crowded += tracker.crowded
                 result.timing.find_faces += time.perf_counter() - start
                 if found:
-                    scoring.add(frame, found, crops)
+                    scoring.add(frame, result.frames_read - 1, found, crops)
+                if not result.moving:
+                    result.whole = frame.image
     except (MediaError, OSError) as error:
         result.error = str(error)
         return result
     finally:
         result.timing.wall = time.perf_counter() - begin
     judge(result, config.threshold)
+    if result.whole is not None:
+        result.whole = framed(result.whole, result.frames, config.threshold, WHOLE)
     if result.ok:
         own = scorer.model if model is None and isinstance(scorer, TorchScorer) else model
         result.pictures = _with_heat(kept, own)
@@ -137,13 +146,13 @@ class _Scoring:
 
     def __init__(self, scorer: Scorer, result: Result, kept: list[Picture]) -> None:
         self._scorer, self._result, self._kept = scorer, result, kept
-        self._pending: list[tuple[int, float, list[Tracked], list[NDArray[np.uint8]]]] = []
+        self._pending: list[tuple[int, float, int, list[Tracked], list[NDArray[np.uint8]]]] = []
         self._running: list[tuple[Future[NDArray[np.float64]], list[Any]]] = []
         self._pool = ThreadPoolExecutor(1, "scoring")
 
-    def add(self, frame: Frame, found: list[Tracked], crops: list[NDArray[np.uint8]]) -> None:
-        self._pending.append((frame.number, frame.seconds, found, crops))  # without the frame's image
-        if sum(len(item[2]) for item in self._pending) >= BATCH:
+    def add(self, frame: Frame, place: int, found: list[Tracked], crops: list[NDArray[np.uint8]]) -> None:
+        self._pending.append((frame.number, frame.seconds, place, found, crops))  # without the frame's image
+        if sum(len(item[3]) for item in self._pending) >= BATCH:
             self._submit()
 
     def _submit(self) -> None:
@@ -162,9 +171,9 @@ class _Scoring:
     def _collect(self) -> None:
         future, batch = self._running.pop(0)
         scores = iter(future.result())
-        for number, seconds, found, crops in batch:
+        for number, seconds, place, found, crops in batch:
             faces = [Face(face.box, float(next(scores)), face.person) for face in found]
-            self._result.frames.append(FrameResult(number, seconds, faces))
+            self._result.frames.append(FrameResult(number, seconds, faces, place))
             self._kept += [Picture(number, seconds, f.score, c, None) for f, c in zip(faces, crops, strict=True)]
         self._kept.sort(key=lambda p: -p.score)
         del self._kept[TOP:]

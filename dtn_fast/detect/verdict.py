@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from dtn_fast.data.face_finders import MAX_FACES
 from dtn_fast.data.faces import Box
 from dtn_fast.data.video import Reading
+from dtn_fast.errors import one_line
 
 RULE = (
     "person score = mean P(fake) over the frames with that person's face; input score = the highest person score among "
@@ -31,6 +33,8 @@ class FrameResult(NamedTuple):
     number: int
     seconds: float
     faces: list[Face]
+    place: int = 0
+    """Place among the analysed frames, of which those without a face have no result."""
 
     @property
     def score(self) -> float:
@@ -38,10 +42,11 @@ class FrameResult(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A stretch of a video in which a person's score is at or over the threshold."""
+    """A stretch of a video in which a person's score is at or over the threshold: from its first such frame to where
+    its last one ends, each end moved halfway to the nearest analysed frame outside where that is not the next one."""
 
     start: float
-    """Start in seconds."""
+    """Start in seconds from the first frame."""
     end: float
     score: float
     """Mean P(fake) over its frames."""
@@ -99,17 +104,31 @@ class Result:
     """Count of the frames asked for, lost and missing."""
     crowded: int = 0
     """Number of frames with more faces than are judged, of which the largest were."""
+    analysed: list[tuple[float, float]] = field(default_factory=list)
+    """Seconds at which each analysed frame appears and ends."""
     frames: list[FrameResult] = field(default_factory=list)
     """The frames with at least one face."""
     people: list[Person] = field(default_factory=list)
     """People, highest score first."""
     pictures: list[Picture] = field(default_factory=list)
+    whole: NDArray[np.uint8] | None = None
+    """A still picture [H, W, 3] with its faces framed; None: a video."""
     error: str | None = None
     timing: Timing = field(default_factory=Timing)
 
     @property
     def ok(self) -> bool:
         return self.score is not None
+
+    @property
+    def moving(self) -> bool:
+        """Whether the input is a video or moving picture."""
+        return self.reading.seconds > 0
+
+    @property
+    def name(self) -> str:
+        """The path in one line, as tables and pages show it."""
+        return one_line(str(self.path))
 
     @property
     def notes(self) -> list[str]:
@@ -126,6 +145,8 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         return {
             "path": str(self.path),
+            "kind": "video" if self.moving else "picture",
+            "seconds": round(self.reading.seconds, 3),
             "verdict": self.verdict,
             "score": self.score,
             "frames_asked": self.reading.asked or self.frames_read,
@@ -159,33 +180,44 @@ def judge(result: Result, threshold: float) -> None:
         result.verdict = "no face"
         result.error = f"{result.path}: no face in {result.frames_read} frame{'s' * (result.frames_read != 1)}"
         return
-    result.people = people_of(result.frames, threshold)
+    result.people = people_of(result.frames, threshold, _stretches(result))
     result.score = aggregate(result.people, result.frames)
     result.verdict = "fake" if result.score >= threshold else "real"
 
 
-def people_of(frames: list[FrameResult], threshold: float) -> list[Person]:
-    """All people in ``frames``, highest score first."""
-    seen: dict[int, list[tuple[int, float, float]]] = {}
+def _stretches(result: Result) -> list[tuple[float, float]]:
+    """The stretch of time that each analysed frame stands for; none for a still picture."""
+    if not result.moving:
+        return []
+    between = [(a[1] + b[0]) / 2 for a, b in itertools.pairwise(result.analysed)]
+    return list(zip([0.0, *between], [*between, result.reading.seconds], strict=True))
+
+
+def people_of(frames: list[FrameResult], threshold: float, stretches: list[tuple[float, float]]) -> list[Person]:
+    """All people in ``frames``, highest score first; ``stretches``: of each analysed frame, or none."""
+    seen: dict[int, list[tuple[int, FrameResult, float]]] = {}
     for place, frame in enumerate(frames):
         for face in frame.faces:
-            seen.setdefault(face.person, []).append((place, frame.seconds, face.score))
+            seen.setdefault(face.person, []).append((place, frame, face.score))
     people = [
         Person(number, float(np.mean([score for *_, score in own])), len({place for place, *_ in own}),
-               _spans(own, threshold))
+               _spans(own, threshold, stretches) if stretches else [])
         for number, own in seen.items()
     ]  # fmt: skip
     return sorted(people, key=lambda person: -person.score)
 
 
-def _spans(own: list[tuple[int, float, float]], threshold: float) -> list[Span]:
+def _spans(
+    own: list[tuple[int, FrameResult, float]], threshold: float, stretches: list[tuple[float, float]]
+) -> list[Span]:
     """Spans of successive frames with a score at or over the threshold; one frame without the face does not end one."""
     spans: list[Span] = []
-    run: list[tuple[int, float, float]] = []
+    run: list[tuple[int, FrameResult, float]] = []
     for item in [*own, None]:
         goes_on = item is not None and item[2] >= threshold and (not run or item[0] - run[-1][0] <= 2)
         if run and not goes_on:
-            spans.append(Span(run[0][1], run[-1][1], float(np.mean([score for *_, score in run]))))
+            start, end = stretches[run[0][1].place][0], stretches[run[-1][1].place][1]
+            spans.append(Span(start, end, float(np.mean([score for *_, score in run]))))
             run = []
         if item is not None and item[2] >= threshold:
             run.append(item)

@@ -158,10 +158,10 @@ class Judge:
     """Admits uploads, stores and judges them."""
 
     def __init__(self, scorer: Scorer, config: ServeConfig, detection: DetectConfig) -> None:
-        from dtn_fast.data.video import IMAGES, VIDEOS
+        from dtn_fast.data.media import PICTURES, VIDEOS
 
         self.config, self.detection = config, detection
-        self.formats = IMAGES | VIDEOS
+        self.formats = PICTURES | VIDEOS
         self.batcher = MicroBatcher(scorer)
         self.inside = 0
         self._pool = ThreadPoolExecutor(config.workers, "judging")

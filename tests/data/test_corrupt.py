@@ -14,7 +14,8 @@ from scipy import ndimage
 from skimage import color, data
 
 from dtn_fast.data.corrupt import LEVELS, PERTURBATIONS, corrupt, corrupt_video
-from dtn_fast.data.video import read_frames, write_video
+from dtn_fast.data.video import read_frames
+from dtn_fast.data.video_writer import write_video
 from dtn_fast.errors import UsageError
 
 FACE = np.ascontiguousarray(data.astronaut()[:256, 96:352])

@@ -27,8 +27,9 @@ from dtn_fast.data.datasets.deeperforensics import VARIANTS, perturbations
 from dtn_fast.data.datasets.ffpp import DFD, FFPP_METHODS
 from dtn_fast.data.datasets.parsing import safe_path
 from dtn_fast.data.frames import landmarks, video_frames
-from dtn_fast.data.video import Reading, read_frames, write_video
+from dtn_fast.data.video import Reading, read_frames
 from dtn_fast.data.video_table import SPLITS, Video, VideoTable, audit
+from dtn_fast.data.video_writer import write_video
 from dtn_fast.errors import MediaError, UsageError
 
 DISTORTED = tuple(variant for variant in VARIANTS if variant not in ("end_to_end", "reenact_postprocess"))

@@ -15,7 +15,7 @@ from skimage import data
 from dtn_fast.data.face_finders import DlibFinder, FaceFinder
 from dtn_fast.data.face_tracker import MEMORY, FaceTracker, Tracked
 from dtn_fast.data.faces import Box, FoundFace
-from dtn_fast.data.video import read_image
+from dtn_fast.data.pictures import read_image
 
 ASTRONAUT = np.ascontiguousarray(data.astronaut()[:320, 60:380])
 

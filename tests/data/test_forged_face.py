@@ -20,8 +20,9 @@ from dtn_fast.data.face_tracker import Tracked
 from dtn_fast.data.faces import Box, FoundFace
 from dtn_fast.data.forged_face import forged_faces, masks_of
 from dtn_fast.data.prepare import prepare
-from dtn_fast.data.video import Frame, read_frames, write_video
+from dtn_fast.data.video import Frame, read_frames
 from dtn_fast.data.video_table import Video, VideoTable
+from dtn_fast.data.video_writer import write_video
 from dtn_fast.errors import MediaError, UsageError
 from dtn_fast.model.config import CropPolicy
 

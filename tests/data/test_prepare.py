@@ -35,8 +35,9 @@ from dtn_fast.data.face_finders import DlibFinder
 from dtn_fast.data.face_tracker import FaceTracker
 from dtn_fast.data.faces import Box, FoundFace
 from dtn_fast.data.prepare import PrepareProgress, prepare
-from dtn_fast.data.video import read_frames, write_video
+from dtn_fast.data.video import read_frames
 from dtn_fast.data.video_table import Video, VideoTable
+from dtn_fast.data.video_writer import write_video
 from dtn_fast.errors import MediaError, UsageError
 from dtn_fast.files import write_whole
 from dtn_fast.model.config import CropPolicy

@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from dtn_fast.data.video import Reading, read_frames, read_image, write_video
+from dtn_fast.data.pictures import read_image
+from dtn_fast.data.video import Reading, read_frames
+from dtn_fast.data.video_writer import write_video
 from dtn_fast.errors import MediaError
 
 

@@ -29,7 +29,8 @@ from dtn_fast.data.config import FinderConfig
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.face_finders import FINDERS, DlibFinder
 from dtn_fast.data.faces import Box, FoundFace, crop_face, cut_of, roll
-from dtn_fast.data.video import Frame, read_frames, write_video
+from dtn_fast.data.video import Frame, read_frames
+from dtn_fast.data.video_writer import write_video
 from dtn_fast.detect import detect_many
 from dtn_fast.detect.annotate import annotate
 from dtn_fast.detect.config import DetectConfig

@@ -27,7 +27,7 @@ from small import SMALL
 
 from dtn_fast import DTN
 from dtn_fast.data.crop_dataset import CropDataset
-from dtn_fast.data.video import write_video
+from dtn_fast.data.video_writer import write_video
 from dtn_fast.detect.config import DetectConfig
 from dtn_fast.errors import UsageError
 from dtn_fast.runtime.torch_scorer import TorchScorer

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dtn_fast.data.config import Source
 from dtn_fast.data.datasets.parsing import keep_wanted, relative_path
-from dtn_fast.data.video import IMAGES, VIDEOS
+from dtn_fast.data.media import PICTURES, VIDEOS
 from dtn_fast.data.video_table import REAL, SPLITS, Video, VideoTable, audit
 from dtn_fast.errors import UsageError
 
@@ -44,10 +44,10 @@ def read_reals(root: Path, source: Source = Source()) -> VideoTable:
 
 def _media(root: Path, folder: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yields (name, frames) of every video, single picture and folder of pictures below ``folder``."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES | VIDEOS and p.is_file())
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES | VIDEOS and p.is_file())
     for parent, group in itertools.groupby(sorted(files, key=lambda p: (p.parent, p)), key=lambda p: p.parent):
         media = list(group)
-        pictures = [p for p in media if p.suffix.lower() in IMAGES]
+        pictures = [p for p in media if p.suffix.lower() in PICTURES]
         for path in media:
             if path.suffix.lower() in VIDEOS:
                 yield relative_path(root, path), ()

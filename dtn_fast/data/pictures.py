@@ -1,0 +1,250 @@
+"""Reading of pictures, also moving ones, as upright RGB arrays, as a viewer shows them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import re
+import struct
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from dtn_fast.errors import MediaError
+
+HEIF = ("HEIF",) if find_spec("pillow_heif") else ()
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", *HEIF)
+"""Pillow's names of the formats that are read (MPO is a kind of JPEG); not PostScript, which Pillow would run."""
+MOVING = ("AVIF", "GIF", "PNG", "WEBP")
+"""Formats whose several pictures are one moving picture; in MPO and TIFF they are other views or pages."""
+MAX_PIXELS = 64_000_000
+"""Pixel limit per picture; a larger one is refused before it is decoded (a decompression bomb or a mistake)."""
+TICK = 0.1
+"""Seconds for which a frame of a moving picture without a duration is shown."""
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error)
+"""Errors by which Pillow tells that a picture is damaged."""
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """Reads a picture, or the first frame of a moving one, as upright RGB [H, W, 3].
+
+    Raises MediaError if it is missing, truncated or not a picture.
+    """
+    return _read(path, str(path))
+
+
+def decode_image(data: bytes, name: str) -> NDArray[np.uint8]:
+    """Decodes the bytes of a picture like :func:`read_image`.  Raises MediaError naming ``name`` otherwise."""
+    return _read(io.BytesIO(data), name)
+
+
+def count_pictures(path: Path) -> tuple[int, bool]:
+    """Number of frames of a moving picture, or pages of a TIFF file, and whether it moves; (1, False) for others.
+
+    Raises MediaError when it is not a picture.
+    """
+    try:
+        with _opened(path, str(path)) as image:
+            count = int(image.n_frames) if image.format in (*MOVING, "TIFF") else 1
+            return count, count > 1 and image.format in MOVING
+    except MediaError as error:
+        if _unknown(error):
+            return 1, False  # read by OpenCV, or by nothing
+        raise
+
+
+def read_times(path: Path, check: Callable[[], object]) -> list[float]:
+    """Seconds at which the frames of a moving picture appear, and at which the last ends; it stops at damage.
+
+    ``check`` is called for every frame.  Raises MediaError when the file is not a picture.
+    """
+    times = [0.0]
+    with _opened(path, str(path)) as image, contextlib.suppress(*DAMAGE):
+        for number in range(image.n_frames):
+            check()
+            image.seek(number)
+            image.load()  # the duration of a frame is known once it is decoded
+            times.append(times[-1] + (image.info.get("duration", 0) / 1000 or TICK))
+    return times
+
+
+def read_moving(path: Path, numbers: Sequence[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Yields (number, upright RGB [H, W, 3]) of these frames of a moving picture, in order, up to a damaged one."""
+    with _opened(path, str(path)) as image:
+        for number in numbers:
+            try:
+                image.seek(number)
+                frame = _upright_rgb(image)
+            except DAMAGE:
+                return
+            yield number, frame
+
+
+def _read(file: Path | io.BytesIO, name: str) -> NDArray[np.uint8]:
+    try:
+        with _opened(file, name) as image:
+            return _upright_rgb(image)
+    except MediaError as error:
+        if not _unknown(error):
+            raise
+        data = file.read_bytes() if isinstance(file, Path) else file.getvalue()
+        image = _by_opencv(data, name)
+        if image is None:
+            raise
+        return image
+
+
+@contextlib.contextmanager
+def _opened(file: Path | io.BytesIO, name: str) -> Iterator[Any]:
+    """A picture, opened and not yet decoded; an error while it is decoded becomes a MediaError too."""
+    from PIL import Image, ImageFile
+
+    if HEIF:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    if ImageFile.LOAD_TRUNCATED_IMAGES:  # another library may have switched this on for the whole process
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's on sizes, for which there is a limit here, and on odd metadata
+            with Image.open(file, formats=FORMATS) as image:
+                _check_size(image.width, image.height, name)
+                yield image
+    except (*DAMAGE, Image.DecompressionBombError) as error:
+        raise MediaError(f"{name}: cannot read this image ({_reason(error)})") from error
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width * height > MAX_PIXELS:
+        raise MediaError(f"{name}: {width}x{height} pixels is over the limit of {MAX_PIXELS}")
+
+
+def _unknown(error: MediaError) -> bool:
+    """Whether Pillow does not know the form of the picture, as opposed to finding it damaged."""
+    from PIL import UnidentifiedImageError
+
+    return isinstance(error.__cause__, UnidentifiedImageError)
+
+
+def _reason(error: BaseException) -> str:
+    text = re.sub(r"\s+", " ", str(getattr(error, "strerror", None) or error)).strip()
+    return re.sub(r" ?<_io\.\S+ object at \w+>|b'\S*'", "", text) or type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------------ colours
+
+
+def _upright_rgb(image: Any) -> NDArray[np.uint8]:
+    """The current frame of a Pillow image as a viewer shows it: turned, in sRGB, on white where it is transparent."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _shown(np.asarray(image))
+    image = _in_srgb(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"))
+
+
+def _in_srgb(image: Any) -> Any:
+    """The image with the colours of its ICC profile, or of CIELAB, as sRGB; unchanged without a usable profile."""
+    from PIL import ImageCms
+
+    source: Any = None
+    profile = image.info.get("icc_profile")
+    if image.mode == "LAB":
+        source = ImageCms.createProfile("LAB")
+    elif profile and image.mode in ("RGB", "CMYK", "L") and b"sRGB" not in profile[:4096]:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    else:
+        return image
+    try:
+        return ImageCms.profileToProfile(image, source, _srgb(), outputMode="RGB")
+    except ImageCms.PyCMSError:  # a profile of another colour space, or damaged: viewers ignore it as well
+        return image
+
+
+@functools.cache
+def _srgb() -> Any:
+    from PIL import ImageCms
+
+    return ImageCms.createProfile("sRGB")
+
+
+def _shown(values: NDArray[Any], linear: bool = False) -> NDArray[np.uint8]:
+    """Grey or RGB values of more than 8 bits as 8-bit RGB [H, W, 3].
+
+    Integers have 16 bits unless none needs more than 8, or one needs more than 16.  Floats are from 0 to 1 or, if most
+    of those above 0 are larger, from 0 to 255 or 65535.  Those from 0 to 1 with brighter highlights are linear light.
+    """
+    values = np.nan_to_num(values.astype(np.float32 if values.dtype.kind == "f" else np.float64), nan=0, neginf=0)
+    some = values[:: max(values.shape[0] // 512, 1), :: max(values.shape[1] // 512, 1)]
+    largest, middle = float(values.max(initial=0)), float(np.median(some[some > 0])) if (some > 0).any() else 0.0
+    if linear or (values.dtype == np.float32 and middle <= 1):
+        linear = linear or largest > 1
+        unit = (values / (max(2 * middle, 1) if linear else 1)).clip(0, 1)
+        unit = _encoded(unit) if linear else unit
+    else:
+        unit = values.clip(0) / next((full for full in (255, 65535) if largest <= full), largest)
+    image = (unit * 255 + 0.5).astype(np.uint8)
+    return np.repeat(image[:, :, None], 3, 2) if image.ndim == 2 else np.ascontiguousarray(image)
+
+
+def _encoded(linear: NDArray[Any]) -> NDArray[Any]:
+    """Linear light from 0 to 1 as sRGB values (IEC 61966-2-1)."""
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 0.0031308) ** (1 / 2.4) - 0.055)
+
+
+def _by_opencv(data: bytes, name: str) -> NDArray[np.uint8] | None:
+    """A picture of a form that Pillow does not know: Radiance HDR, TIFF of floats; None: OpenCV does not know it."""
+    turn, linear = 1, data.startswith((b"#?RADIANCE", b"#?RGBE"))
+    if linear:
+        size = re.search(rb"\n[-+][XY] (\d{1,9}) [-+][XY] (\d{1,9})\n", data[:4096])
+        height, width = (int(size[1]), int(size[2])) if size else (0, 0)
+    elif data[:4] in (b"II*\0", b"MM\0*"):
+        width, height, turn = _tiff_size(data)
+    else:
+        return None
+    _check_size(width, height, name)
+    try:
+        values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if width * height else None
+    except cv2.error:
+        values = None
+    if values is None or (values.ndim == 3 and values.shape[2] not in (3, 4)):
+        return None
+    values = values if values.ndim == 2 else values[:, :, 2::-1]
+    return turned(values if values.dtype == np.uint8 else _shown(values, linear), turn)
+
+
+def _tiff_size(data: bytes) -> tuple[int, int, int]:
+    """Width, height and orientation (1 to 8) of a TIFF file; a width of 0 when it has none."""
+    from PIL import TiffImagePlugin
+
+    with contextlib.suppress(*DAMAGE, KeyError, TypeError):
+        tags = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
+        file = io.BytesIO(data)
+        file.seek(tags.next)
+        tags.load(file)
+        return int(tags[256]), int(tags[257]), int(tags.get(274, 1))
+    return 0, 0, 1
+
+
+def turned(image: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """An image [H, W, 3] stored with an EXIF orientation (1 to 8; 2, 4, 5 and 7 are mirrored), upright."""
+    if orientation in (5, 6, 7, 8):
+        image = image.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
