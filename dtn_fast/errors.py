@@ -11,7 +11,7 @@ def one_line(text: str) -> str:
     """The text, such as a file's name, in one line that a terminal shows: control characters, line breaks, marks that
     reverse the direction of writing, and bytes that are no UTF-8 become escapes."""
     hidden = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-    return re.sub(hidden, lambda found: found[0].encode("unicode_escape").decode(), text)
+    return re.sub(hidden, lambda found: found[0].encode("unicode_escape").decode().replace("\\udc", "\\x"), text)
 
 
 class DtnWarning(UserWarning):

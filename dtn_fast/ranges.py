@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from dtn_fast.errors import UsageError
@@ -48,8 +48,7 @@ Side = Annotated[int, Range(16, 4096)]
 
 def check_ranges(settings: object) -> None:
     """Raises UsageError when a field of a dataclass is outside the range of its type; called by ``__post_init__``."""
-    kind: Hashable = type(settings)
-    _check(_ranges(kind), vars(settings))
+    _check(_ranges(type(settings)), vars(settings))
 
 
 def checked(verb: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,8 +62,7 @@ def checked(verb: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-@functools.cache
-def _ranges(owner: Hashable) -> dict[str, Range]:
+def _ranges(owner: Any) -> dict[str, Range]:
     hints = get_type_hints(owner, include_extras=True)
     found = {name: next((m for m in _metadata(hint) if isinstance(m, Range)), None) for name, hint in hints.items()}
     return {name: known for name, known in found.items() if known is not None}

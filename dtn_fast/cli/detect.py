@@ -9,10 +9,10 @@ from typing import Annotated
 import tyro
 
 from dtn_fast.cli.terminal import print_table, progress
-from dtn_fast.data.media import VIDEOS
 from dtn_fast.detect.batch import BatchResult, detect_many
 from dtn_fast.detect.config import DetectConfig
-from dtn_fast.detect.verdict import RULE, Result
+from dtn_fast.detect.verdict import RULE, Result, short_names
+from dtn_fast.errors import one_line
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.load import load_scorer
 from dtn_fast.serve.config import ServeConfig
@@ -55,35 +55,35 @@ def detect(
             nonlocal printed
             bar.update(task, total=batch.inputs, completed=len(batch.results), note=note)
             for problem in batch.problems[printed:]:
-                print(f"dtn-fast: {problem}", file=sys.stderr)
+                print(f"dtn-fast: {one_line(problem)}", file=sys.stderr)
             printed = len(batch.problems)
 
         batch = detect_many(inputs, scorer, out, config, annotate, watch=watch)
     header = ["input", "verdict", "P(fake)", "people", "forged, seconds", "frames with a face"]
-    print_table("Verdicts", header, [_cells(result) for result in batch.results])
+    folder, names = short_names([result.path for result in batch.results])
+    cells = [_cells(result, name) for result, name in zip(batch.results, names, strict=True)]
+    print_table("Verdicts" + (f", in {folder}" if folder else ""), header, cells)
     print(f"{RULE}; fake if it is at least {config.threshold}" + (f"\n{scorer.notice}" if scorer.notice else ""))
     if batch.frames_read:
         wall = batch.timing.wall
         print(f"{batch.frames_read} frames in {wall:.1f} s, {batch.frames_read / max(wall, 1e-9):.1f} frames/s; "
               f"work: {batch.timing.shares()}")  # fmt: skip
     for note in batch.notes:
-        print(note)
-    print("\n".join([f"report: {out / 'report.html'}", *(f"annotated: {path}" for path in batch.annotated[:FILES])]))
+        print(one_line(note))
+    print(f"report: {out / 'report.html'}")
+    for path in batch.annotated[:FILES]:
+        print(f"annotated: {one_line(str(path))}")
     if len(batch.annotated) > FILES:
         print(f"and {len(batch.annotated) - FILES} more annotated videos in {out}")
     return int(not batch.ok)
 
 
-def _cells(result: Result) -> list[str]:
-    spans = [f"{span.start:.1f}-{span.end:.1f}" for span in result.spans] if _is_video(result.path) else []
+def _cells(result: Result, name: str) -> list[str]:
+    spans = [f"{span.start:.1f}-{span.end:.1f}" for span in result.spans]
     shown = ", ".join(spans[:SPANS]) + (", ..." if len(spans) > SPANS else "")
     score = f"{result.score:.3f}" if result.score is not None else ""
     faces = f"{len(result.frames)} of {result.frames_read}"
-    return [str(result.path), result.verdict, score, str(len(result.people) or ""), shown, faces]
-
-
-def _is_video(path: Path) -> bool:
-    return path.suffix.lower() in VIDEOS
+    return [name, result.verdict, score, str(len(result.people) or ""), shown, faces]
 
 
 def serve(

@@ -16,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from dtn_fast.evaluation.tables import LEVELS, ResultTable
 
@@ -42,7 +43,7 @@ def progress() -> Progress:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     terminal = Console(stderr=True)
     return Progress(*columns, console=terminal, disable=not terminal.is_terminal)
@@ -65,8 +66,10 @@ def steps(bar: Progress) -> Callable[[str, int, int], None]:
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    table = Table(*header)
+    table = Table()
+    for name in header:
+        table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) for cell in row))  # brackets in a file's name are no markup
     console().print(title, style="italic", markup=False, soft_wrap=True)
     console().print(table)

@@ -9,6 +9,10 @@ MOST = 10_000_000
 """Number of points in time beyond which all frames are chosen."""
 
 
+class PerSecond(float):
+    """Number of frames per second of video."""
+
+
 def evenly_spaced(total: int, count: int) -> list[int]:
     """``count`` of the numbers 0 to ``total`` - 1 (all, when there are fewer), from the first to the last."""
     return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()

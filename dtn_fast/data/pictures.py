@@ -160,17 +160,19 @@ def _in_srgb(image: Any) -> Any:
     """The image with the colours of its ICC profile, or of CIELAB, as sRGB; unchanged without a usable profile."""
     from PIL import ImageCms
 
-    source: Any = None
     profile = image.info.get("icc_profile")
-    if image.mode == "LAB":
-        source = ImageCms.createProfile("LAB")
-    elif profile and image.mode in ("RGB", "CMYK", "L") and b"sRGB" not in profile[:4096]:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    else:
-        return image
     try:
+        if image.mode == "LAB":
+            source: Any = ImageCms.createProfile("LAB")
+        elif profile and image.mode in ("RGB", "CMYK", "L") and b"sRGB" not in profile[:4096]:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        else:
+            return image
         return ImageCms.profileToProfile(image, source, _srgb(), outputMode="RGB")
-    except ImageCms.PyCMSError:  # a profile of another colour space, or damaged: viewers ignore it as well
+    except (
+        ImageCms.PyCMSError,
+        OSError,
+    ):  # a profile that is damaged or of another colour space: viewers ignore it too
         return image
 
 
@@ -207,27 +209,27 @@ def _encoded(linear: NDArray[Any]) -> NDArray[Any]:
 
 def _by_opencv(data: bytes, name: str) -> NDArray[np.uint8] | None:
     """A picture of a form that Pillow does not know: Radiance HDR, TIFF of floats; None: OpenCV does not know it."""
-    turn, linear = 1, data.startswith((b"#?RADIANCE", b"#?RGBE"))
+    linear = data.startswith((b"#?RADIANCE", b"#?RGBE"))
     if linear:
         size = re.search(rb"\n[-+][XY] (\d{1,9}) [-+][XY] (\d{1,9})\n", data[:4096])
         height, width = (int(size[1]), int(size[2])) if size else (0, 0)
     elif data[:4] in (b"II*\0", b"MM\0*"):
-        width, height, turn = _tiff_size(data)
+        width, height = _tiff_size(data)
     else:
         return None
     _check_size(width, height, name)
-    try:
+    try:  # it turns a TIFF file as its orientation says
         values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if width * height else None
     except cv2.error:
         values = None
     if values is None or (values.ndim == 3 and values.shape[2] not in (3, 4)):
         return None
     values = values if values.ndim == 2 else values[:, :, 2::-1]
-    return turned(values if values.dtype == np.uint8 else _shown(values, linear), turn)
+    return values if values.dtype == np.uint8 else _shown(values, linear)
 
 
-def _tiff_size(data: bytes) -> tuple[int, int, int]:
-    """Width, height and orientation (1 to 8) of a TIFF file; a width of 0 when it has none."""
+def _tiff_size(data: bytes) -> tuple[int, int]:
+    """Width and height of a TIFF file; 0 when it states none."""
     from PIL import TiffImagePlugin
 
     with contextlib.suppress(*DAMAGE, KeyError, TypeError):
@@ -235,8 +237,8 @@ def _tiff_size(data: bytes) -> tuple[int, int, int]:
         file = io.BytesIO(data)
         file.seek(tags.next)
         tags.load(file)
-        return int(tags[256]), int(tags[257]), int(tags.get(274, 1))
-    return 0, 0, 1
+        return int(tags[256]), int(tags[257])
+    return 0, 0
 
 
 def turned(image: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:

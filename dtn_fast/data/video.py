@@ -6,16 +6,18 @@ a separate FFmpeg, and it failed on an MPEG-TS file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dtn_fast.data.hdr import is_hdr, to_sdr
 from dtn_fast.data.pictures import turned
-from dtn_fast.data.video_index import Check, VideoIndex, index_of, open_video, packets_of, reason, video_stream
+from dtn_fast.data.video_index import Check, VideoIndex, Wanted, index_of, open_video, packets_of, reason, video_stream
 from dtn_fast.errors import MediaError
 
 
@@ -63,26 +65,24 @@ class Reading:
 
 def read_frames(
     path: Path,
-    count: int | Sequence[int] | None = None,
+    count: Wanted = None,
     threads: int = 0,
     check: Check = lambda: None,
     reading: Reading | None = None,
-    rate: float = 0.0,
 ) -> Iterator[Frame]:
-    """Yields the upright frames of a video in order; with ``count`` that many (or fewer), evenly spaced in time, or
-    those with the given numbers; with ``rate`` that many a second instead.
+    """Yields the upright frames of a video in order: all, or those that ``count`` names.
 
-    Only the frames that a requested frame depends on are decoded then: whole groups of pictures are skipped and, with
-    one decoder thread, frames that no other frame refers to; the requested frames do not change.  ``threads``: number
-    of decoder threads, 0 for one per core.  A damaged stretch is passed over: its frames are left out, the others keep
-    their numbers, and ``reading`` counts both.  Raises MediaError when the file is not a video or no frame of it can be
-    decoded.  The length of a truncated video is counted, not taken from its header.
+    With ``count`` only the frames that a requested frame depends on are decoded: whole groups of pictures are skipped
+    and, with one decoder thread, frames that no other frame refers to; the requested frames do not change.
+    ``threads``: number of decoder threads, 0 for one per core.  A damaged stretch is passed over: its frames are left
+    out, the others keep their numbers, and ``reading`` counts both.  Raises MediaError when the file is not a video or
+    no frame of it can be decoded.  The length of a truncated video is counted, not taken from its header.
     """
     import av
 
     reading = Reading() if reading is None else reading
     index = index_of(path, check)
-    clip, wanted = index, index.choose(count, rate)
+    clip, wanted = index, index.choose(count)
     reading.asked = index.total if wanted is None else len(wanted)
     reading.total, reading.missing, reading.seconds = index.total, index.missing, index.seconds
     last, given = -1, 0
@@ -98,7 +98,7 @@ def read_frames(
     try:
         if last < 0 and (first := next((number for number, _ in numbered()), 0)):
             clip = index.after(first)  # frames before the first that can be decoded do not count
-            wanted = clip.choose(count, rate)
+            wanted = clip.choose(count)
             reading.asked = clip.total if wanted is None else len(wanted)
             reading.missing += first * index.begins_whole
             reading.seconds = clip.seconds
@@ -117,7 +117,7 @@ def read_frames(
 def frame_numbers(path: Path, count: int, check: Check = lambda: None) -> list[int]:
     """Numbers of the frames that ``read_frames(path, count)`` gives of an undamaged video.  Raises MediaError when it
     cannot be read."""
-    return index_of(path, check).choose(count, 0.0) or []
+    return index_of(path, check).choose(count) or []
 
 
 def frame_rate(path: Path) -> float:
@@ -199,11 +199,11 @@ def _frame(number: int, raw: Any, clip: VideoIndex) -> Frame:
 
 
 def _shown(frame: Any, pixel_aspect: float) -> NDArray[np.uint8]:
-    """A decoded frame as a player shows it: square pixels, turned and mirrored as its display matrix says."""
+    """A decoded frame as a player shows it: square pixels, turned and mirrored as its display matrix says, SDR."""
+    image = to_sdr(frame) if is_hdr(frame) else frame.to_ndarray(format="rgb24")
     if pixel_aspect != 1:
         wide, high = max(pixel_aspect, 1.0), max(1 / pixel_aspect, 1.0)
-        frame = frame.reformat(width=round(frame.width * wide), height=round(frame.height * high), format="rgb24")
-    image = frame.to_ndarray(format="rgb24")
+        image = cv2.resize(image, (round(frame.width * wide), round(frame.height * high)))
     return np.ascontiguousarray(turned(image, _orientation(frame)), np.uint8)
 
 

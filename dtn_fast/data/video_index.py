@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import bisect
-import itertools
 import re
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.even_spacing import at_rate, evenly_timed
+from dtn_fast.data.even_spacing import PerSecond, at_rate, evenly_timed
 from dtn_fast.errors import MediaError
 
 CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,mxf,rm,dv,ivf,h264,hevc"
@@ -24,12 +22,18 @@ MAX_VIDEO_PIXELS = 36_000_000
 """Pixel limit per video frame (8K); lower than MAX_PIXELS because several frames are in memory at once."""
 HOLE = 5
 """Number of frames from which on a gap in a regular clock is damage; smaller ones are frames that a camera dropped."""
+JUMP = 10.0
+"""Seconds from which on a step of the clock of a broadcast (MPEG-TS, MPEG-PS), which may start anew within a file, is
+none of its video; FFmpeg's own value."""
 DAMAGES = 100
 """Maximum number of errors in a container after which reading goes on."""
 MAX_PIXEL_ASPECT = 4.0
 """Greatest ratio of a pixel's sides that is believed; no camera or disc has more than 2."""
 USUAL_RATE = 25.0
 """Frames per second of a video that states none."""
+Wanted = int | PerSecond | Sequence[int] | None
+"""Frames of a video: a number of frames evenly spaced in time (or fewer), a number per second, or the frames with these
+numbers; None: all."""
 Check = Callable[[], object]
 """Function called for every packet that is read; an exception from it ends the reading."""
 
@@ -120,12 +124,12 @@ class VideoIndex:
         times = self.times[first:] - self.times[first]
         return replace(self, total=self.total - first, times=times, numbers={}, keys=[])
 
-    def choose(self, count: int | Sequence[int] | None, rate: float) -> list[int] | None:
-        """Numbers of the frames wanted, as in ``read_frames``; None: all."""
-        if rate:
-            return at_rate(self.times, rate)
+    def choose(self, count: Wanted) -> list[int] | None:
+        """Numbers of the frames wanted; None: all."""
         if count is None:
             return None
+        if isinstance(count, PerSecond):
+            return at_rate(self.times, count)
         if isinstance(count, int):
             return evenly_timed(self.times, count)
         return sorted({number for number in count if number < self.total})
@@ -183,27 +187,34 @@ def index_of(path: Path, check: Check = lambda: None) -> VideoIndex:
     whole = len(known) == len(stamps)
     usable = exact and whole
     numbers = {stamp: number for number, stamp in enumerate(known)} if usable else {}
-    missing = max(promised - len(stamps) - other, _hole(known) if whole else 0, 0)
+    keys = sorted(keys) if usable else []
     if whole and (exact or steady):
-        usual = statistics.median(b - a for a, b in itertools.pairwise(known)) * tick if len(known) > 1 else 0.0
-        end = known[-1] + (last or usual or step) / tick
-        times = (np.array([*known, end], np.float64) - known[0]) * tick
+        steps: NDArray[np.float64] = np.diff(np.array(known, np.float64)) * tick
+        usual = float(np.median(steps)) if len(steps) else step
+        if not exact:
+            steps[steps > JUMP] = usual
+        times = np.cumsum([0.0, *steps, last or usual])
+        missing = max(promised - len(stamps) - other, _hole(steps, tick))
     else:
         times = np.arange(len(stamps) + 1, dtype=np.float64) * step
+        missing = promised - len(stamps) - other
     if not MAX_PIXEL_ASPECT >= pixel_aspect >= 1 / MAX_PIXEL_ASPECT:
         pixel_aspect = 1.0
-    return VideoIndex(len(stamps), times, numbers, sorted(keys) if usable else [], missing, pixel_aspect)
+    return VideoIndex(len(stamps), times, numbers, keys, max(missing, 0), pixel_aspect)
 
 
-def _hole(stamps: list[int]) -> int:
-    """Number of frames for which a clock that is otherwise regular has a gap; gaps below HOLE frames are none."""
-    steps = [b - a for a, b in itertools.pairwise(stamps)]
+def _hole(steps: NDArray[np.float64], tick: float) -> int:
+    """Number of frames for which a clock that is otherwise regular has a gap; gaps below HOLE frames are none.
+
+    steps: seconds from each frame to the next; tick: unit of the clock.
+    """
     if len(steps) < HOLE:
         return 0
-    usual = statistics.median(steps)
-    if sum(abs(step - usual) <= max(0.1 * usual, 1) for step in steps) < 0.9 * len(steps):
+    usual = float(np.median(steps))
+    if (np.abs(steps - usual) <= max(0.1 * usual, 1.001 * tick)).mean() < 0.9:
         return 0
-    return sum(n for step in steps if (n := round(step / usual) - 1) >= HOLE)
+    gaps = np.round(steps / usual) - 1
+    return int(gaps[gaps >= HOLE].sum())
 
 
 def reason(error: BaseException) -> str:

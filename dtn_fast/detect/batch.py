@@ -13,7 +13,7 @@ from dtn_fast.detect.inputs import find_inputs
 from dtn_fast.detect.pipeline import detect, finder_of
 from dtn_fast.detect.report import DETAILS, trained_on, write_report, write_results
 from dtn_fast.detect.verdict import Result, Timing
-from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.errors import DtnError, UsageError, one_line
 from dtn_fast.files import fitting_name
 from dtn_fast.runtime.scorer import Scorer
 
@@ -69,7 +69,7 @@ def detect_many(
     finder = finder or finder_of(scorer, config)
     batch.inputs = len(paths)
     for number, (path, error) in enumerate(paths, 1):
-        tell = lambda frames, name=path.name: watch(batch, f"{name}, {frames} frames")
+        tell = lambda frames, name=one_line(path.name): watch(batch, f"{name}, {frames} frames")
         result = Result(path, error=error) if error else detect(path, scorer, config, finder, tell)
         batch.timing.add(result.timing)
         if result.error:
@@ -78,7 +78,7 @@ def detect_many(
             target = fitting_name(out, f"{number:03d}-{path.stem}", ".mp4")
             try:
                 for drawn in write_annotated(result, target, config.threshold):
-                    watch(batch, f"{target.name}, {drawn} frames drawn")
+                    watch(batch, f"{one_line(target.name)}, {drawn} frames drawn")
                 batch.annotated.append(target)
             except (DtnError, OSError, ValueError) as failed:  # PyAV's errors are OSErrors and ValueErrors
                 batch.problems.append(f"{target}: the annotated video was not written ({failed})")
@@ -90,7 +90,7 @@ def detect_many(
         if number > DETAILS:
             result.pictures, result.whole = [], None  # the report does not show them, and thousands fill the memory
         batch.results.append(result)
-        watch(batch, path.name)
+        watch(batch, one_line(path.name))
     write_results(out / "results.json", batch.results, scorer.notice, config.threshold)
     title, notices = "Face forgery report", [trained_on(scorer.notice), *batch.notes]
     write_report(out / "report.html", title, notices, None, batch.results, threshold=config.threshold)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dtn_fast.data.even_spacing import at_rate, evenly_timed
+from dtn_fast.data.even_spacing import PerSecond, at_rate, evenly_timed
 from dtn_fast.data.media import HEIC, PICTURES, VIDEOS, find_media, kind_of
 from dtn_fast.data.pictures import count_pictures, read_image, read_moving, read_times
 from dtn_fast.data.video import Frame, Reading, read_frames
@@ -46,7 +46,7 @@ def _inside(path: Path) -> Iterator[tuple[Path, str | None]]:
     for problem in found.problems:
         yield Path(problem.filename), f"{problem.filename}: cannot be searched ({problem.strerror})"
     if not (found.files or found.unread or found.problems):
-        yield path, f"{path}: no picture or video in this folder"
+        yield path, f"{path}: no image or video in this folder"
 
 
 def _unread(path: Path) -> str:
@@ -71,11 +71,11 @@ def frames_of(
     if kind == "picture":
         yield from _picture_frames(path, count, rate, check, reading)
     elif kind == "video":
-        yield from read_frames(path, count or None, check=check, reading=reading, rate=rate)
+        yield from read_frames(path, PerSecond(rate) if rate else count or None, check=check, reading=reading)
     elif kind == "unread":
         raise MediaError(_unread(path))
     else:
-        known = f"a picture ({' '.join(sorted(PICTURES))}) nor a video ({' '.join(sorted(VIDEOS))})"
+        known = f"an image ({' '.join(sorted(PICTURES))}) nor a video ({' '.join(sorted(VIDEOS))})"
         raise MediaError(f"{path}: neither {known}")
 
 

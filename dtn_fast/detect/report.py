@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.detect.verdict import RULE, Picture, Result
+from dtn_fast.detect.verdict import RULE, Picture, Result, short_names
 from dtn_fast.explain.heatmap import overlay
 from dtn_fast.files import write_whole
 from dtn_fast.html_page import data_uri, render
@@ -44,6 +44,7 @@ def write_report(
         notices=[notice for notice in notices if notice],
         tables=tables or [],
         results=results or [],
+        names=short_names([result.path for result in results or []]),
         details=DETAILS,
         rule=RULE,
         threshold=threshold,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,6 +171,21 @@ class Result:
                 for f in self.frames
             ],
         }
+
+
+def short_names(paths: Sequence[Path]) -> tuple[str, list[str]]:
+    """The folder that all ``paths`` lie in, and the part of each that tells it apart, in one line for tables.
+
+    The folder is empty for a single path, or when they have none in common.
+    """
+    folders = {path.parent for path in paths}
+    try:
+        folder = os.path.commonpath(folders) if len(paths) > 1 else ""
+    except ValueError:  # relative and absolute ones
+        folder = ""
+    if folder in ("", "/"):
+        return "", [one_line(str(path)) for path in paths]
+    return one_line(folder), [one_line(os.path.relpath(path, folder)) for path in paths]
 
 
 # ------------------------------------------------------------------------------------------------ the rule

@@ -69,7 +69,7 @@ def test_usage_errors_exit_2(run, tmp_path: Path) -> None:
         (["export", tmp_path, "--out", "x.pt"], "must end in .onnx, .mnn"),
         (["train", tmp_path, "--out", tmp_path / "r"], "dtn-fast prepare"),
         (["prepare", tmp_path, "--out", tmp_path / "c"], "is it the FF++ root"),
-        (["train", tmp_path, "--out", tmp_path / "r", "--epochs", "0"], "Recipe.epochs"),
+        (["train", tmp_path, "--out", tmp_path / "r", "--epochs", "0"], "--epochs 0: must be at least 1"),
     ):
         code, out, err = run(*words)
         assert code == 2, words

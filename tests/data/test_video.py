@@ -246,8 +246,9 @@ def test_a_pause_of_the_camera_and_a_varying_rate_are_no_damage(tmp_path: Path) 
                 out.mux(stream.encode(frame))
             out.mux(stream.encode())
         reading = Reading()
-        assert len(list(read_frames(tmp_path / "v.mkv", 10, reading=reading))) == 10
-        assert reading == Reading(asked=10, total=len(stamps))
+        assert len(list(read_frames(tmp_path / "v.mkv", 10, reading=reading))) == reading.asked
+        assert (reading.lost, reading.missing, reading.total) == (0, 0, len(stamps))
+        assert reading.seconds == pytest.approx((stamps[-1] - stamps[0]) / 1000 + 0.04, abs=0.03)
 
 
 def test_a_video_without_one_good_frame_is_an_error(tmp_path: Path) -> None:

@@ -96,20 +96,21 @@ def test_video_score_is_the_mean_over_frames_with_a_face(small: DTN, finder: Dli
 
 def seen(*frames: dict[int, float]) -> list[FrameResult]:
     """A frame a second; each a score by person."""
-    return [FrameResult(n, float(n), [Face(Box(0, 0, 9, 9), s, p) for p, s in f.items()]) for n, f in enumerate(frames)]
+    return [FrameResult(n, n, [Face(Box(0, 0, 9, 9), s, p) for p, s in f.items()], n) for n, f in enumerate(frames)]
 
 
 def test_people_have_scores_and_spans_and_the_highest_regular_one_decides() -> None:
     frames = seen(*[{0: 0.2, 1: 0.9}] * 6, *[{0: 0.2}] * 3, {0: 0.2, 2: 1.0}, {0: 0.2, 1: 0.8}, {0: 0.6})
-    people = people_of(frames, threshold=0.5)
+    seconds = [(n, n + 1) for n in range(12)]
+    people = people_of(frames, 0.5, seconds)
     assert [(p.number, p.frames) for p in people] == [(2, 1), (1, 7), (0, 12)]
     assert people[1].score == pytest.approx((6 * 0.9 + 0.8) / 7)
-    assert [(s.start, s.end) for s in people[1].spans] == [(0, 5), (10, 10)]
+    assert [(s.start, s.end) for s in people[1].spans] == [(0, 6), (10, 11)]
     assert people[1].spans[0].score == pytest.approx(0.9)
-    assert [(s.start, s.end) for s in people[2].spans] == [(11, 11)]
+    assert [(s.start, s.end) for s in people[2].spans] == [(11, 12)]
     assert aggregate(people, frames) == pytest.approx(people[1].score)  # person 2 was there once in twelve
     cuts = seen(*({n: 0.1 * (n % 4)} for n in range(20)))  # somebody else in every frame
-    assert aggregate(people_of(cuts, 0.5), cuts) == pytest.approx(0.15)
+    assert aggregate(people_of(cuts, 0.5, []), cuts) == pytest.approx(0.15)
 
 
 def test_two_people_are_told_apart_in_a_video(small: DTN, finder: DlibFinder, tmp_path: Path) -> None:
@@ -123,9 +124,9 @@ def test_two_people_are_told_apart_in_a_video(small: DTN, finder: DlibFinder, tm
     result = detect(tmp_path / "two.mp4", ByLight(small), finder=finder)
     assert [(p.frames, pytest.approx(p.score)) for p in result.people] == [(5, 0.9), (5, 0.2)]
     assert (result.verdict, result.score) == ("fake", pytest.approx(0.9))
-    assert [(s.start, s.end) for s in result.spans] == [(0, 4)]
+    assert [(s.start, s.end) for s in result.spans] == [(0, 5)]
     stored = result.to_json()
-    assert stored["people"][0]["spans"] == [{"start": 0.0, "end": 4.0, "score": pytest.approx(0.9)}]
+    assert stored["people"][0]["spans"] == [{"start": 0.0, "end": 5.0, "score": pytest.approx(0.9)}]
     assert {f["person"] for frame in stored["frames"] for f in frame["faces"]} == {0, 1}
 
 

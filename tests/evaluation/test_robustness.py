@@ -127,7 +127,7 @@ def test_refusals(scorers: dict, dataset: CropDataset, tmp_path: Path) -> None:
     run(kinds=("jpeg",))
     for how, message in (
         ({"kinds": ("fog",)}, "unknown corruption"),
-        ({"levels": (6,)}, "level 6"),
+        ({"levels": (6,)}, "--levels 6"),
         ({"levels": ()}, "--levels : name at least one"),
         ({"kinds": ("blur", "blur")}, "--kinds blur blur: name at least one, and each once"),
         ({"split": "nowhere"}, "needs reals and fakes"),

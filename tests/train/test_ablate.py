@@ -355,5 +355,5 @@ def test_losses_by_weight_and_by_features(dataset: CropDataset) -> None:
     assert not torch.equal(step.centers, before)
     with pytest.raises(UsageError, match="--center-on features: needs a DTN"):
         TrainStep(build_detector(TimmConfig("resnet10t", 64)), recipe, Execution(), torch.device("cpu"))
-    with pytest.raises(UsageError, match="initial_weights"):
+    with pytest.raises(UsageError, match="initial-weights"):
         Recipe(initial_weights=(-1.0, 0.0))

@@ -285,7 +285,7 @@ def test_run_folders_are_checked(trained: Path, dataset: CropDataset, tmp_path: 
         ("max_nonfinite", -1),
     ]
     for name, value in [*wrong, ("weights", (1.0, -1.0, 1.0)), ("weights", (1.0, nan, 1.0))]:
-        with pytest.raises(UsageError, match=name):
+        with pytest.raises(UsageError, match=f"--{name.replace(chr(95), chr(45))} "):
             changed(RECIPE, **{name: value})
     for restart in (0, -1, 7):
         with pytest.raises(UsageError, match=f"--restart {restart}"):
