@@ -30,7 +30,7 @@ def locked(run: Path) -> Iterator[None]:
         yield
         return
     path = run / LOCK
-    lock = FileLock(path, blocking=False, is_singleton=True, fallback_to_soft=False, on_acquired=_sign)
+    lock = FileLock(path, blocking=False, is_singleton=True, on_acquired=_sign)
     try:
         lock.acquire()
     except Timeout as error:
