@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.crop_dataset import CropDataset
+from dtn_fast.data.crop_dataset import CropDataset, full_fingerprint
 from dtn_fast.data.open import open_data
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
@@ -30,7 +30,8 @@ from dtn_fast.train.ablation_tables import ABLATIONS, Variant, configure, varian
 from dtn_fast.train.config import Recipe
 from dtn_fast.train.distill import distill, train_initial
 from dtn_fast.train.loop import Epoch, Step
-from dtn_fast.train.run_folder import best_auc, for_crops, generation_folder, start_run
+from dtn_fast.train.run_folder import best_auc, claim_crops, for_crops, generation_folder, start_run
+from dtn_fast.train.run_lock import locked
 
 
 class Working(NamedTuple):
@@ -59,7 +60,7 @@ def ablate(
     Trained variants are not trained again, and variants measured on the same crops are not measured again.  ``only``:
     labels of the variants to train; default: all.  ``how``: device, execution and stop of ``fit``.  In a process group
     every process makes the same call, and they share the scoring.  Raises UsageError on unknown names, a damaged table,
-    runs of another recipe in ``out``, and recipes or data that the table does not allow.
+    runs of another recipe or on other crops in ``out``, and recipes or data that the table does not allow.
     """
     variants = variants_of(name, recipe.methods or data.methods)
     if recipe.pretrained:
@@ -81,18 +82,21 @@ def ablate(
     shown = [v for v in variants if not only or v.label in only or found.has(v)]
     for variant in shown:
         config, changed = configure(variant, model, recipe)
-        start_run(folder_of(out / name, variant), changed, config)
+        with locked(run := folder_of(out / name, variant)):
+            start_run(run, changed, config)
+            claim_crops(run, changed, data)
     for number, variant in enumerate(shown):
         run = folder_of(out / name, variant)
         working = lambda event, label=variant.label, number=number: Working(label, number, len(shown), event)
         if not only or variant.label in only:
-            if distributed.ranks().main:
-                record(run)
-            for event in train_initial(run, data, **how):
-                yield working(event)
-            if variant.distil:
-                for event in distill(run, data, **how):
+            with locked(run):
+                if distributed.ranks().main:
+                    record(run)
+                for event in train_initial(run, data, **how):
                     yield working(event)
+                if variant.distil:
+                    for event in distill(run, data, **how):
+                        yield working(event)
         yield working(None)
         renewed = found.measure(variant, run, configure(variant, model, recipe)[0], how.get("device", "cpu"))
         if distributed.ranks().main and (renewed or number == len(shown) - 1):
@@ -149,6 +153,8 @@ class _Rows:
                         row.facts["column_notes"] = row.facts.pop("policies")
                     for key in FACTS:
                         row.facts[key]
+                    known = row.facts["tests"]
+                    row.facts["tests"] = {c: full_fingerprint(known[c], self._crops.get(c, "")) for c in known}
                     for column in row.facts["column_notes"]:
                         row.cells["frame"][column], row.cells["video"][column]
                 self._rows = [row for row in rows if (out / row.facts["weights"]).is_file()]

@@ -14,15 +14,21 @@ from dtn_fast.errors import UsageError
 from dtn_fast.model.build import build_detector, load_detector
 from dtn_fast.model.detector import WEIGHTS
 from dtn_fast.train.loop import Epoch, Step, fit
-from dtn_fast.train.run_folder import best_auc, forget, generation_folder, load_run, summarise
+from dtn_fast.train.run_folder import best_auc, claim_crops, forget, generation_folder, load_run, summarise
+from dtn_fast.train.run_lock import locked
 
 
 def train_initial(run: Path, dataset: CropDataset, **how: Any) -> Generator[Step | Epoch, None, None]:
-    """Trains generation 0 with CE + Ct-c.  ``how``: device, execution and stop of ``fit``."""
+    """Trains generation 0 with CE + Ct-c.  ``how``: device, execution and stop of ``fit``.
+
+    Raises UsageError when it was begun on other crops, or another process trains the run.
+    """
     recipe, config = load_run(run)
-    torch.manual_seed(recipe.seed)
-    yield from fit(build_detector(config, recipe.pretrained), dataset, recipe, generation_folder(run, 0), **how)
-    summarise(run)
+    with locked(run):
+        claim_crops(run, recipe, dataset)
+        torch.manual_seed(recipe.seed)
+        yield from fit(build_detector(config, recipe.pretrained), dataset, recipe, generation_folder(run, 0), **how)
+        summarise(run)
 
 
 def distill(
@@ -32,19 +38,22 @@ def distill(
     for ``generation_patience`` generations.
 
     Finished generations are kept, an unfinished one is resumed; ``restart`` first deletes that generation and the later
-    ones.  ``how`` as in :func:`train_initial`.  Raises UsageError when generation 0 is not trained.
+    ones.  ``how`` as in :func:`train_initial`.  Raises UsageError when generation 0 is not trained, or was on other
+    crops, or another process trains the run.
     """
     recipe, _ = load_run(run)
     if not (generation_folder(run, 0) / WEIGHTS).is_file():
         raise UsageError(f"{run}: generation 0 is not trained; run dtn-fast train first")
-    if restart is not None:
-        forget(run, restart)
-    for generation in range(1, recipe.generations + 1):
-        teacher = load_detector(generation_folder(run, generation - 1)).requires_grad_(False)
-        student = copy.deepcopy(teacher).requires_grad_(True)
-        yield from fit(student, dataset, recipe, generation_folder(run, generation), teacher, generation, **how)
-        summarise(run)
-        aucs = [best_auc(run, number) for number in range(generation + 1)]
-        without_gain = generation - aucs.index(max(aucs))
-        if without_gain >= recipe.generation_patience and generation >= recipe.min_generations:
-            break
+    with locked(run):
+        claim_crops(run, recipe, dataset)
+        if restart is not None:
+            forget(run, restart)
+        for generation in range(1, recipe.generations + 1):
+            teacher = load_detector(generation_folder(run, generation - 1)).requires_grad_(False)
+            student = copy.deepcopy(teacher).requires_grad_(True)
+            yield from fit(student, dataset, recipe, generation_folder(run, generation), teacher, generation, **how)
+            summarise(run)
+            aucs = [best_auc(run, number) for number in range(generation + 1)]
+            without_gain = generation - aucs.index(max(aucs))
+            if without_gain >= recipe.generation_patience and generation >= recipe.min_generations:
+                break

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dtn_fast.data.crop_dataset import CropDataset
-from dtn_fast.dataclass_json import from_fields
-from dtn_fast.errors import UsageError
+from dtn_fast.dataclass_json import differences, from_fields, from_json
+from dtn_fast.errors import UsageError, tell
 from dtn_fast.files import write_whole
 from dtn_fast.model.config import ModelConfig, TimmConfig, crop_policy, parse_config
 from dtn_fast.model.detector import WEIGHTS
@@ -21,6 +24,7 @@ from dtn_fast.train.log_lines import read_lines
 
 STATE, METRICS, STEPS = "last.pt", "metrics.jsonl", "steps.jsonl"
 NONFINITE, VALIDATION = "nonfinite.jsonl", "validation.npz"
+CROPS = "crops.json"
 
 OLD_NAMES = {"patience": "epoch_patience"}
 """Fields of Recipe that had another name in version 0.1: old name -> new name."""
@@ -37,24 +41,67 @@ def best_auc(run: Path, generation: int) -> float:
 
 
 def start_run(run: Path, recipe: Recipe, config: ModelConfig) -> None:
-    """Writes recipe.json: the recipe and model of the run.
+    """Writes recipe.json: the recipe and model of the run, which the caller has locked.
 
     Raises UsageError when ``run`` already holds a run of another recipe or model, or the recipe needs published weights
     that the model does not have.
     """
     if recipe.pretrained and not isinstance(config, TimmConfig):
         raise UsageError("--pretrained: only models of timm have published weights; name one with --timm")
-    begun = any(generation_folder(run, 0).glob("*"))
-    if begun and (run / RECIPE).is_file():
+    if _begun(run) and (run / RECIPE).is_file():
         known, model = load_run(run)
-        cropped = lambda model: dataclasses.replace(model, crop=crop_policy(model))  # unknown counts as the default
-        if (known, cropped(model)) != (recipe, cropped(config)):
-            raise UsageError(f"{run}: holds a run of another recipe or model; choose another --out or delete it")
+        own = lambda of: dataclasses.asdict(dataclasses.replace(of, crop=crop_policy(of)))  # unknown is the default
+        if type(model) is not type(config):
+            own = lambda of: {"timm": getattr(of, "timm", "")}
+        before, now = dataclasses.asdict(known) | own(model), dataclasses.asdict(recipe) | own(config)
+        if differ := differences(before, now):
+            raise UsageError(f"{run}: holds a run with {differ}; repeat these, or choose another --out")
     distributed.barrier()
     if distributed.ranks().main:
         settings = {"recipe": dataclasses.asdict(recipe), "model": dataclasses.asdict(config)}
         write_whole(run / RECIPE, json.dumps(settings, indent=2))
     distributed.barrier()
+
+
+def _begun(run: Path) -> bool:
+    return any(generation_folder(run, 0).glob("*"))
+
+
+@dataclass(frozen=True)
+class RunCrops:
+    """The crops that a run is trained on; equal wherever they lie."""
+
+    folder: str = field(compare=False)
+    train: int
+    """Number of crops trained on."""
+    val: int
+    """Number of crops validated on."""
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"{self.folder} ({self.train} crops to train on, {self.val} to validate on, {self.fingerprint})"
+
+
+def claim_crops(run: Path, recipe: Recipe, dataset: CropDataset) -> None:
+    """Records in crops.json the crops that the run, which the caller has locked, begins on.
+
+    A run of an earlier version, without that file, adopts these.  Raises UsageError when the run was begun on others.
+    """
+    train, val = (dataset.select(split, recipe.methods) for split in ("train", "val"))
+    if recipe.self_blend and recipe.blend_share == 1:  # the data's own fakes are not used
+        train, val = (rows[dataset.labels[rows] == 0] for rows in (train, val))
+    these = RunCrops(dataset.folder, len(train), len(val), dataset.fingerprint(np.concatenate([train, val])))
+    path, begun = run / CROPS, _begun(run)
+    if distributed.ranks().main and not (begun and path.is_file()):
+        if begun:
+            tell(f"{run}: an earlier version did not record the crops of this run; taken as {these}")
+        write_whole(path, json.dumps(dataclasses.asdict(these), indent=2))
+    distributed.barrier()
+    stored = path.read_text(encoding="utf-8", errors="replace")
+    known = from_json(RunCrops, stored, str(path), f"; delete it if the run was trained on {these}")
+    if known != these:
+        raise UsageError(f"{run}: trained on {known}, these are {these}; name the same crops, or a new --out to train "
+                         "anew")  # fmt: skip
 
 
 def for_crops(config: ModelConfig, dataset: CropDataset) -> ModelConfig:

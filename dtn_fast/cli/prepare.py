@@ -83,6 +83,8 @@ def prepare(
         show = _Progress(bar)
         for state in run(table, out, side, config, work):
             show(state)
+    if work.verify or state.damaged:
+        print(f"{state.checked} shards checked, {state.damaged} of them damaged and made again")
     if not finished(out):
         print(f"worker share {work.share} is done: {state.faces} faces of {state.total} videos; the worker share that "
               "finishes last writes the index")  # fmt: skip

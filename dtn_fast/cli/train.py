@@ -56,14 +56,16 @@ def train(
     from dtn_fast.train.config import choose_model
     from dtn_fast.train.distill import train_initial
     from dtn_fast.train.run_folder import for_crops, start_run
+    from dtn_fast.train.run_lock import locked
 
     model = choose_model(preset, config, timm)
     with connect(choose_device(device)) as where:
         dataset = open_data(data, model.image_size)
-        start_run(out, recipe, for_crops(model, dataset))
-        _record(out)
-        events = lambda **how: train_initial(out, dataset, **how)
-        _run_training(events, out, recipe, execution, where, wandb)
+        with locked(out):
+            start_run(out, recipe, for_crops(model, dataset))
+            _record(out)
+            events = lambda **how: train_initial(out, dataset, **how)
+            _run_training(events, out, recipe, execution, where, wandb)
 
 
 def distill(
@@ -90,9 +92,10 @@ def distill(
     """
     from dtn_fast.train.distill import distill as chain
     from dtn_fast.train.run_folder import load_run, summarise
+    from dtn_fast.train.run_lock import locked
 
     recipe, model = load_run(run)
-    with connect(choose_device(device)) as where:
+    with connect(choose_device(device)) as where, locked(run):
         _record(run)
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun repeats the command after a crash
         dataset = open_data(data, model.image_size)

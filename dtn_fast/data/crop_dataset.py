@@ -85,6 +85,8 @@ class CropDataset:
     """Whether every face of a frame was cropped, not one."""
     mask_known: NDArray[np.bool_] | None = None
     """[N] whether the crop's mask is known; a real's is, and blank."""
+    folder: str = ""
+    """Absolute path that the crops were opened from."""
 
     @property
     def size(self) -> int:
@@ -145,13 +147,13 @@ class CropDataset:
         return rows[evenly_spaced(len(rows), count)]
 
     def fingerprint(self, rows: NDArray[np.int64]) -> str:
-        """Hash that tells whether two metrics were measured on the same crops, from the videos and frames of ``rows``
-        and the pixels of 64 evenly spaced crops among them."""
+        """Hash that tells whether two metrics were measured, or two models trained, on the same crops: of the videos
+        and frames of ``rows`` and the pixels of 64 evenly spaced crops among them; after a hyphen, of their labels."""
         names = (f"{self.videos[v].path} {f}" for v, f in zip(self.video[rows], self.frame[rows], strict=True))
         digest = hashlib.sha256("\n".join(names).encode("utf-8", "replace"))
         some = evenly_spaced(len(rows), 64)
         digest.update(self.get(rows[some]).tobytes())
-        return digest.hexdigest()[:16]
+        return f"{digest.hexdigest()[:16]}-{zlib.crc32(self.labels[rows].tobytes()):08x}"
 
     @property
     def faces(self) -> str:
@@ -165,24 +167,28 @@ class CropDataset:
         return tuple(sorted({v.method for v in self.videos if v.label}))
 
 
+def full_fingerprint(known: str, now: str) -> str:
+    """The stored fingerprint ``known``; of an earlier version, which knew no labels, ``now`` if that begins alike."""
+    return now if now.startswith(f"{known}-") else known
+
+
 def open_crop_dataset(folder: Path, verify: bool = False) -> CropDataset:
-    """Opens a folder that :func:`dtn_fast.data.prepare.prepare` wrote; ``verify`` compares the crops' checksums.
+    """Opens a folder that :func:`dtn_fast.data.prepare.prepare` wrote; ``verify`` compares the checksums of crops,
+    landmarks and masks too, not of the index alone.
 
     Raises UsageError when it is missing, unfinished, damaged or of another version.
     """
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        if index["version"] not in (VERSION, *OLD_SHARDS):
-            raise ValueError(f"version {index['version']}, this program reads {VERSION}")
+        index = _unsealed((folder / INDEX).read_bytes())
         where = OLD_SHARDS.get(index["version"], SHARDS)
         size, shards, points, masks = int(index["size"]), [], [], []
         for shard in index[where]:
-            array = open_shard(folder / where, shard["name"], size, shard["rows"], shard["crc32"] if verify else None)
-            shards.append(array)
+            at, known = (folder / where, shard["name"], shard["rows"]), shard if verify else {}
+            shards.append(open_shard(*at, size, known.get("crc32")))
             if index["landmarks"]:
-                points.append(load_array(folder / where / f"{shard['name']}.landmarks.npy"))
+                points.append(open_landmarks(*at, None, known.get("landmarks_crc32")))
             if index.get("masks"):
-                masks.append(open_masks(folder / where, shard["name"], size, shard["rows"]))
+                masks.append(open_masks(*at, size, known.get("masks_crc32")))
         if {len(index[name]) for name in ("video", "frame", "person")} != {sum(map(len, shards))}:
             raise ValueError("the crops do not match the index")
         video, frame, person = (np.array(index[name], np.int64) for name in ("video", "frame", "person"))
@@ -191,6 +197,7 @@ def open_crop_dataset(folder: Path, verify: bool = False) -> CropDataset:
             ShardFiles(shards, size), video, frame, person, videos, index["status"], index["synthetic"], index["notes"],
             _policy(index, str(folder)), marks, ShardFiles(masks, size) if masks else None,
             index.get("people", index.get("faces")) == "all", np.array(index["mask_known"], bool) if masks else None,
+            str(folder.absolute()),
         )  # fmt: skip
     except FileNotFoundError as error:
         what = f"{folder}: no prepared crops there ({Path(error.filename).name} is missing)"
@@ -200,6 +207,27 @@ def open_crop_dataset(folder: Path, verify: bool = False) -> CropDataset:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder}: damaged crops ({error}); run the same dtn-fast prepare with --verify, or delete "
                          "the folder and prepare again if an earlier version wrote it") from error  # fmt: skip
+
+
+SEAL = b'{"check": "'
+"""First bytes of an index; the checksum of all that follows it comes next, as eight digits."""
+
+
+def sealed(index: dict[str, Any]) -> bytes:
+    """The index as JSON, with its checksum."""
+    rest = f'", {json.dumps(index)[1:]}'.encode()
+    return SEAL + b"%08x" % zlib.crc32(rest) + rest
+
+
+def _unsealed(text: bytes) -> dict[str, Any]:
+    """The index; an earlier version's begins with its version and has no checksum."""
+    index = json.loads(text.decode())
+    if index["version"] not in (VERSION, *OLD_SHARDS):
+        raise ValueError(f"version {index['version']}, this program reads {VERSION}")
+    start, end = len(SEAL), len(SEAL) + 8
+    if next(iter(index)) != "version" and (text[:start], text[start:end]) != (SEAL, b"%08x" % zlib.crc32(text[end:])):
+        raise ValueError(f"{INDEX} has another checksum than when it was written")
+    return index
 
 
 def _policy(index: dict[str, Any], where: str) -> CropPolicy | None:
@@ -218,25 +246,33 @@ def unfinished(folder: Path) -> bool:
     return any((folder / name).is_dir() for name in (SHARDS, *OLD_SHARDS.values()))
 
 
-def open_shard(shards: Path, name: str, size: int, rows: int, crc32: int | None = None) -> NDArray[np.uint8]:
+def open_shard(shards: Path, name: str, rows: int, size: int, crc32: int | None = None) -> NDArray[np.uint8]:
     """The crops of a shard file in the folder ``shards``, memory-mapped.
 
     Raises OSError or ValueError when the file is missing or does not match the index.
     """
-    return _array(shards / f"{name}.npy", (rows, size, size, 3), crc32)
+    return _array(shards / f"{name}.npy", np.uint8, (rows, size, size, 3), crc32)
 
 
-def open_masks(shards: Path, name: str, size: int, rows: int, crc32: int | None = None) -> NDArray[np.uint8]:
+def open_masks(shards: Path, name: str, rows: int, size: int, crc32: int | None = None) -> NDArray[np.uint8]:
     """The masks [rows, S, S] of a shard's crops, like :func:`open_shard`."""
-    return _array(shards / f"{name}.masks.npy", (rows, size, size), crc32)
+    return _array(shards / f"{name}.masks.npy", np.uint8, (rows, size, size), crc32)
 
 
-def _array(path: Path, shape: tuple[int, ...], crc32: int | None) -> NDArray[np.uint8]:
+def open_landmarks(
+    shards: Path, name: str, rows: int, points: int | None, crc32: int | None = None
+) -> NDArray[np.float32]:
+    """The landmarks [rows, K, 2] of a shard's crops, like :func:`open_shard`; ``points``: K, None: any."""
+    return _array(shards / f"{name}.landmarks.npy", np.float32, (rows, points, 2), crc32)
+
+
+def _array(path: Path, dtype: type, shape: tuple[int | None, ...], crc32: int | None) -> NDArray[Any]:
     if not shape[0]:
-        return np.empty(shape, np.uint8)
+        return np.empty([n or 0 for n in shape], dtype)
     array = load_array(path)
-    if array.shape != shape or array.dtype != np.uint8:
-        raise ValueError(f"{path.name} holds {array.dtype} {array.shape}, not {shape[0]} crops of {shape[1]} pixels")
+    fits = len(array.shape) == len(shape) and all(want in (None, n) for n, want in zip(array.shape, shape, strict=True))
+    if not fits or array.dtype != dtype:
+        raise ValueError(f"{path.name} holds {array.dtype} {array.shape}, not {dtype.__name__} {shape}")
     if crc32 is not None and zlib.crc32(memoryview(array).cast("B")) != crc32:
         raise ValueError(f"{path.name} has another checksum than when it was written")
     return array

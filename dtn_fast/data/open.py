@@ -59,7 +59,7 @@ def open_pictures(table: VideoTable, size: int) -> CropDataset:
                "reason": None} for v in table.videos]  # fmt: skip
     frame = np.concatenate([np.arange(len(v.frames)) for v in table.videos])
     return CropDataset(PictureFiles(table.root, names, size), np.array(video), frame, np.zeros(len(names), np.int64),
-                  table.videos, status, table.synthetic, table.notes)  # fmt: skip
+                  table.videos, status, table.synthetic, table.notes, folder=str(table.root.absolute()))  # fmt: skip
 
 
 def open_data(folder: Path, size: int) -> CropDataset:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.config import FinderConfig, PrepareConfig, WorkConfig
-from dtn_fast.data.crop_dataset import INDEX, SHARDS, VERSION, open_masks, open_shard
+from dtn_fast.data.crop_dataset import INDEX, SHARDS, VERSION, open_landmarks, open_masks, open_shard, sealed
 from dtn_fast.data.face_finders import YUNET_SHA256, FaceFinder, open_finder
 from dtn_fast.data.face_tracker import FaceTracker, Tracked
 from dtn_fast.data.faces import Box, crop_face, cut_of, resize_square
@@ -31,10 +31,12 @@ from dtn_fast.data.forged_face import Mask, forged_faces, masks_of
 from dtn_fast.data.frames import landmarks, video_frames
 from dtn_fast.data.video import Frame, Reading
 from dtn_fast.data.video_table import Video, VideoTable
+from dtn_fast.dataclass_json import differences
 from dtn_fast.errors import DtnError, MediaError, UsageError
-from dtn_fast.files import load_array, write_whole
+from dtn_fast.files import write_whole
 
 JOB = "job.json"
+CHECKSUMS = ("crc32", "landmarks_crc32", "masks_crc32")
 SHARD_CROPS = 256
 """Target number of crops per shard; an interruption costs each worker at most one shard."""
 
@@ -44,6 +46,10 @@ class PrepareProgress(NamedTuple):
     """Number of finished videos of this worker share."""
     total: int
     faces: int
+    checked: int = 0
+    """Number of this share's shards that were there before."""
+    damaged: int = 0
+    """Number of those that are made again."""
 
 
 class PrepareJob(NamedTuple):
@@ -77,8 +83,10 @@ def prepare(
         mine = [k for k in range(len(job.shards)) if k % total_shares == number]
         total = sum(len(job.shards[k]) for k in mine)
         states = {k: state for k in mine if (state := _state(out, k, size, work.verify)) is not None}
+        there = sum((out / SHARDS / f"{_name(k)}.json").is_file() for k in mine)
+        checks = there, there - len(states)
         done, faces = sum(len(job.shards[k]) for k in states), sum(state["rows"] for state in states.values())
-        yield PrepareProgress(done, total, faces)
+        yield PrepareProgress(done, total, faces, *checks)
         missing = [k for k in mine if k not in states]
         context = multiprocessing.get_context("spawn")
         size_of_pool = min(work.workers, max(len(missing), 1))
@@ -88,7 +96,7 @@ def prepare(
                 for future in as_completed(running):
                     faces += future.result()
                     done += len(job.shards[running[future]])
-                    yield PrepareProgress(done, total, faces)
+                    yield PrepareProgress(done, total, faces, *checks)
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -137,10 +145,8 @@ def _claim(job: PrepareJob) -> None:
         if there.get("version") != VERSION:
             raise UsageError(f"{job.out}: crops of version {there.get('version')}, this program continues version "
                              f"{VERSION} only; choose another --out or delete it")  # fmt: skip
-        if there != wanted:
-            differ = [key for key in wanted if there.get(key) != wanted[key]]
-            other = ", ".join(f"{key} {there.get(key)} (requested: {wanted[key]})" for key in differ)
-            raise UsageError(f"{job.out}: holds crops of other settings: {other}; choose another --out or delete it")
+        if differ := differences(there, wanted):
+            raise UsageError(f"{job.out}: holds crops with {differ}; repeat these, or choose another --out")
     write_whole(path, json.dumps(wanted, indent=1).encode(), shared=True)
 
 
@@ -167,15 +173,12 @@ def _state(out: Path, shard: int, size: int, verify: bool) -> dict[str, Any] | N
         state = json.loads((out / SHARDS / f"{_name(shard)}.json").read_text(encoding="utf-8"))
         if state.pop("check") != _check(state):
             return None
-        open_shard(out / SHARDS, _name(shard), size, state["rows"], state["crc32"] if verify else None)
+        at = out / SHARDS, _name(shard), state["rows"]
+        open_shard(*at, size, state["crc32"] if verify else None)
         if state["landmarks"]:
-            points = load_array(out / SHARDS / f"{_name(shard)}.landmarks.npy")
-            if points.shape != (state["rows"], state["landmarks"], 2):
-                return None
-            if verify and zlib.crc32(points.tobytes()) != state["landmarks_crc32"]:
-                return None
+            open_landmarks(*at, state["landmarks"], state["landmarks_crc32"] if verify else None)
         if state["masks"]:
-            open_masks(out / SHARDS, _name(shard), size, state["rows"], state["masks_crc32"] if verify else None)
+            open_masks(*at, size, state["masks_crc32"] if verify else None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return state
@@ -391,7 +394,7 @@ def _write_index(job: PrepareJob) -> None:
         "landmarks": len(marks := {state["landmarks"] for state in states if state["rows"]}) == 1 and 0 not in marks,
         "notes": [*job.table.notes, *mask_notes(status)],
         "shards": [
-            {"name": _name(k), "rows": state["rows"], "crc32": state["crc32"]}
+            {"name": _name(k)} | {key: state[key] for key in ("rows", *CHECKSUMS) if key in state}
             for k, state in enumerate(states)
             if state["rows"]
         ],
@@ -399,7 +402,7 @@ def _write_index(job: PrepareJob) -> None:
         "status": status,
         **joined,
     }
-    write_whole(job.out / INDEX, json.dumps(index).encode(), shared=True)
+    write_whole(job.out / INDEX, sealed(index), shared=True)
     for partial in [*job.out.glob(".*.partial"), *(job.out / SHARDS).glob(".*.partial")]:  # of killed runs
         partial.unlink(missing_ok=True)
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.corrupt import LEVELS, corrupt
-from dtn_fast.data.crop_dataset import CropDataset
+from dtn_fast.data.crop_dataset import CropDataset, full_fingerprint
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig, RobustnessConfig
 from dtn_fast.evaluation.evaluate import protocol_note
@@ -96,6 +96,7 @@ class _Results:
         if path.is_file():
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))
+                stored["data"]["videos"] = full_fingerprint(stored["data"]["videos"], identity["videos"])
                 same, self._probes = stored["data"] == identity, dict(stored["probes"])
                 self.cells = {model: {key: {level: float(cell[level]) for level in ("frame", "video")}
                               for key, cell in of.items()} for model, of in stored["auc"].items()}  # fmt: skip

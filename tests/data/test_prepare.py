@@ -25,6 +25,7 @@ from PIL import Image
 from skimage import data
 from small import SMALL
 
+from dtn_fast.cli.prepare import prepare as prepare_verb
 from dtn_fast.data import prepare as P
 from dtn_fast.data import video
 from dtn_fast.data.config import PrepareConfig, Source, WorkConfig
@@ -380,14 +381,64 @@ def test_a_lost_or_damaged_index_is_written_again(many: VideoTable, whole: Path,
     assert files(out) == files(whole)
 
 
+def test_a_flipped_bit_anywhere_in_the_index_is_refused(many: VideoTable, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    index, good = out / "index.json", (whole / "index.json").read_bytes()
+    draw = random.Random(0)
+    some = [draw.randrange(8 * len(good)) for _ in range(50)]
+    label = good.index(b'"label": 0') + len(b'"label": ')  # a real becomes a fake
+    for bit in (8 * label, *range(8 * 40), *some):  # 40: past the checksum and the version
+        flipped = bytearray(good)
+        flipped[bit // 8] ^= 1 << bit % 8
+        index.write_bytes(flipped)
+        with pytest.raises(UsageError, match=r"damaged crops \(.*run the same dtn-fast prepare") as error:
+            open_crop_dataset(out)
+        assert "\n" not in str(error.value)
+    run(many, out, EACH)
+    assert files(out) == files(whole)
+    earlier = {key: value for key, value in json.loads(good).items() if key != "check"}
+    index.write_text(json.dumps(earlier))
+    assert np.array_equal(open_crop_dataset(out).labels, open_crop_dataset(whole).labels)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "landmarks.npy", "masks.npy"])
+def test_verify_checks_every_shard_file_and_counts(tmp_path: Path, suffix: str, capsys, monkeypatch) -> None:
+    for name in "ab":
+        for kind in ("frames", "landmarks"):
+            (tmp_path / "set" / kind / name).mkdir(parents=True)
+        Image.fromarray(FACE).save(tmp_path / f"set/frames/{name}/0.png")
+        np.save(tmp_path / f"set/landmarks/{name}/0.npy", np.full((5, 2), 7.0))
+    videos = [Video(name, 0, "real", "test", frames=(f"set/frames/{name}/0.png",)) for name in "ab"]
+    monkeypatch.setattr("dtn_fast.data.datasets.read", lambda *_: VideoTable(tmp_path, videos, crops=True))
+    out, config = tmp_path / "out", PrepareConfig(frames=P.SHARD_CROPS, masks=True)
+    prepared = lambda verify: prepare_verb(tmp_path, out, config=config, work=WorkConfig(verify=verify), size=SIZE)
+    prepared(False)
+    whole = files(out)
+    victim = out / "shards" / f"000001.{suffix}"
+    victim.write_bytes(victim.read_bytes()[:-1] + b"\x01")
+    assert files(out) != whole
+    open_crop_dataset(out)
+    with pytest.raises(UsageError, match=rf"damaged crops \({victim.name} has another checksum"):
+        open_crop_dataset(out, verify=True)
+    prepared(False)
+    assert "checked" not in capsys.readouterr().out
+    assert files(out) != whole, "not looked at"
+    for damaged in (1, 0):
+        prepared(True)
+        assert f"2 shards checked, {damaged} of them damaged and made again" in capsys.readouterr().out
+        assert files(out) == whole
+    open_crop_dataset(out, verify=True)
+
+
 def test_another_job_in_the_same_folder_is_refused(many: VideoTable, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "out")
     for table, size, config, match in [
-        (many, SIZE, PrepareConfig(frames=9, every=1), "frames 256 .requested: 9."),
-        (many, 32, EACH, "size 64 .requested: 32."),
-        (VideoTable(many.root, many.videos[1:], "folder"), SIZE, EACH, "videos 60 .requested: 59."),
+        (many, SIZE, PrepareConfig(frames=9, every=1), "frames 256 .now 9."),
+        (many, 32, EACH, "size 64 .now 32."),
+        (VideoTable(many.root, many.videos[1:], "folder"), SIZE, EACH, "videos 60 .now 59."),
     ]:
-        with pytest.raises(UsageError, match=f"other settings: {match}") as error:
+        with pytest.raises(UsageError, match=f"holds crops with {match}") as error:
             next(prepare(table, tmp_path / "out", size, config, WorkConfig()))
         assert "\n" not in str(error.value)
     assert files(tmp_path / "out") == files(whole)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,8 @@ def test_what_is_there_is_not_measured_again(scorers: dict, dataset: CropDataset
             events.close()
     before = read(tmp_path / "paused")
     assert set(before[name]) == {"untouched", "jpeg 1"}
+    path = tmp_path / "paused" / "robustness.json"
+    path.write_text(re.sub(r'("videos": "\w{16})-\w{8}"', r'\1"', path.read_text()))  # as earlier versions wrote it
 
     class Counting(TorchScorer):
         asked = 0

@@ -89,10 +89,15 @@ def test_killed_at_random_steps_and_resumed_to_the_bit(crops: Path, tmp_path: Pa
     steps = len(read_lines(tmp_path / "whole" / "generation-0" / loop.STEPS))
     assert steps == 36
     draw = random.Random(7)
-    for _ in range(3):
+    for kill in range(3):
         process = start(crops, tmp_path / "killed", small_json, *flags)
         already = len(read_lines(tmp_path / "killed" / "generation-0" / loop.STEPS))
         wait_for_steps(tmp_path / "killed", min(already + draw.randrange(1, 12), steps - 1), process)
+        if kill == 0:  # the same run started twice, and not read before the lock is tried
+            process.send_signal(signal.SIGSTOP)
+            code, _, err = finish(start(crops, tmp_path / "killed", small_json, *flags, "--lr", "0.5"))
+            assert (code, err.count("\n")) == (2, 1)
+            assert f"killed: another process ({process.pid} on " in err
         process.send_signal(signal.SIGKILL)
         assert finish(process)[0] == -signal.SIGKILL
     code, out, err = finish(start(crops, tmp_path / "killed", small_json, *flags))

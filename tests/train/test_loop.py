@@ -272,7 +272,7 @@ def test_run_folders_are_checked(trained: Path, dataset: CropDataset, tmp_path: 
     assert run_folder.load_run(tmp_path / "new")[0].lr == 2.0
     (tmp_path / "new" / "generation-0").mkdir()
     (tmp_path / "new" / "generation-0" / "last.pt").touch()
-    with pytest.raises(UsageError, match="another recipe"):
+    with pytest.raises(UsageError, match=r"holds a run with lr 2\.0 \(now 1\.0\); repeat these"):
         run_folder.start_run(tmp_path / "new", changed(RECIPE, lr=1.0), SMALL)
     nan, inf = float("nan"), float("inf")
     wrong = [
