@@ -6,7 +6,6 @@ import contextlib
 import functools
 import io
 import re
-import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -17,7 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.errors import MediaError
+from dtn_fast.errors import DtnError, MediaError
 
 HEIF = ("HEIF",) if find_spec("pillow_heif") else ()
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", *HEIF)
@@ -28,8 +27,6 @@ MAX_PIXELS = 64_000_000
 """Pixel limit per picture; a larger one is refused before it is decoded (a decompression bomb or a mistake)."""
 TICK = 0.1
 """Seconds for which a frame of a moving picture without a duration is shown."""
-DAMAGE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error)
-"""Errors by which Pillow tells that a picture is damaged."""
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
@@ -66,11 +63,14 @@ def read_times(path: Path, check: Callable[[], object]) -> list[float]:
     ``check`` is called for every frame.  Raises MediaError when the file is not a picture.
     """
     times = [0.0]
-    with _opened(path, str(path)) as image, contextlib.suppress(*DAMAGE):
+    with _opened(path, str(path)) as image:
         for number in range(image.n_frames):
             check()
-            image.seek(number)
-            image.load()  # the duration of a frame is known once it is decoded
+            try:
+                image.seek(number)
+                image.load()  # the duration of a frame is known once it is decoded
+            except Exception:  # Pillow's decoders raise errors of any kind
+                break
             times.append(times[-1] + (image.info.get("duration", 0) / 1000 or TICK))
     return times
 
@@ -82,7 +82,7 @@ def read_moving(path: Path, numbers: Sequence[int]) -> Iterator[tuple[int, NDArr
             try:
                 image.seek(number)
                 frame = _upright_rgb(image)
-            except DAMAGE:
+            except Exception:
                 return
             yield number, frame
 
@@ -118,7 +118,9 @@ def _opened(file: Path | io.BytesIO, name: str) -> Iterator[Any]:
             with Image.open(file, formats=FORMATS) as image:
                 _check_size(image.width, image.height, name)
                 yield image
-    except (*DAMAGE, Image.DecompressionBombError) as error:
+    except DtnError:
+        raise
+    except Exception as error:  # Pillow's decoders raise errors of any kind
         raise MediaError(f"{name}: cannot read this image ({_reason(error)})") from error
 
 
@@ -232,7 +234,7 @@ def _tiff_size(data: bytes) -> tuple[int, int]:
     """Width and height of a TIFF file; 0 when it states none."""
     from PIL import TiffImagePlugin
 
-    with contextlib.suppress(*DAMAGE, KeyError, TypeError):
+    with contextlib.suppress(Exception):
         tags = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
         file = io.BytesIO(data)
         file.seek(tags.next)

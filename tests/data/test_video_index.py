@@ -128,13 +128,13 @@ def test_a_cover_picture_is_no_video(tmp_path: Path, cover: str) -> None:
 @pytest.mark.parametrize("default", [0, 1])
 def test_the_default_track_is_shown_and_else_the_largest(tmp_path: Path, default: int) -> None:
     path = tmp_path / "two.mkv"
-    with av.open(str(path), "w", options={"default_mode": "passthrough"}) as out:
+    with av.open(str(path), "w") as out:
         for number, image in enumerate((GREY, FACE)):
             stream = out.add_stream("libx264", rate=25)
             stream.height, stream.width = image.shape[:2]
             stream.pix_fmt = "yuv420p"
-            if number != default:
-                stream.disposition = av.stream.Disposition.comment
+            kinds = av.stream.Disposition
+            stream.disposition = kinds.default if number == default else kinds.comment
         for stream, image in zip(out.streams.video, (GREY, FACE), strict=True):
             for _ in range(4):
                 out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))

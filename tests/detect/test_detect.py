@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import tempfile
 import threading
 import warnings
@@ -25,6 +26,7 @@ from skimage import data
 from small import SMALL
 
 from dtn_fast import DTN
+from dtn_fast.cli.terminal import print_table
 from dtn_fast.data.config import FinderConfig
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.face_finders import FINDERS, DlibFinder
@@ -34,10 +36,10 @@ from dtn_fast.data.video_writer import write_video
 from dtn_fast.detect import detect_many
 from dtn_fast.detect.annotate import annotate
 from dtn_fast.detect.config import DetectConfig
-from dtn_fast.detect.inputs import find_inputs
+from dtn_fast.detect.inputs import find_inputs, frames_of
 from dtn_fast.detect.pipeline import AHEAD, detect, finder_of
-from dtn_fast.detect.report import write_report, write_results
-from dtn_fast.detect.verdict import Face, FrameResult, Result, aggregate, people_of
+from dtn_fast.detect.report import DETAILS, write_report, write_results
+from dtn_fast.detect.verdict import Face, FrameResult, Result, aggregate, people_of, short_names
 from dtn_fast.errors import DtnWarning, UsageError
 from dtn_fast.explain.heatmap import grad_cam, overlay
 from dtn_fast.model.config import CropPolicy
@@ -406,3 +408,122 @@ def test_a_damaged_video_is_judged_on_the_rest_and_that_is_said(small: DTN, find
         assert "frames could not be decoded" in (tmp_path / "out" / "report.html").read_text()
     with pytest.raises(UsageError, match="--max-lost 2"):
         DetectConfig(max_lost=2)
+
+
+# ------------------------------------------------------------------------------------- names, spans, pictures
+
+
+NAMES = ["12:30:11.mp4", "Interview: part 1.mp4", "title [dQw4w9WgXcQ].mp4", "[red]bold[-red].mp4", "-x.mp4",
+         "a\nb.mp4", "na\u00efve \u4f8b \U0001f600.mp4", os.fsdecode(b"x\xff.mp4"), "\u9854" * 80 + ".mp4",
+         "y" * 251 + ".mp4", "<b>&.mp4", "\x1b[31mred.mp4", "rtl\u202e4pm.mp4"]  # fmt: skip
+
+
+def test_videos_of_any_name_are_judged_annotated_and_shown(
+    small: DTN, finder: DlibFinder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_video(tmp_path / "plain", [scene(320)] * 3)
+    (tmp_path / "in").mkdir()
+    for name in NAMES:
+        (tmp_path / "in" / name).write_bytes((tmp_path / "plain").read_bytes())
+    monkeypatch.chdir(tmp_path / "in")  # a colon in a relative path looks like a protocol
+    batch = detect_many(sorted(NAMES), TorchScorer(small), tmp_path / "out", DetectConfig(frames=2), True, finder)
+    assert not batch.problems
+    assert len(batch.annotated) == len(NAMES) == len({path.name for path in batch.annotated})
+    for path in batch.annotated:
+        assert len(list(read_frames(path))) == 3
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert [os.fsencode(row["path"]) for row in stored] == [os.fsencode(name) for name in sorted(NAMES)]
+    page = (tmp_path / "out" / "report.html").read_text()
+    for shown in ("12:30:11.mp4", "title [dQw4w9WgXcQ].mp4", "[red]bold[-red].mp4", r"a\nb.mp4", r"x\xff.mp4",
+                  "&lt;b&gt;&amp;.mp4", r"\x1b[31mred.mp4", r"rtl\u202e4pm.mp4", "\u9854" * 80):  # fmt: skip
+        assert shown in page, shown
+    print_table("t", ["input"], [[name] for name in short_names([r.path for r in batch.results])[1]])
+
+
+def test_names_in_tables_are_the_part_that_tells_them_apart() -> None:
+    paths = [Path("/data/set/a/1.png"), Path("/data/set/b/1.png")]
+    assert short_names(paths) == ("/data/set", ["a/1.png", "b/1.png"])
+    assert short_names([Path("x/a.png"), Path("x/b.png")]) == ("x", ["a.png", "b.png"])
+    assert short_names([Path("x/a.png")]) == ("", ["x/a.png"])
+    assert short_names([Path("a.png"), Path("/b.png")]) == ("", ["a.png", "/b.png"])
+    assert short_names([Path("/a.png"), Path("/x/b.png")]) == ("", ["/a.png", "/x/b.png"])
+    assert short_names([]) == ("", [])
+
+
+def scene(side: int) -> np.ndarray:
+    image = np.full((side, side, 3), 120, np.uint8)
+    face = cv2.resize(data.astronaut()[:256, 96:352], (side * 3 // 4,) * 2)
+    image[side // 8 : side // 8 + len(face), side // 8 : side // 8 + len(face)] = face
+    return image
+
+
+def test_a_still_picture_has_no_spans_and_is_shown_whole_with_its_faces_framed(
+    small: DTN, finder: DlibFinder, tmp_path: Path
+) -> None:
+    Image.fromarray(cv2.resize(scene(320), (1400, 1400))).save(tmp_path / "a.png")
+    result = detect(tmp_path / "a.png", Fixed(small, [0.9]), finder=finder)
+    assert (result.verdict, result.moving, result.spans) == ("fake", False, [])
+    assert result.to_json()["kind"] == "picture"
+    assert result.whole is not None
+    assert result.whole.shape == (960, 960, 3)
+    box = result.frames[0].faces[0].box
+    edge = result.whole[round((box.top + box.bottom) / 2 * 960 / 1400), round(box.left * 960 / 1400)]
+    assert np.abs(edge.astype(int) - (220, 40, 40)).max() < 30
+    write_report(tmp_path / "r.html", "t", [], None, [result], threshold=0.5)
+    page = (tmp_path / "r.html").read_text()
+    assert 'class="whole"' in page
+    assert "forged" not in page.split("<body>")[1].split("person score")[0]
+    assert "0.00 s" not in page
+
+
+def test_spans_end_where_the_forged_stretch_ends(small: DTN, finder: DlibFinder, tmp_path: Path) -> None:
+    write_video(tmp_path / "v.mp4", [scene(320)] * 20, fps=10)
+    forged = [0.1] * 5 + [0.9] * 10 + [0.1] * 5
+    every = detect(tmp_path / "v.mp4", Fixed(small, forged), DetectConfig(frames=0), finder)
+    assert [span[:2] for span in every.spans] == [pytest.approx((0.5, 1.5))]
+    some = detect(tmp_path / "v.mp4", Fixed(small, [0.1, 0.9, 0.9, 0.1]), DetectConfig(frames=4), finder)
+    assert [frame.number for frame in some.frames] == [0, 6, 13, 19]
+    assert [span[:2] for span in some.spans] == [pytest.approx(((0.1 + 0.6) / 2, (1.4 + 1.9) / 2))]
+    whole = detect(tmp_path / "v.mp4", Fixed(small, [0.9] * 3), DetectConfig(frames=3), finder)
+    assert [span[:2] for span in whole.spans] == [pytest.approx((0, 2))]
+    write_report(tmp_path / "r.html", "t", [], None, [every], threshold=0.5)
+    page = (tmp_path / "r.html").read_text()
+    assert '<rect x="187.5" width="295.0"' in page  # from a quarter to three quarters of 590, after 40
+    assert "0.5 to 1.5 s" in page
+
+
+def test_a_moving_picture_is_a_video(small: DTN, finder: DlibFinder, tmp_path: Path) -> None:
+    frames = [Image.fromarray(np.roll(scene(320), n, 1)) for n in range(6)]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], duration=200)
+    result = detect(tmp_path / "a.webp", Fixed(small, [0.9] * 6), finder=finder)
+    assert (result.frames_read, result.moving, result.reading.seconds) == (6, True, pytest.approx(1.2))
+    assert [span[:2] for span in result.spans] == [pytest.approx((0, 1.2))]
+    assert [frame.seconds for frame in frames_of(tmp_path / "a.webp", 0, 2.5)] == pytest.approx([0, 0.4, 0.8])
+    for written in annotate(result, tmp_path / "a.mp4", 0.5):
+        assert written <= 6
+    assert [f.seconds for f in read_frames(tmp_path / "a.mp4")] == pytest.approx([0.2 * n for n in range(6)])
+
+
+def test_files_that_are_not_read_are_inputs_without_a_verdict(small: DTN, finder: DlibFinder, tmp_path: Path) -> None:
+    Image.fromarray(scene(320)).save(tmp_path / "a", format="JPEG")
+    shutil.copy(tmp_path / "a", tmp_path / "b.mp4")  # a picture that is named like a video
+    write_video(tmp_path / "c.jpg", [scene(320)] * 2)
+    (tmp_path / "d.psd").write_bytes(b"8BPS\0\1" + bytes(40))
+    pages = Image.fromarray(scene(320))
+    pages.save(tmp_path / "e.tif", save_all=True, append_images=[pages])
+    batch = detect_many([str(tmp_path)], TorchScorer(small), tmp_path / "out", finder=finder)
+    assert [(r.path.name, r.ok) for r in batch.results] == [
+        ("a", True), ("b.mp4", True), ("c.jpg", True), ("e.tif", True), ("d.psd", False)]  # fmt: skip
+    assert "d.psd: a picture or video in a form that is not read; convert it" in batch.problems[0]
+    assert batch.notes == [f"{tmp_path / 'e.tif'}: only the first of its 2 pages was read"]
+    assert not batch.ok
+
+
+def test_thousands_of_results_do_not_keep_their_pictures(small: DTN, finder: DlibFinder, tmp_path: Path) -> None:
+    Image.fromarray(scene(320)).save(tmp_path / "a.png")
+    for number in range(DETAILS + 1):
+        os.link(tmp_path / "a.png", tmp_path / f"{number:03d}.png")
+    (tmp_path / "a.png").unlink()
+    batch = detect_many([str(tmp_path)], TorchScorer(small), tmp_path / "out", finder=finder)
+    kept = [bool(result.pictures) and result.whole is not None for result in batch.results]
+    assert kept == [True] * DETAILS + [False]
