@@ -25,7 +25,7 @@ from dtn_fast.export.config import Input, OnnxConfig
 from dtn_fast.files import write_whole
 from dtn_fast.kernels import onnx_nodes
 from dtn_fast.kernels.ops import tracing
-from dtn_fast.model.detector import Detector
+from dtn_fast.model.detector import Detector, state_bytes
 from dtn_fast.model.dtn import DTN
 from dtn_fast.model.fold import fold
 from dtn_fast.packages import require
@@ -193,9 +193,8 @@ def module_of(node: Any) -> str:
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 of the names, dtypes, shapes and values of the weights; independent of where the checkpoint is stored."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for part in state_bytes(model.state_dict()):
+        digest.update(part)
     return digest.hexdigest()
 
 
