@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,9 @@ class TimmDetector(Detector):
         from dtn_fast.model import timm_registry  # noqa: F401  (it registers this package's own models)
 
         self.config, self.num_classes = config, config.num_classes
-        size = {"img_size": config.image_size} if _takes_size(timm, config.timm) else {}
+        known = _published(config.timm)
+        # a model with positions for one image size only, as ViTs, is made for the crops' size
+        size = {"img_size": config.image_size} if known and known.fixed_input_size else {}
         try:
             self.net = timm.create_model(config.timm, pretrained=pretrained, num_classes=config.num_classes, **size)
         except Exception as error:  # timm and the hub raise RuntimeError, ValueError, OSError, their own ...
@@ -55,12 +58,18 @@ class TimmDetector(Detector):
         return layer if shapes == [4] else None
 
 
-def _takes_size(timm, name: str) -> bool:
-    """Whether a model has positions for one image size only, as ViTs do, and so takes ``img_size``."""
+def own_size(name: str) -> int:
+    """Side of the pictures that timm's published weights of a model take; our default where there are none."""
+    known = _published(name)
+    return known.input_size[-1] if known else TimmConfig.image_size
+
+
+def _published(name: str) -> Any:
+    """timm's record of a model's published weights, None where it has none."""
     try:
-        return bool(timm.get_pretrained_cfg(name) and timm.get_pretrained_cfg(name).fixed_input_size)
+        return import_timm().get_pretrained_cfg(name)
     except RuntimeError:
-        return False
+        return None
 
 
 def build_detector(config: DTNConfig | TimmConfig, pretrained: bool = False) -> Detector:
