@@ -45,17 +45,20 @@ class TimmDetector(Detector):
         return own() if own is not None else super().classifiers()
 
     def cam_layer(self) -> nn.Module | None:
-        """The last layer that timm names as a feature map; None where features are tokens, as in a ViT."""
+        """The last layer that timm names as a feature map; None where its output is not [B, C, h, w], as in a ViT."""
         info = getattr(self.net, "feature_info", None)
-        layer = dict(self.net.named_modules()).get(info[-1].get("module")) if isinstance(info, list) and info else None
+        last = info[-1] if isinstance(info, list) and info else {}
+        layer = dict(self.net.named_modules()).get(last.get("module"))
         if layer is None:
             return None
-        shapes: list[int] = []
-        look = lambda _module, _inputs, output: shapes.append(output.dim())
+        widths: list[int] = []
+        look = lambda _module, _inputs, output: widths.append(
+            output.shape[1] if isinstance(output, Tensor) and output.dim() == 4 else 0
+        )
         side = self.config.image_size
         with hooked(self, [(layer, look)]), torch.no_grad():
             self(torch.zeros(1, 3, side, side, device=device_of(self)))
-        return layer if shapes == [4] else None
+        return layer if widths == [last.get("num_chs")] else None
 
 
 def own_size(name: str) -> int:

@@ -29,7 +29,13 @@ def timm():
 
 @pytest.mark.parametrize(
     ("name", "mapped"),
-    [("resnet10t", True), ("legacy_xception", True), ("vit_tiny_patch16_224", False), ("efficient_vit", False)],
+    [
+        ("resnet10t", True),
+        ("legacy_xception", True),
+        ("vit_tiny_patch16_224", False),
+        ("efficient_vit", False),
+        ("swin_tiny_patch4_window7_224", False),
+    ],
 )
 def test_a_timm_model_is_a_detector(name: str, mapped: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -68,6 +74,7 @@ def test_configurations_are_told_apart(tmp_path: Path) -> None:
         "3",
         '{"timm": "a", "image_size": 1}',
         '{"timm": "a", "image_size": "64"}',
+        '{"timm": "a", "num_classes": 1}',
     ):
         with pytest.raises(UsageError):
             parse_config(text, "config.json")
