@@ -63,7 +63,7 @@ class Detector(nn.Module):
 
         folder = Path(path)
         check_folder(folder)
-        text = (folder / CONFIG).read_text(encoding="utf-8")
+        text = (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
         if config is None:
             config = cls.config_class.from_json(text, str(folder / CONFIG))
         model = cls(config)
