@@ -71,7 +71,7 @@ def _smallest(timm: Any, family: str) -> tuple[str, int]:
 def _tried(name: str, parameters: int, limit: float) -> dict[str, str]:
     """What :func:`stages` says of a model, in a process of its own, which may crash or hang."""
     if parameters > LARGEST:
-        return dict.fromkeys(STAGES, "not run: too large for this sweep")
+        return {"pixels": "", **dict.fromkeys(STAGES, "not run: too large for this sweep")}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", __name__, name, folder]
         try:

@@ -43,7 +43,7 @@ def rehearse(step: TrainStep, crops: NDArray[np.uint8]) -> None:
 
 def _obstacle_at(step: TrainStep, model: Detector, crops: NDArray[np.uint8], side: int) -> str:
     """The obstacle for the same model made for crops of another side."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         other = build_detector(dataclasses.replace(model.config, image_size=side)).to(step.device)
     return _obstacle(step, other, np.resize(crops, (len(crops), side, side, 3)), step.channels_last)
 
