@@ -8,10 +8,11 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,21 +107,29 @@ def check(
 
 
 def to_proto(model: Detector, config: OnnxConfig) -> Any:
-    """Checked onnx.ModelProto of ``model``, with metadata and the operators' bodies."""
+    """Checked onnx.ModelProto of ``model``, with metadata and the operators' bodies.  Raises DtnError when torch cannot
+    trace it."""
     onnx = require_onnx()
     model = model.cpu().eval()
     example = example_inputs(model.config, config.input, 2, seed=0)
-    with _quiet(), tracing(config.nodes):
-        program = torch.onnx.export(
-            Traced(model, config),
-            (example,),
-            dynamo=True,
-            opset_version=OPSET[config.dtype],
-            input_names=[config.input],
-            output_names=["logits", "score"],
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
-            verbose=False,
+    try:
+        with _quiet(), tracing(config.nodes):
+            program = torch.onnx.export(
+                Traced(model, config),
+                (example,),
+                dynamo=True,
+                opset_version=OPSET[config.dtype],
+                input_names=[config.input],
+                output_names=["logits", "score"],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
+                verbose=False,
+            )
+    except Exception as error:  # of torch.export, of torch.onnx or of the model
+        name, reason = (
+            getattr(model.config, "timm", "the model"),
+            str(error.__cause__ or error).strip().partition("\n")[0],
         )
+        raise DtnError(f"{name}: torch cannot export it to ONNX ({reason}); use the checkpoint itself") from error
     assert program is not None
     proto = program.model_proto
     opset = OPSET[config.dtype]
@@ -222,9 +231,9 @@ def require_onnx() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Context that hides the exporter's deprecation warnings and progress messages."""
-    for name in ("torch.onnx", "onnxscript", "onnx_ir"):
+    """Context that hides the exporter's deprecation warnings, progress messages and graphs that it could not trace."""
+    for name in ("torch.onnx", "torch.fx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
