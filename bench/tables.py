@@ -117,7 +117,7 @@ def timm_table(folder: Path) -> list[str]:
         return [NOT_RUN]
     data = json.loads(path.read_text(encoding="utf-8"))
     stages = ("train", "distil", "export")
-    good = {stage: sum(row[stage] == "yes" for row in data["rows"]) for stage in stages}
+    good = {stage: sum(row[stage].startswith("yes") for row in data["rows"]) for stage in stages}
     rows = [[row["family"], row["model"], f"{row['parameters'] / 1e6:.1f}", row["pixels"], *(row[s] for s in stages)]
             for row in data["rows"]]  # fmt: skip
     note = TIMM_NOTE.format(**data["environment"], count=len(rows), **good)

@@ -21,7 +21,7 @@ from dtn_fast.export.pipeline import export
 from dtn_fast.model.build import own_size
 from dtn_fast.model.config import TimmConfig
 from dtn_fast.model.timm_compat import import_timm
-from dtn_fast.train.config import Recipe
+from dtn_fast.train.config import Execution, Recipe
 from dtn_fast.train.distill import distill, train_initial
 from dtn_fast.train.run_folder import generation_folder, start_run
 
@@ -90,20 +90,21 @@ def stages(name: str, run: Path) -> Iterator[tuple[str, str]]:
 
     The side is the default one, or else the model's own.
     """
-    said = ""
-    for side in dict.fromkeys((TimmConfig.image_size, own_size(name))):
-        crops = noise(side)
+    said, plain = "", TimmConfig.image_size
+    for side, option in dict.fromkeys(((plain, ""), (own_size(name), ""), (plain, " with --no-channels-last"))):
+        crops, how = noise(side), {"execution": Execution(channels_last=not option)}
         start_run(run, RECIPE, TimmConfig(name, side))
-        answer = _answer(name, lambda crops=crops: list(train_initial(run, crops)))
+        answer = _answer(name, lambda crops=crops, how=how: list(train_initial(run, crops, **how)))
         said = said or answer
         if answer == "yes":
             break
     yield "pixels", str(side)
-    yield "train", answer if answer == "yes" else said
     if answer != "yes":
+        yield "train", said
         yield from dict.fromkeys(STAGES[1:], "").items()
         return
-    yield "distil", _answer(name, lambda: list(distill(run, crops)))
+    yield "train", "yes" + option
+    yield "distil", _answer(name, lambda: list(distill(run, crops, **how)))
     yield "export", _answer(name, lambda: export(generation_folder(run, 0), run / "model.onnx"))
 
 
@@ -113,7 +114,7 @@ def _answer(name: str, call: Callable[[], object]) -> str:
     except DtnError as error:
         return str(error).removeprefix(f"{name}: ")
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return "yes"
 
 

@@ -65,6 +65,9 @@ class Traced(nn.Module):
             self.net: nn.Module = fold(model, "kernel" if config.nodes else "native")
         else:
             self.net = copy.deepcopy(model).eval().requires_grad_(False)
+            for module in self.net.modules():
+                if hasattr(module, "fused_attn"):  # timm's: torch translates fused attention of four dimensions alone
+                    module.fused_attn = False  # type: ignore[assignment]
         self.net.to(self.dtype)
         mean, std = (
             torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (model.config.mean, model.config.std)
@@ -125,10 +128,10 @@ def to_proto(model: Detector, config: OnnxConfig) -> Any:
                 verbose=False,
             )
     except Exception as error:  # of torch.export, of torch.onnx or of the model
-        name, reason = (
-            getattr(model.config, "timm", "the model"),
-            str(error.__cause__ or error).strip().partition("\n")[0],
-        )
+        cause: BaseException = error
+        while cause.__cause__:
+            cause = cause.__cause__
+        name, reason = getattr(model.config, "timm", "the model"), str(cause).strip().partition("\n")[0]
         raise DtnError(f"{name}: torch cannot export it to ONNX ({reason}); use the checkpoint itself") from error
     assert program is not None
     proto = program.model_proto

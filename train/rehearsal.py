@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtn_fast.errors import UsageError
 from dtn_fast.model.build import build_detector, own_size
@@ -54,6 +54,8 @@ def _obstacle(step: TrainStep, model: Detector, crops: NDArray[np.uint8], channe
     images = normalise(crops, model.config, device)
     if not channels_last:
         images = images.contiguous()
+    elif device.type == "cpu" and any(map(_destroys_memory, model.modules())):
+        return "on a CPU, torch's backward of its strided 1x1 convolution of few channels writes past its memory"
     kind = torch.channels_last if channels_last else torch.contiguous_format
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -67,6 +69,13 @@ def _obstacle(step: TrainStep, model: Detector, crops: NDArray[np.uint8], channe
                 return _unlike(tried.eval()(images[:1]), 1, classes)
     except Exception as error:  # a timm model may raise anything
         return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _destroys_memory(layer: nn.Module) -> bool:
+    """Whether a layer's backward in channels_last on a CPU ends the process, or gives wrong gradients (torch 2.13)."""
+    if not isinstance(layer, nn.Conv2d) or layer.kernel_size != (1, 1) or layer.stride == (1, 1):
+        return False
+    return layer.groups == 1 and layer.in_channels < 16  # seen with 3, 4, 7 and 8 channels, not with 16
 
 
 def _unlike(logits: object, batch: int, classes: int) -> str:

@@ -31,6 +31,7 @@ CPU = torch.device("cpu")
             8,
             r"64 pixels, 1 at once \(Expected more than 1 value .*raise --batch-size or lower --accumulate",
         ),
+        ("fastvit_t8", 1, r"64 pixels, 2 at once \(on a CPU, torch's .*give --no-channels-last"),
         ("efficientformer_l1", 1, r"64 pixels, 2 at once \(.*prepare the crops with --size 224"),
     ],
 )
