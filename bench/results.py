@@ -21,8 +21,9 @@ from dtn_fast.files import write_whole
 from dtn_fast.provenance import commit
 
 FOLDER = Path(__file__).parent / "results"
-STRUCTURE, FACES = "structure.json", "faces.json"
-"""Files in FOLDER that are no machine's measurements: the compile report, and what face finders find."""
+STRUCTURE, FACES, TIMM = "structure.json", "faces.json", "timm.json"
+"""Files in FOLDER that are no machine's measurements: the compile report, what face finders find, which of timm's
+families work."""
 SUITES = ("model", "train", "data", "kernels")
 
 
@@ -65,7 +66,7 @@ def file_name(env: dict[str, Any]) -> str:
 
 def machine_files(folder: Path) -> list[Path]:
     """The results files of machines in ``folder``."""
-    return [path for path in sorted(folder.glob("*.json")) if path.name not in (STRUCTURE, FACES)]
+    return [path for path in sorted(folder.glob("*.json")) if path.name not in (STRUCTURE, FACES, TIMM)]
 
 
 def load(path: Path) -> dict[str, Any]:

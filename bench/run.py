@@ -18,7 +18,7 @@ from dtn_fast.bench.tables import write_tables
 from dtn_fast.device import choose_precision
 from dtn_fast.errors import DtnError, UsageError
 
-WORDS = (*results.SUITES, "faces", "roofline", "structure", "tables", "compare")
+WORDS = (*results.SUITES, "faces", "timm", "roofline", "structure", "tables", "compare")
 
 
 def run_suite(name: str, folder: Path, machine: roofline.Machine, quick: bool, budget: float) -> Path | None:
@@ -78,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=600.0, help="seconds for all suites together")
     parser.add_argument("--face-model", type=Path, help="faces: YuNet's model file; default: fetched once")
     parser.add_argument("--photos", type=Path, help="faces: folder of photographs with truth.json, to measure recall")
+    parser.add_argument("--families", nargs="+", default=(), help="timm: families to try again; default: those missing")
     parser.add_argument("--quick", action="store_true", help="few small cases, to check that everything works")
     options, rest = parser.parse_known_args(arguments)
     what = options.what or list(results.SUITES)
@@ -109,6 +110,11 @@ def main(arguments: list[str] | None = None) -> int:
         from dtn_fast.bench.faces import write_faces
 
         print(write_faces(options.out, options.face_model, options.photos, options.quick))
+    if "timm" in what:
+        from dtn_fast.bench.timm_sweep import sweep
+
+        for row in sweep(options.families, options.out):
+            print(*row.values(), sep="  ", flush=True)
     if "tables" in what:
         write_tables()
     return int(bad > 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from dtn_fast.bench.machine import Machine
 from dtn_fast.bench.measure import Measurement, seconds
-from dtn_fast.bench.results import FACES, FOLDER, STRUCTURE, SUITES, load, machine_files
+from dtn_fast.bench.results import FACES, FOLDER, STRUCTURE, SUITES, TIMM, load, machine_files
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.plotting import drawing, svg_text
 from dtn_fast.evaluation.tables import markdown_table
@@ -84,6 +84,7 @@ def benchmarks_page(folder: Path = FOLDER) -> str:
                 out += ["", f"**{case}**", "", markdown(rows)]
                 out += ["", *(f"{note}." for note in suite.get("notes", {}).get(case, []))]
     out += ["", "## Face finders", "", *faces_table(folder)]
+    out += ["", "## timm's families", "", *timm_table(folder)]
     out += ["", "## Structure of the kernels", "", *structure_table(folder)]
     return "\n".join(out).rstrip().replace("\n\n\n", "\n\n") + "\n"
 
@@ -101,6 +102,26 @@ def faces_table(folder: Path) -> list[str]:
     data = json.loads(path.read_text(encoding="utf-8"))
     rows = [[name, *values] for name, values in data["rows"].items()]
     return [FACES_NOTE.format(**data["environment"]), "", *markdown_table(["", *data["columns"]], rows)]
+
+
+TIMM_NOTE = """Made by `dtn-fast bench timm` with timm {timm}, torch {torch}, commit {commit}, {date}.  The member of
+each family with the fewest parameters was trained for one epoch on noise, saved, loaded, distilled into a student and
+exported to ONNX, whose logits were compared with torch's; with crops of 256 pixels or, where that failed, of the
+model's own size.  Of {count} families {train} train, {distil} distil and {export} export."""
+
+
+def timm_table(folder: Path) -> list[str]:
+    """Table of what the smallest members of timm's families can do."""
+    path = folder / TIMM
+    if not path.is_file():
+        return [NOT_RUN]
+    data = json.loads(path.read_text(encoding="utf-8"))
+    stages = ("train", "distil", "export")
+    good = {stage: sum(row[stage].startswith("yes") for row in data["rows"]) for stage in stages}
+    rows = [[row["family"], row["model"], f"{row['parameters'] / 1e6:.1f}", row["pixels"], *(row[s] for s in stages)]
+            for row in data["rows"]]  # fmt: skip
+    note = TIMM_NOTE.format(**data["environment"], count=len(rows), **good)
+    return [note, "", *markdown_table(["family", "model", "M parameters", "pixels", *stages], rows)]
 
 
 def structure_table(folder: Path) -> list[str]:

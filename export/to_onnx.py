@@ -8,10 +8,11 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from dtn_fast.export.config import Input, OnnxConfig
 from dtn_fast.files import write_whole
 from dtn_fast.kernels import onnx_nodes
 from dtn_fast.kernels.ops import tracing
-from dtn_fast.model.detector import Detector
+from dtn_fast.model.detector import Detector, state_bytes
 from dtn_fast.model.dtn import DTN
 from dtn_fast.model.fold import fold
 from dtn_fast.packages import require
@@ -64,6 +65,9 @@ class Traced(nn.Module):
             self.net: nn.Module = fold(model, "kernel" if config.nodes else "native")
         else:
             self.net = copy.deepcopy(model).eval().requires_grad_(False)
+            for module in self.net.modules():
+                if hasattr(module, "fused_attn"):  # timm's: torch translates fused attention of four dimensions alone
+                    module.fused_attn = False  # type: ignore[assignment]
         self.net.to(self.dtype)
         mean, std = (
             torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (model.config.mean, model.config.std)
@@ -106,21 +110,29 @@ def check(
 
 
 def to_proto(model: Detector, config: OnnxConfig) -> Any:
-    """Checked onnx.ModelProto of ``model``, with metadata and the operators' bodies."""
+    """Checked onnx.ModelProto of ``model``, with metadata and the operators' bodies.  Raises DtnError when torch cannot
+    trace it."""
     onnx = require_onnx()
     model = model.cpu().eval()
     example = example_inputs(model.config, config.input, 2, seed=0)
-    with _quiet(), tracing(config.nodes):
-        program = torch.onnx.export(
-            Traced(model, config),
-            (example,),
-            dynamo=True,
-            opset_version=OPSET[config.dtype],
-            input_names=[config.input],
-            output_names=["logits", "score"],
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
-            verbose=False,
-        )
+    try:
+        with _quiet(), tracing(config.nodes):
+            program = torch.onnx.export(
+                Traced(model, config),
+                (example,),
+                dynamo=True,
+                opset_version=OPSET[config.dtype],
+                input_names=[config.input],
+                output_names=["logits", "score"],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
+                verbose=False,
+            )
+    except Exception as error:  # of torch.export, of torch.onnx or of the model
+        cause: BaseException = error
+        while cause.__cause__:
+            cause = cause.__cause__
+        name, reason = getattr(model.config, "timm", "the model"), str(cause).strip().partition("\n")[0]
+        raise DtnError(f"{name}: torch cannot export it to ONNX ({reason}); use the checkpoint itself") from error
     assert program is not None
     proto = program.model_proto
     opset = OPSET[config.dtype]
@@ -193,9 +205,8 @@ def module_of(node: Any) -> str:
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 of the names, dtypes, shapes and values of the weights; independent of where the checkpoint is stored."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for part in state_bytes(model.state_dict()):
+        digest.update(part)
     return digest.hexdigest()
 
 
@@ -223,9 +234,9 @@ def require_onnx() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Context that hides the exporter's deprecation warnings and progress messages."""
-    for name in ("torch.onnx", "onnxscript", "onnx_ir"):
+    """Context that hides the exporter's deprecation warnings, progress messages and graphs that it could not trace."""
+    for name in ("torch.onnx", "torch.fx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.model.timm_compat import import_timm
 
 
 class Ranks(NamedTuple):
@@ -113,11 +114,13 @@ def interleave(parts: list[NDArray]) -> NDArray:
 
 def synchronise_bn(model: nn.Module, device: torch.device) -> nn.Module:
     """``model`` with BN statistics over all processes' images."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     if device.type == "cuda":
+        if any(hasattr(module, "act") for module in norms):  # timm's BatchNormAct2d, whose act torch would drop
+            return import_timm().layers.convert_sync_batchnorm(model)
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.__class__ = CpuSyncBatchNorm2d  # the same parameters and buffers
+    for module in norms:
+        module.__class__ = CpuSyncBatchNorm2d  # the same parameters and buffers
     return model
 
 
@@ -139,8 +142,12 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
     """Synchronised BN for processes on CPUs, which torch's SyncBatchNorm does not support."""
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
-        if not self.training:
-            return super().forward(x)
+        x = self._synchronised(x) if self.training else super().forward(x)
+        for name in ("drop", "act"):  # of timm's BatchNormAct2d
+            x = getattr(self, name, nn.Identity())(x)
+        return x
+
+    def _synchronised(self, x: Tensor) -> Tensor:
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None

@@ -27,6 +27,7 @@ from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.metrics import Metrics, evaluate_scores
 from dtn_fast.files import write_whole
+from dtn_fast.model.build import TimmDetector
 from dtn_fast.model.detector import Detector, check_state
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.torch_scorer import TorchScorer
@@ -34,6 +35,7 @@ from dtn_fast.train import distributed
 from dtn_fast.train.checkpoint import load_state, save_state
 from dtn_fast.train.config import Execution, Recipe
 from dtn_fast.train.log_lines import append_line, cut_lines
+from dtn_fast.train.rehearsal import ENOUGH, rehearse
 from dtn_fast.train.run_folder import METRICS, NONFINITE, STATE, STEPS, VALIDATION
 from dtn_fast.train.step import TrainStep, batch_of_rank
 
@@ -215,6 +217,9 @@ class _Loop:
                 f"an epoch has {self.loader.total} crops, fewer than --batch-size {recipe.batch_size}; lower "
                 "--batch-size"
             )
+        if isinstance(model, TimmDetector):
+            part = min(self.loader.total, batch // recipe.accumulate)
+            rehearse(self.step, dataset.get(train_rows[: min(part, ENOUGH)]))
         self.soft = None
         if teacher is not None and recipe.cache_teacher:
             self.soft = SoftLabels(train_rows, recipe.cache_teacher, model.config.num_classes, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,7 +50,7 @@ def train(
         execution: Options of speed and safety.
         preset: Model, and default values of the recipe's options; --preset NAME --help shows them.
         config: A JSON file of DTNConfig or TimmConfig fields instead of the preset's model.
-        timm: A model of timm's registry instead of the preset's, such as legacy_xception.
+        timm: A model of timm's registry instead of the preset's, such as legacy_xception, for crops of any size.
         wandb: A Weights & Biases project to log to as well.
         device: Device to train on.
     """
@@ -61,6 +62,8 @@ def train(
     model = choose_model(preset, config, timm)
     with connect(choose_device(device)) as where:
         dataset = open_data(data, model.image_size)
+        if timm:
+            model = replace(model, image_size=dataset.size)
         with locked(out):
             start_run(out, recipe, for_crops(model, dataset))
             _record(out)

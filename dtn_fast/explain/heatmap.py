@@ -31,7 +31,7 @@ def grad_cam(model: Detector, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
     def keep(_module: object, _inputs: object, output: Tensor) -> Tensor:
         output = output.detach().requires_grad_()
         kept.append(output)
-        return output
+        return output.clone()  # which the next layer may overwrite
 
     layer = model.cam_layer()
     if layer is None:

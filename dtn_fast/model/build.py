@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,9 @@ class TimmDetector(Detector):
         from dtn_fast.model import timm_registry  # noqa: F401  (it registers this package's own models)
 
         self.config, self.num_classes = config, config.num_classes
-        size = {"img_size": config.image_size} if _takes_size(timm, config.timm) else {}
+        known = _published(config.timm)
+        # a model with positions for one image size only, as ViTs, is made for the crops' size
+        size = {"img_size": config.image_size} if known and known.fixed_input_size else {}
         try:
             self.net = timm.create_model(config.timm, pretrained=pretrained, num_classes=config.num_classes, **size)
         except Exception as error:  # timm and the hub raise RuntimeError, ValueError, OSError, their own ...
@@ -42,25 +45,34 @@ class TimmDetector(Detector):
         return own() if own is not None else super().classifiers()
 
     def cam_layer(self) -> nn.Module | None:
-        """The last layer that timm names as a feature map; None where features are tokens, as in a ViT."""
+        """The last layer that timm names as a feature map; None where its output is not [B, C, h, w], as in a ViT."""
         info = getattr(self.net, "feature_info", None)
-        layer = dict(self.net.named_modules()).get(info[-1].get("module")) if isinstance(info, list) and info else None
+        last = info[-1] if isinstance(info, list) and info else {}
+        layer = dict(self.net.named_modules()).get(last.get("module"))
         if layer is None:
             return None
-        shapes: list[int] = []
-        look = lambda _module, _inputs, output: shapes.append(output.dim())
+        widths: list[int] = []
+        look = lambda _module, _inputs, output: widths.append(
+            output.shape[1] if isinstance(output, Tensor) and output.dim() == 4 else 0
+        )
         side = self.config.image_size
         with hooked(self, [(layer, look)]), torch.no_grad():
             self(torch.zeros(1, 3, side, side, device=device_of(self)))
-        return layer if shapes == [4] else None
+        return layer if widths == [last.get("num_chs")] else None
 
 
-def _takes_size(timm, name: str) -> bool:
-    """Whether a model has positions for one image size only, as ViTs do, and so takes ``img_size``."""
+def own_size(name: str) -> int:
+    """Side of the pictures that timm's published weights of a model take; our default where there are none."""
+    known = _published(name)
+    return known.input_size[-1] if known else TimmConfig.image_size
+
+
+def _published(name: str) -> Any:
+    """timm's record of a model's published weights, None where it has none."""
     try:
-        return bool(timm.get_pretrained_cfg(name) and timm.get_pretrained_cfg(name).fixed_input_size)
+        return import_timm().get_pretrained_cfg(name)
     except RuntimeError:
-        return False
+        return None
 
 
 def build_detector(config: DTNConfig | TimmConfig, pretrained: bool = False) -> Detector:

@@ -44,8 +44,10 @@ class CropPolicy:
         return f"{self.finder} at margin {self.margin:g}" + (", eyes level" if self.align == "landmarks" else "")
 
 
-def _read_crop(config: Any) -> None:
-    """Replaces the decoded JSON object in ``crop`` by its dataclass."""
+def _check(config: Any) -> None:
+    """Replaces the decoded JSON object in ``crop`` by its dataclass.  Raises UsageError on a single class."""
+    if config.num_classes < 2:
+        raise UsageError(f"{type(config).__name__}.num_classes is {config.num_classes}; it must be >= 2")
     if isinstance(config.crop, Mapping):
         object.__setattr__(config, "crop", from_fields(CropPolicy, config.crop, "crop"))
     elif not isinstance(config.crop, CropPolicy | None):
@@ -107,7 +109,7 @@ class DTNConfig:
     """How the training crops were cut; None: unknown, because another program cut them."""
 
     def __post_init__(self) -> None:
-        _read_crop(self)
+        _check(self)
         width = self.channels[-1] if self.channels else 0
         checks = [
             (
@@ -138,7 +140,6 @@ class DTNConfig:
             (not (self.mas and self.reattention), "reattention", "False with MAS, which it replaces"),
             (self.depth >= 0, "depth", ">= 0"),
             (self.mlp_ratio > 0, "mlp_ratio", ">= 1"),
-            (self.num_classes >= 2, "num_classes", ">= 2"),
         ]
         for good, name, allowed in checks:
             if not good:
@@ -192,7 +193,7 @@ class TimmConfig:
     """How the training crops were cut; None: unknown, because another program cut them."""
 
     def __post_init__(self) -> None:
-        _read_crop(self)
+        _check(self)
         if not isinstance(self.timm, str):
             raise UsageError(f"TimmConfig.timm is {self.timm!r}; it must be a name in timm's registry")
         if not isinstance(self.image_size, int) or not 16 <= self.image_size <= 4096:

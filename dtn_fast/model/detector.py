@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -35,35 +37,65 @@ class Detector(nn.Module):
         return linear[-1:]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes model.safetensors and config.json into ``folder``, each atomically."""
+        """Writes model.safetensors, with checksums of both files, and config.json into ``folder``, each atomically."""
         from safetensors.torch import save
 
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_whole(Path(folder) / WEIGHTS, save(state, metadata={"notice": self.notice}))
-        write_whole(Path(folder) / CONFIG, self.config.to_json())
+        state: dict[str, Tensor] = {}
+        stored = set[int]()
+        for name, tensor in self.state_dict().items():
+            tensor = tensor.detach().cpu().contiguous()
+            address = tensor.untyped_storage().data_ptr()
+            state[name] = tensor.clone() if address in stored else tensor  # safetensors refuses shared memory
+            stored.add(address)
+        text = self.config.to_json()
+        facts = {"notice": self.notice, **_checksums(state, self.notice, text)}
+        write_whole(Path(folder) / WEIGHTS, save(state, facts))
+        write_whole(Path(folder) / CONFIG, text)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, config: Any = None) -> Self:
         """Reads a folder written by :meth:`save_pretrained`, in eval mode; ``config`` replaces the stored one.
 
-        Raises UsageError when the folder, a file or a tensor is missing, or the weights are of another shape.
+        Raises UsageError when the folder, a file or a tensor is missing, the weights are of another shape, or a
+        checksum differs; files of earlier versions have none.
         """
         from safetensors import SafetensorError, safe_open
 
         folder = Path(path)
         check_folder(folder)
+        text = (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
         if config is None:
-            config = cls.config_class.from_json((folder / CONFIG).read_text(encoding="utf-8"), str(folder / CONFIG))
+            config = cls.config_class.from_json(text, str(folder / CONFIG))
         model = cls(config)
         try:
             with safe_open(folder / WEIGHTS, "pt") as file:
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                model.notice = (file.metadata() or {}).get("notice", "")
+                facts = file.metadata() or {}
         except (SafetensorError, OSError, ValueError) as error:
             raise UsageError(f"{folder / WEIGHTS}: not a safetensors file ({error})") from error
+        model.notice = facts.get("notice", "")
         check_state(model, state, str(folder / WEIGHTS))
+        for name, checksum in _checksums(state, model.notice, text).items():
+            if facts.get(name, checksum) != checksum:
+                raise UsageError(f"{folder / name}: damaged (another checksum than when it was written); copy or train "
+                                 "the model again")  # fmt: skip
         model.load_state_dict(state)
         return model.eval()
+
+
+def state_bytes(state: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Names, dtypes, shapes and values of tensors, by name: what a digest of weights covers."""
+    for name, tensor in sorted(state.items()):
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+        yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _checksums(state: dict[str, Tensor], notice: str, config: str) -> dict[str, str]:
+    """CRC-32 by file name: of the weights with their notice, and of the configuration's text."""
+    crc = zlib.crc32(notice.encode())
+    for part in state_bytes(state):
+        crc = zlib.crc32(part, crc)
+    return {WEIGHTS: f"{crc:08x}", CONFIG: f"{zlib.crc32(config.encode()):08x}"}
 
 
 def check_folder(folder: Path) -> None:

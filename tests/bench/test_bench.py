@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtn_fast.bench import bench_kernels, gpu, results, roofline, tables
+from dtn_fast.bench import bench_kernels, gpu, results, roofline, tables, timm_sweep
 from dtn_fast.bench import run as runner
 from dtn_fast.bench.bench_kernels import attention_cases, gate_cases
 from dtn_fast.bench.bench_train import techniques, train_case
@@ -185,6 +185,28 @@ def test_what_was_not_run_is_said(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("no markers")
     with pytest.raises(UsageError, match="markers"):
         tables.write_tables(tmp_path, tmp_path)
+
+
+def test_timm_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two families through everything; what hangs or is too large is a row."""
+    rows = list(timm_sweep.sweep(["starnet", "mambaout"], tmp_path))
+    assert [r["family"] for r in rows] == ["starnet", "mambaout"]
+    assert all([r[name] for name in ("pixels", *timm_sweep.STAGES)] == ["256", "yes", "yes", "yes"] for r in rows)
+    page = tables.benchmarks_page(tmp_path)
+    assert "Of 2 families 2 train, 2 distil and 2 export." in page
+    assert "| starnet | starnet_s050 | 0.4 | 256 | yes | yes | yes |" in page
+    (row,) = timm_sweep.sweep(["starnet"], tmp_path, limit=0.1)
+    assert row["train"] == "not done within 0 s"
+    monkeypatch.setattr(timm_sweep, "LARGEST", 1)
+    (row,) = timm_sweep.sweep(["starnet"], tmp_path)
+    assert row["train"].startswith("not run: too large")
+    assert "Of 2 families 1 train, 1 distil and 1 export." in tables.benchmarks_page(tmp_path)
+    monkeypatch.setattr(timm_sweep, "_smallest", lambda _, family: pytest.fail(f"{family} tried again"))
+    (tmp_path / results.TIMM).write_text((tmp_path / results.TIMM).read_text().replace("starnet", "missing"))
+    with pytest.raises(pytest.fail.Exception, match="beit tried again"):  # the first that is not stored
+        next(timm_sweep.sweep((), tmp_path))
+    with pytest.raises(UsageError, match="--families nothing: unknown"):
+        next(timm_sweep.sweep(["nothing"], tmp_path))
 
 
 def test_kernel_suite_checks_every_contender_before_timing() -> None:

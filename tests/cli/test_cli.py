@@ -17,6 +17,7 @@ from small import SMALL
 
 from dtn_fast import DTN, DTNConfig
 from dtn_fast.cli import main as cli
+from dtn_fast.runtime.load import load_model
 
 
 def dtn_fast(
@@ -187,6 +188,17 @@ def test_deployment_from_the_command_line(run, trained: Path, crops: Path, video
         assert code == 2, words
         assert said in err, words
     assert not list(tmp_path.glob("x*"))
+
+
+def test_a_timm_model_takes_crops_of_any_size_or_names_its_own(run, crops: Path, tmp_path: Path) -> None:
+    words = ["--epochs", "1", "--batch-size", "8", "--augment", "none", "--timm"]
+    code, _, err = run("train", crops, "--out", tmp_path / "a", *words, "test_resnet")
+    assert code == 0, err
+    assert load_model(tmp_path / "a").config.image_size == SMALL.image_size
+    code, _, err = run("train", crops, "--out", tmp_path / "b", *words, "efficientformer_l1")
+    assert code == 2
+    assert re.fullmatch(r"dtn-fast: error: efficientformer_l1: .* prepare the crops with --size 224\n", err)
+    assert not (tmp_path / "b" / "generation-0").exists()
 
 
 def test_the_papers_experiments_from_the_command_line(run, trained: Path, crops: Path, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from dtn_fast.export.to_onnx import export_onnx
 from dtn_fast.export.verify import compare, compare_layers, layer_outputs
 from dtn_fast.kernels import ops, reference
 from dtn_fast.kernels.onnx_nodes import body
+from dtn_fast.model.build import TimmDetector, build_detector
+from dtn_fast.model.config import TimmConfig
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.load import load_model, load_scorer
 from dtn_fast.runtime.onnx import OnnxScorer, session_of
@@ -47,6 +49,17 @@ def test_every_flavour_answers_as_torch(precision: Any, kind: Any, nodes: bool, 
     convs = {n.input[1] for n in model.graph.node if n.op_type == "Conv"}
     assert {t.data_type for t in model.graph.initializer if t.name in convs} == {half[precision]}
     assert not any(n.op_type == "BatchNormalization" for n in model.graph.node)
+
+
+def test_a_model_that_cannot_be_traced_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = build_detector(TimmConfig("test_resnet", image_size=64))
+    monkeypatch.setattr(TimmDetector, "forward", lambda self, x: self.net(x) if x.sum() > 0 else self.net(-x))
+    with pytest.raises(DtnError, match=r"test_resnet: torch cannot export it to ONNX \(.*data-dependent.*checkpoint"):
+        export_onnx(model, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", ""), "one line is all that is said"
 
 
 def test_the_bodies_mean_what_the_operators_mean() -> None:

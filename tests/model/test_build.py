@@ -29,7 +29,13 @@ def timm():
 
 @pytest.mark.parametrize(
     ("name", "mapped"),
-    [("resnet10t", True), ("legacy_xception", True), ("vit_tiny_patch16_224", False), ("efficient_vit", False)],
+    [
+        ("resnet10t", True),
+        ("legacy_xception", True),
+        ("vit_tiny_patch16_224", False),
+        ("efficient_vit", False),
+        ("swin_tiny_patch4_window7_224", False),
+    ],
 )
 def test_a_timm_model_is_a_detector(name: str, mapped: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -68,6 +74,7 @@ def test_configurations_are_told_apart(tmp_path: Path) -> None:
         "3",
         '{"timm": "a", "image_size": 1}',
         '{"timm": "a", "image_size": "64"}',
+        '{"timm": "a", "num_classes": 1}',
     ):
         with pytest.raises(UsageError):
             parse_config(text, "config.json")
@@ -134,3 +141,14 @@ def test_mas_elsewhere(timm) -> None:
         torch.testing.assert_close(with_mas(model, mas_init=1.5)(images), before, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="no attention"):
         with_mas(timm.create_model("resnet10t"))
+
+
+def test_grad_cam_before_a_layer_that_works_in_place(timm) -> None:
+    model = build_detector(TimmConfig("test_resnet", image_size=64)).eval()
+    crops = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    before = grad_cam(model, crops)
+    model.net.global_pool = torch.nn.Sequential(torch.nn.ReLU(inplace=True), model.net.global_pool)
+    assert np.array_equal(grad_cam(model, crops), before), "the map is positive already"
+    model.net.layer4.register_forward_hook(lambda _module, _inputs, output: (output, output))
+    model.net.global_pool.register_forward_pre_hook(lambda _module, given: given[0][:1])
+    assert model.cam_layer() is None, "a layer that gives no tensor"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small import SMALL
 
 from dtn_fast import DTN, DTNConfig
@@ -128,6 +129,22 @@ def test_unfitting_files_are_named(small: DTN, tmp_path: Path) -> None:
         DTN.from_pretrained(tmp_path)
     with pytest.raises(UsageError, match=r"no model\.safetensors"):
         DTN.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_flipped_bit_is_found(small: DTN, tmp_path: Path) -> None:
+    small.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    right = weights.read_bytes()
+    for place in (-1, -9000):
+        weights.write_bytes(right[:place] + bytes([right[place] ^ 1]) + right[len(right) + place + 1 :])
+        with pytest.raises(UsageError, match=r"model\.safetensors: damaged .*; copy or train the model again"):
+            DTN.from_pretrained(tmp_path)
+    weights.write_bytes(right)
+    (tmp_path / "config.json").write_text(dataclasses.replace(SMALL, mas_init=1.0).to_json())
+    with pytest.raises(UsageError, match=r"config\.json: damaged"):
+        DTN.from_pretrained(tmp_path)
+    save_file(load_file(weights), weights)  # without checksums, as earlier versions
+    assert DTN.from_pretrained(tmp_path).config.mas_init == 1.0
 
 
 def test_timm_registry(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import itertools
 import json
@@ -17,16 +18,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from small import RECIPE, SMALL, changed
 
 from dtn_fast import DTN
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.loader import Batch, Loader
 from dtn_fast.errors import UsageError
+from dtn_fast.model.build import build_detector
+from dtn_fast.model.config import TimmConfig
 from dtn_fast.train import loop
 from dtn_fast.train.checkpoint import load_state
 from dtn_fast.train.config import Execution
-from dtn_fast.train.distributed import interleave
+from dtn_fast.train.distributed import interleave, synchronise_bn
 from dtn_fast.train.log_lines import read_lines
 from dtn_fast.train.loop import Epoch, SoftLabels, Step, Stopped, fit
 from dtn_fast.train.step import batch_of_rank
@@ -80,6 +84,22 @@ def same_run(a: Path, b: Path) -> None:
     assert rows[0]
     scores = [np.load(run / "generation-0" / loop.VALIDATION)["scores"] for run in (a, b)]
     assert np.array_equal(*scores)
+
+
+def test_synchronised_bn_keeps_the_activation_that_timm_puts_into_it() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        plain = build_detector(TimmConfig("test_efficientnet", image_size=64)).train()
+        images = torch.randn(4, 3, 64, 64)
+        synchronised = synchronise_bn(copy.deepcopy(plain), torch.device("cpu"))
+        for mode in (True, False):
+            torch.testing.assert_close(
+                synchronised.train(mode)(images), plain.train(mode)(images), rtol=1e-4, atol=1e-5
+            )
+    finally:
+        dist.destroy_process_group()
+    on_gpu = synchronise_bn(plain, torch.device("cuda"))  # the conversion itself needs no GPU
+    assert any(isinstance(m, torch.nn.SyncBatchNorm) and hasattr(m, "act") for m in on_gpu.modules())
 
 
 def test_killed_at_random_steps_and_resumed_to_the_bit(crops: Path, tmp_path: Path, small_json: Path) -> None:
