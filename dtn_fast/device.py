@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from dtn_fast.errors import UsageError
 
@@ -39,6 +41,13 @@ def choose_device(device: Device) -> str:
     if device == "cuda" and not available:
         raise UsageError("--device cuda: torch sees no GPU; use --device cpu")
     return "cuda" if device == "cuda" or (device == "auto" and available) else "cpu"
+
+
+def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
+    """A host array as a tensor on ``device``, without waiting for a GPU: the copy is from pinned memory, because one
+    from other memory first waits for the work before it."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def tf32_allowed() -> bool:

@@ -23,6 +23,7 @@ from dtn_fast.data.config import AUGMENTATIONS
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.loader import Batch, Loader
 from dtn_fast.data.synthetic_marker import STAMP
+from dtn_fast.device import to_device
 from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.metrics import Metrics, evaluate_scores
@@ -121,12 +122,15 @@ class SoftLabels:
         places = np.searchsorted(self._rows, batch.rows)
         if not self.known[places, batch.views].all():
             return None
-        return self.table[torch.from_numpy(places), torch.from_numpy(batch.views)]
+        return self.table[self._at(places), self._at(batch.views)]
 
     def put(self, batch: Batch, soft: Tensor) -> None:
         places = np.searchsorted(self._rows, batch.rows)
-        self.table[torch.from_numpy(places), torch.from_numpy(batch.views)] = soft
+        self.table[self._at(places), self._at(batch.views)] = soft
         self.known[places, batch.views] = True
+
+    def _at(self, places: NDArray[np.int64]) -> Tensor:
+        return to_device(places, self.table.device)
 
     def load(self, table: Tensor) -> None:
         self.table.copy_(table)

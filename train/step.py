@@ -100,8 +100,9 @@ class TrainStep:
         """
         if not self.captured:
             return self._compute(crops, labels, soft)
-        graph = self._graphs.setdefault(soft is None, _Graph(self._compute))
-        return graph(crops, labels, soft)
+        if (kind := soft is None) not in self._graphs:
+            self._graphs[kind] = _Graph(self._compute)
+        return self._graphs[kind](crops, labels, soft)
 
     def set_epoch(self, epoch: int) -> float:
         """Sets and returns the epoch's learning rate, which is divided by ten after every ``lr_step`` epochs."""
@@ -188,11 +189,16 @@ class TrainStep:
         self._update(healthy)
         self._statistics.restore_unless(healthy)
         if self.ema is not None:
-            averages: list[Tensor] = list(self.ema.parameters())
-            moves = list(torch._foreach_sub(list(self.model.parameters()), averages))
-            torch._foreach_mul_(moves, healthy * (1 - self.recipe.ema))
-            torch._foreach_add_(averages, moves)
+            self._average(self.ema, healthy)
         return Outcome(values, soft)
+
+    @torch.no_grad()
+    def _average(self, ema: Detector, healthy: Tensor) -> None:
+        """Moves the average of the weights towards the weights."""
+        averages: list[Tensor] = list(ema.parameters())
+        moves = list(torch._foreach_sub(list(self.model.parameters()), averages))
+        torch._foreach_mul_(moves, healthy * (1 - self.recipe.ema))
+        torch._foreach_add_(averages, moves)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)

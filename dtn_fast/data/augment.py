@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dtn_fast.data.config import AugmentPreset
 from dtn_fast.data.randomness import uniform
+from dtn_fast.device import to_device
 from dtn_fast.errors import UsageError
 from dtn_fast.packages import require
 
@@ -80,11 +81,11 @@ class DeviceAugment:
 
         def between(rows: NDArray[np.int64], column: int, low: float, high: float) -> Tensor:
             values = (low + (high - low) * draw[rows, column]).astype(np.float32)
-            return torch.from_numpy(values).to(x.device, non_blocking=True)
+            return to_device(values, x.device)
 
         def change(rows: NDArray[np.int64], function: Any, *parameters: Any) -> None:
             if len(rows):
-                index = torch.from_numpy(rows).to(x.device, non_blocking=True)
+                index = to_device(rows, x.device)
                 x.index_copy_(0, index, function(x.index_select(0, index), *parameters))
 
         change(chosen(0, p.flip), lambda images: images.flip(3))
@@ -159,22 +160,23 @@ def jpeg(images: Tensor, quality: NDArray[np.int64]) -> Tensor:
         np.clip(np.floor((np.array(base).reshape(1, 8, 8) * scale[:, None, None] + 50) / 100), 1, 255)
         for base in (_LUMINANCE, _CHROMINANCE)
     ]
-    luma_table, chroma_table = (torch.from_numpy(t.astype(np.float32)).to(device, non_blocking=True) for t in tables)
-    to_ycc, dct = _jpeg_matrices(device)
+    luma_table, chroma_table = (to_device(t.astype(np.float32), device) for t in tables)
+    to_ycc, to_rgb, dct = _jpeg_matrices(device)
     ycc = torch.einsum("ij,njhw->nihw", to_ycc, images.round()).round_()
     luma = _quantise(ycc[:, :1] - 128, luma_table, dct).round_() + 128
     chroma = _quantise(F.avg_pool2d(ycc[:, 1:], 2).round_(), chroma_table, dct).round_()
     chroma = F.interpolate(chroma, scale_factor=2, mode="bilinear", align_corners=False)  # libjpeg's "fancy" upsampling
-    return torch.einsum("ij,njhw->nihw", torch.linalg.inv(to_ycc), torch.cat([luma, chroma], 1)).clamp(0, 255)
+    return torch.einsum("ij,njhw->nihw", to_rgb, torch.cat([luma, chroma], 1)).clamp(0, 255)
 
 
 @functools.cache
-def _jpeg_matrices(device: torch.device) -> tuple[Tensor, Tensor]:
+def _jpeg_matrices(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     to_ycc = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
     k = torch.arange(8, dtype=torch.float64)
     dct = torch.cos((2 * k[None] + 1) * k[:, None] * math.pi / 16) / 2
     dct[0] /= math.sqrt(2)
-    return to_ycc.to(device), dct.float().to(device)
+    to_rgb = torch.linalg.inv(to_ycc)  # on the host: on a GPU it waits for the work before it
+    return to_ycc.to(device), to_rgb.to(device), dct.float().to(device)
 
 
 def _quantise(plane: Tensor, table: Tensor, dct: Tensor) -> Tensor:

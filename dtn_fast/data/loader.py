@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.randomness import sample_seeds
+from dtn_fast.device import to_device
 from dtn_fast.errors import UsageError
 from dtn_fast.producer_thread import produced
 
@@ -110,7 +111,7 @@ class Loader:
         if self._resident is not None and self.transform is None:
             for rows, seeds, views in plan:
                 crops = self._resident.index_select(0, self._place_of(rows))
-                yield Batch(crops, torch.from_numpy(self._labels[rows]).to(self.device), rows, seeds, views)
+                yield Batch(crops, to_device(self._labels[rows], self.device), rows, seeds, views)
         else:
             yield from self._prefetched(plan, epoch)
 
@@ -147,14 +148,14 @@ class Loader:
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         for rows, seeds, views in plan:
             buffer = self._buffer()
-            crops, labels = buffer[: len(rows)], torch.from_numpy(self._labels[rows])
+            crops = buffer[: len(rows)]
             self._read(rows, seeds, epoch, crops.numpy())
             if stream is None:
-                yield Batch(crops, labels, rows, seeds, views, buffer), None
+                yield Batch(crops, to_device(self._labels[rows], self.device), rows, seeds, views, buffer), None
                 continue
             with torch.cuda.stream(stream):
                 crops = crops.to(self.device, non_blocking=True)
-                labels = labels.to(self.device, non_blocking=True)
+                labels = to_device(self._labels[rows], self.device)
                 event = stream.record_event()
             self._free.put((buffer, event))  # reused once the copy from it has ended
             yield Batch(crops, labels, rows, seeds, views), event
@@ -191,4 +192,4 @@ class Loader:
         return store
 
     def _place_of(self, rows: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(np.searchsorted(self._sorted, rows)).to(self.device)
+        return to_device(np.searchsorted(self._sorted, rows), self.device)

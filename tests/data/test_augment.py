@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import sys
+from typing import Any
 
 import cv2
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from skimage import data
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtn_fast.data.augment import Augment, DeviceAugment, jpeg
 from dtn_fast.data.blend import FIVE, METHOD, BlendedCrops, partly_blended, self_blend, self_blended
@@ -51,6 +54,35 @@ def test_a_seed_gives_the_same_picture_in_any_batch(augment, name: str) -> None:
     assert np.abs(apart.astype(int) - whole[order]).max() <= 1  # a batched product may round another way
     other = augment(preset, BATCH, sample_seeds(8, np.arange(24)))
     assert (np.abs(other.astype(int) - whole).max((1, 2, 3)) > 0).mean() > 0.5
+
+
+class Waiting(TorchDispatchMode):
+    """Records operations after which the host waits for the device: copies from the host, values read, inverses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        copied = name in ("_to_copy", "copy_") and any(
+            isinstance(a, torch.Tensor) and a.device.type == "cpu" for a in args
+        )
+        if copied or name in ("_local_scalar_dense", "nonzero", "linalg_inv_ex", "equal"):
+            self.found.append(name)
+        return func(*args, **kwargs)
+
+
+def test_the_device_is_never_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device without values (meta): every copy from the host goes through ``to_device``."""
+    preset = dataclasses.replace(AUGMENTATIONS["forensic"], noise=0.0)  # a meta device draws no noise
+    augment_module = sys.modules["dtn_fast.data.augment"]
+    augment_module._jpeg_matrices(torch.device("meta"))  # made once
+    monkeypatch.setattr(augment_module, "to_device", lambda values, device: torch.empty(values.shape, device=device))
+    with Waiting() as waiting:
+        out = DeviceAugment(preset)(torch.empty(BATCH.shape, dtype=torch.uint8, device="meta"), SEEDS)
+    assert out.shape == BATCH.shape
+    assert waiting.found == []
 
 
 @BOTH

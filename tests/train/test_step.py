@@ -186,6 +186,7 @@ def test_moving_average() -> None:
                 mean.mul_(0.75).add_(now, alpha=0.25)
     eval_model = step.eval_model()
     assert eval_model is not step.model
+    assert not any(parameter.requires_grad for parameter in eval_model.parameters())  # no graph grows step by step
     for name, parameter in average.named_parameters():
         torch.testing.assert_close(eval_model.get_parameter(name), parameter)
     for name, buffer in step.model.named_buffers():
