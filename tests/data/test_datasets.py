@@ -258,6 +258,45 @@ def test_rows_and_their_frames(tmp_path: Path, name: str) -> None:
         assert sorted(unasked.videos) == sorted(row for row in rows if row.split == "test")
 
 
+TREES = [name for name in MINIATURES if not re.search("bench|folder|reals", name)]
+JUNK = b"\0\5\26\7\0\2\0\0Mac OS X        "
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_lists_and_names_from_other_systems(tmp_path: Path, name: str) -> None:
+    """Windows writes marks and CRLF, cameras other endings, macOS hidden companions: the table is the same."""
+    source, rows, published = MINIATURES[name](tmp_path)
+    renamed = {}
+    for place, path in enumerate(sorted(tmp_path.rglob("*.mp4"))):
+        path.with_name(f"._{path.name}").write_bytes(JUNK)
+        found = path.rename(path.with_suffix((".MP4", ".mov", ".AVI")[place % 3]))
+        renamed |= {f(path): f(found) for f in (Path.as_posix, lambda p: p.relative_to(tmp_path).as_posix())}
+    for place, path in enumerate(p for ending in ("json", "txt", "csv") for p in tmp_path.rglob(f"*.{ending}")):
+        text = path.read_text().replace("\n", " \r\n").replace("filename,label", "FileName , Label")
+        path.write_bytes(text.encode("utf-16" if place % 2 else "utf-8-sig"))
+    table = read(tmp_path, replace(source, allow=("counts",) if published else ()))
+    new = lambda path: renamed.get(path, path)
+    expected = [row._replace(path=new(row.path), mask=new(row.mask), target=new(row.target)) for row in rows]
+    assert sorted(table.videos) == sorted(expected)
+    assert not any("are missing" in note for note in table.notes)
+
+
+def test_another_files_ending_is_not_guessed(tmp_path: Path) -> None:
+    source = replace(preview(tmp_path)[0], splits=("test",))
+    real = tmp_path / "original_videos/2000/2000_A.mp4"
+    put(real.parent, "2000_A.Mp4", "2000_A.mov")
+    assert read(tmp_path, source).videos[0].path == "original_videos/2000/2000_A.mp4"
+    real.unlink()
+    assert read(tmp_path, source).videos[0].path == "original_videos/2000/2000_A.Mp4"
+    real.with_suffix(".Mp4").rename(real.with_suffix(".mkv"))
+    refused(tmp_path, source, f"1 of 2 videos are missing, the first is {real.relative_to(tmp_path)}")
+
+
+def test_a_list_of_another_encoding_names_the_remedy(tmp_path: Path) -> None:
+    source, path = listed(tmp_path, "celebdf-v2", "1 Celeb-real/é.mp4".encode("latin-1"))
+    assert path.name in refused(tmp_path, source, "not UTF-8 text .* save it as UTF-8")
+
+
 def test_selection_and_unknown_choices(tmp_path: Path) -> None:
     source = replace(ffpp(tmp_path)[0], allow=("counts",))
     assert "missing forgeries: FaceSwap, NeuralTextures" in read(tmp_path, source).notes
