@@ -142,7 +142,10 @@ class Source:
     """Compression level to read (raw, c23 or c40) of a dataset that comes in several."""
     lists: Path | None = None
     """Folder of FF++'s train.json, val.json and test.json (default: ROOT/splits, or else ROOT), or DeepfakeBench's JSON
-    file of the dataset."""
+    file of the dataset (default: the only one in ROOT or its dataset_json)."""
+    root_map: tuple[str, ...] = ()
+    """Pairs OLD=NEW for DeepfakeBench's lists: paths that begin with the folder OLD, such as /data or C:/data, are in
+    the folder NEW, which is below ROOT (. for ROOT itself) or an absolute path."""
     ffpp: Path | None = None
     """Root folder of FaceForensics++, whose real videos are the reals of DeeperForensics."""
     variants: tuple[str, ...] = ("end_to_end",)

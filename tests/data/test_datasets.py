@@ -266,7 +266,7 @@ JUNK = b"\0\5\26\7\0\2\0\0Mac OS X        "
 def test_lists_and_names_from_other_systems(tmp_path: Path, name: str) -> None:
     """Windows writes marks and CRLF, cameras other endings, macOS hidden companions: the table is the same."""
     source, rows, published = MINIATURES[name](tmp_path)
-    renamed = {}
+    renamed: dict[str, str] = {}
     for place, path in enumerate(sorted(tmp_path.rglob("*.mp4"))):
         path.with_name(f"._{path.name}").write_bytes(JUNK)
         found = path.rename(path.with_suffix((".MP4", ".mov", ".AVI")[place % 3]))
@@ -577,6 +577,151 @@ def test_safe_stays_inside(name: str) -> None:
         assert whole != root
         assert whole.is_relative_to(root)
         assert ".." not in whole.parts
+
+
+Shape = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def published(root: Path, shape: Shape, **labels: tuple[str, ...]) -> Source:
+    """A list in which ``shape`` makes the splits of each label from its videos, of two pictures each."""
+    made = {}
+    for label, names in labels.items():
+        folder = f"Set/{label}/frames"
+        put(root, *(f"{folder}/{name}/{n}.png" for name in names for n in "01"))
+        rows = {n: {"label": label, "frames": [f"{folder}/{n}/{k}.png" for k in "10"]} for n in names}
+        made[label] = shape(rows)
+    put(root, "Set.json", data={"Set": made})
+    return Source("deepfakebench", lists=root / "Set.json")
+
+
+def splits_of(root: Path, source: Source) -> set[str]:
+    return {f"{v.split}/{Path(v.path).name}" for v in read(root, source).videos}
+
+
+first = lambda rows: dict([*rows.items()][:1])
+fields = lambda rows: [*rows.values()][-1]
+PUBLISHED: dict[str, tuple[Shape, set[str], list[str]]] = {  # videos read of a to f, and what is said of the others
+    "Celeb-DF": (
+        lambda rows: {"train": rows, "val": first(rows), "test": first(rows)},
+        {"test/a", "test/d", "train/b", "train/c", "train/e", "train/f"},
+        ["2 videos of train that are in test as well", "2 videos of val that are in test as well"],
+    ),
+    "UADFV, DFD": (
+        lambda rows: {"train": rows, "test": rows, "val": rows},
+        {f"test/{name}" for name in "abcdef"},
+        ["6 videos of train that are in test as well", "6 videos of val that are in test as well"],
+    ),
+    "DFDCP": (
+        lambda rows: {"train": {k: r for k, r in rows.items() if k not in first(rows)}, "test": first(rows),
+                      "val": first(rows)},
+        {"test/a", "test/d", "train/b", "train/c", "train/e", "train/f"},
+        ["2 videos of val that are in test as well"],
+    ),
+    "DFDC": (
+        lambda rows: {"train": {}, "test": rows, "val": fields(rows)},
+        {f"test/{name}" for name in "abcdef"},
+        ["2 of the labels' val entries, which hold one video's fields and not videos"],
+    ),
+    "DFDC with train": (
+        lambda rows: {"train": first(rows), "test": {k: r for k, r in rows.items() if k not in first(rows)},
+                      "val": {**fields(rows), **first(rows)}},
+        {"train/a", "train/d", *(f"test/{name}" for name in "bcef")},
+        ["2 of the labels' val entries, which hold one video's fields and not videos",
+         "2 videos of val that are in train as well"],
+    ),
+    "without frames": (
+        lambda rows: {"train": {"x": {"frames": []}}, "test": rows, "val": {}},
+        {f"test/{name}" for name in "abcdef"},
+        ["2 videos of train without frames"],
+    ),
+    "twice": (  # DF40's FSAll has the reals once for each method
+        lambda rows: {"test": rows | {f"simswap_{name}": row for name, row in first(rows).items()}},
+        {f"test/{name}" for name in "abcdef"},
+        ["2 videos of test that are in it twice"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_deepfakebenchs_lists_as_published(tmp_path: Path, name: str) -> None:
+    shape, expected, said = PUBLISHED[name]
+    source = published(tmp_path, shape, S_Real=("a", "b", "c"), S_Fake=("d", "e", "f"))
+    assert splits_of(tmp_path, source) == expected
+    assert [note for note in read(tmp_path, source).notes if "left out" in note] == [f"left out: {t}" for t in said]
+    assert splits_of(tmp_path, replace(source, lists=None)) == expected, "the only list beside the pictures"
+    there = sorted({video.split("/")[0] for video in expected}, key=SPLITS.index)
+    text = refused(tmp_path, replace(source, splits=("val",)), r"Set\.json: no videos of val \(")
+    assert all(part in text for part in said)
+    assert text.endswith(f"; --splits {' '.join(there)} reads the others")
+    assert splits_of(tmp_path, replace(source, splits=tuple(there))) == expected
+
+
+def test_deepfakebenchs_labels(tmp_path: Path) -> None:
+    source = published(tmp_path, lambda rows: {"test": rows}, DFDCP_Real=("a",), DFDCP_FakeA=("b",), UADFV_Fake=("c",))
+    assert {v.method for v in read(tmp_path, source).videos} == {"real", "DFDCP_FakeA", "UADFV_Fake"}
+    whole = json.loads((tmp_path / "Set.json").read_text())
+    whole["Set"]["UADFV_Fake"]["test"]["a"] = whole["Set"]["DFDCP_Real"]["test"]["a"]
+    put(tmp_path, "Set.json", data=whole)
+    refused(tmp_path, source, "video a of UADFV_Fake has the label 'DFDCP_Real'")
+    whole["Set"]["UADFV_Fake"]["test"]["a"] = {"frames": ["Set/DFDCP_Real/frames/a/0.png"]}
+    put(tmp_path, "Set.json", data=whole)
+    refused(tmp_path, source, "a/0.png is listed as UADFV_Fake and as DFDCP_Real|as DFDCP_Real and as UADFV_Fake")
+    put(tmp_path, "another.json", data=whole)
+    refused(tmp_path, replace(source, lists=None), "by --lists; .* has Set.json, another.json")
+
+
+def test_single_pictures_that_share_a_folder_are_videos_of_their_own(tmp_path: Path) -> None:
+    names = [f"e4e/inversions/{n}.png" for n in range(4)]  # DF40's e4e
+    put(tmp_path, *names, "e4e/inversions/._0.png")
+    rows = {name: {"label": "e4e_Fake", "frames": [path]} for name, path in zip("abcd", names, strict=True)}
+    rows["a"]["frames"] = ["e4e/inversions/._0.png", names[0]]
+    put(tmp_path, "e4e.json", data={"e4e_ff": {"e4e_Fake": {"train": rows, "test": {"a": rows["a"]}}}})
+    table = read(tmp_path, Source("deepfakebench"))
+    assert [(v.split, v.path, v.frames) for v in sorted(table.videos)] == [
+        ("test" if name == names[0] else "train", name, (name,)) for name in names
+    ]
+    assert "4 pictures: test/e4e_Fake 1, train/e4e_Fake 3" in table.notes
+
+
+@pytest.mark.parametrize(
+    "old", ["/data/me", "C:\\sets", "./datasets", "deepfakes_detection_datasets", "../rgb", "//host/x"]
+)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_roots_of_other_machines(tmp_path: Path, old: str, elsewhere: bool) -> None:
+    root = tmp_path / "root"
+    source = published(root, lambda rows: {"test": rows}, S_Real=("a",), S_Fake=("b",))
+    expected = sorted(read(root, source).videos)
+    text = (root / "Set.json").read_text().replace("Set/", f"{old}/Set/")
+    text = text.replace("/", "\\").replace("\\", "\\\\") if "\\" in old else text
+    put(root, "Set.json", data=text)
+    known = old.replace("\\", "/").removeprefix("./")
+    assert f"--root-map {known}=. finds it" in refused(root, source)
+    new = "."
+    if elsewhere:
+        (root / "Set").rename(tmp_path / "Set")
+        if old != "../rgb":
+            refused(root, source, "--root-map OLD=NEW says where|2 of 2 videos are missing")
+        new = tmp_path.as_posix()
+    table = read(root, replace(source, root_map=(f"{old}={new}", "unused=.")))
+    there = lambda path: f"{new}/{path}" if elsewhere else path
+    assert sorted(table.videos) == [
+        v._replace(path=there(v.path), frames=tuple(map(there, v.frames))) for v in expected
+    ]
+    assert len(list(video_frames(root, table.videos[0], 2))) == 2
+    put(root, "Set.json", data=text.replace("Set", "..", 2).replace("..", "Set", 1))
+    refused(root, replace(source, root_map=(f"{old}={new}",)), "is not a path inside the dataset")
+
+
+@pytest.mark.parametrize("pair", ["x", "=.", "x=", "x=..", "x=../y", "x=nowhere", "x=/", "x=a/../.."])
+def test_wrong_root_maps(tmp_path: Path, pair: str) -> None:
+    source = published(tmp_path, lambda rows: {"test": rows}, S_Real=("a",))
+    refused(tmp_path, replace(source, root_map=(pair,)), f"--root-map {re.escape(pair)}: OLD=NEW was expected")
+
+
+def test_a_missing_set_of_a_list_is_not_taken_for_a_wrong_root(tmp_path: Path) -> None:
+    source = published(tmp_path, lambda rows: {"test": rows}, S_Real=("a",), S_Fake=("b",))
+    (tmp_path / "Set/S_Fake").rename(tmp_path / "gone")
+    refused(tmp_path, source, "1 of 2 videos are missing.*--allow counts")
 
 
 @at_random

@@ -14,6 +14,9 @@ from dtn_fast.data.media import VIDEOS
 from dtn_fast.data.video_table import REAL, SPLITS, VideoTable
 from dtn_fast.errors import UsageError
 
+LONGEST = 1024
+"""Maximum length in bytes of a listed path."""
+
 
 def keep_wanted(table: VideoTable, source: Source, default: tuple[str, ...] = SPLITS) -> VideoTable:
     """The table's videos of the splits and methods that ``source`` requests."""
@@ -44,7 +47,7 @@ def safe_path(name: object, source: Path) -> str:
         not path.isprintable()
         or ":" in path
         or any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
-        or len(path.encode()) > 1024
+        or len(path.encode()) > LONGEST
     ):
         raise UsageError(f"{source}: {str(name)[:80]!r} is not a path inside the dataset")
     return path
