@@ -34,6 +34,7 @@ from dtn_fast.errors import MediaError, UsageError
 
 DISTORTED = tuple(variant for variant in VARIANTS if variant not in ("end_to_end", "reenact_postprocess"))
 YOUTUBE = "original_sequences/youtube/c23/videos"
+JUNK = b"\0\5\26\7\0\2\0\0Mac OS X        "
 at_random = settings(max_examples=40, deadline=None)
 
 
@@ -209,7 +210,10 @@ def folder(root: Path) -> Miniature:
         Video("val/real/c.jpg", 0, "real", "val", frames=("val/real/c.jpg",)),
         Video("test/Swap/clip", 1, "Swap", "test", frames=("test/Swap/clip/0.png", "test/Swap/clip/1.png")),
     ]
-    put(root, *(name for row in rows for name in row.frames or (row.path,)), "elsewhere/real/x.mp4", "val/real/c.txt")
+    put(root, *(name for row in rows for name in row.frames or (row.path,)), "elsewhere/real/x.mp4")
+    put(
+        root, "val/real/c.txt", "val/real/Thumbs.db", "val/real/.ipynb_checkpoints/c.jpg", "val/._real/c.jpg", data=JUNK
+    )
     return Source("folder"), rows, ""
 
 
@@ -259,7 +263,89 @@ def test_rows_and_their_frames(tmp_path: Path, name: str) -> None:
 
 
 TREES = [name for name in MINIATURES if not re.search("bench|folder|reals", name)]
-JUNK = b"\0\5\26\7\0\2\0\0Mac OS X        "
+
+
+def test_folders_of_splits_by_any_name(tmp_path: Path) -> None:
+    for split, name in (("Training", "train"), ("VALID", "val"), ("testing", "test")):
+        for kind in ("Reals", "Swap"):
+            put(tmp_path, f"{split}/{kind}/{name}.png")
+    put(tmp_path, "b.png", "Training/c.mp4", "other/real/x.png", "Training/Swap/._x.png")
+    put(tmp_path, "Training/Swap/a.psd", "notes.txt", data=JUNK)
+    table = read(tmp_path, Source("folder"))
+    assert {(v.split, v.method, Path(v.path).stem) for v in table.videos} == {
+        (split, method, split) for split in SPLITS for method in ("real", "Swap")
+    }
+    assert table.notes == [
+        "left out: 1 files in forms that are not read, the first is a.psd",
+        "left out: folders that are no split: other",
+        "left out: 2 files outside class folders, the first is c.mp4",
+        "6 pictures: test/Swap 1, test/real 1, train/Swap 1, train/real 1, val/Swap 1, val/real 1",
+        "counts not checked: none are published for this selection",
+    ]  # fmt: skip
+    for name in ("dev", "Validation"):
+        put(tmp_path, f"{name}/real/x.png")
+        refused(tmp_path, Source("folder"), f"(VALID and {name}|{name} and VALID) both hold val")
+        (tmp_path / name).rename(tmp_path / f"_{name}")
+    refused(tmp_path, Source("folder", split="60/20/20"), "--split 60/20/20: .* has the split folders Training, VALID")
+
+
+def test_folders_without_splits_are_divided(tmp_path: Path) -> None:
+    people = [f"person {n}" for n in range(60)]
+    for kind in ("Real", "Swap", "Other"):
+        put(tmp_path, *(f"{kind}/{name}/{n}.png" for name in people for n in range(2)))
+        put(tmp_path, *(f"{kind}/{name}/clip/0.png" for name in people[:9]))
+    for n in range(60):
+        for kind, name in (("Real", f"{n}.PNG"), ("Swap", f"copy of {n}.png")):
+            put(tmp_path, f"{kind}/{name}", data=still(shade=n))
+    table = read(tmp_path, Source("folder"))
+    assert len(table.videos) == 3 * 69 + 120
+    homes: dict[Any, set[str]] = {}
+    for video in table.videos:
+        _, name, *_ = Path(video.path).parts
+        key = name if name in people else (tmp_path / video.path).read_bytes()
+        homes.setdefault(key, set()).add(video.split)
+    assert len(homes) == 120
+    assert all(len(splits) == 1 for splits in homes.values()), "a person, or equal files, in two splits"
+    counts = Counter(next(iter(splits)) for splits in homes.values())
+    assert 80 < counts["train"] < 110
+    assert min(counts["val"], counts["test"]) > 4
+    assert (
+        "no split folders: 80/10/10 percent of 120 files by content and of 207 videos by their person's folder are "
+        "train, val and test (--split)"
+    ) in table.notes
+    assert [(v.path, v.split) for v in table.videos if v.path in ("Real/person 0", "Real/0.PNG", "Swap/person 7")] == [
+        ("Real/0.PNG", "train"), ("Real/person 0", "train"), ("Swap/person 7", "train"),
+    ]  # fmt: skip
+    half = read(tmp_path, Source("folder", split="50/0/50", methods=("Swap",)))
+    assert {v.split for v in half.videos} == {"train", "test"}
+    assert "val has no Swap, real" in half.notes
+    for split in ("80/20", "80/10/5", "a/b/c", "80/10/-10", "80/10/10/0", ""):
+        with pytest.raises(UsageError, match=f"--split {split}: percent of train, val and test were expected"):
+            Source("folder", split=split)
+    refused(tmp_path, Source("celebdf-v2", split="50/0/50"), "--split: for --dataset folder and reals only")
+    (tmp_path / "Real").rename(tmp_path / "Genuine")
+    refused(tmp_path, Source("folder"), "no real/ beside forgeries")
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    put(tmp_path / "store", "anna/0.png", "ben/0.png")
+    put(tmp_path / "set", "real/carl/0.png", "Swap/anna/1.png")
+    (tmp_path / "set/real/linked").symlink_to(tmp_path / "store")
+    (tmp_path / "store/loop").symlink_to(tmp_path / "set/real")
+    paths = {v.path for v in read(tmp_path / "set", Source("folder")).videos}
+    assert paths == {"real/carl", "real/linked/anna", "real/linked/ben", "Swap/anna"}
+    (tmp_path / "set/Swap/ben").symlink_to(tmp_path / "store/ben")
+    refused(tmp_path / "set", Source("folder"), "real hold the same folder, by a link")
+
+
+def test_reals_say_what_was_skipped(tmp_path: Path) -> None:
+    source, rows, _ = reals(tmp_path)
+    put(tmp_path, "x.heic.jxl", "._d.mp4", "Thumbs.db", data=JUNK)
+    table = read(tmp_path, source)
+    assert sorted(table.videos) == sorted(rows)
+    assert "left out: 1 files in forms that are not read, the first is x.heic.jxl" in table.notes
+    put(tmp_path / "empty", "a.psd", data=JUNK)
+    refused(tmp_path / "empty", source, "no pictures or videos in it; left out: 1 files in forms .* a.psd")
 
 
 @pytest.mark.parametrize("name", TREES)
