@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -36,11 +35,7 @@ class PictureFiles:
             out[place] = image
 
     def _read(self, row: int) -> NDArray[np.uint8]:
-        path = self._root / self._names[row]
-        image = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
-        if image is None:
-            image = read_image(path)  # reads formats that OpenCV does not know, or raises MediaError
-        return resize_square(image, self.size)
+        return resize_square(read_image(self._root / self._names[row]), self.size)
 
 
 def open_pictures(table: VideoTable, size: int) -> CropDataset:
