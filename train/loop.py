@@ -409,7 +409,7 @@ def _lack(dataset: CropDataset, name: str, rows: NDArray[np.int64], may_blend: b
     fakes = int(dataset.labels[rows].sum())
     counts = collections.Counter((dataset.videos[v].split, dataset.videos[v].method) for v in dataset.video)
     held = ", ".join(f"{split}/{method} {count}" for (split, method), count in sorted(counts.items()))
-    again = "prepare again with --splits train val (a folder of your own needs both, or is divided by --split)"
+    again = "prepare again with --splits train val (a folder of your own needs both, or is divided by prepare --split)"
     remedies = [f"add {'reals' if fakes else 'fakes'} to {name}" if len(rows) else again]
     if may_blend and not fakes and counts["train", REAL] and counts["val", REAL]:
         remedies.append("--self-blend makes fakes from reals")

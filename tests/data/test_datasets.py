@@ -311,7 +311,7 @@ def test_folders_without_splits_are_divided(tmp_path: Path) -> None:
     assert min(counts["val"], counts["test"]) > 4
     assert (
         "no split folders: 80/10/10 percent of 120 files by content and of 207 videos by their person's folder are "
-        "train, val and test (--split)"
+        "train, val and test (prepare --split changes it)"
     ) in table.notes
     assert [(v.path, v.split) for v in table.videos if v.path in ("Real/person 0", "Real/0.PNG", "Swap/person 7")] == [
         ("Real/0.PNG", "train"), ("Real/person 0", "train"), ("Swap/person 7", "train"),

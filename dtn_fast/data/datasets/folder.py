@@ -59,7 +59,9 @@ def read_folder(root: Path, source: Source = Source()) -> VideoTable:
         raise UsageError("; ".join([f"{root}: {layout}{', '.join(SPLIT_FOLDERS)}", *notes]))
     if drawn:
         by = " and of ".join(f"{count} {what}" for what, count in sorted(drawn.items()))
-        notes.append(f"no split folders: {source.split} percent of {by} are train, val and test (--split)")
+        notes.append(
+            f"no split folders: {source.split} percent of {by} are train, val and test (prepare --split changes it)"
+        )
     table = keep_wanted(VideoTable(root, videos, "folder", notes=notes), source)
     kept = Counter((video.split, video.method) for video in table.videos)
     for split in (source.splits or SPLITS) if drawn else sorted({video.split for video in table.videos}):
