@@ -352,12 +352,15 @@ def test_reals_say_what_was_skipped(tmp_path: Path) -> None:
 def test_lists_and_names_from_other_systems(tmp_path: Path, name: str) -> None:
     """Windows writes marks and CRLF, cameras other endings, macOS hidden companions: the table is the same."""
     source, rows, published = MINIATURES[name](tmp_path)
+    put(tmp_path, ".ipynb_checkpoints/labels.csv", "manipulated_sequences/._X/c23/videos/a", data=JUNK)
     renamed: dict[str, str] = {}
     for place, path in enumerate(sorted(tmp_path.rglob("*.mp4"))):
         path.with_name(f"._{path.name}").write_bytes(JUNK)
         found = path.rename(path.with_suffix((".MP4", ".mov", ".AVI")[place % 3]))
         renamed |= {f(path): f(found) for f in (Path.as_posix, lambda p: p.relative_to(tmp_path).as_posix())}
     for place, path in enumerate(p for ending in ("json", "txt", "csv") for p in tmp_path.rglob(f"*.{ending}")):
+        if path.parent.name.startswith("."):
+            continue
         text = path.read_text().replace("\n", " \r\n").replace("filename,label", "FileName , Label")
         path.write_bytes(text.encode("utf-16" if place % 2 else "utf-8-sig"))
     table = read(tmp_path, replace(source, allow=("counts",) if published else ()))

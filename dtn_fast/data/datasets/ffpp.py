@@ -21,7 +21,7 @@ def read_ffpp(root: Path, source: Source = Source()) -> VideoTable:
     """Reads FaceForensics++ or a set with its layout: each listed pair (a, b) gives reals a, b and fakes a_b, b_a."""
     folder = source.lists or (root / "splits" if (root / "splits").is_dir() else root)
     c = source.compression
-    there = sorted(p.parent.parent.name for p in root.glob(f"manipulated_sequences/*/{c}/videos"))
+    there = sorted(p.parent.parent.name for p in root.glob(f"manipulated_sequences/[!.]*/{c}/videos"))
     there = [method for method in there if method != DFD]
     methods = source.methods or tuple(there)
     if not methods:
