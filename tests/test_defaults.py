@@ -20,7 +20,7 @@ OTHER_THINGS = {
     "precision": "of a running model, of a file, of training",
     "seed": "of training, of the rendered set, of corruptions",
     "size": "of a rendered frame",
-    "split": "to measure on, to compare two files on",
+    "split": "to measure on, to compare two files on; of a folder, in percent",
     "std": "of pixels in the model, of noise in augmentation",
     "workers": "processes, threads, uploads at a time",
     "noise": "before the gate, in augmentation",

@@ -23,8 +23,9 @@ from dtn_fast.data.config import AUGMENTATIONS
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.loader import Batch, Loader
 from dtn_fast.data.synthetic_marker import STAMP
+from dtn_fast.data.video_table import REAL
 from dtn_fast.device import to_device
-from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.errors import DtnError, UsageError, tell
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.metrics import Metrics, evaluate_scores
 from dtn_fast.files import write_whole
@@ -392,17 +393,38 @@ class _Clock:
 
 
 def splits(dataset: CropDataset, recipe: Recipe, model: Detector) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows to train on and to validate on.  Raises UsageError when a split lacks a class or the crops do not fit the
-    model."""
+    """Rows to train on and to validate on.
+
+    Raises UsageError when the data holds none of the recipe's forgeries, a split lacks a class, or the crops do not fit
+    the model.
+    """
     methods = () if recipe.self_blend and recipe.blend_share == 1 else recipe.methods
+    held = dataset.methods
+    if absent := [method for method in methods if method not in held] if held else []:
+        text = f"--methods (the preset's, if not given) names {', '.join(absent)}, and the data holds {', '.join(held)}"
+        if len(absent) == len(methods):
+            raise UsageError(f"{text}; name some of these by --methods, or leave it empty for all")
+        tell(f"{text}; training goes on without {', '.join(absent)}")
     train_rows, val_rows = dataset.select("train", methods), dataset.select("val", methods)
     for name, rows in (("train", train_rows), ("val", val_rows)):
-        if set(dataset.labels[rows]) != {0, 1}:
-            raise UsageError(f"the {name} split needs reals and fakes; it has {len(rows)} crops of labels "
-                             f"{sorted(set(dataset.labels[rows].tolist()))}; "
-                             "--self-blend makes fakes from reals")  # fmt: skip
+        if set(dataset.labels[rows].tolist()) != {0, 1}:
+            raise UsageError(_lack(dataset, name, rows, not recipe.self_blend))
     dataset.check_fits(model.config, "the model")
     return train_rows, val_rows
+
+
+def _lack(dataset: CropDataset, name: str, rows: NDArray[np.int64], may_blend: bool) -> str:
+    """What the split ``name`` lacks, what the data holds, and how to get the rest."""
+    fakes = int(dataset.labels[rows].sum())
+    counts = collections.Counter((dataset.videos[v].split, dataset.videos[v].method) for v in dataset.video)
+    held = ", ".join(f"{split}/{method} {count}" for (split, method), count in sorted(counts.items()))
+    again = "prepare again with --splits train val (a folder of your own needs both, or is divided by prepare --split)"
+    remedies = [f"add {'reals' if fakes else 'fakes'} to {name}" if len(rows) else again]
+    if may_blend and not fakes and counts["train", REAL] and counts["val", REAL]:
+        remedies.append("--self-blend makes fakes from reals")
+    why = "".join(f"; {note}" for note in dataset.notes if "left out" in note)
+    return (f"the {name} split needs reals and fakes; it has {len(rows) - fakes} crops of reals and {fakes} of fakes; "
+            f"the data holds {held or 'no crops'}{why}; {', or '.join(remedies)}")  # fmt: skip
 
 
 def seed_of(*numbers: int) -> int:

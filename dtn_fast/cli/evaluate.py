@@ -16,7 +16,7 @@ from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig, FigureConfig, RobustnessConfig
 from dtn_fast.evaluation.protocols import Protocol, Within, evaluate_models
 from dtn_fast.evaluation.tables import ResultTable
-from dtn_fast.provenance import made_by, record
+from dtn_fast.provenance import COMMANDS, made_by, record
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.load import load_scorer
 
@@ -43,7 +43,8 @@ def evaluate(
     Table 2: dtn-fast evaluate ffpp --model runs/df runs/f2f runs/fs runs/nt --protocol cross-manipulation --out table2
 
     Args:
-        data: Crops written by dtn-fast prepare, or folders of face pictures: <split>/<real or a forgery's name>/.
+        data: Crops written by dtn-fast prepare, or folders of face pictures: <split>/<real or a forgery's name>/, or
+            without <split>/, divided 80/10/10.
         model: Runs, checkpoint folders, .onnx, .mnn, .engine or .rtx files.
         protocol: within: one model, each forgery of one dataset; cross-dataset: models by datasets (Table 1);
             cross-manipulation: models trained on one forgery each, by forgeries (Table 2); auto: within for one model
@@ -75,8 +76,9 @@ def evaluate(
         made = dataclasses.replace(made, notes=(*made.notes, made_by()))
         print_result_table(made)
     if out is not None:
-        print("\n".join(str(path) for path in made.write(out)))
+        made_files = made.write(out)
         record(out.parent)
+        print(f"written: {' '.join(str(path) for path in [*made_files, out.parent / COMMANDS])}")
 
 
 def robustness(

@@ -116,12 +116,14 @@ def _print_prepared(out: Path) -> None:
     from dtn_fast.data.crop_dataset import open_crop_dataset
     from dtn_fast.data.face_finders import MAX_FACES
     from dtn_fast.data.prepare import mask_notes
+    from dtn_fast.data.video_table import noun
 
     made = open_crop_dataset(out)
+    unit = noun(made.videos)
     bad = [state["error"] for state in made.status if state["error"]]
     empty = sum(bool(state["reason"]) for state in made.status)
     short = sum(0 < state["frames"] < state["asked"] for state in made.status)
-    print(f"{len(made.video)} faces of {len(made.videos)} videos in {out}; {empty} videos without a face, {short} with "
+    print(f"{len(made.video)} faces of {len(made.videos)} {unit} in {out}; {empty} {unit} without a face, {short} with "
           f"fewer frames than requested, {len(bad)} unreadable")  # fmt: skip
     for note in mask_notes(made.status):
         print(note)
@@ -133,7 +135,7 @@ def _print_prepared(out: Path) -> None:
         print(f"{len(damaged)} videos are damaged: {lost} of {asked} frames wanted of them could not be decoded, and "
               f"{missing} are missing from the files; index.json says which")  # fmt: skip
     if bad:
-        raise DtnError(f"{len(bad)} videos could not be read to the end, the first: {bad[0]}; the others are in {out}")
+        raise DtnError(f"{len(bad)} {unit} could not be read to the end, the first: {bad[0]}; the others are in {out}")
 
 
 def corrupt(

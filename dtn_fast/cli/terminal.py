@@ -18,12 +18,12 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from dtn_fast.evaluation.tables import LEVELS, ResultTable
+from dtn_fast.evaluation.tables import ResultTable
 
 
 def print_result_table(table: ResultTable) -> None:
-    """Prints a table at both levels, then its protocol notes, notes and notices."""
-    for level in LEVELS:
+    """Prints a table at its levels, then its protocol notes, notes and notices."""
+    for level in table.levels:
         print_table(f"{table.title}, {level} level, percent", *table.text(level))
     print("\n".join([*(f"{c}: {p}" for c, p in table.column_notes.items()), *table.notes, *table.notices]))
 

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.crop_dataset import CropDataset, CropSource
-from dtn_fast.data.video_table import Video
 from dtn_fast.errors import UsageError
 
 METHOD = "SelfBlended"
@@ -154,9 +153,8 @@ def self_blended(dataset: CropDataset, seed: int) -> CropDataset:
     place[reals] = np.arange(len(reals))
     video, count = place[dataset.video[rows]], len(reals)
     sources = [dataset.videos[number] for number in reals]
-    fakes = [
-        Video(f"{v.path}#{METHOD}", 1, METHOD, v.split, v.identities, v.compression, target=v.path) for v in sources
-    ]
+    fakes = [v._replace(path=f"{v.path}#{METHOD}", label=1, method=METHOD, target=v.path, corruptions=())
+             for v in sources]  # fmt: skip
     return replace(
         dataset,
         crops=BlendedCrops(dataset.crops, rows, points, seed),

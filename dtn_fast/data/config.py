@@ -131,18 +131,24 @@ class Source:
     """The dataset in a folder, and the part of it to read."""
 
     dataset: Dataset = "ffpp"
-    """Layout of the dataset.  folder: <split>/<real or a forgery's name>/ with videos, pictures or folders of pictures.
-    reals: any folder of real faces or videos, split by file name, or by folder for pictures in folders; one folder for
-    each person keeps each person in one split."""
+    """Layout of the dataset.  folder: <split>/<real or a forgery's name>/ with videos, pictures or folders of pictures,
+    or without <split>/, divided by --split.  reals: any folder of real faces or videos, divided by file name, or by
+    folder for pictures in folders; one folder for each person keeps each person in one split."""
     splits: tuple[Split, ...] = ()
     """Splits to read.  Default: all, but only test for Celeb-DF, DFD and DFDC, as the protocols never train on them."""
+    split: str = "80/10/10"
+    """Percent that are train, val and test of a folder without split folders, and of reals.  All of a person's folder
+    (the one directly in the class folder, of the same name for reals and forgeries), and equal files, go to one."""
     methods: tuple[str, ...] = ()
     """Forgeries to read.  Default: all that the dataset contains."""
     compression: str = "c23"
     """Compression level to read (raw, c23 or c40) of a dataset that comes in several."""
     lists: Path | None = None
     """Folder of FF++'s train.json, val.json and test.json (default: ROOT/splits, or else ROOT), or DeepfakeBench's JSON
-    file of the dataset."""
+    file of the dataset (default: the only one in ROOT or its dataset_json)."""
+    root_map: tuple[str, ...] = ()
+    """Pairs OLD=NEW for DeepfakeBench's lists: paths that begin with the folder OLD, such as /data or C:/data, are in
+    the folder NEW, which is below ROOT (. for ROOT itself) or an absolute path."""
     ffpp: Path | None = None
     """Root folder of FaceForensics++, whose real videos are the reals of DeeperForensics."""
     variants: tuple[str, ...] = ("end_to_end",)
@@ -151,6 +157,17 @@ class Source:
     """DeepfakeBench's LMDB with the frames; default: the frames are files."""
     allow: tuple[Allowance, ...] = ()
     """Audit findings to accept: counts (an incomplete download), leaks (identities shared between splits)."""
+
+    def __post_init__(self) -> None:
+        parts = self.split.split("/")
+        if len(parts) != 3 or not all(map(str.isdecimal, parts)) or sum(self.shares) != 100:
+            raise UsageError(f"--split {self.split}: percent of train, val and test were expected, such as 80/10/10")
+
+    @property
+    def shares(self) -> tuple[int, int, int]:
+        """Percent of train, val and test."""
+        train, val, test = map(int, self.split.split("/"))
+        return train, val, test
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.crop_dataset import INDEX, CropDataset, open_crop_dataset, unfinished
-from dtn_fast.data.datasets.folder import read_folder, read_reals
+from dtn_fast.data.datasets.folder import has_classes, read_folder, read_reals
 from dtn_fast.data.faces import resize_square
 from dtn_fast.data.pictures import read_image
-from dtn_fast.data.video_table import SPLITS, VideoTable
-from dtn_fast.errors import UsageError
+from dtn_fast.data.video_table import VideoTable
+from dtn_fast.errors import UsageError, tell
 
 THREADS = 2
 """Number of threads that decode pictures."""
@@ -36,11 +35,7 @@ class PictureFiles:
             out[place] = image
 
     def _read(self, row: int) -> NDArray[np.uint8]:
-        path = self._root / self._names[row]
-        image = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
-        if image is None:
-            image = read_image(path)  # reads formats that OpenCV does not know, or raises MediaError
-        return resize_square(image, self.size)
+        return resize_square(read_image(self._root / self._names[row]), self.size)
 
 
 def open_pictures(table: VideoTable, size: int) -> CropDataset:
@@ -63,14 +58,17 @@ def open_pictures(table: VideoTable, size: int) -> CropDataset:
 
 
 def open_data(folder: Path, size: int) -> CropDataset:
-    """Opens prepared crops, or else the face pictures in ``folder``: <split>/<real or a forgery's name>/, or reals.
+    """Opens prepared crops, or else the face pictures in ``folder``: <split>/<real or a forgery's name>/, the same
+    without <split>/ (80 percent are train, 10 val, 10 test), or reals.
 
     size: side in pixels that pictures are resized to.  Raises UsageError when ``folder`` holds neither.
     """
     if (folder / INDEX).is_file() or unfinished(folder) or not folder.is_dir():
         return open_crop_dataset(folder)
     try:
-        read_pictures = read_folder if any((folder / split).is_dir() for split in SPLITS) else read_reals
-        return open_pictures(read_pictures(folder), size)
+        table = (read_folder if has_classes(folder) else read_reals)(folder)
+        for note in table.notes:
+            tell(f"{folder}: {note}")
+        return open_pictures(table, size)
     except UsageError as error:
         raise UsageError(f"{error}; a dataset of videos needs dtn-fast prepare first") from error

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from dtn_fast.data.media import VIDEOS
 from dtn_fast.errors import UsageError
 
 SPLITS = ("train", "val", "test")
@@ -66,21 +70,24 @@ def audit(
     problems: Collection[Problem] = (),
     exists: Callable[[Video], bool] | None = None,
 ) -> VideoTable:
-    """Checks a table; returns it without missing videos and with the findings in ``notes``.
+    """Checks a table; returns it without missing videos, with the findings in ``notes``.
 
+    The listed name of a video file may have another ending, or one in another case, than the file.
     published: number of videos by (split, method), from the dataset's paper or its official lists.  problems: findings
     of the reader.  exists: whether a video is present; default: whether its files are.  Checked: every video is
     present; no video is listed twice or in two splits; no pair of identities, and no real and a fake made from it, are
     in different splits; the counts are the published ones.  Raises UsageError naming every problem of a kind not in
     ``allow``; wrong labels and repeated videos are never allowed.
     """
-    found = [*problems, *_repeated(table.videos)]
+    videos = _as_on_disk(table)
+    found = [*problems, *_repeated(videos)]
     there = exists or (lambda video: _is_there(table.root, video))
-    present = [video for video in table.videos if there(video)]
-    if gone := len(table.videos) - len(present):
+    present = [video for video in videos if there(video)]
+    if gone := len(videos) - len(present):
         kept = {id(video) for video in present}
-        first = next(video.path for video in table.videos if id(video) not in kept)
-        found.append(Problem("counts", f"{gone} of {len(table.videos)} videos are missing, the first is {first}"))
+        first = next(video.path for video in videos if id(video) not in kept)
+        text = f"{gone} of {len(videos)} {noun(videos)} are missing, the first is {first}"
+        found.append(Problem("counts", text))
     counts = Counter((video.split, video.method) for video in present)
     found += [
         Problem("counts", f"{split}/{method} has {counts[split, method]} videos, published are {count}")
@@ -96,10 +103,49 @@ def audit(
     if not present:
         raise UsageError(f"{table.root}: no video of the requested splits is there")
     counted = ", ".join(f"{split}/{method} {count}" for (split, method), count in sorted(counts.items()))
-    notes = [*table.notes, f"{len(present)} videos: {counted}", *(f"accepted: {problem.text}" for problem in found)]
+    notes = [
+        *table.notes,
+        f"{len(present)} {noun(present)}: {counted}",
+        *(f"accepted: {problem.text}" for problem in found),
+    ]
     if not published:
         notes.append("counts not checked: none are published for this selection")
     return VideoTable(table.root, present, table.dataset, table.synthetic, table.crops, table.lmdb, notes)
+
+
+def noun(videos: Collection[Video]) -> str:
+    """What the rows of a table are called: pictures, if each is a single one, or videos."""
+    return "pictures" if videos and all(len(video.frames) == 1 for video in videos) else "videos"
+
+
+def _as_on_disk(table: VideoTable) -> list[Video]:
+    """The rows with the paths of video files as they are on the disk, where only the ending differs."""
+
+    @functools.cache
+    def names(folder: str) -> dict[str, list[str]]:
+        """Names of the video files in a folder by stem."""
+        by_stem: dict[str, list[str]] = {}
+        with contextlib.suppress(OSError):
+            for name in sorted(os.listdir(table.root / folder)):
+                stem, ending = os.path.splitext(name)
+                if ending.lower() in VIDEOS and not name.startswith("."):
+                    by_stem.setdefault(stem, []).append(name)
+        return by_stem
+
+    def actual(path: str) -> str:
+        folder, slash, name = path.rpartition("/")
+        stem, ending = os.path.splitext(name)
+        alike = names(folder + slash).get(stem, []) if ending.lower() in VIDEOS else []
+        if name in alike:
+            return path
+        alike = [other for other in alike if other.lower() == name.lower()] or alike
+        return folder + slash + alike[0] if len(alike) == 1 else path
+
+    return [
+        video if video.frames
+        else video._replace(path=actual(video.path), mask=actual(video.mask), target=actual(video.target))
+        for video in table.videos
+    ]  # fmt: skip
 
 
 def _is_there(root: Path, video: Video) -> bool:

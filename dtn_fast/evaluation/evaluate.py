@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.crop_dataset import CropDataset
+from dtn_fast.data.video_table import noun
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.metrics import Metrics, auc_interval, by_video, evaluate_scores
@@ -24,6 +25,7 @@ class EvaluationRow(NamedTuple):
     """The forgery measured against all reals of the split, or "all"."""
     frame: Metrics
     video: Metrics
+    """Without metrics where each crop is a picture of its own: they would be those of the frames."""
     frame_interval: tuple[float, float] | None
     """Confidence interval of the frame AUC, by bootstrap over videos; None if there is no AUC."""
     video_interval: tuple[float, float] | None
@@ -47,14 +49,15 @@ class Evaluation(NamedTuple):
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows as text."""
-        header = ["fakes", "frame ACC", "frame AUC", "interval", "frame EER", "frame AP", "video ACC", "video AUC",
-                  "interval", "videos"]  # fmt: skip
+        video = any(row.video.acc is not None for row in self.rows)
+        header = ["fakes", "frame ACC", "frame AUC", "interval", "frame EER", "frame AP"]
+        header += ["video ACC", "video AUC", "interval", "videos"] if video else ["pictures"]
         body = []
         for row in self.rows:
             cells = [row.frame.text("acc"), row.frame.text("auc"), _text(row.frame_interval)]
-            cells += [row.frame.text("eer"), row.frame.text("ap"), row.video.text("acc"), row.video.text("auc")]
-            cells += [_text(row.video_interval), f"{row.video.reals} + {row.video.fakes}"]
-            body.append([row.fakes, *cells])
+            cells += [row.frame.text("eer"), row.frame.text("ap")]
+            cells += [row.video.text("acc"), row.video.text("auc"), _text(row.video_interval)] if video else []
+            body.append([row.fakes, *cells, f"{row.video.reals} + {row.video.fakes}"])
         return header, body
 
     def to_json(self) -> dict[str, Any]:
@@ -89,12 +92,14 @@ def evaluate(
     scores = np.concatenate([scorer.score(dataset.get(rows[i : i + CHUNK])) for i in range(0, len(rows), CHUNK)])
     labels, names = dataset.labels[rows], dataset.video[rows].astype(str)
     kinds = np.array([v.method for v in dataset.videos])[dataset.video[rows]]
-    drawn = f"{100 * config.confidence:g} % intervals by {config.bootstrap_draws:,} bootstrap draws of videos"
+    unit = noun([video for video in dataset.videos if video.split == split])
+    drawn = f"{100 * config.confidence:g} % intervals by {config.bootstrap_draws:,} bootstrap draws of {unit}"
+    stills = are_stills(dataset, rows)
     table = []
     for title, group in (groups or {"all": dataset.methods, **{m: (m,) for m in dataset.methods}}).items():
         keep = (labels == 0) | np.isin(kinds, group)
         note = f"{protocol_note(dataset, split, group)}; {drawn}"
-        table.append(_row(title, labels[keep], scores[keep], names[keep].tolist(), config, note))
+        table.append(_row(title, labels[keep], scores[keep], names[keep].tolist(), stills, config, note))
     states = [state for video, state in zip(dataset.videos, dataset.status, strict=True) if video.split == split]
     return Evaluation(
         split=split,
@@ -112,15 +117,25 @@ def _row(
     labels: NDArray[np.int64],
     scores: NDArray[np.float64],
     videos: list[str],
+    stills: bool,
     config: EvaluateConfig,
     note: str,
 ) -> EvaluationRow:
-    """Metrics of frames [n] at frame level and, by the names of their ``videos``, at video level."""
+    """Metrics of frames [n] at frame level and, by the names of their ``videos``, at video level unless ``stills``."""
     interval = lambda y, s, of: auc_interval(y, s, of, config.bootstrap_draws, config.confidence)
+    frame, between = evaluate_scores(labels, scores, config.threshold), interval(labels, scores, videos)
+    if stills:
+        nothing = Metrics(None, None, None, None, frame.reals, frame.fakes)
+        return EvaluationRow(title, frame, nothing, between, None, note)
     y, s = by_video(videos, labels, scores)
-    frame, video = evaluate_scores(labels, scores, config.threshold), evaluate_scores(y, s, config.threshold)
-    intervals = interval(labels, scores, videos), interval(y, s, [str(number) for number in range(len(y))])
-    return EvaluationRow(title, frame, video, *intervals, note)
+    numbers = [str(number) for number in range(len(y))]
+    return EvaluationRow(title, frame, evaluate_scores(y, s, config.threshold), between, interval(y, s, numbers), note)
+
+
+def are_stills(dataset: CropDataset, rows: NDArray[np.int64]) -> bool:
+    """Whether each crop of ``rows`` is a picture of its own, so that there is no video level."""
+    videos = np.unique(dataset.video[rows])
+    return len(videos) == len(rows) and noun([dataset.videos[number] for number in videos]) == "pictures"
 
 
 def protocol_note(dataset: CropDataset, split: str, forgeries: tuple[str, ...]) -> str:
@@ -130,9 +145,12 @@ def protocol_note(dataset: CropDataset, split: str, forgeries: tuple[str, ...]) 
     fakes = sum(video.label for video, _ in chosen)
     faceless = sum(not state["faces"] and not state["error"] for _, state in chosen)
     unreadable = sum(bool(state["error"]) for _, state in chosen)
-    frames = len(dataset.select(split, forgeries)) / max(len(chosen) - faceless - unreadable, 1)
+    rows, unit = dataset.select(split, forgeries), noun([video for video, _ in chosen])
+    frames = len(rows) / max(len(chosen) - faceless - unreadable, 1)
+    how = f"{frames:.1f} frames each on average, {dataset.faces}; video score = mean of its frames"
+    if are_stills(dataset, rows):
+        how = f"{dataset.faces}; no video level, as each is a picture of its own"
     return (
-        f"{split} split, {len(chosen)} videos ({len(chosen) - fakes} real, {fakes} fake), {frames:.1f} frames each on "
-        f"average, {dataset.faces}; video score = mean of its frames; {faceless} videos without a face and "
-        f"{unreadable} unreadable ones not scored"
+        f"{split} split, {len(chosen)} {unit} ({len(chosen) - fakes} real, {fakes} fake), {how}; {faceless} {unit} "
+        f"without a face and {unreadable} unreadable ones not scored"
     )

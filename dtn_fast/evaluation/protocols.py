@@ -19,7 +19,7 @@ from dtn_fast.evaluation import paper_numbers
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.evaluate import Evaluation, evaluate
 from dtn_fast.evaluation.paper_numbers import Pair
-from dtn_fast.evaluation.tables import LEVELS, Cell, Cells, PaperRow, ResultTable, TableRow
+from dtn_fast.evaluation.tables import Cell, Cells, PaperRow, ResultTable, TableRow
 from dtn_fast.files import write_whole
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.load import load_scorer, read_recipe
@@ -171,7 +171,7 @@ class Within(NamedTuple):
         """Writes ``out``.json, .md and .tex, and returns them."""
         table = within(self.name, self.dataset, self.result)
         texts = {".json": json.dumps(self.result.to_json(), indent=1), ".md": self.result.markdown(),
-                 ".tex": "\n".join(map(table.latex, LEVELS))}  # fmt: skip
+                 ".tex": "\n".join(map(table.latex, table.levels))}  # fmt: skip
         for suffix, text in texts.items():
             write_whole(out.with_name(out.name + suffix), text)
         return [out.with_name(out.name + suffix) for suffix in texts]

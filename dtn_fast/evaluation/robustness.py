@@ -15,7 +15,7 @@ from dtn_fast.data.corrupt import LEVELS, corrupt
 from dtn_fast.data.crop_dataset import CropDataset, full_fingerprint
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig, RobustnessConfig
-from dtn_fast.evaluation.evaluate import protocol_note
+from dtn_fast.evaluation.evaluate import are_stills, protocol_note
 from dtn_fast.evaluation.metrics import by_video, evaluate_scores
 from dtn_fast.evaluation.plotting import DASHES, MARKERS, drawing, legible, svg_text
 from dtn_fast.evaluation.tables import markdown_table
@@ -79,7 +79,7 @@ def robustness(
 
 LevelAuc = dict[str, float]
 LevelAucs = dict[str, dict[str, LevelAuc]]
-"""Frame and video AUC by model, then by "kind level"."""
+"""Frame and video AUC (no video AUC of single pictures) by model, then by "kind level"."""
 
 
 def _key(kind: str, level: int) -> str:
@@ -98,8 +98,10 @@ class _Results:
                 stored = json.loads(path.read_text(encoding="utf-8"))
                 stored["data"]["videos"] = full_fingerprint(stored["data"]["videos"], identity["videos"])
                 same, self._probes = stored["data"] == identity, dict(stored["probes"])
-                self.cells = {model: {key: {level: float(cell[level]) for level in ("frame", "video")}
-                              for key, cell in of.items()} for model, of in stored["auc"].items()}  # fmt: skip
+                read = lambda cell: {level: float(auc) for level, auc in {"frame": cell["frame"], **cell}.items()}
+                self.cells = {
+                    model: {key: read(cell) for key, cell in of.items()} for model, of in stored["auc"].items()
+                }
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UsageError(f"{path}: damaged ({error}); delete it to start over") from error
             if not same:
@@ -146,13 +148,11 @@ def _corrupted(
 def _auc(
     dataset: CropDataset, rows: NDArray[np.int64], labels: NDArray[np.int64], scores: NDArray[np.float64]
 ) -> LevelAuc:
-    frame = evaluate_scores(labels, scores, EvaluateConfig.threshold).auc
-    video = evaluate_scores(
-        *by_video(dataset.video[rows].astype(str).tolist(), labels, scores), EvaluateConfig.threshold
-    ).auc
-    assert frame is not None
-    assert video is not None
-    return {"frame": frame, "video": video}
+    levels = {"frame": (labels, scores)}
+    if not are_stills(dataset, rows):
+        levels["video"] = by_video(dataset.video[rows].astype(str).tolist(), labels, scores)
+    found = {level: evaluate_scores(*both, EvaluateConfig.threshold).auc for level, both in levels.items()}
+    return {level: auc for level, auc in found.items() if auc is not None}
 
 
 def markdown(

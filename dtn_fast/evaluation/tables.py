@@ -21,7 +21,8 @@ LEVELS: tuple[Level, ...] = ("frame", "video")
 
 
 class Cell(NamedTuple):
-    """Metrics of one model on one test set, as fractions; None if the set holds a single class."""
+    """Metrics of one model on one test set, as fractions; None if the set holds a single class or, at video level, only
+    single pictures."""
 
     acc: float | None
     auc: float | None
@@ -84,6 +85,12 @@ class ResultTable:
     notes: tuple[str, ...] = ()
 
     @property
+    def levels(self) -> tuple[Level, ...]:
+        """The levels that were measured: only the frames where every test set is of single pictures."""
+        cells = [cell for row in self.rows for cell in row.cells["video"].values()]
+        return LEVELS if not cells or any(cell.acc is not None for cell in cells) else ("frame",)
+
+    @property
     def notices(self) -> list[str]:
         """The models' notices, each once."""
         return sorted({row.notice for row in self.rows} - {""})
@@ -128,11 +135,11 @@ class ResultTable:
         return tuple(pair) if self.acc else (pair.auc,)
 
     def markdown(self) -> str:
-        """The table at both levels, protocol notes and notices as Markdown."""
+        """The table at its levels, protocol notes and notices as Markdown."""
         lines = [f"# {self.title}", ""]
         if self._compared():
             lines += ["The paper's values are in brackets.", ""]
-        for level in LEVELS:
+        for level in self.levels:
             lines += [f"**{level.capitalize()} level, percent**", "", *markdown_table(*self.text(level)), ""]
         lines += [*(f"- {column}: {note}" for column, note in self.column_notes.items()),
                   *(f"- {note}" for note in self.notes)]  # fmt: skip
@@ -219,7 +226,7 @@ class ResultTable:
         texts = {
             ".json": json.dumps(self.to_json(), indent=1),
             ".md": self.markdown(),
-            ".tex": "\n".join(self.latex(level) for level in LEVELS),
+            ".tex": "\n".join(self.latex(level) for level in self.levels),
             ".svg": self.chart(),
         }
         made = [out.with_name(out.name + suffix) for suffix in texts]

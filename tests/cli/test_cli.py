@@ -111,6 +111,8 @@ def test_the_whole_path(run, video_set: Path, tmp_path: Path) -> None:
     assert "no claim about real deepfakes" in out
     assert json.loads((tmp_path / "test.json").read_text())["rows"][0]["fakes"] == "all"
     assert (tmp_path / "test.md").read_text().startswith("| fakes")
+    written = next(line for line in out.splitlines() if line.startswith("written: ")).split()[1:]
+    assert written == [str(tmp_path / name) for name in ("test.json", "test.md", "test.tex", "commands.jsonl")]
     code, out, _ = run("export", training, "--out", onnx)
     assert code == 0
     assert "largest error" in out

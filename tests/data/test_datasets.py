@@ -34,6 +34,7 @@ from dtn_fast.errors import MediaError, UsageError
 
 DISTORTED = tuple(variant for variant in VARIANTS if variant not in ("end_to_end", "reenact_postprocess"))
 YOUTUBE = "original_sequences/youtube/c23/videos"
+JUNK = b"\0\5\26\7\0\2\0\0Mac OS X        "
 at_random = settings(max_examples=40, deadline=None)
 
 
@@ -209,7 +210,10 @@ def folder(root: Path) -> Miniature:
         Video("val/real/c.jpg", 0, "real", "val", frames=("val/real/c.jpg",)),
         Video("test/Swap/clip", 1, "Swap", "test", frames=("test/Swap/clip/0.png", "test/Swap/clip/1.png")),
     ]
-    put(root, *(name for row in rows for name in row.frames or (row.path,)), "elsewhere/real/x.mp4", "val/real/c.txt")
+    put(root, *(name for row in rows for name in row.frames or (row.path,)), "elsewhere/real/x.mp4")
+    put(
+        root, "val/real/c.txt", "val/real/Thumbs.db", "val/real/.ipynb_checkpoints/c.jpg", "val/._real/c.jpg", data=JUNK
+    )
     return Source("folder"), rows, ""
 
 
@@ -256,6 +260,130 @@ def test_rows_and_their_frames(tmp_path: Path, name: str) -> None:
     if source.dataset in ("celebdf-v1", "celebdf-v2", "dfdc"):
         unasked = read(tmp_path, replace(source, splits=(), allow=("counts",)))
         assert sorted(unasked.videos) == sorted(row for row in rows if row.split == "test")
+
+
+TREES = [name for name in MINIATURES if not re.search("bench|folder|reals", name)]
+
+
+def test_folders_of_splits_by_any_name(tmp_path: Path) -> None:
+    for split, name in (("Training", "train"), ("VALID", "val"), ("testing", "test")):
+        for kind in ("Reals", "Swap"):
+            put(tmp_path, f"{split}/{kind}/{name}.png")
+    put(tmp_path, "b.png", "Training/c.mp4", "other/real/x.png", "Training/Swap/._x.png")
+    put(tmp_path, "Training/Swap/a.psd", "notes.txt", data=JUNK)
+    table = read(tmp_path, Source("folder"))
+    assert {(v.split, v.method, Path(v.path).stem) for v in table.videos} == {
+        (split, method, split) for split in SPLITS for method in ("real", "Swap")
+    }
+    assert table.notes == [
+        "left out: 1 files in forms that are not read, the first is a.psd",
+        "left out: folders that are no split: other",
+        "left out: 2 files outside class folders, the first is c.mp4",
+        "6 pictures: test/Swap 1, test/real 1, train/Swap 1, train/real 1, val/Swap 1, val/real 1",
+        "counts not checked: none are published for this selection",
+    ]  # fmt: skip
+    for name in ("dev", "Validation"):
+        put(tmp_path, f"{name}/real/x.png")
+        refused(tmp_path, Source("folder"), f"(VALID and {name}|{name} and VALID) both hold val")
+        (tmp_path / name).rename(tmp_path / f"_{name}")
+    refused(tmp_path, Source("folder", split="60/20/20"), "--split 60/20/20: .* has the split folders Training, VALID")
+
+
+def test_folders_without_splits_are_divided(tmp_path: Path) -> None:
+    people = [f"person {n}" for n in range(60)]
+    for kind in ("Real", "Swap", "Other"):
+        put(tmp_path, *(f"{kind}/{name}/{n}.png" for name in people for n in range(2)))
+        put(tmp_path, *(f"{kind}/{name}/clip/0.png" for name in people[:9]))
+    for n in range(60):
+        for kind, name in (("Real", f"{n}.PNG"), ("Swap", f"copy of {n}.png")):
+            put(tmp_path, f"{kind}/{name}", data=still(shade=n))
+    table = read(tmp_path, Source("folder"))
+    assert len(table.videos) == 3 * 69 + 120
+    homes: dict[Any, set[str]] = {}
+    for video in table.videos:
+        _, name, *_ = Path(video.path).parts
+        key = name if name in people else (tmp_path / video.path).read_bytes()
+        homes.setdefault(key, set()).add(video.split)
+    assert len(homes) == 120
+    assert all(len(splits) == 1 for splits in homes.values()), "a person, or equal files, in two splits"
+    counts = Counter(next(iter(splits)) for splits in homes.values())
+    assert 80 < counts["train"] < 110
+    assert min(counts["val"], counts["test"]) > 4
+    assert (
+        "no split folders: 80/10/10 percent of 120 files by content and of 207 videos by their person's folder are "
+        "train, val and test (prepare --split changes it)"
+    ) in table.notes
+    assert [(v.path, v.split) for v in table.videos if v.path in ("Real/person 0", "Real/0.PNG", "Swap/person 7")] == [
+        ("Real/0.PNG", "train"), ("Real/person 0", "train"), ("Swap/person 7", "train"),
+    ]  # fmt: skip
+    half = read(tmp_path, Source("folder", split="50/0/50", methods=("Swap",)))
+    assert {v.split for v in half.videos} == {"train", "test"}
+    assert "val has no Swap, real" in half.notes
+    for split in ("80/20", "80/10/5", "a/b/c", "80/10/-10", "80/10/10/0", ""):
+        with pytest.raises(UsageError, match=f"--split {split}: percent of train, val and test were expected"):
+            Source("folder", split=split)
+    refused(tmp_path, Source("celebdf-v2", split="50/0/50"), "--split: for --dataset folder and reals only")
+    (tmp_path / "Real").rename(tmp_path / "Genuine")
+    refused(tmp_path, Source("folder"), "no real/ beside forgeries")
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    put(tmp_path / "store", "anna/0.png", "ben/0.png")
+    put(tmp_path / "set", "real/carl/0.png", "Swap/anna/1.png")
+    (tmp_path / "set/real/linked").symlink_to(tmp_path / "store")
+    (tmp_path / "store/loop").symlink_to(tmp_path / "set/real")
+    paths = {v.path for v in read(tmp_path / "set", Source("folder")).videos}
+    assert paths == {"real/carl", "real/linked/anna", "real/linked/ben", "Swap/anna"}
+    (tmp_path / "set/Swap/ben").symlink_to(tmp_path / "store/ben")
+    refused(tmp_path / "set", Source("folder"), "real hold the same folder, by a link")
+
+
+def test_reals_say_what_was_skipped(tmp_path: Path) -> None:
+    source, rows, _ = reals(tmp_path)
+    put(tmp_path, "x.heic.jxl", "._d.mp4", "Thumbs.db", data=JUNK)
+    table = read(tmp_path, source)
+    assert sorted(table.videos) == sorted(rows)
+    assert "left out: 1 files in forms that are not read, the first is x.heic.jxl" in table.notes
+    put(tmp_path / "empty", "a.psd", data=JUNK)
+    refused(tmp_path / "empty", source, "no pictures or videos in it; left out: 1 files in forms .* a.psd")
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_lists_and_names_from_other_systems(tmp_path: Path, name: str) -> None:
+    """Windows writes marks and CRLF, cameras other endings, macOS hidden companions: the table is the same."""
+    source, rows, published = MINIATURES[name](tmp_path)
+    put(tmp_path, ".ipynb_checkpoints/labels.csv", "manipulated_sequences/._X/c23/videos/a", data=JUNK)
+    renamed: dict[str, str] = {}
+    for place, path in enumerate(sorted(tmp_path.rglob("*.mp4"))):
+        path.with_name(f"._{path.name}").write_bytes(JUNK)
+        found = path.rename(path.with_suffix((".MP4", ".mov", ".AVI")[place % 3]))
+        renamed |= {f(path): f(found) for f in (Path.as_posix, lambda p: p.relative_to(tmp_path).as_posix())}
+    for place, path in enumerate(p for ending in ("json", "txt", "csv") for p in tmp_path.rglob(f"*.{ending}")):
+        if path.parent.name.startswith("."):
+            continue
+        text = path.read_text().replace("\n", " \r\n").replace("filename,label", "FileName , Label")
+        path.write_bytes(text.encode("utf-16" if place % 2 else "utf-8-sig"))
+    table = read(tmp_path, replace(source, allow=("counts",) if published else ()))
+    new = lambda path: renamed.get(path, path)
+    expected = [row._replace(path=new(row.path), mask=new(row.mask), target=new(row.target)) for row in rows]
+    assert sorted(table.videos) == sorted(expected)
+    assert not any("are missing" in note for note in table.notes)
+
+
+def test_another_files_ending_is_not_guessed(tmp_path: Path) -> None:
+    source = replace(preview(tmp_path)[0], splits=("test",))
+    real = tmp_path / "original_videos/2000/2000_A.mp4"
+    put(real.parent, "2000_A.Mp4", "2000_A.mov")
+    assert read(tmp_path, source).videos[0].path == "original_videos/2000/2000_A.mp4"
+    real.unlink()
+    assert read(tmp_path, source).videos[0].path == "original_videos/2000/2000_A.Mp4"
+    real.with_suffix(".Mp4").rename(real.with_suffix(".mkv"))
+    refused(tmp_path, source, f"1 of 2 videos are missing, the first is {real.relative_to(tmp_path)}")
+
+
+def test_a_list_of_another_encoding_names_the_remedy(tmp_path: Path) -> None:
+    source, path = listed(tmp_path, "celebdf-v2", "1 Celeb-real/é.mp4".encode("latin-1"))
+    assert path.name in refused(tmp_path, source, "not UTF-8 text .* save it as UTF-8")
 
 
 def test_selection_and_unknown_choices(tmp_path: Path) -> None:
@@ -538,6 +666,151 @@ def test_safe_stays_inside(name: str) -> None:
         assert whole != root
         assert whole.is_relative_to(root)
         assert ".." not in whole.parts
+
+
+Shape = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def published(root: Path, shape: Shape, **labels: tuple[str, ...]) -> Source:
+    """A list in which ``shape`` makes the splits of each label from its videos, of two pictures each."""
+    made = {}
+    for label, names in labels.items():
+        folder = f"Set/{label}/frames"
+        put(root, *(f"{folder}/{name}/{n}.png" for name in names for n in "01"))
+        rows = {n: {"label": label, "frames": [f"{folder}/{n}/{k}.png" for k in "10"]} for n in names}
+        made[label] = shape(rows)
+    put(root, "Set.json", data={"Set": made})
+    return Source("deepfakebench", lists=root / "Set.json")
+
+
+def splits_of(root: Path, source: Source) -> set[str]:
+    return {f"{v.split}/{Path(v.path).name}" for v in read(root, source).videos}
+
+
+first = lambda rows: dict([*rows.items()][:1])
+fields = lambda rows: [*rows.values()][-1]
+PUBLISHED: dict[str, tuple[Shape, set[str], list[str]]] = {  # videos read of a to f, and what is said of the others
+    "Celeb-DF": (
+        lambda rows: {"train": rows, "val": first(rows), "test": first(rows)},
+        {"test/a", "test/d", "train/b", "train/c", "train/e", "train/f"},
+        ["2 videos of train that are in test as well", "2 videos of val that are in test as well"],
+    ),
+    "UADFV, DFD": (
+        lambda rows: {"train": rows, "test": rows, "val": rows},
+        {f"test/{name}" for name in "abcdef"},
+        ["6 videos of train that are in test as well", "6 videos of val that are in test as well"],
+    ),
+    "DFDCP": (
+        lambda rows: {"train": {k: r for k, r in rows.items() if k not in first(rows)}, "test": first(rows),
+                      "val": first(rows)},
+        {"test/a", "test/d", "train/b", "train/c", "train/e", "train/f"},
+        ["2 videos of val that are in test as well"],
+    ),
+    "DFDC": (
+        lambda rows: {"train": {}, "test": rows, "val": fields(rows)},
+        {f"test/{name}" for name in "abcdef"},
+        ["2 of the labels' val entries, which hold one video's fields and not videos"],
+    ),
+    "DFDC with train": (
+        lambda rows: {"train": first(rows), "test": {k: r for k, r in rows.items() if k not in first(rows)},
+                      "val": {**fields(rows), **first(rows)}},
+        {"train/a", "train/d", *(f"test/{name}" for name in "bcef")},
+        ["2 of the labels' val entries, which hold one video's fields and not videos",
+         "2 videos of val that are in train as well"],
+    ),
+    "without frames": (
+        lambda rows: {"train": {"x": {"frames": []}}, "test": rows, "val": {}},
+        {f"test/{name}" for name in "abcdef"},
+        ["2 videos of train without frames"],
+    ),
+    "twice": (  # DF40's FSAll has the reals once for each method
+        lambda rows: {"test": rows | {f"simswap_{name}": row for name, row in first(rows).items()}},
+        {f"test/{name}" for name in "abcdef"},
+        ["2 videos of test that are in it twice"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_deepfakebenchs_lists_as_published(tmp_path: Path, name: str) -> None:
+    shape, expected, said = PUBLISHED[name]
+    source = published(tmp_path, shape, S_Real=("a", "b", "c"), S_Fake=("d", "e", "f"))
+    assert splits_of(tmp_path, source) == expected
+    assert [note for note in read(tmp_path, source).notes if "left out" in note] == [f"left out: {t}" for t in said]
+    assert splits_of(tmp_path, replace(source, lists=None)) == expected, "the only list beside the pictures"
+    there = sorted({video.split("/")[0] for video in expected}, key=SPLITS.index)
+    text = refused(tmp_path, replace(source, splits=("val",)), r"Set\.json: no videos of val \(")
+    assert all(part in text for part in said)
+    assert text.endswith(f"; --splits {' '.join(there)} reads the others")
+    assert splits_of(tmp_path, replace(source, splits=tuple(there))) == expected
+
+
+def test_deepfakebenchs_labels(tmp_path: Path) -> None:
+    source = published(tmp_path, lambda rows: {"test": rows}, DFDCP_Real=("a",), DFDCP_FakeA=("b",), UADFV_Fake=("c",))
+    assert {v.method for v in read(tmp_path, source).videos} == {"real", "DFDCP_FakeA", "UADFV_Fake"}
+    whole = json.loads((tmp_path / "Set.json").read_text())
+    whole["Set"]["UADFV_Fake"]["test"]["a"] = whole["Set"]["DFDCP_Real"]["test"]["a"]
+    put(tmp_path, "Set.json", data=whole)
+    refused(tmp_path, source, "video a of UADFV_Fake has the label 'DFDCP_Real'")
+    whole["Set"]["UADFV_Fake"]["test"]["a"] = {"frames": ["Set/DFDCP_Real/frames/a/0.png"]}
+    put(tmp_path, "Set.json", data=whole)
+    refused(tmp_path, source, "a/0.png is listed as UADFV_Fake and as DFDCP_Real|as DFDCP_Real and as UADFV_Fake")
+    put(tmp_path, "another.json", data=whole)
+    refused(tmp_path, replace(source, lists=None), "by --lists; .* has Set.json, another.json")
+
+
+def test_single_pictures_that_share_a_folder_are_videos_of_their_own(tmp_path: Path) -> None:
+    names = [f"e4e/inversions/{n}.png" for n in range(4)]  # DF40's e4e
+    put(tmp_path, *names, "e4e/inversions/._0.png")
+    rows = {name: {"label": "e4e_Fake", "frames": [path]} for name, path in zip("abcd", names, strict=True)}
+    rows["a"]["frames"] = ["e4e/inversions/._0.png", names[0]]
+    put(tmp_path, "e4e.json", data={"e4e_ff": {"e4e_Fake": {"train": rows, "test": {"a": rows["a"]}}}})
+    table = read(tmp_path, Source("deepfakebench"))
+    assert [(v.split, v.path, v.frames) for v in sorted(table.videos)] == [
+        ("test" if name == names[0] else "train", name, (name,)) for name in names
+    ]
+    assert "4 pictures: test/e4e_Fake 1, train/e4e_Fake 3" in table.notes
+
+
+@pytest.mark.parametrize(
+    "old", ["/data/me", "C:\\sets", "./datasets", "deepfakes_detection_datasets", "../rgb", "//host/x"]
+)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_roots_of_other_machines(tmp_path: Path, old: str, elsewhere: bool) -> None:
+    root = tmp_path / "root"
+    source = published(root, lambda rows: {"test": rows}, S_Real=("a",), S_Fake=("b",))
+    expected = sorted(read(root, source).videos)
+    text = (root / "Set.json").read_text().replace("Set/", f"{old}/Set/")
+    text = text.replace("/", "\\").replace("\\", "\\\\") if "\\" in old else text
+    put(root, "Set.json", data=text)
+    known = old.replace("\\", "/").removeprefix("./")
+    assert f"--root-map {known}=. finds it" in refused(root, source)
+    new = "."
+    if elsewhere:
+        (root / "Set").rename(tmp_path / "Set")
+        if old != "../rgb":
+            refused(root, source, "--root-map OLD=NEW says where|2 of 2 videos are missing")
+        new = tmp_path.as_posix()
+    table = read(root, replace(source, root_map=(f"{old}={new}", "unused=.")))
+    there = lambda path: f"{new}/{path}" if elsewhere else path
+    assert sorted(table.videos) == [
+        v._replace(path=there(v.path), frames=tuple(map(there, v.frames))) for v in expected
+    ]
+    assert len(list(video_frames(root, table.videos[0], 2))) == 2
+    put(root, "Set.json", data=text.replace("Set", "..", 2).replace("..", "Set", 1))
+    refused(root, replace(source, root_map=(f"{old}={new}",)), "is not a path inside the dataset")
+
+
+@pytest.mark.parametrize("pair", ["x", "=.", "x=", "x=..", "x=../y", "x=nowhere", "x=/", "x=a/../.."])
+def test_wrong_root_maps(tmp_path: Path, pair: str) -> None:
+    source = published(tmp_path, lambda rows: {"test": rows}, S_Real=("a",))
+    refused(tmp_path, replace(source, root_map=(pair,)), f"--root-map {re.escape(pair)}: OLD=NEW was expected")
+
+
+def test_a_missing_set_of_a_list_is_not_taken_for_a_wrong_root(tmp_path: Path) -> None:
+    source = published(tmp_path, lambda rows: {"test": rows}, S_Real=("a",), S_Fake=("b",))
+    (tmp_path / "Set/S_Fake").rename(tmp_path / "gone")
+    refused(tmp_path, source, "1 of 2 videos are missing.*--allow counts")
 
 
 @at_random

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from small import RECIPE, SMALL, changed
 
 from dtn_fast import DTN
@@ -21,8 +22,9 @@ from dtn_fast.data.config import AUGMENTATIONS
 from dtn_fast.data.crop_dataset import CropDataset, ShardFiles
 from dtn_fast.data.loader import Loader, epoch_order
 from dtn_fast.data.open import open_data
+from dtn_fast.data.pictures import read_image
 from dtn_fast.data.video_table import Video
-from dtn_fast.errors import DtnError, MediaError, UsageError
+from dtn_fast.errors import DtnError, DtnWarning, MediaError, UsageError
 from dtn_fast.train.config import Execution
 from dtn_fast.train.loop import Epoch, fit
 
@@ -209,6 +211,41 @@ def test_a_folder_of_jpegs_is_as_good_as_shards(dataset: CropDataset, pictures: 
         data.get(np.array([row]))
     with pytest.raises(UsageError, match="needs dtn-fast prepare first"):
         open_data(Path(__file__).parent, 64)
+
+
+def test_pictures_look_as_detection_sees_them(tmp_path: Path) -> None:
+    """Transparency, 16 bits, CMYK and orientation mean in training what they mean everywhere else."""
+    grey = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))
+    turned = Image.Exif()
+    turned[274] = 6
+    folder = tmp_path / "train/real"
+    folder.mkdir(parents=True)
+    Image.fromarray(np.dstack([grey] * 3 + [255 - grey])).save(folder / "alpha.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "deep.png")
+    Image.fromarray(np.dstack([grey] * 4), "CMYK").save(folder / "print.jpg")
+    Image.fromarray(grey).save(folder / "turned.jpg", exif=turned)
+    crops = open_data(tmp_path, 64).get(np.arange(4))
+    assert np.array_equal(crops, np.stack([read_image(path) for path in sorted(folder.iterdir())]))
+    alpha, deep, _, turned_crop = crops[..., 0].astype(int)
+    assert alpha[0, -1] > 250 > 200 > alpha[0, 16]
+    assert np.abs(deep - grey).max() <= 1
+    assert np.abs(turned_crop - grey.T).max() < 8
+
+
+def test_pictures_without_split_folders_are_divided_and_said(dataset: CropDataset, tmp_path: Path) -> None:
+    rows = dataset.select("train")
+    for row, crop in zip(rows, dataset.get(rows), strict=True):
+        path = tmp_path / ("Real" if not dataset.labels[row] else "Swap") / f"{row}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(crop).save(path)
+    (tmp_path / "Swap/a.psd").write_bytes(b"8BPS\0\1")
+    with pytest.warns(DtnWarning) as said:
+        data = open_data(tmp_path, 64)
+    texts = [str(warning.message) for warning in said]
+    assert any("80/10/10 percent of 60 files by content are train, val and test" in text for text in texts)
+    assert any("1 files in forms that are not read, the first is a.psd" in text for text in texts)
+    assert {v.split for v in data.videos} == {"train", "val", "test"}
+    assert {v.method for v in data.videos} == {"real", "Swap"}
 
 
 @pytest.mark.parametrize(

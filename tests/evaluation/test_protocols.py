@@ -8,17 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from small import SMALL
 
 from dtn_fast import DTN
+from dtn_fast.data.blend import self_blended
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation import paper_numbers
+from dtn_fast.evaluation.config import RobustnessConfig
 from dtn_fast.evaluation.evaluate import evaluate
 from dtn_fast.evaluation.paper_numbers import Pair
 from dtn_fast.evaluation.protocols import Entry, cross_dataset, cross_manipulation, names_of, within
+from dtn_fast.evaluation.robustness import robustness
 from dtn_fast.evaluation.tables import Cell, ResultTable, TableRow
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
@@ -75,6 +79,49 @@ def test_one_model_on_one_dataset(scorers: dict[str, TorchScorer], dataset: Crop
     table, _ = result(cross_dataset(entries(scorers)[:1], {"DFD": dataset}))
     assert within("DTN", "DFD", measured).latex("video") == table.latex("video")
     assert r"DTN$^{\ast}$ & 87.32 & 97.60" in table.latex("video")
+
+
+@pytest.fixture
+def stills(dataset: CropDataset) -> CropDataset:
+    """The crops as single pictures."""
+    names = [(f"{row}.png",) for row in range(len(dataset.video))]
+    videos = [
+        dataset.videos[v]._replace(path=name[0], frames=name) for v, name in zip(dataset.video, names, strict=True)
+    ]
+    status = [dataset.status[v] for v in dataset.video]
+    return dataclasses.replace(dataset, videos=videos, status=status, video=np.arange(len(names)))
+
+
+def test_single_pictures_have_no_video_level(
+    scorers: dict[str, TorchScorer], dataset: CropDataset, stills: CropDataset, tmp_path: Path
+) -> None:
+    measured, videos = evaluate(scorers["DTN"], stills), evaluate(scorers["DTN"], dataset)
+    assert measured.rows[0].frame == videos.rows[0].frame
+    header, rows = measured.table()
+    assert header == ["fakes", "frame ACC", "frame AUC", "interval", "frame EER", "frame AP", "pictures"]
+    assert rows[0][-1] == "6 + 24"
+    assert measured.note().startswith(
+        "test split, 30 pictures (6 real, 24 fake), one face of a frame; no video level, "
+    )
+    assert "bootstrap draws of pictures" in measured.note()
+    stored = measured.to_json()["rows"][0]
+    assert stored["video"] == {"acc": None, "auc": None, "eer": None, "ap": None, "reals": 6, "fakes": 24}
+    assert stored["video_interval"] is None
+    alone = within("DTN", "mine", measured)
+    assert "Video level" not in alone.markdown()
+    assert "Frame level" in alone.markdown()
+    assert alone.write(tmp_path / "x")[2].read_text().count(r"\begin{tabular}") == 1
+    assert TableRow.from_json(json.loads((tmp_path / "x.json").read_text())["rows"][0]) == alone.rows[0]
+    both, _ = result(cross_dataset(entries(scorers), {"pictures": stills, "videos": dataset}))
+    assert both.levels == ("frame", "video")
+    assert both.text("video")[1][0][1:3] == ["-", "-"]
+    assert both.text("video")[1][0][3] != "-"
+    blended = evaluate(scorers["DTN"], self_blended(stills, 0)).note()
+    assert blended.startswith("test split, 12 pictures (6 real, 6 fake)")
+    for _ in range(2):  # the second reads what the first wrote
+        list(robustness({"DTN": scorers["DTN"]}, stills, tmp_path / "r", RobustnessConfig(("jpeg",), (0,))))
+    aucs = json.loads((tmp_path / "r/robustness.json").read_text())["auc"]
+    assert aucs == {"DTN": {"untouched": {"frame": measured.rows[0].frame.auc}}}
 
 
 def test_table_2(scorers: dict[str, TorchScorer], dataset: CropDataset) -> None:

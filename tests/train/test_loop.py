@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from small import RECIPE, SMALL, changed
 from dtn_fast import DTN, DTNConfig
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.loader import epoch_order
+from dtn_fast.data.video_table import Video
 from dtn_fast.device import choose_precision
-from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.errors import DtnError, DtnWarning, UsageError
 from dtn_fast.model.config import CropPolicy, TimmConfig
 from dtn_fast.runtime.load import best_checkpoint, load_model
 from dtn_fast.runtime.torch_scorer import TorchScorer
@@ -26,7 +28,7 @@ from dtn_fast.train import distill as chain
 from dtn_fast.train import loop, run_folder
 from dtn_fast.train import step as step_module
 from dtn_fast.train.checkpoint import load_state, save_state
-from dtn_fast.train.config import Execution, Recipe
+from dtn_fast.train.config import PRESETS, Execution, Recipe
 from dtn_fast.train.log_lines import append_line, cut_lines, read_lines
 from dtn_fast.train.loop import Epoch, Step, Stopped, fit
 
@@ -138,8 +140,40 @@ def test_non_finite_loss_stops_with_advice(
 def test_wrong_crops_are_named(dataset: CropDataset, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the model: takes 128 pixels, the crops have 64"):
         next(fit(DTN(DTNConfig.preset("tiny")), dataset, RECIPE, tmp_path))
-    with pytest.raises(UsageError, match="needs reals and fakes"):
-        next(fit(DTN(SMALL), dataset, changed(RECIPE, methods=("NoSuchMethod",)), tmp_path))
+    forgeries = ", ".join(dataset.methods)
+    preset = PRESETS["ffpp-c23"].recipe.methods
+    text = f"--methods .* names {', '.join(preset)}, and the data holds {forgeries}; name some of these"
+    with pytest.raises(UsageError, match=text):
+        next(fit(DTN(SMALL), dataset, changed(RECIPE, methods=preset), tmp_path))
+    with pytest.warns(DtnWarning, match=f"names Deepfakes, and the data holds {forgeries}; training goes on without"):
+        next(fit(DTN(SMALL), dataset, changed(RECIPE, methods=("Deepfakes", *dataset.methods)), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("keep", "text", "blend"),
+    [
+        (
+            lambda v: v.split != "val",
+            "val split .* 0 crops of reals and 0 of fakes; .* prepare again with --splits",
+            False,
+        ),
+        (lambda v: v.split != "train", "the train split .*prepare again with --splits train val", False),
+        (lambda v: v.split != "val" or v.label, "0 crops of reals and 24 of fakes.*add reals to val$", False),
+        (lambda v: not v.label, "train split .* add fakes to train, or --self-blend makes fakes from reals$", True),
+    ],
+)
+def test_a_split_that_lacks_a_class_says_what_the_data_holds(
+    dataset: CropDataset, tmp_path: Path, keep: Callable[[Video], bool], text: str, blend: bool
+) -> None:
+    rows = np.array([row for row, v in enumerate(dataset.video) if keep(dataset.videos[v])])
+    part = dataclasses.replace(dataset, video=dataset.video[rows], notes=["left out: 3 videos of val", "6 videos: x"])
+    with pytest.raises(UsageError, match=text) as error:
+        next(fit(DTN(SMALL), part, RECIPE, tmp_path))
+    assert "the data holds " in str(error.value)
+    assert "left out: 3 videos of val" in str(error.value)
+    assert "6 videos" not in str(error.value)
+    assert "test/real 6" in str(error.value)
+    assert ("--self-blend" in str(error.value)) == blend
 
 
 def test_a_run_stores_the_margin_of_its_crops_and_refuses_others(dataset: CropDataset, tmp_path: Path) -> None:

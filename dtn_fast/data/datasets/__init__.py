@@ -26,6 +26,9 @@ def read(root: Path, source: Source = Source()) -> VideoTable:
             raise UsageError(f"--splits {split}: known are {', '.join(SPLITS)}")
     if source.dataset not in READERS:
         raise UsageError(f"--dataset {source.dataset}: known are {', '.join(get_args(Dataset))}")
+    for option, datasets in OWN_OPTIONS.items():
+        if source.dataset not in datasets and getattr(source, option) != getattr(Source, option):
+            raise UsageError(f"--{option.replace('_', '-')}: for --dataset {' and '.join(datasets)} only")
     return READERS[source.dataset](root, source)
 
 
@@ -41,3 +44,5 @@ READERS: dict[str, Callable[[Path, Source], VideoTable]] = {
     "folder": read_folder,
     "reals": read_reals,
 }
+OWN_OPTIONS = {"split": ("folder", "reals"), "root_map": ("deepfakebench",)}
+"""Options that only these datasets have."""

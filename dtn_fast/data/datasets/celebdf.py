@@ -6,7 +6,15 @@ import re
 from pathlib import Path
 
 from dtn_fast.data.config import Source
-from dtn_fast.data.datasets.parsing import carve_split, keep_wanted, read_text, relative_path, safe_path
+from dtn_fast.data.datasets.parsing import (
+    carve_split,
+    keep_wanted,
+    read_text,
+    relative_path,
+    safe_path,
+    videos_in,
+    without_ending,
+)
 from dtn_fast.data.video_table import REAL, Problem, Video, VideoTable, audit
 from dtn_fast.errors import UsageError
 
@@ -24,7 +32,7 @@ def read_celebdf(root: Path, source: Source) -> VideoTable:
     listed = _test_list(path)
     videos, found, straddling, problems = _videos(root, listed, path.name)
     videos += [  # named in the list and not on the disk: the audit counts them
-        Video(name, label, FORGERY if label else REAL, "test")
+        Video(f"{name}.mp4", label, FORGERY if label else REAL, "test")
         for name, label in sorted(listed.items())
         if name not in found
     ]
@@ -48,14 +56,14 @@ def read_celebdf(root: Path, source: Source) -> VideoTable:
 
 
 def _test_list(path: Path) -> dict[str, int]:
-    """The official list: name in lower case -> 0 real, 1 fake (the file itself has 1 for a real)."""
+    """The official list: name in lower case without ending -> 0 real, 1 fake (the file itself has 1 for a real)."""
     listed: dict[str, int] = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
-            label, _, name = line.strip().partition(" ")
+            label, *name = line.split(maxsplit=1)
             if label not in ("0", "1") or not name:
                 raise UsageError(f"{path}:{number}: not '<0 or 1> <folder>/<file>'")
-            key, fake = safe_path(name.strip().lower(), path), 1 - int(label)
+            key, fake = without_ending(safe_path(name[0].strip().lower(), path)), 1 - int(label)
             if listed.setdefault(key, fake) != fake:
                 raise UsageError(f"{path}:{number}: {key} is listed with both labels")
     if not listed:
@@ -64,14 +72,14 @@ def _test_list(path: Path) -> dict[str, int]:
 
 
 def _videos(root: Path, listed: dict[str, int], list_name: str) -> tuple[list[Video], set[str], int, list[Problem]]:
-    """The videos on the disk, their names in lower case, how many straddle train and val, and wrong labels."""
+    """The videos on the disk, their names as in the list, how many straddle train and val, and wrong labels."""
     videos, found, straddling, problems = [], set[str](), 0, []
     for folder in sorted(p for p in root.iterdir() if p.is_dir()):
         kind = folder.name.lower()
         if kind not in ("celeb-real", "youtube-real", "celeb-synthesis"):
             continue
         fake = kind == "celeb-synthesis"
-        for file in sorted([*folder.glob("*.mp4"), *folder.glob("videos/*.mp4")]):
+        for file in sorted([*videos_in(folder), *videos_in(folder / "videos")]):
             people = tuple(re.findall(r"id\d+", file.stem)) or (file.stem,)
             real = ""
             if fake:
@@ -79,7 +87,7 @@ def _videos(root: Path, listed: dict[str, int], list_name: str) -> tuple[list[Vi
                     raise UsageError(f"{file}: not named idA_idB_NNNN.mp4")
                 scene = file.stem.rpartition("_")[2]
                 real = f"{_real_folder(file)}/{people[0]}_{scene}.mp4"
-            name = f"{kind}/{file.name.lower()}"
+            name = f"{kind}/{file.stem.lower()}"
             sides = {carve_split(person, 6) for person in people}
             split = "test" if name in listed else sides.pop() if len(sides) == 1 else ""
             found.add(name)

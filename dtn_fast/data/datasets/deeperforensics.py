@@ -10,7 +10,7 @@ import numpy as np
 
 from dtn_fast.data.config import Source
 from dtn_fast.data.corrupt import PERTURBATIONS
-from dtn_fast.data.datasets.parsing import keep_wanted, read_text, safe_path
+from dtn_fast.data.datasets.parsing import keep_wanted, read_text, safe_path, without_ending
 from dtn_fast.data.video_table import REAL, SPLITS, Video, VideoTable, audit
 from dtn_fast.errors import UsageError
 
@@ -39,7 +39,7 @@ def read_deeperforensics(root: Path, source: Source) -> VideoTable:
             if not names:
                 raise UsageError(f"{path}: lists no video")
             for line in names:
-                name = safe_path(line.removesuffix(".mp4"), path)
+                name = without_ending(safe_path(line, path))
                 target, _, actor = name.partition("_")
                 if not re.fullmatch(r"\d{3}", target) or not actor:
                     raise UsageError(f"{path}: {line!r} is not named TTT_<actor>.mp4")

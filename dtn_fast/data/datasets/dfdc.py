@@ -29,7 +29,7 @@ def read_dfdc(root: Path, source: Source) -> VideoTable:
                 videos.append(Video(file, label, "DFDC" if label else REAL, carve_split(key, 10), (key,),
                                     target=target if original else ""))  # fmt: skip
     if "test" in splits:
-        tables = sorted(root.glob("labels.csv")) or sorted(root.glob("*/labels.csv"))
+        tables = sorted(root.glob("labels.csv")) or sorted(root.glob("[!.]*/labels.csv"))
         if not tables:
             raise UsageError(f"{root}: no labels.csv in it or one folder below; it lists DFDC's test videos")
         folder = tables[0].parent

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from dtn_fast.data.config import Source
-from dtn_fast.data.datasets.parsing import keep_wanted, read_json, relative_path, safe_path
+from dtn_fast.data.datasets.parsing import keep_wanted, read_json, relative_path, safe_path, videos_in
+from dtn_fast.data.media import VIDEOS, find_media
 from dtn_fast.data.synthetic_marker import METHODS, expected_counts, is_synthetic
 from dtn_fast.data.video_table import REAL, SPLITS, Video, VideoTable, audit
 from dtn_fast.errors import UsageError
@@ -20,7 +21,7 @@ def read_ffpp(root: Path, source: Source = Source()) -> VideoTable:
     """Reads FaceForensics++ or a set with its layout: each listed pair (a, b) gives reals a, b and fakes a_b, b_a."""
     folder = source.lists or (root / "splits" if (root / "splits").is_dir() else root)
     c = source.compression
-    there = sorted(p.parent.parent.name for p in root.glob(f"manipulated_sequences/*/{c}/videos"))
+    there = sorted(p.parent.parent.name for p in root.glob(f"manipulated_sequences/[!.]*/{c}/videos"))
     there = [method for method in there if method != DFD]
     methods = source.methods or tuple(there)
     if not methods:
@@ -52,17 +53,17 @@ def read_dfd(root: Path, source: Source = Source()) -> VideoTable:
     """Reads DeepFakeDetection from the FF++ tree; it has no official split, so all of it is test."""
     c = source.compression
     videos = []
-    for path in sorted(root.glob(f"original_sequences/actors/{c}/videos/*.mp4")):
+    for path in videos_in(root / f"original_sequences/actors/{c}/videos"):
         actor = path.stem.partition("__")[0]
         videos.append(Video(relative_path(root, path), 0, REAL, "test", (actor,), c))
-    for path in sorted(root.glob(f"manipulated_sequences/{DFD}/{c}/videos/*.mp4")):
+    masks = _masks(root, DFD)
+    for path in videos_in(root / f"manipulated_sequences/{DFD}/{c}/videos"):
         match = re.fullmatch(r"([^_]+)_([^_]+)__(.+)__\w{8}", path.stem)
         if not match:
             raise UsageError(f"{path}: not named <target>_<source>__<scene>__<8 characters>.mp4")
         target, other, scene = match.groups()
         real = f"original_sequences/actors/{c}/videos/{target}__{scene}.mp4"
-        mask = f"manipulated_sequences/{DFD}/masks/videos/{path.name}"
-        mask = mask if (root / mask).is_file() else ""
+        mask = masks.get(path.stem, "")
         videos.append(Video(relative_path(root, path), 1, DFD, "test", (target, other), c, mask, real))
     if not videos:
         raise UsageError(f"{root}: no original_sequences/actors/{c} there; is it the FF++ root with DFD in it?")
@@ -85,7 +86,5 @@ def _pairs(path: Path) -> list[tuple[str, str]]:
 
 
 def _masks(root: Path, method: str) -> dict[str, str]:
-    return {
-        p.stem: relative_path(root, p)
-        for p in sorted((root / "manipulated_sequences" / method / "masks").rglob("*.mp4"))
-    }
+    files = find_media(root / "manipulated_sequences" / method / "masks").files
+    return {file.stem: relative_path(root, file) for file in files if file.suffix.lower() in VIDEOS}

@@ -1,7 +1,8 @@
-"""Checked reading of the lists, JSON and paths of datasets, shared by the readers."""
+"""Checked reading of the lists, JSON, paths and folders of datasets, shared by the readers."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import zlib
@@ -9,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from dtn_fast.data.config import Source
+from dtn_fast.data.media import VIDEOS
 from dtn_fast.data.video_table import REAL, SPLITS, VideoTable
 from dtn_fast.errors import UsageError
+
+LONGEST = 1024
+"""Maximum length in bytes of a listed path."""
 
 
 def keep_wanted(table: VideoTable, source: Source, default: tuple[str, ...] = SPLITS) -> VideoTable:
@@ -42,17 +47,22 @@ def safe_path(name: object, source: Path) -> str:
         not path.isprintable()
         or ":" in path
         or any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
-        or len(path.encode()) > 1024
+        or len(path.encode()) > LONGEST
     ):
         raise UsageError(f"{source}: {str(name)[:80]!r} is not a path inside the dataset")
     return path
 
 
 def read_text(path: Path) -> str:
+    """The text of a list in UTF-8, or in UTF-16 with a byte order mark (as PowerShell writes it), without the mark."""
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: the list cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        data = path.read_bytes()
+        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return data.decode("utf-16" if utf16 else "utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{path}: the list cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: the list is not UTF-8 text ({error.reason}); save it as UTF-8") from error
 
 
 def read_json(path: Path) -> Any:
@@ -71,11 +81,23 @@ def read_object(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header."""
+    """The rows of a CSV file with a header, whose names become lower case."""
     try:
-        return [{str(k): str(v) for k, v in row.items()} for row in csv.DictReader(read_text(path).splitlines())]
+        rows = csv.DictReader(read_text(path).splitlines())
+        return [{str(k).strip().lower(): str(v).strip() for k, v in row.items()} for row in rows]
     except csv.Error as error:
         raise UsageError(f"{path}: not a CSV table ({error})") from error
+
+
+def videos_in(folder: Path) -> list[Path]:
+    """The video files directly in a folder, in order; hidden files are no videos."""
+    return sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() in VIDEOS and p.is_file())
+
+
+def without_ending(name: str) -> str:
+    """The name or path of a video file without its ending."""
+    stem, _, ending = name.rpartition(".")
+    return stem if f".{ending.lower()}" in VIDEOS else name
 
 
 def relative_path(root: Path, path: Path) -> str:
