@@ -7,14 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dtn_fast.files import write_whole
+from dtn_fast.files import json_text, write_whole
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
     """Appends ``row`` as a line of JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json_text(row) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -33,4 +33,4 @@ def cut_lines(path: Path, epoch: int, step: int = 0) -> None:
     rows = read_lines(path)
     kept = [row for row in rows if (row["epoch"], row.get("step", math.inf)) < (epoch, step)]
     if path.is_file():
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_whole(path, "".join(json_text(row) + "\n" for row in kept))

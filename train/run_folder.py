@@ -14,7 +14,7 @@ import numpy as np
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.dataclass_json import differences, from_fields, from_json
 from dtn_fast.errors import UsageError, tell
-from dtn_fast.files import write_whole
+from dtn_fast.files import json_text, write_whole
 from dtn_fast.model.config import ModelConfig, TimmConfig, crop_policy, parse_config
 from dtn_fast.model.detector import WEIGHTS
 from dtn_fast.runtime.load import RECIPE, SUMMARY
@@ -59,7 +59,7 @@ def start_run(run: Path, recipe: Recipe, config: ModelConfig) -> None:
     distributed.barrier()
     if distributed.ranks().main:
         settings = {"recipe": dataclasses.asdict(recipe), "model": dataclasses.asdict(config)}
-        write_whole(run / RECIPE, json.dumps(settings, indent=2))
+        write_whole(run / RECIPE, json_text(settings, indent=2))
     distributed.barrier()
 
 
@@ -95,7 +95,7 @@ def claim_crops(run: Path, recipe: Recipe, dataset: CropDataset) -> None:
     if distributed.ranks().main and not (begun and path.is_file()):
         if begun:
             tell(f"{run}: an earlier version did not record the crops of this run; taken as {these}")
-        write_whole(path, json.dumps(dataclasses.asdict(these), indent=2))
+        write_whole(path, json_text(dataclasses.asdict(these), indent=2))
     distributed.barrier()
     stored = path.read_text(encoding="utf-8", errors="replace")
     known = from_json(RunCrops, stored, str(path), f"; delete it if the run was trained on {these}")
@@ -115,7 +115,7 @@ def load_run(run: Path) -> tuple[Recipe, ModelConfig]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         fields = {OLD_NAMES.get(name, name): value for name, value in stored["recipe"].items()}
-        return from_fields(Recipe, fields, str(path)), parse_config(json.dumps(stored["model"]), str(path))
+        return from_fields(Recipe, fields, str(path)), parse_config(json_text(stored["model"]), str(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{run}: no training run there ({error}); run dtn-fast train first") from error
 
@@ -153,5 +153,5 @@ def summarise(run: Path) -> dict[str, Any]:
     best = max(rows, key=lambda row: row["val_auc"])["generation"]
     summary = {"best": best, "generations": rows}
     if distributed.ranks().main:
-        write_whole(run / SUMMARY, json.dumps(summary, indent=2))
+        write_whole(run / SUMMARY, json_text(summary, indent=2))
     return summary

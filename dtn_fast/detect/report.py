@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from dtn_fast.detect.verdict import RULE, Picture, Result, short_names
 from dtn_fast.explain.heatmap import overlay
-from dtn_fast.files import write_whole
+from dtn_fast.files import json_text, write_whole
 from dtn_fast.html_page import data_uri, render
 from dtn_fast.version import __version__
 
@@ -56,7 +55,7 @@ def write_report(
 def write_results(path: Path, results: list[Result], notice: str, threshold: float) -> None:
     """Writes the results to ``path`` as JSON."""
     data: dict[str, Any] = {"notice": notice, "rule": RULE, "threshold": threshold}
-    write_whole(path, json.dumps({**data, "results": [r.to_json() for r in results]}, indent=1))
+    write_whole(path, json_text({**data, "results": [r.to_json() for r in results]}, indent=1))
 
 
 def jpeg_uri(image: NDArray[np.uint8]) -> str:

@@ -53,6 +53,9 @@ class Span(NamedTuple):
     score: float
     """Mean P(fake) over its frames."""
 
+    def to_json(self) -> dict[str, float]:
+        return {"start": round(self.start, 3), "end": round(self.end, 3), "score": self.score}
+
 
 class Person(NamedTuple):
     number: int
@@ -159,7 +162,7 @@ class Result:
             "frames_with_face": len(self.frames),
             "frames_crowded": self.crowded,
             "error": self.error,
-            "people": [{**p._asdict(), "spans": [span._asdict() for span in p.spans]} for p in self.people],
+            "people": [{**p._asdict(), "spans": [span.to_json() for span in p.spans]} for p in self.people],
             "timing": {name: round(seconds, 3) for name, seconds in vars(self.timing).items()},
             "frames": [
                 {

@@ -31,7 +31,7 @@ from dtn_fast.explain.internals import (
     head_scales,
     soft_labels,
 )
-from dtn_fast.files import write_whole
+from dtn_fast.files import json_text, write_whole
 from dtn_fast.model.detector import Detector, move_to
 from dtn_fast.model.dtn import DTN
 from dtn_fast.packages import require
@@ -136,7 +136,7 @@ def draw(
                 figure.supxlabel(notice, fontsize=7, color="0.4")
                 # tight: otherwise long names outside the layout would be cut off
                 write_whole(picture, lambda file: save(figure, file, suffix, dpi=110, bbox_inches="tight"))  # noqa: B023
-    write_whole(out / VALUES, json.dumps(figures, indent=1))
+    write_whole(out / VALUES, json_text(figures, indent=1))
 
 
 def _read(path: Path) -> dict[str, Any]:

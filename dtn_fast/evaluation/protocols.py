@@ -6,7 +6,6 @@ models trained on one forgery each, on every forgery.  At frame and at video lev
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,7 +19,7 @@ from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.evaluate import Evaluation, evaluate
 from dtn_fast.evaluation.paper_numbers import Pair
 from dtn_fast.evaluation.tables import Cell, Cells, PaperRow, ResultTable, TableRow
-from dtn_fast.files import write_whole
+from dtn_fast.files import json_text, write_whole
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.load import load_scorer, read_recipe
 from dtn_fast.runtime.scorer import Scorer
@@ -170,7 +169,7 @@ class Within(NamedTuple):
     def write(self, out: Path) -> list[Path]:
         """Writes ``out``.json, .md and .tex, and returns them."""
         table = within(self.name, self.dataset, self.result)
-        texts = {".json": json.dumps(self.result.to_json(), indent=1), ".md": self.result.markdown(),
+        texts = {".json": json_text(self.result.to_json(), indent=1), ".md": self.result.markdown(),
                  ".tex": "\n".join(map(table.latex, table.levels))}  # fmt: skip
         for suffix, text in texts.items():
             write_whole(out.with_name(out.name + suffix), text)

@@ -19,7 +19,7 @@ from dtn_fast.evaluation.evaluate import are_stills, protocol_note
 from dtn_fast.evaluation.metrics import by_video, evaluate_scores
 from dtn_fast.evaluation.plotting import DASHES, MARKERS, drawing, legible, svg_text
 from dtn_fast.evaluation.tables import markdown_table
-from dtn_fast.files import write_whole
+from dtn_fast.files import json_text, write_whole
 from dtn_fast.runtime.scorer import Scorer
 
 CHUNK = 256
@@ -121,7 +121,7 @@ class _Results:
     def add(self, name: str, kind: str, level: int, cell: LevelAuc) -> None:
         self.cells.setdefault(name, {})[_key(kind, level)] = cell
         fixed = {"data": self._identity, "rule": RULE}
-        write_whole(self._path, json.dumps({**fixed, "probes": self._probes, "auc": self.cells}, indent=1))
+        write_whole(self._path, json_text({**fixed, "probes": self._probes, "auc": self.cells}, indent=1))
 
 
 def _identity(dataset: CropDataset, rows: NDArray[np.int64], split: str, seed: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@ second rule, stars and comments, for 84 MB.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from dtn_fast.evaluation.paper_numbers import Pair
 from dtn_fast.evaluation.plotting import drawing, svg_text
-from dtn_fast.files import write_whole
+from dtn_fast.files import json_text, write_whole
 
 Level = Literal["frame", "video"]
 LEVELS: tuple[Level, ...] = ("frame", "video")
@@ -224,7 +223,7 @@ class ResultTable:
     def write(self, out: Path) -> list[Path]:
         """Writes OUT.json, OUT.md, OUT.tex and OUT.svg, and returns their paths."""
         texts = {
-            ".json": json.dumps(self.to_json(), indent=1),
+            ".json": json_text(self.to_json(), indent=1),
             ".md": self.markdown(),
             ".tex": "\n".join(self.latex(level) for level in self.levels),
             ".svg": self.chart(),

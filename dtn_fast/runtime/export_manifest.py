@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dtn_fast.dataclass_json import from_json
 from dtn_fast.errors import UsageError
-from dtn_fast.files import write_whole
+from dtn_fast.files import json_text, write_whole
 from dtn_fast.model.config import ModelConfig, parse_config
 
 
@@ -46,11 +45,11 @@ class ExportManifest:
     """Options that the file was built with."""
 
     def write(self, path: Path) -> None:
-        write_whole(beside(path), json.dumps(dataclasses.asdict(self), indent=1))
+        write_whole(beside(path), json_text(dataclasses.asdict(self), indent=1))
 
     def detector_config(self, where: str = "export manifest") -> ModelConfig:
         """The detector's configuration.  Raises UsageError naming ``where`` when it is not valid."""
-        return parse_config(json.dumps(self.config), where)
+        return parse_config(json_text(self.config), where)
 
 
 def beside(path: Path) -> Path:

@@ -23,6 +23,7 @@ from typing import Any
 from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.pipeline import finder_of
 from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.files import json_text
 from dtn_fast.packages import require
 from dtn_fast.runtime.scorer import Scorer
 from dtn_fast.serve.batching import MicroBatcher
@@ -76,7 +77,7 @@ def create_app(scorer: Scorer, config: ServeConfig = ServeConfig(), detection: D
             again = {"Retry-After": "5"} if refused.status == 503 else {}
             return JSONResponse({"error": str(refused)}, refused.status, {**headers, **again, "Connection": "close"})
         judge.metrics.requests.labels("200").inc()
-        return JSONResponse(found, headers=headers)
+        return Response(json_text(found), headers=headers, media_type="application/json")
 
     async def healthy(_: Request) -> Response:
         return PlainTextResponse("ok\n", headers=headers)
