@@ -107,10 +107,9 @@ def convolutions(out: Path, quick: bool) -> None:
     torch.backends.cudnn.benchmark = True
     machine = roofline.measure_machine(device, dtype, quick)
     config, batch = DTNConfig.preset("tiny" if quick else "paper"), 1 if quick else 256
-    measured = roofline.measure_convolutions(config, batch, machine, device, dtype)
     print(machine.ceilings())
-    rows = []
-    for conv in measured:
+    rows, env = list[Measurement](), results.environment()
+    for conv in roofline.measure_convolutions(config, batch, machine, device, dtype):
         for direction, taken in conv.directions():
             share = conv.lower_bound / taken
             print(f"{conv.name:24s} {direction:8s} {seconds(taken):>9s}  {share:4.0%} of the lower bound")
@@ -119,7 +118,7 @@ def convolutions(out: Path, quick: bool) -> None:
             rows.append(
                 Measurement("convolutions", case, name, taken, taken, taken, 1.0, share=conv.lower_bound / taken)
             )
-    results.store(out, "convolutions", rows, machine, results.environment(), {})
+        results.store(out, "convolutions", rows, machine, env, {})  # whatever ends it, this stays
 
 
 def small_shapes() -> None:

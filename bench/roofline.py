@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,9 +173,8 @@ class Conv(NamedTuple):
 
 def measure_convolutions(
     config: DTNConfig, batch: int, machine: Machine, device: torch.device, dtype: torch.dtype
-) -> list[Conv]:
+) -> Iterator[Conv]:
     """Times each convolution in channels_last, forward and both gradients, without bias and activation."""
-    measured = []
     side, channels = config.image_size, 3
     for out, convs in zip(config.channels, config.convs, strict=True):
         for _ in range(convs):
@@ -203,10 +202,9 @@ def measure_convolutions(
             part = Part(
                 "", "", 18.0 * channels * out * side * side * batch, float((x.numel() + dy.numel()) * x.element_size())
             )
-            measured.append(Conv(f"conv {channels}->{out} at {side}", forward, dgrad, wgrad, seconds(part, machine)))
+            yield Conv(f"conv {channels}->{out} at {side}", forward, dgrad, wgrad, seconds(part, machine))
             channels = out
         side //= 2
-    return measured
 
 
 def table(parts: list[Part], batch: int, machine: Machine, layers: bool = False) -> list[list[str]]:

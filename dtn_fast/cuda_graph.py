@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 
 WARM_UP = 3
 """Number of calls before a capture, for compilation, cuDNN's algorithm search and lazy initialisation."""
+
+
+_CAPTURING = threading.Lock()
 
 
 def warm_up(call: Callable[[], Any], times: int = WARM_UP, stream: torch.cuda.Stream | None = None) -> Any:
@@ -25,9 +29,9 @@ def warm_up(call: Callable[[], Any], times: int = WARM_UP, stream: torch.cuda.St
 def capture(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     """Captures ``call``, already warmed up; returns the function that replays it and the tensors that a replay fills.
 
-    Other threads may use the GPU during the capture (a loader copies, a server scores).
+    Other threads may use the GPU during the capture (a loader copies, a server scores), but one captures at a time.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with _CAPTURING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = call()
     return graph.replay, result

@@ -19,6 +19,9 @@ SMALL = 128
 override: dict[str, dict[str, int]] = {}
 """Launch values by kernel, set by the tuner and by tests; they take precedence over every file."""
 
+used: dict[str, dict[str, int]] = {}
+"""The values that each kernel was launched with last, for the tuner."""
+
 target: int | None = None
 """Compute capability x 10 (90 for 9.0) whose values are read when compiling without a GPU."""
 
@@ -26,6 +29,7 @@ target: int | None = None
 def settings(kernel: str, like: Tensor, **shape: int) -> tuple[dict[str, int], dict[str, int]]:
     """Options (num_warps, num_stages) and constants (block sizes) of ``kernel`` on the device of ``like``."""
     values = override.get(kernel) or _lookup(kernel, _gpu(like.device), like.element_size(), *sorted(shape.items()))
+    used[kernel] = values
     return {k: values[k] for k in OPTIONS}, {k: v for k, v in values.items() if k not in OPTIONS}
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from dtn_fast.cuda_graph import capture, warm_up
 from dtn_fast.files import write_whole
 from dtn_fast.kernels import ops
-from dtn_fast.kernels.launch_values import FOLDER, override, slug
+from dtn_fast.kernels.launch_values import FOLDER, override, slug, used
 from dtn_fast.timing import in_turns
 
 # ------------------------------------------------------------------------------------------------ the search
@@ -82,15 +82,15 @@ def cases(device: str = "cuda", batch: int = 256) -> list[Case]:
     small = ("mas_small_forward", "mas_small_backward")
     flash = ("mas_flash_forward", "mas_flash_backward_dq", "mas_flash_backward_dkdv")
     gate = ("moe_forward", "moe_backward_rows", "moe_backward_weight")
-    return [
-        Case(small, {"N": 64, "bytes": 2, "D": 64}, attention(64, batch)),
-        Case(small, {"N": 128, "bytes": 2, "D": 64}, attention(128, batch // 2)),
-        Case(flash, {"bytes": 2, "D": 64}, attention(1024, batch // 16)),
+    return [  # the furthest from their lower bounds first, because the budget may end
+        Case(gate, {"M": 128, "bytes": 2}, functools.partial(_gate, device, batch)),
         Case(norms, {"C": 32, "bytes": 2}, norm(32, 256)),
+        Case(("lc_forward", "lc_backward"), {"C": 512, "bytes": 2}, functools.partial(_connection, device, batch)),
+        Case(small, {"N": 64, "bytes": 2, "D": 64}, attention(64, batch)),
         Case(norms, {"C": 128, "bytes": 2}, norm(128, 64)),
         Case(norms, {"C": 512, "bytes": 2}, norm(512, 16)),
-        Case(("lc_forward", "lc_backward"), {"C": 512, "bytes": 2}, functools.partial(_connection, device, batch)),
-        Case(gate, {"M": 128, "bytes": 2}, functools.partial(_gate, device, batch)),
+        Case(small, {"N": 128, "bytes": 2, "D": 64}, attention(128, batch // 2)),
+        Case(flash, {"bytes": 2, "D": 64}, attention(1024, batch // 16)),
     ]
 
 
@@ -152,20 +152,28 @@ def measure(make: Callable[[], Call], replays: int = 20) -> float:
     return statistics.median(in_turns({"": replay}, replays, 0)[""]) / len(calls)
 
 
-def search(todo: list[Case], budget: float, timer: Callable = measure) -> dict[str, list[dict[str, Any]]]:
+def search(
+    todo: list[Case],
+    budget: float,
+    timer: Callable = measure,
+    keep: Callable[[dict[str, list[dict[str, Any]]]], object] = lambda _: None,
+) -> dict[str, list[dict[str, Any]]]:
     """Fastest values of each kernel that give the same results as the default, searched within ``budget`` seconds.
 
-    Kernels that the budget does not reach are left out and keep the values of their architecture family.
+    Where the default is the fastest it gets a row too, as the row of another shape would serve this one otherwise.
+    Kernels that the budget does not reach are left out and keep the values of their architecture family.  ``keep`` is
+    called with what is found so far after every kernel.
     """
     deadline = time.monotonic() + budget
     found: dict[str, list[dict[str, Any]]] = {}
     for case in todo:
         torch.manual_seed(0)
         expected = case.make()()
+        default = {kernel: used[kernel] for kernel in case.kernels}
         for kernel in case.kernels:
             if time.monotonic() > deadline:
                 return found
-            best, best_time = None, timer(case.make)
+            best, best_time = default[kernel], timer(case.make)
             for values in candidates()[kernel]:
                 if time.monotonic() > deadline:
                     break
@@ -182,9 +190,9 @@ def search(todo: list[Case], budget: float, timer: Callable = measure) -> dict[s
                     del override[kernel]
                 if seconds < best_time * 0.99:
                     best, best_time = values, seconds
-            if best is not None:
-                found.setdefault(kernel, []).append({"when": case.when, **best})
-                print(f"{kernel} {case.when}: {best}, {best_time * 1e6:.1f} us forward and backward", flush=True)
+            found.setdefault(kernel, []).append({"when": case.when, **best})
+            print(f"{kernel} {case.when}: {best}, {best_time * 1e6:.1f} us forward and backward", flush=True)
+            keep(found)
     return found
 
 
@@ -193,9 +201,15 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def write(name: str, found: dict[str, list[dict[str, Any]]], folder: Path = FOLDER) -> Path:
-    """Stores a search's result for the GPU ``name``; kernels not in ``found`` keep their rows."""
+    """Stores a search's result for the GPU ``name``; kernels and shapes not in ``found`` keep their rows.
+
+    Rows of smaller bounds come first, because the first row that fits is taken.
+    """
     path = folder / f"{slug(name)}.json"
-    rows = (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}) | found
+    rows: dict[str, list[dict[str, Any]]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for kernel, new in found.items():
+        kept = [row for row in rows.get(kernel, ()) if row.get("when") not in [row.get("when") for row in new]]
+        rows[kernel] = sorted([*kept, *new], key=lambda row: sorted(row.get("when", {}).items()))
     parts = [
         f"  {json.dumps(k)}: [\n" + ",\n".join(f"    {json.dumps(r)}" for r in v) + "\n  ]" for k, v in rows.items()
     ]
@@ -214,8 +228,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("tune: torch sees no GPU on this machine; run it where there is one", file=sys.stderr)
         return 2
-    found = search(cases(), options.budget)
-    print(f"wrote {write(torch.cuda.get_device_name(), found)}")
+    name = torch.cuda.get_device_name()
+    found = search(cases(), options.budget, keep=lambda so_far: write(name, so_far))
+    print(f"wrote {write(name, found)}")
     return 0
 
 

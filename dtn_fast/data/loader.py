@@ -88,6 +88,7 @@ class Loader:
         self.total = len(epoch_order(self._labels, rows, real_repeat, 0))
         """Number of samples in an epoch, over all ranks."""
         self._resident = self._upload() if resident else None
+        self._stream: torch.cuda.Stream | None = None
 
     def __len__(self) -> int:
         """Number of batches in an epoch; samples that do not fill a global batch are left out, others in each epoch."""
@@ -145,7 +146,9 @@ class Loader:
 
     def _made(self, plan: list[_Places], epoch: int) -> Iterator[tuple[Batch, torch.cuda.Event | None]]:
         """Yields the batches of a plan, for a GPU with the event that marks the end of the copy to it."""
-        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        if self._stream is None and self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)  # one for all epochs: there are 32, and then they repeat
+        stream = self._stream
         for rows, seeds, views in plan:
             buffer = self._buffer()
             crops = buffer[: len(rows)]

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -279,6 +280,28 @@ def test_suites_stop_at_the_budget_and_keep_what_they_have(tmp_path: Path, monke
     path = runner.run_suite("model", tmp_path, H200, quick=True, budget=0.0)
     assert path is not None
     assert list(tables.by_case(results.load(path)["suites"]["model"]["rows"])) == ["one"]
+
+
+def test_every_case_compiles_anew_and_convolutions_are_stored_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resets: list[int] = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    monkeypatch.setattr("dtn_fast.bench.bench_model.cases", lambda *_: iter([sleepy("one"), sleepy("two")]))
+    path = runner.run_suite("model", tmp_path, H200, quick=True, budget=60)
+    assert path is not None
+    assert len(resets) == 2  # beyond its limit of recompilations torch.compile runs eagerly and says nothing
+    timed = roofline.Conv("conv 3->8 at 4", 1e-3, 0.0, 1e-3, 1e-4)
+
+    def cut_off(*_: object) -> Iterator[roofline.Conv]:
+        yield timed
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(roofline, "measure_convolutions", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.convolutions(tmp_path / "cut", quick=True)
+    (file,) = (tmp_path / "cut").glob("*.json")
+    assert len(results.load(file)["suites"]["convolutions"]["rows"]) == 2
 
 
 def test_gpu_runner_on_a_machine_without_one(

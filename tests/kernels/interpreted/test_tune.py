@@ -48,7 +48,24 @@ def test_the_fastest_right_answer_wins_and_is_stored(monkeypatch: pytest.MonkeyP
 
 def test_an_empty_budget_writes_nothing_and_slower_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tune.search([case()], -1, lambda make: 1.0) == {}
-    assert tune.search([case()], 60, lambda make: 5.0 if launch_values.override else 1.0) == {}
+    case().make()()
+    row = {"when": {"N": 64, "bytes": 4}, **launch_values.used["mas_small_forward"]}
+    found = tune.search([case()], 60, lambda make: 5.0 if launch_values.override else 1.0)
+    assert found == {"mas_small_forward": [row]}  # the default's: else another shape's row would serve this one
+
+
+def test_every_kernel_is_kept_as_it_is_found_and_rows_are_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for bound, warps in ((128, 8), (64, 4), (64, 2)):
+        row = {"when": {"N": bound, "bytes": 4}, "num_warps": warps, "num_stages": 1}
+        tune.write("GPU", {"mas_small_forward": [row]}, tmp_path)
+    rows = json.loads((tmp_path / "gpu.json").read_text())["mas_small_forward"]
+    assert [(row["when"]["N"], row["num_warps"]) for row in rows] == [(64, 2), (128, 8)]
+    kept: list[int] = []
+    two = [case(), case()._replace(when={"N": 128, "bytes": 4})]
+    tune.search(two, 60, lambda make: 1.0, lambda found: kept.append(len(found["mas_small_forward"])))
+    assert kept == [1, 2]
 
 
 def test_without_a_gpu_the_search_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
