@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dtn_fast.data.config import AugmentPreset
 from dtn_fast.data.randomness import uniform
-from dtn_fast.device import to_device
+from dtn_fast.device import exact_products, to_device
 from dtn_fast.errors import UsageError
 from dtn_fast.packages import require
 
@@ -69,6 +69,7 @@ class DeviceAugment:
     def __init__(self, preset: AugmentPreset) -> None:
         self.preset = preset
 
+    @exact_products()
     def __call__(self, crops: Tensor, seeds: NDArray[np.uint64]) -> Tensor:
         if crops.shape[1] % 16 or crops.shape[1] != crops.shape[2]:
             side = "x".join(map(str, crops.shape[1:3]))

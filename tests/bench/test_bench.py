@@ -311,7 +311,7 @@ def test_gpu_runner_on_a_machine_without_one(
     assert gpu.main([]) == 2
     assert "sees no GPU" in capfd.readouterr().err
     stages = ["environment", "tests", "convolutions", "sweep"]
-    assert gpu.main(["--dry-run", "--stage", *stages, "--budget", "120", "--out", str(tmp_path)]) == 0
+    assert gpu.main(["--dry-run", "--stage", *stages, "--budget", "1200", "--out", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "gpu-run.json").read_text())
     assert [row["stage"] for row in summary["stages"]] == stages
     states = {row["stage"]: row["state"] for row in summary["stages"]}

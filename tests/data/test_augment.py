@@ -85,6 +85,22 @@ def test_the_device_is_never_waited_for(monkeypatch: pytest.MonkeyPatch) -> None
     assert waiting.found == []
 
 
+def test_products_are_exact_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32 has 10 bits: it would move pixels by a tenth and colours by a level."""
+    seen = []
+    augment_module = sys.modules["dtn_fast.data.augment"]
+    inside = lambda *_: seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)) or _[0]
+    monkeypatch.setattr(augment_module, "_affine", inside)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        on_device(dataclasses.replace(NOTHING, shift_scale_rotate=1.0))
+        assert seen == [(False, False)]
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (True, True)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
 @BOTH
 def test_nothing_chosen_changes_nothing(augment) -> None:
     assert np.array_equal(augment(NOTHING), BATCH)
