@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,7 @@ class Detector(nn.Module):
             stored.add(address)
         text = self.config.to_json()
         facts = {"notice": self.notice, **_checksums(state, self.notice, text)}
-        write_whole(Path(folder) / WEIGHTS, save(state, facts))
+        write_whole(Path(folder) / WEIGHTS, _in_order(save(state, facts)))
         write_whole(Path(folder) / CONFIG, text)
 
     @classmethod
@@ -81,6 +82,16 @@ class Detector(nn.Module):
                                  "the model again")  # fmt: skip
         model.load_state_dict(state)
         return model.eval()
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: safetensors writes them in an order that differs from run to run."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def state_bytes(state: dict[str, Tensor]) -> Iterator[bytes | memoryview]:

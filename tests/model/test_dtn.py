@@ -160,3 +160,12 @@ def test_timm_registry(tmp_path: Path) -> None:
     assert tiny.default_cfg["input_size"] == (3, 128, 128)
     with pytest.raises(UsageError, match="no pretrained weights"):
         timm.create_model("dtn_tiny", pretrained=True)
+
+
+def test_equal_weights_are_equal_files(small: DTN, tmp_path: Path) -> None:
+    contents = set[bytes]()
+    for _ in range(12):  # safetensors orders its metadata in another way each time
+        small.save_pretrained(tmp_path)
+        contents.add((tmp_path / "model.safetensors").read_bytes())
+    assert len(contents) == 1
+    assert load_file(tmp_path / "model.safetensors").keys() == small.state_dict().keys()
