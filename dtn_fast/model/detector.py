@@ -24,6 +24,8 @@ class Detector(nn.Module):
     """
 
     config_class: ClassVar[Any]
+    fits_meta: ClassVar[bool] = False
+    """Whether the model can be made on torch's meta device, without memory, to compare shapes."""
     config: Any
     notice = ""
     """Statement that every report of this model must show, such as that it was trained on synthetic faces."""
@@ -65,21 +67,25 @@ class Detector(nn.Module):
         folder = Path(path)
         check_folder(folder)
         text = (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
-        if config is None:
-            config = cls.config_class.from_json(text, str(folder / CONFIG))
-        model = cls(config)
         try:
             with safe_open(folder / WEIGHTS, "pt") as file:
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
                 facts = file.metadata() or {}
         except (SafetensorError, OSError, ValueError) as error:
             raise UsageError(f"{folder / WEIGHTS}: not a safetensors file ({error})") from error
-        model.notice = facts.get("notice", "")
-        check_state(model, state, str(folder / WEIGHTS))
-        for name, checksum in _checksums(state, model.notice, text).items():
+        notice, where = facts.get("notice", ""), str(folder / WEIGHTS)
+        if config is None:
+            config = cls.config_class.from_json(text, str(folder / CONFIG))
+        if cls.fits_meta:
+            with torch.device("meta"):  # a damaged configuration may ask for any size
+                check_state(cls(config), state, where)
+        for name, checksum in _checksums(state, notice, text).items():
             if facts.get(name, checksum) != checksum:
                 raise UsageError(f"{folder / name}: damaged (another checksum than when it was written); copy or train "
                                  "the model again")  # fmt: skip
+        model = cls(config)
+        model.notice = notice
+        check_state(model, state, where)
         model.load_state_dict(state)
         return model.eval()
 

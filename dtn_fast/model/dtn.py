@@ -20,6 +20,7 @@ class DTN(Detector):
     """
 
     config_class = DTNConfig
+    fits_meta = True
 
     def __init__(self, config: DTNConfig | None = None) -> None:
         super().__init__()

@@ -162,6 +162,20 @@ def test_timm_registry(tmp_path: Path) -> None:
         timm.create_model("dtn_tiny", pretrained=True)
 
 
+def test_a_configuration_of_any_size_takes_no_memory(small: DTN, tmp_path: Path) -> None:
+    small.save_pretrained(tmp_path)
+    weights, wide = (
+        tmp_path / "model.safetensors",
+        dataclasses.replace(SMALL, channels=(60_000, 60_000, 60_000, 60_000, 64)),
+    )
+    (tmp_path / "config.json").write_text(wide.to_json())
+    with pytest.raises(UsageError, match="another preset or configuration"):  # and not of 400 GB
+        DTN.from_pretrained(tmp_path)
+    save_file(load_file(weights), weights)  # without checksums, as earlier versions
+    with pytest.raises(UsageError, match="another preset or configuration"):
+        DTN.from_pretrained(tmp_path)
+
+
 def test_equal_weights_are_equal_files(small: DTN, tmp_path: Path) -> None:
     contents = set[bytes]()
     for _ in range(12):  # safetensors orders its metadata in another way each time
