@@ -25,8 +25,8 @@ MOVING = ("AVIF", "GIF", "PNG", "WEBP")
 """Formats whose several pictures are one moving picture; in MPO and TIFF they are other views or pages."""
 MAX_PIXELS = 64_000_000
 """Pixel limit per picture; a larger one is refused before it is decoded (a decompression bomb or a mistake)."""
-TICK = 0.1
-"""Seconds for which a frame of a moving picture without a duration is shown."""
+TICK, SHORTEST = 0.1, 0.01
+"""Seconds for which browsers show a frame of a moving picture that states none, or none above the second."""
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
@@ -43,13 +43,14 @@ def decode_image(data: bytes, name: str) -> NDArray[np.uint8]:
 
 
 def count_pictures(path: Path) -> tuple[int, bool]:
-    """Number of frames of a moving picture, or pages of a TIFF file, and whether it moves; (1, False) for others.
+    """Number of frames of a moving picture, or pages of a TIFF or HEIC file, and whether it moves; (1, False) for
+    others.
 
     Raises MediaError when it is not a picture.
     """
     try:
         with _opened(path, str(path)) as image:
-            count = int(image.n_frames) if image.format in (*MOVING, "TIFF") else 1
+            count = int(image.n_frames) - _first(image) if image.format in (*MOVING, "TIFF", "HEIF") else 1
             return count, count > 1 and image.format in MOVING
     except MediaError as error:
         if _unknown(error):
@@ -64,27 +65,37 @@ def read_times(path: Path, check: Callable[[], object]) -> list[float]:
     """
     times = [0.0]
     with _opened(path, str(path)) as image:
-        for number in range(image.n_frames):
+        for number in range(_first(image), image.n_frames):
             check()
             try:
                 image.seek(number)
                 image.load()  # the duration of a frame is known once it is decoded
             except Exception:  # Pillow's decoders raise errors of any kind
                 break
-            times.append(times[-1] + (image.info.get("duration", 0) / 1000 or TICK))
+            shown = image.info.get("duration", 0) / 1000
+            times.append(times[-1] + (shown if shown > SHORTEST else TICK))
     return times
 
 
-def read_moving(path: Path, numbers: Sequence[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+def read_moving(
+    path: Path, numbers: Sequence[int], check: Callable[[], object]
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Yields (number, upright RGB [H, W, 3]) of these frames of a moving picture, in order, up to a damaged one."""
     with _opened(path, str(path)) as image:
         for number in numbers:
+            check()
             try:
-                image.seek(number)
+                image.seek(number + _first(image))
+                _check_size(image.width, image.height, str(path))
                 frame = _upright_rgb(image)
             except Exception:
                 return
             yield number, frame
+
+
+def _first(image: Any) -> int:
+    """Number of the first frame that is shown; an APNG may begin with a picture for programs that show no movement."""
+    return int(getattr(image, "default_image", False))
 
 
 def _read(file: Path | io.BytesIO, name: str) -> NDArray[np.uint8]:
@@ -146,16 +157,48 @@ def _reason(error: BaseException) -> str:
 
 def _upright_rgb(image: Any) -> NDArray[np.uint8]:
     """The current frame of a Pillow image as a viewer shows it: turned, in sRGB, on white where it is transparent."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except Exception:  # damaged metadata
+        orientation = 1
     if image.mode == "F" or image.mode.startswith("I"):
-        return _shown(np.asarray(image))
-    image = _in_srgb(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB"))
+        return turned(_shown(*_values(image)), orientation)
+    if image.format == "TIFF":
+        _values(image)  # refuses what Pillow reads wrongly
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if image.mode in ("P", "PA", "RGBA", "RGBa", "LA", "La"):
+        image = image.convert("RGBA" if image.mode == "RGBa" else "LA" if image.mode == "La" else image.mode)
+        image = image.convert("L" if image.mode == "LA" else "RGB")
+    image = _in_srgb(image).convert("RGB")
+    if alpha is not None:
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+    return turned(np.asarray(image), orientation)
+
+
+def _values(image: Any) -> tuple[NDArray[Any], float]:
+    """Values of an image of more than 8 bits, and the one that is white; 0: to be told from the values.
+
+    Raises ValueError for the forms of TIFF that Pillow reads wrongly.
+    """
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    bits, samples = max(tags.get(258, (0,))), int(tags.get(277, 1))
+    planes, signed = tags.get(284, 1) == 2 and samples > 1 and bits > 8, 2 in tuple(tags.get(339, (1,)))
+    if planes or (signed and bits in (8, 16)):
+        kind = "signed numbers" if signed else "planes of more than 8 bits"
+        raise ValueError(f"a TIFF of {kind} is not read; convert it to PNG")
+    if image.mode not in ("F", "I") and not image.mode.startswith("I;"):
+        return np.empty((0, 0)), 0.0
+    values = np.asarray(image)
+    if image.mode == "I" and bits == 32 and not signed:
+        values = values.view(np.uint32)
+    white = float(2**bits - 1) if 8 < bits < 16 else 0.0
+    if tags.get(262) == 0 and values.dtype.kind in "iu":  # 0 is white
+        values = (white or float(65535 if bits <= 16 else 2**32 - 1)) - values.astype(np.float64)
+        white = white or float(65535 if bits <= 16 else 2**32 - 1)
+    return values, white
 
 
 def _in_srgb(image: Any) -> Any:
@@ -166,16 +209,15 @@ def _in_srgb(image: Any) -> Any:
     try:
         if image.mode == "LAB":
             source: Any = ImageCms.createProfile("LAB")
-        elif profile and image.mode in ("RGB", "CMYK", "L") and b"sRGB" not in profile[:4096]:
+        elif profile and image.mode in ("RGB", "CMYK", "L"):
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if ImageCms.getProfileDescription(source).startswith("sRGB"):
+                return image
         else:
             return image
         return ImageCms.profileToProfile(image, source, _srgb(), outputMode="RGB")
-    except (
-        ImageCms.PyCMSError,
-        OSError,
-    ):  # a profile that is damaged or of another colour space: viewers ignore it too
-        return image
+    except (ImageCms.PyCMSError, OSError):
+        return image  # a profile that is damaged, or of another colour space: viewers ignore it too
 
 
 @functools.cache
@@ -185,16 +227,19 @@ def _srgb() -> Any:
     return ImageCms.createProfile("sRGB")
 
 
-def _shown(values: NDArray[Any], linear: bool = False) -> NDArray[np.uint8]:
+def _shown(values: NDArray[Any], white: float = 0.0, linear: bool = False) -> NDArray[np.uint8]:
     """Grey or RGB values of more than 8 bits as 8-bit RGB [H, W, 3].
 
-    Integers have 16 bits unless none needs more than 8, or one needs more than 16.  Floats are from 0 to 1 or, if most
+    white: the value that is white, if it is known.  Integers have 16 bits unless none needs more than 8, or one needs
+    more than 16.  Floats are from 0 to 1 or, if most
     of those above 0 are larger, from 0 to 255 or 65535.  Those from 0 to 1 with brighter highlights are linear light.
     """
     values = np.nan_to_num(values.astype(np.float32 if values.dtype.kind == "f" else np.float64), nan=0, neginf=0)
     some = values[:: max(values.shape[0] // 512, 1), :: max(values.shape[1] // 512, 1)]
     largest, middle = float(values.max(initial=0)), float(np.median(some[some > 0])) if (some > 0).any() else 0.0
-    if linear or (values.dtype == np.float32 and middle <= 1):
+    if white:
+        unit = values.clip(0, white) / white
+    elif linear or (values.dtype == np.float32 and middle <= 1):
         linear = linear or largest > 1
         unit = (values / (max(2 * middle, 1) if linear else 1)).clip(0, 1)
         unit = _encoded(unit) if linear else unit
@@ -227,7 +272,7 @@ def _by_opencv(data: bytes, name: str) -> NDArray[np.uint8] | None:
     if values is None or (values.ndim == 3 and values.shape[2] not in (3, 4)):
         return None
     values = values if values.ndim == 2 else values[:, :, 2::-1]
-    return values if values.dtype == np.uint8 else _shown(values, linear)
+    return _shown(values, 255.0 if values.dtype == np.uint8 else 0.0, linear)
 
 
 def _tiff_size(data: bytes) -> tuple[int, int]:

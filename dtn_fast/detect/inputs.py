@@ -98,7 +98,7 @@ def _picture_frames(path: Path, count: int, rate: float, check: Check, reading: 
         float(times[-1]),
     )
     given = 0
-    for number, image in read_moving(path, wanted):
+    for number, image in read_moving(path, wanted, check):
         given += 1
         yield Frame(number, float(times[number]), image, float(times[number + 1]))
     reading.lost = len(wanted) - given

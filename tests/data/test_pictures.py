@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,16 +103,62 @@ def test_every_orientation_is_applied_mirrored_ones_too(tmp_path: Path, suffix: 
     assert np.abs(image.astype(int) - RGB).mean() < 4
 
 
+def retagged(path: Path, tag: int, new: int, value: int) -> None:
+    """Replaces a tag of a TIFF file, whose value is a single short."""
+    content = bytearray(path.read_bytes())
+    start = struct.unpack_from("<I", content, 4)[0]
+    places = range(start + 2, start + 2 + 12 * struct.unpack_from("<H", content, start)[0], 12)
+    place = next(place for place in places if struct.unpack_from("<H", content, place)[0] == tag)
+    struct.pack_into("<HHII", content, place, new, 3, 1, value)
+    path.write_bytes(content)
+
+
 def test_a_tiff_of_floats_is_turned_too(tmp_path: Path) -> None:
     assert cv2.imwrite(str(tmp_path / "a.tif"), np.rot90(lit(3)[:, :, ::-1], 1))
-    content = bytearray((tmp_path / "a.tif").read_bytes())
-    start = struct.unpack_from("<I", content, 4)[0]
-    count = struct.unpack_from("<H", content, start)[0]
-    tags = {struct.unpack_from("<H", content, start + 2 + 12 * n)[0]: start + 2 + 12 * n for n in range(count)}
-    place = tags[284]  # the planar configuration, whose default it holds, gives its place to the orientation
-    struct.pack_into("<HHII", content, place, 274, 3, 1, 6)
-    (tmp_path / "a.tif").write_bytes(content)
+    retagged(tmp_path / "a.tif", 284, 274, 6)  # the planar configuration, whose default it holds, gives its place
     assert read_image(tmp_path / "a.tif").shape == RGB.shape
+
+
+def test_tiffs_say_what_is_white_and_forms_that_would_be_read_wrongly_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    opencv(GREY.astype(np.uint16) * 257, "a.tif")(tmp_path)
+    retagged(path, 262, 262, 0)
+    assert np.abs(read_image(path)[..., 0].astype(int) - (255 - GREY)).max() <= 1
+    opencv(GREY.astype(np.uint16) * 257, "a.tif")(tmp_path)
+    retagged(path, 339, 339, 2)
+    with pytest.raises(MediaError, match=r"a.tif: .*signed numbers is not read; convert it to PNG"):
+        read_image(path)
+    grey = GREY.astype(np.uint32) * 16843009
+    Image.frombytes("I", (150, 120), grey.tobytes()).save(path)
+    retagged(path, 339, 339, 1)
+    assert np.abs(read_image(path)[..., 0].astype(int) - GREY).max() <= 1
+
+
+def test_odd_metadata_do_not_cost_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(_: Image.Image) -> Image.Exif:
+        raise TypeError("bad operand type for abs(): 'str'")
+
+    monkeypatch.setattr(Image.Image, "getexif", damaged)
+    assert np.array_equal(decode_image(_png(Image.fromarray(RGB)), "a.png"), RGB)
+
+
+def test_a_profile_is_applied_beside_transparency_and_palettes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    module = sys.modules["dtn_fast.data.pictures"]
+    monkeypatch.setattr(module, "_in_srgb", lambda image: seen.append(image.mode) or image)
+    for mode in ("RGBA", "LA", "P", "RGB"):
+        decode_image(_png(Image.fromarray(RGB).convert(mode)), "a.png")
+    assert seen == ["RGB", "L", "RGB", "RGB"]
+
+
+def test_an_apng_may_begin_with_a_picture_that_is_not_shown(tmp_path: Path) -> None:
+    frames = [Image.fromarray(np.roll(RGB, 10 * n, 1)) for n in range(3)]
+    Image.new("RGB", (150, 120)).save(
+        tmp_path / "a.png", save_all=True, append_images=frames, duration=5, default_image=True
+    )
+    assert count_pictures(tmp_path / "a.png") == (3, True)
+    assert read_times(tmp_path / "a.png", lambda: None) == pytest.approx([0, 0.1, 0.2, 0.3])  # as browsers take 5 ms
+    assert np.array_equal(next(read_moving(tmp_path / "a.png", [0], lambda: None))[1], RGB)
 
 
 def test_a_transparent_picture_stands_on_white() -> None:
@@ -152,7 +199,7 @@ def test_moving_pictures_are_frames_with_times(tmp_path: Path, suffix: str) -> N
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=[100, 200, 300, 400, 500], **how)
     assert count_pictures(path) == (5, True)
     assert read_times(path, lambda: None) == pytest.approx([0, 0.1, 0.3, 0.6, 1.0, 1.5])
-    for number, image in read_moving(path, [1, 4]):
+    for number, image in read_moving(path, [1, 4], lambda: None):
         assert np.abs(image.astype(int) - np.asarray(pictures[number])).mean() < 12
     path.write_bytes(path.read_bytes()[:-4000])
     if suffix in ("webp", "avif"):  # Pillow opens them whole or not at all
@@ -161,7 +208,7 @@ def test_moving_pictures_are_frames_with_times(tmp_path: Path, suffix: str) -> N
         return
     good = len(read_times(path, lambda: None)) - 1
     assert good < 5
-    assert [number for number, _ in read_moving(path, [*range(5)])] == [*range(good)]
+    assert [number for number, _ in read_moving(path, [*range(5)], lambda: None)] == [*range(good)]
 
 
 def test_pages_are_counted_and_only_tiff_has_them(tmp_path: Path) -> None:
