@@ -10,6 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from dtn_fast.data.video_index import open_video, video_stream
+from dtn_fast.errors import MediaError
+
 Kind = Literal["picture", "video", "unread", "other"]
 """``unread``: a picture or video in a form that this program does not read; ``other``: no picture and no video."""
 
@@ -21,17 +24,26 @@ def _endings(names: str) -> frozenset[str]:
 HEIC = _endings("heic heif hif")
 PICTURES = (
     _endings("jpg jpeg jpe jfif jif pjpeg pjp mpo png apng bmp dib webp tif tiff gif avif avifs jp2 j2k jpf jpx hdr")
-    | _endings("ppm pgm pbm pnm pfm")
+    | _endings("ppm pgm pbm pnm")
     | (HEIC if find_spec("pillow_heif") else frozenset())
 )
 """Endings of pictures, also moving ones (GIF, APNG, WebP, AVIF); HEIC where the package pillow-heif is installed."""
 VIDEOS = _endings(
     "mp4 m4v mov qt avi divx mkv webm mpg mpeg mpe m1v m2v vob ts mts m2ts m2t wmv asf flv f4v 3gp 3g2 ogv ogm mxf rm "
-    "rmvb dv ivf h264 264 hevc h265 265"
+    "rmvb dv ivf h264 264 hevc h265 265 mjpeg mjpg"
 )
+MOTION_JPEG = _endings("mjpeg mjpg")
+"""Endings of videos whose first bytes are those of a JPEG picture."""
+AMBIGUOUS = _endings("ts mts hdr dv rm")
+"""Endings that other files have too, such as programs: their content tells."""
 RAW = _endings("dng cr2 cr3 nef arw raf orf rw2 pef srw")
 """Endings of cameras' raw pictures; some are TIFF files whose first page is a thumbnail."""
-UNREAD = RAW | _endings("jxl psd psb tga svg exr wtv nut swf y4m amv") | (HEIC - PICTURES)
+UNREAD = (
+    RAW
+    | _endings("jxl psd psb tga svg exr pfm dpx cin qoi jxr wdp hdp pcx dds bpg xcf eps dcm fits x3f icns")
+    | _endings("wtv nut swf y4m amv obu av1 bik bk2 smk fli flc r3d braw mve roq cdxa")
+    | (HEIC - PICTURES)
+)
 """Endings of pictures and videos that are not read."""
 SOUND = _endings("mp3 m4a m4b aac ogg oga opus wav flac wma mka aif aiff")
 """Endings of sound files, some of whose containers hold videos too."""
@@ -42,7 +54,8 @@ HEAD = 1024
 _SIGNATURES: tuple[tuple[bytes, Kind], ...] = (
     (rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|\#\?RADIANCE|\#\?RGBE", "picture"),
     (rb"(II\*\0|MM\0\*)|\0\0\0\x0cjP  |\xff\x4f\xff\x51|....ftypavi[fs]", "picture"),
-    (rb"....ftyp(hei|hev|mif1|msf1|crx )|8BPS\0\x01|\0\0\0\x0cJXL |v/1\x01|<svg|nut/mul", "unread"),
+    (rb"....ftyp(hei|hev|mif1|msf1|crx )|8BPS\0\x01|\0\0\0\x0cJXL |v/1\x01|<svg|nut/mul|RIFF....CDXA", "unread"),
+    (rb"BIK[a-z]|SMK[24]|qoif|BPG\xfb|gimp xcf|DDS |SDPX|XPDS", "unread"),
     (rb"....ftyp(M4A |M4B )", "other"),
     (rb"....(ftyp|moov|mdat|wide|pnot)|\x1aE\xdf\xa3|RIFF....AVI |FLV\x01|OggS|\0\0\x01[\xba\xb3]", "video"),
     (rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11|\x06\x0e\x2b\x34\x02\x05\x01\x01|\.RMF|DKIF|\x1f\x07\0", "video"),
@@ -62,7 +75,7 @@ def kind_by_name(path: Path) -> Kind | None:
 def kind_by_content(path: Path) -> Kind | None:
     """The kind that a file's first bytes tell; None: they are of no known form.  Raises OSError when it is unreadable.
 
-    HEIC counts as a picture where its reader is installed.
+    HEIC counts as a picture where its reader is installed; text with an ending of AMBIGUOUS is no media file.
     """
     with path.open("rb") as file:
         head = file.read(HEAD)
@@ -70,14 +83,31 @@ def kind_by_content(path: Path) -> Kind | None:
         if re.match(pattern, head, re.DOTALL):
             heic = kind == "unread" and head[4:8] == b"ftyp" and PICTURES >= HEIC
             return "picture" if heic else kind
-    return None
+    text = path.suffix.lower() in AMBIGUOUS and head.isascii() and b"\0" not in head
+    return "other" if text else None
 
 
 def kind_of(path: Path) -> Kind:
     """The kind of a file, by its content or else its ending.  Raises OSError when it cannot be opened."""
-    if path.suffix.lower() in RAW:
+    suffix = path.suffix.lower()
+    if suffix in RAW:
         return "unread"
-    return kind_by_content(path) or kind_by_name(path) or "other"
+    if suffix in MOTION_JPEG:
+        return "video"
+    found = kind_by_content(path) or kind_by_name(path) or "other"
+    return "other" if suffix in SOUND and found == "video" and not _has_video(path) else found
+
+
+def _has_video(path: Path) -> bool:
+    """Whether a container has a video track that is no cover picture."""
+    import av
+
+    try:
+        with open_video(path) as container:
+            video_stream(container, path)
+            return True
+    except (MediaError, av.FFmpegError, OSError, ValueError):
+        return False
 
 
 @dataclass
@@ -106,8 +136,9 @@ def find_media(folder: Path) -> MediaFiles:
         for link in links:
             for path in _walk(link, seen, behind, found.problems):
                 kind = kind_by_name(path)
+                sure = kind in ("picture", "video") and path.suffix.lower() not in AMBIGUOUS
                 try:
-                    kind = kind_of(path) if kind in (None, "unread") else kind
+                    kind = kind if sure else kind_of(path)
                 except OSError as error:
                     found.problems.append(error)
                     continue
@@ -137,5 +168,5 @@ def _walk(folder: Path, seen: set[tuple[int, int]], links: list[Path], problems:
         folders[:] = [name for name in shown if not os.path.islink(os.path.join(parent, name))]
         for name in sorted(names):
             path = Path(parent, name)
-            if not name.startswith(".") and (path.is_file() or path.is_symlink() or kind_by_name(path)):
+            if not name.startswith(".") and (path.is_file() or kind_by_name(path) in ("picture", "video")):
                 yield path

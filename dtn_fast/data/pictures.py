@@ -194,7 +194,8 @@ def _values(image: Any) -> tuple[NDArray[Any], float]:
     values = np.asarray(image)
     if image.mode == "I" and bits == 32 and not signed:
         values = values.view(np.uint32)
-    white = float(2**bits - 1) if 8 < bits < 16 else 0.0
+    wide = image.mode == "I" and values.max(initial=0) > 65535
+    white = float(2**bits - 1) if 8 < bits < 16 or (wide and not signed) else 0.0
     if tags.get(262) == 0 and values.dtype.kind in "iu":  # 0 is white
         values = (white or float(65535 if bits <= 16 else 2**32 - 1)) - values.astype(np.float64)
         white = white or float(65535 if bits <= 16 else 2**32 - 1)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dtn_fast.data.even_spacing import PerSecond, at_rate, evenly_timed
 from dtn_fast.errors import MediaError
 
-CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,mxf,rm,dv,ivf,h264,hevc"
+CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,mxf,rm,dv,ivf,h264,hevc,mjpeg"
 """Container formats that are opened.  Playlists and scripts, which make a decoder read other files, are excluded."""
 MAX_VIDEO_PIXELS = 36_000_000
 """Pixel limit per video frame (8K); lower than MAX_PIXELS because several frames are in memory at once."""

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -48,6 +49,27 @@ def test_names_that_are_not_read_are_known_and_raw_pictures_are_no_tiff(tmp_path
     assert ([p.name for p in found.files], [p.name for p in found.unread]) == (["b.heic"], ["a.nef"])
 
 
+def test_programs_sound_and_motion_jpeg(tmp_path: Path) -> None:
+    for name in ("main.ts", "module.mts", "envi.hdr"):
+        (tmp_path / name).write_text("export const x = 1\n")
+    (tmp_path / "damaged.ts").write_bytes(bytes(range(256)))
+    picture = np.zeros((64, 64, 3), np.uint8)
+    write_video(tmp_path / "a.mp4", [picture] * 3)
+    with av.open(str(tmp_path / "a.mp4")) as source, av.open(str(tmp_path / "film.ogg"), "w", format="ogg") as out:
+        stream = out.add_stream("libvpx", rate=25)
+        stream.height = stream.width = 64
+        stream.pix_fmt = "yuv420p"
+        for frame in source.decode(video=0):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame.to_ndarray(format="rgb24"), format="rgb24")))
+        out.mux(stream.encode())
+    (tmp_path / "sound.ogg").write_bytes(b"OggS" + bytes(200))
+    image = cv2.imencode(".jpg", picture)[1].tobytes()
+    (tmp_path / "camera.mjpeg").write_bytes(image * 5)
+    assert sorted(path.name for path in find_media(tmp_path).files) == [
+        "a.mp4", "camera.mjpeg", "damaged.ts", "film.ogg"]  # fmt: skip
+    assert len(list(read_frames(tmp_path / "camera.mjpeg"))) == 5
+
+
 def test_clutter_and_hidden_files_are_ignored_and_links_followed_once(tmp_path: Path) -> None:
     home, far = tmp_path / "home", tmp_path / "far"
     for path in ("a.jpg", "._a.jpg", ".hidden/b.jpg", ".ipynb_checkpoints/a-checkpoint.jpg", "__MACOSX/a.jpg",
@@ -65,6 +87,7 @@ def test_clutter_and_hidden_files_are_ignored_and_links_followed_once(tmp_path: 
     assert names == ["a.jpg", "gone.jpg", "sub/c.mp4", "one/d.png"]  # the broken link is named when it is read
     assert len(find_media(home / "one").files) == 4  # a link given by name is a folder like another
     os.mkfifo(home / "pipe")  # opening it would wait for ever
+    (home / "to a pipe").symlink_to("pipe")
     assert len(find_media(home).files) == 4
 
 
