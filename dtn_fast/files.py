@@ -74,6 +74,17 @@ def _finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
+def check_writable(folder: Path) -> None:
+    """Makes ``folder``.  Raises OSError naming it when no file can be written there."""
+    probe = folder / f".{secrets.token_hex(6)}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+
+
 def longest_name(folder: Path) -> int:
     """Maximum number of bytes of a file's name in ``folder``."""
     try:

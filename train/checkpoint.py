@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 def load_state(path: Path) -> dict[str, Any]:
     """Reads a state written by :func:`save_state`.  Raises UsageError on any other file."""
     try:
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch does not compare the checksums of its records
+                raise ValueError(f"{damaged} has another checksum than when it was written")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"{path}: not a training state ({text}); delete it to start over") from error

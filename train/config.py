@@ -21,7 +21,7 @@ class Recipe:
 
     epochs: Count = 30
     """Epochs of the initial training and of each generation (*choice*)."""
-    batch_size: Count = 32
+    batch_size: Annotated[int, Range(1, 65536)] = 32
     """Images per update, over all processes and accumulated parts, so a run is the same on any number of GPUs."""
     accumulate: Count = 1
     """Number of parts that a batch is computed in, one after another, to save memory; BN sees one part at a time."""

@@ -28,9 +28,14 @@ def print_result_table(table: ResultTable) -> None:
     print("\n".join([*(f"{c}: {p}" for c, p in table.column_notes.items()), *table.notes, *table.notices]))
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """Console on stdout; 140 columns wide without a terminal, so that tables stay whole."""
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    return _Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 
 def progress() -> Progress:
@@ -67,8 +72,8 @@ def steps(bar: Progress) -> Callable[[str, int, int], None]:
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     table = Table()
-    for name in header:
-        table.add_column(name, overflow="fold")
+    for place, name in enumerate(header):  # narrow terminals fold names, not verdicts
+        table.add_column(name, overflow="fold", no_wrap=place > 0)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # brackets in a file's name are no markup
     console().print(title, style="italic", markup=False, soft_wrap=True)

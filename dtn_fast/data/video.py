@@ -147,10 +147,14 @@ def _decoded(path: Path, threads: int, check: Check) -> Iterator[Any]:
 
 
 def _numbered(frames: Iterator[Any], index: VideoIndex) -> Iterator[tuple[int, Any]]:
-    """Yields (number, frame) of those that could be decoded: by their timestamps or, without usable ones, counted."""
+    """Yields (number, frame) of those that could be decoded: by their timestamps or, where these are inexact, counted
+    from the number of the first."""
+    begin = None
     for place, frame in enumerate(frames):
         if frame is not None:
-            yield index.numbers.get(frame.pts, place), frame
+            if begin is None:
+                begin = index.places.get(frame.pts, place) - place
+            yield index.numbers.get(frame.pts, place + begin), frame
 
 
 def _jump(path: Path, index: VideoIndex, numbers: list[int], threads: int, check: Check) -> Iterator[tuple[int, Any]]:
@@ -181,7 +185,8 @@ def _jump(path: Path, index: VideoIndex, numbers: list[int], threads: int, check
 def _decode(
     container: Any, stream: Any, index: VideoIndex, wanted: set[int], skip: bool, check: Check
 ) -> Iterator[tuple[int, Any]]:
-    """Yields (number, frame) from the container's position on; without usable timestamps, frames count from 0."""
+    """Yields (number, frame) from the container's position on; without usable timestamps, frames count from the
+    first."""
     position = -1
     for packet in container.demux(stream):
         check()
@@ -189,7 +194,10 @@ def _decode(
             number = index.numbers.get(packet.pts)
             stream.codec_context.skip_frame = "DEFAULT" if number is None or number in wanted else "NONREF"
         for frame in packet.decode():
-            position = index.numbers.get(frame.pts, -1) if index.numbers else position + 1
+            if index.numbers:
+                position = index.numbers.get(frame.pts, -1)
+            else:
+                position = position + 1 if position >= 0 else index.places.get(frame.pts, 0)
             yield position, frame
 
 

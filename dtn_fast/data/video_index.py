@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ MAX_VIDEO_PIXELS = 36_000_000
 """Pixel limit per video frame (8K); lower than MAX_PIXELS because several frames are in memory at once."""
 HOLE = 5
 """Number of frames from which on a gap in a regular clock is damage; smaller ones are frames that a camera dropped."""
+BROADCAST = ("mpegts", "mpeg", "mpegvideo")
 JUMP = 10.0
 """Seconds from which on a step of the clock of a broadcast (MPEG-TS, MPEG-PS), which may start anew within a file, is
 none of its video; FFmpeg's own value."""
@@ -91,6 +93,8 @@ class VideoIndex:
     """[total + 1] seconds from the first frame at which each frame appears, and at which the last one ends."""
     numbers: dict[int, int]
     """Frame number by timestamp; empty when the file's timestamps are missing, repeated or inexact."""
+    places: dict[int, int]
+    """Frame number by timestamp where seeking by it is inexact too, to tell which frame is decoded first."""
     keys: list[int]
     """Timestamps of frames from which decoding can start, in order."""
     missing: int = 0
@@ -122,7 +126,7 @@ class VideoIndex:
     def after(self, first: int) -> VideoIndex:
         """The index without the frames before ``first``, which cannot be decoded."""
         times = self.times[first:] - self.times[first]
-        return replace(self, total=self.total - first, times=times, numbers={}, keys=[])
+        return replace(self, total=self.total - first, times=times, numbers={}, places={}, keys=[])
 
     def choose(self, count: Wanted) -> list[int] | None:
         """Numbers of the frames wanted; None: all."""
@@ -153,16 +157,15 @@ def index_of(path: Path, check: Check = lambda: None) -> VideoIndex:
     import av
 
     stamps: list[int | None] = []
+    decoding: list[int] = []
     keys: list[int] = []
     promised = other = 0
-    decoded = -1
-    steady, last = True, 0.0
+    last = (-1, 0)  # timestamp and duration of the frame that is shown last
     tick = step = 0.0
-    pixel_aspect = 1.0
+    pixel_aspect, form = 1.0, ""
     try:
         with open_video(path) as container:
-            # timestamps and seeks are exact in these formats alone
-            exact = container.format.name.partition(",")[0] in ("mov", "matroska")
+            form = container.format.name.partition(",")[0]
             stream = video_stream(container, path)
             promised, tick = stream.frames, float(stream.time_base)
             pixel_aspect = float(stream.sample_aspect_ratio or 1)
@@ -173,40 +176,51 @@ def index_of(path: Path, check: Check = lambda: None) -> VideoIndex:
                 if packet.size and not packet.is_discard:
                     stamps.append(packet.pts)
                     if packet.dts is not None:
-                        steady, decoded = steady and packet.dts >= decoded, packet.dts
-                    if packet.pts is not None and packet.duration:
-                        last = packet.duration * tick
-                    if packet.is_keyframe and packet.pts is not None:
-                        keys.append(packet.pts)
+                        decoding.append(packet.dts)
+                    if packet.pts is not None:
+                        last = max(last, (packet.pts, packet.duration or 0))
+                        if packet.is_keyframe:
+                            keys.append(packet.pts)
     except (av.FFmpegError, OSError, ValueError) as error:
         if not stamps:
             raise MediaError(f"{path}: cannot read this video ({reason(error)})") from error
     if not stamps:
         raise MediaError(f"{path}: the video holds no frame")
+    exact = form in ("mov", "matroska")  # timestamps and seeks are exact in these formats alone
+    steady = all(a <= b for a, b in itertools.pairwise(decoding))
     known = sorted({stamp for stamp in stamps if stamp is not None})
     whole = len(known) == len(stamps)
-    usable = exact and whole
-    numbers = {stamp: number for number, stamp in enumerate(known)} if usable else {}
-    keys = sorted(keys) if usable else []
-    if whole and (exact or steady):
-        steps: NDArray[np.float64] = np.diff(np.array(known, np.float64)) * tick
+    clock = known if whole else sorted(set(decoding))  # AVI knows when to decode a frame, not when to show it
+    numbers = {stamp: number for number, stamp in enumerate(known)} if whole else {}
+    missing = promised - len(stamps) - other
+    if form == "avi" and decoding:  # it counts the frames that its camera dropped
+        missing = promised - (max(decoding) + 1)
+    if len(clock) == len(stamps) and (exact or steady):
+        steps: NDArray[np.float64] = np.diff(np.array(clock, np.float64)) * tick
         usual = float(np.median(steps)) if len(steps) else step
         if not exact:
             steps[steps > JUMP] = usual
-        times = np.cumsum([0.0, *steps, last or usual])
-        missing = max(promised - len(stamps) - other, _hole(steps, tick))
+        times = np.cumsum([0.0, *steps, last[1] * tick or usual])
+        if form != "avi":
+            starts = np.isin(clock[1:], keys) | (form in BROADCAST)
+            missing = max(missing, _hole(steps, starts, tick))
     else:
         times = np.arange(len(stamps) + 1, dtype=np.float64) * step
-        missing = promised - len(stamps) - other
+        steady = False
     if not MAX_PIXEL_ASPECT >= pixel_aspect >= 1 / MAX_PIXEL_ASPECT:
         pixel_aspect = 1.0
-    return VideoIndex(len(stamps), times, numbers, keys, max(missing, 0), pixel_aspect)
+    exactly, roughly = (numbers if wanted else {} for wanted in (exact, whole and steady and not exact))
+    return VideoIndex(
+        len(stamps), times, exactly, roughly, sorted(keys) if exact and whole else [], max(missing, 0), pixel_aspect
+    )
 
 
-def _hole(steps: NDArray[np.float64], tick: float) -> int:
-    """Number of frames for which a clock that is otherwise regular has a gap; gaps below HOLE frames are none.
+def _hole(steps: NDArray[np.float64], starts: NDArray[np.bool_], tick: float) -> int:
+    """Number of frames that a damaged stretch has cost: those for which a clock that is otherwise regular has a gap, of
+    HOLE frames at least, before a frame from which decoding can start (a camera's pause goes on with another frame).
 
-    steps: seconds from each frame to the next; tick: unit of the clock.
+    steps: seconds from each frame to the next; starts: whether decoding can start at the next, or may in a broadcast,
+    which never pauses; tick: unit of the clock.
     """
     if len(steps) < HOLE:
         return 0
@@ -214,7 +228,7 @@ def _hole(steps: NDArray[np.float64], tick: float) -> int:
     if (np.abs(steps - usual) <= max(0.1 * usual, 1.001 * tick)).mean() < 0.9:
         return 0
     gaps = np.round(steps / usual) - 1
-    return int(gaps[gaps >= HOLE].sum())
+    return int(gaps[(gaps >= HOLE) & starts].sum())
 
 
 def reason(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from dtn_fast.detect.pipeline import detect, finder_of
 from dtn_fast.detect.report import DETAILS, trained_on, write_report, write_results
 from dtn_fast.detect.verdict import Result, Timing
 from dtn_fast.errors import DtnError, UsageError, one_line
-from dtn_fast.files import fitting_name
+from dtn_fast.files import check_writable, fitting_name
 from dtn_fast.runtime.scorer import Scorer
 
 
@@ -28,6 +28,8 @@ class BatchResult:
     """Result of each input, in order."""
     timing: Timing = field(default_factory=Timing)
     """Times, summed over all inputs."""
+    own: int = 0
+    """Number of files in the folder of the results that were left out: they are this program's."""
     annotated: list[Path] = field(default_factory=list)
     """Annotated videos written."""
     notes: list[str] = field(default_factory=list)
@@ -65,7 +67,13 @@ def detect_many(
     """
     if not inputs:
         raise UsageError("no inputs; name images, videos, folders or globs, such as clip.mp4")
-    paths, batch = list(find_inputs(list(inputs))), BatchResult()
+    check_writable(out)  # before the work, which would be lost
+    batch = BatchResult()
+    paths = []
+    for path, error in find_inputs(list(inputs)):
+        inside = str(path) not in inputs and path.resolve().is_relative_to(out.resolve())
+        paths += [] if inside else [(path, error)]
+        batch.own += inside
     finder = finder or finder_of(scorer, config)
     batch.inputs = len(paths)
     for number, (path, error) in enumerate(paths, 1):
@@ -91,6 +99,8 @@ def detect_many(
             result.pictures, result.whole = [], None  # the report does not show them, and thousands fill the memory
         batch.results.append(result)
         watch(batch, one_line(path.name))
+    if batch.own:
+        batch.notes.append(f"{out}: {batch.own} files in the folder of the results were left out")
     write_results(out / "results.json", batch.results, scorer.notice, config.threshold)
     title, notices = "Face forgery report", [trained_on(scorer.notice), *batch.notes]
     write_report(out / "report.html", title, notices, None, batch.results, threshold=config.threshold)

@@ -26,7 +26,7 @@ from dtn_fast.detect.annotate import framed
 from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.inputs import frames_of
 from dtn_fast.detect.verdict import Face, FrameResult, Picture, Result, Timing, judge
-from dtn_fast.errors import MediaError, UsageError, tell
+from dtn_fast.errors import DtnError, MediaError, UsageError, tell
 from dtn_fast.explain.heatmap import grad_cam
 from dtn_fast.model.config import CropPolicy, crop_policy
 from dtn_fast.model.detector import Detector
@@ -84,6 +84,11 @@ def detect(
                     result.whole = frame.image
     except (MediaError, OSError) as error:
         result.error = str(error)
+        return result
+    except DtnError:
+        raise
+    except Exception as error:  # a decoder may raise anything, and the other inputs are not to pay for it
+        result.error = f"{path}: cannot be judged ({type(error).__name__}: {error})".replace("\n", " ")
         return result
     finally:
         result.timing.wall = time.perf_counter() - begin

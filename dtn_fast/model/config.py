@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,13 @@ class CropPolicy:
 
 
 def _check(config: Any) -> None:
-    """Replaces the decoded JSON object in ``crop`` by its dataclass.  Raises UsageError on a single class."""
+    """Replaces the decoded JSON object in ``crop`` by its dataclass.  Raises UsageError on a single class, or a mean or
+    standard deviation that is none."""
+    for name in ("mean", "std"):
+        values = getattr(config, name)
+        if len(values) != 3 or not all(math.isfinite(v) for v in values) or (name == "std" and min(values) <= 0):
+            wanted = "three numbers" + (" above 0" if name == "std" else "")
+            raise UsageError(f"{type(config).__name__}.{name} is {values!r}; it must be {wanted}")
     if config.num_classes < 2:
         raise UsageError(f"{type(config).__name__}.num_classes is {config.num_classes}; it must be >= 2")
     if isinstance(config.crop, Mapping):
@@ -113,12 +120,16 @@ class DTNConfig:
         width = self.channels[-1] if self.channels else 0
         checks = [
             (
-                self.image_size >= STRIDE and self.image_size % STRIDE == 0,
+                STRIDE <= self.image_size <= 4096 and self.image_size % STRIDE == 0,
                 "image_size",
-                f"a positive multiple of {STRIDE}",
+                f"a multiple of {STRIDE} up to 4096",
             ),
             (len(self.channels) == 5 and min(self.channels) > 0, "channels", "five positive widths"),
-            (len(self.convs) == 5 and min(self.convs) > 0, "convs", "five positive counts"),
+            (
+                len(self.convs) == 5 and 0 < min(self.convs) <= max(self.convs) <= 100,
+                "convs",
+                "five counts of 1 to 100",
+            ),
             (
                 self.num_heads > 0 and width % max(self.num_heads, 1) == 0,
                 "num_heads",
@@ -138,7 +149,7 @@ class DTNConfig:
             (self.gate == "max" or self.expert_kernel == 1, "expert_kernel", "1 with the vanilla gate"),
             (self.noise in ("gaussian", "none") or self.expert_kernel == 1, "expert_kernel", "1 with this noise"),
             (not (self.mas and self.reattention), "reattention", "False with MAS, which it replaces"),
-            (self.depth >= 0, "depth", ">= 0"),
+            (0 <= self.depth <= 1000, "depth", "0 to 1000"),
             (self.mlp_ratio > 0, "mlp_ratio", ">= 1"),
         ]
         for good, name, allowed in checks:

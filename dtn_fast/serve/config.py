@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from dtn_fast.errors import UsageError
 from dtn_fast.ranges import Natural, Positive, Range, Workers, check_ranges
 
 
@@ -27,3 +28,5 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if not self.host:
+            raise UsageError("--host: empty, which means all networks; name 0.0.0.0 if that is wanted")

@@ -210,3 +210,41 @@ def test_hdr_is_shown_as_on_a_standard_display(tmp_path: Path, transfer: int) ->
     usual = FACE.max(2) < 220  # brighter ones are compressed
     assert np.abs(shown - FACE)[usual].max() <= 12
     assert np.abs(shown - FACE).mean() < 3
+
+
+def test_a_recording_that_pauses_and_an_avi_with_dropped_frames_are_whole(tmp_path: Path) -> None:
+    times = [33 * n + 3000 * (n >= 40) + 3000 * (n >= 70) for n in range(100)]
+    for name in ("a.mp4", "a.mkv", "a.webm"):
+        codec = "libvpx" if name == "a.webm" else "libx264"
+        reading = Reading()
+        path = film(
+            tmp_path / name, [np.full((64, 64, 3), 2 * n, np.uint8) for n in range(100)], times, codec=codec, g="90"
+        )
+        assert len(list(read_frames(path, reading=reading))) == 100
+        assert (reading.lost, reading.missing) == (0, 0), name
+    with av.open(str(tmp_path / "a.avi"), "w") as out:
+        stream = out.add_stream("mpeg4", rate=25)
+        stream.height = stream.width = 64
+        stream.pix_fmt = "yuv420p"
+        for n in (n for n in range(80) if n % 5):  # the others become empty chunks
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 3 * n, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = n, Fraction(1, 25)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    reading = Reading()
+    frames = list(read_frames(tmp_path / "a.avi", reading=reading))
+    assert (len(frames), reading.lost, reading.missing) == (64, 0, 0)
+    assert frames[-1].seconds == pytest.approx(79 / 25, abs=0.05)
+
+
+def test_a_broadcast_that_begins_between_key_frames(tmp_path: Path) -> None:
+    whole = film(tmp_path / "a.ts", shades(60), g="25", bf="0")
+    content, packets = whole.read_bytes(), []
+    with av.open(str(whole)) as source:
+        packets = [packet.pos for packet in source.demux(video=0) if packet.size]
+    (tmp_path / "b.ts").write_bytes(content[: 188 * 3] + content[packets[10] :])  # with its tables
+    reading = Reading()
+    frames = list(read_frames(tmp_path / "b.ts", 5, reading=reading))
+    assert reading.lost == 0
+    assert reading.seconds == pytest.approx(35 / 25, abs=0.05)
+    assert [round(float(frame.image.mean()) / 4) for frame in frames] == pytest.approx([25, 34, 42, 50, 59], abs=1)
