@@ -22,6 +22,7 @@ import torch
 from dtn_fast.bench import results, roofline
 from dtn_fast.bench.measure import Measurement, seconds
 from dtn_fast.model.config import DTNConfig
+from dtn_fast.ranges import positive
 
 SHARES = {
     "environment": 0.05,
@@ -149,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="Example: make gpu STAGE=\"kernels model\" BUDGET=300",
     )  # fmt: skip
     parser.add_argument("--stage", nargs="+", choices=list(SHARES), default=list(SHARES), help="stages; default: all")
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds for everything")
+    parser.add_argument("--budget", type=positive, default=540.0, help="seconds for everything")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for the JSON files")
     parser.add_argument("--dry-run", action="store_true", help="small shapes on this CPU, to check that stages work")
     parser.add_argument("--only-environment", action="store_true", help=argparse.SUPPRESS)

@@ -17,6 +17,7 @@ from dtn_fast.bench.measure import Measurement, lines, measure, seconds
 from dtn_fast.bench.tables import write_tables
 from dtn_fast.device import choose_precision
 from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.ranges import positive
 
 WORDS = (*results.SUITES, "faces", "timm", "roofline", "structure", "tables", "compare")
 
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("what", nargs="*", help=f"{', '.join(WORDS)}; default: {' '.join(results.SUITES)}")
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the results (bench/results)")
-    parser.add_argument("--budget", type=float, default=600.0, help="seconds for all suites together")
+    parser.add_argument("--budget", type=positive, default=600.0, help="seconds for all suites together")
     parser.add_argument("--face-model", type=Path, help="faces: YuNet's model file; default: fetched once")
     parser.add_argument("--photos", type=Path, help="faces: folder of photographs with truth.json, to measure recall")
     parser.add_argument("--families", nargs="+", default=(), help="timm: families to try again; default: those missing")

@@ -62,6 +62,13 @@ def checked(verb: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def positive(text: str) -> float:
+    """A number above 0, as a type of argparse's options."""
+    if (number := float(text)) not in Range(above=0):
+        raise ValueError(text)
+    return number
+
+
 def _ranges(owner: Any) -> dict[str, Range]:
     hints = get_type_hints(owner, include_extras=True)
     found = {name: next((m for m in _metadata(hint) if isinstance(m, Range)), None) for name, hint in hints.items()}

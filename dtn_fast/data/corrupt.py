@@ -64,7 +64,8 @@ def corrupt_video(
     Corruptions are applied in order; ``video`` must be the last.  Raises MediaError for an unreadable video,
     UsageError for an unknown corruption.
     """
-    from dtn_fast.data.video import frame_rate, read_frames
+    from dtn_fast.data.video import read_frames
+    from dtn_fast.data.video_index import index_of
     from dtn_fast.data.video_writer import write_timed
 
     for name, level in corruptions:
@@ -80,7 +81,7 @@ def corrupt_video(
         for frame in read_frames(source, threads=threads):
             yield frame.seconds, corrupt_all(frame.image, pixels, (seed, frame.number))
 
-    yield from write_timed(out, frames(), frame_rate(source), crf, preset="medium")
+    yield from write_timed(out, frames(), index_of(source).rate, crf, preset="medium")
 
 
 def corrupt_all(image: Image, corruptions: Sequence[tuple[str, int]], seed: Sequence[int]) -> Image:

@@ -120,11 +120,6 @@ def frame_numbers(path: Path, count: int, check: Check = lambda: None) -> list[i
     return index_of(path, check).choose(count) or []
 
 
-def frame_rate(path: Path) -> float:
-    """Mean number of frames per second of a video.  Raises MediaError when it cannot be read."""
-    return index_of(path).rate
-
-
 def _decoded(path: Path, threads: int, check: Check) -> Iterator[Any]:
     """Every frame in order, None in place of one that cannot be decoded.  Raises av.FFmpegError when none can."""
     import av

@@ -54,9 +54,14 @@ def write_timed(
     rate: float,
     crf: int = 23,
     preset: str = "veryfast",
+    end: float = 0.0,
 ) -> Iterator[int]:
-    """Writes (seconds, frame) pairs like :func:`write_frames`, each shown from its time on; ``rate``: the mean rate."""
-    yield from _write(path, frames, Fraction(rate).limit_denominator(1001), crf, 0, preset)
+    """Writes (seconds, frame) pairs like :func:`write_frames`, each shown from its time on; ``rate``: the mean rate.
+
+    end: time until which the last frame is shown, 0: as long as usual; frames are in order then, without B-frames,
+    because in mp4 only the last one in the file has a duration of its own.
+    """
+    yield from _write(path, frames, Fraction(rate).limit_denominator(1001), crf, 0, preset, end)
 
 
 def _write(
@@ -66,6 +71,7 @@ def _write(
     crf: int,
     rotation: int,
     preset: str,
+    end: float = 0.0,
 ) -> Iterator[int]:
     import av
 
@@ -74,7 +80,9 @@ def _write(
         for number, (seconds, image) in enumerate(frames, 1):
             image = np.pad(image, ((0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)), "edge")
             if stream is None:
-                stream = container.add_stream("libx264", rate=fps, options=h264(crf, preset))
+                stream = container.add_stream(
+                    "libx264", rate=fps, options=h264(crf, preset) | ({"bf": "0"} if end else {})
+                )
                 stream.height, stream.width = image.shape[:2]
                 stream.pix_fmt, stream.thread_count = "yuv420p", 1
                 if rotation:
@@ -89,4 +97,7 @@ def _write(
             yield number
         if stream is None:
             raise MediaError(f"{path}: no frame to write")
-        container.mux(stream.encode())
+        for packet in stream.encode():
+            if end and packet.pts is not None and round(packet.pts * packet.time_base / TICK) == last:
+                packet.duration = max(round((Fraction(end) - last * TICK) / packet.time_base), 1)
+            container.mux(packet)

@@ -33,7 +33,7 @@ def annotate(result: Result, out: Path, threshold: float) -> Iterator[int]:
     frames = (
         (frame.seconds, _drawn(frame, tracks, result.spans, end, threshold)) for frame in frames_of(result.path, 0, 0)
     )
-    yield from write_timed(out, frames, result.reading.total / end)
+    yield from write_timed(out, frames, result.reading.total / end, end=end)
 
 
 def framed(image: NDArray[np.uint8], frames: list[FrameResult], threshold: float, side: int) -> NDArray[np.uint8]:

@@ -172,8 +172,9 @@ def test_a_copy_keeps_the_time_of_every_frame(tmp_path: Path) -> None:
     times = [0, 10, 500, 520, 2500]
     source = film(tmp_path / "a.mkv", shades(5), times)
     frames = [(frame.seconds, frame.image) for frame in read_frames(source)]
-    for _ in write_timed(tmp_path / "b.mp4", iter(frames), index_of(source).rate):
+    for _ in write_timed(tmp_path / "b.mp4", iter(frames), index_of(source).rate, end=4.5):
         pass
+    assert index_of(tmp_path / "b.mp4").seconds == pytest.approx(4.5)  # the last frame is held
     assert [frame.seconds for frame in read_frames(tmp_path / "b.mp4")] == pytest.approx([t / 1000 for t in times])
 
 

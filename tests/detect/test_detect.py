@@ -527,3 +527,34 @@ def test_thousands_of_results_do_not_keep_their_pictures(small: DTN, finder: Dli
     batch = detect_many([str(tmp_path)], TorchScorer(small), tmp_path / "out", finder=finder)
     kept = [bool(result.pictures) and result.whole is not None for result in batch.results]
     assert kept == [True] * DETAILS + [False]
+
+
+def test_a_decoder_that_fails_in_any_way_costs_its_input_alone(
+    small: DTN, finder: DlibFinder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.png", "b.png"):
+        Image.fromarray(scene(320)).save(tmp_path / name)
+
+    def frames(path: Path, *how: object, **more: object) -> Iterator[Frame]:
+        if path.name == "a.png":
+            raise IndexError("out of\nrange")
+        return frames_of(path, *how, **more)
+
+    monkeypatch.setattr("dtn_fast.detect.pipeline.frames_of", frames)
+    batch = detect_many([str(tmp_path)], TorchScorer(small), tmp_path / "out", finder=finder)
+    assert [result.ok for result in batch.results] == [False, True]
+    assert batch.problems == [f"{tmp_path / 'a.png'}: cannot be judged (IndexError: out of range)"]
+
+
+def test_the_results_folder_is_tried_first_and_is_no_input(small: DTN, finder: DlibFinder, tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", [scene(320)] * 3)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file") as error:
+        detect_many([str(tmp_path / "none")], TorchScorer(small), tmp_path / "file" / "out", finder=finder)
+    assert "out" in str(error.value.filename)
+    for _ in range(2):
+        batch = detect_many([str(tmp_path)], TorchScorer(small), tmp_path / "out", DetectConfig(frames=1), True, finder)
+        assert [result.path.name for result in batch.results] == ["a.mp4"]
+    assert batch.notes == [f"{tmp_path / 'out'}: 1 files in the folder of the results were left out"]
+    named = detect_many([str(tmp_path / "out" / "001-a.mp4")], TorchScorer(small), tmp_path / "out", finder=finder)
+    assert len(named.results) == 1  # what is named is judged

@@ -390,3 +390,13 @@ def test_published_weights_are_asked_for(dataset: CropDataset, tmp_path: Path, m
     assert asked == [True, False]
     with pytest.raises(UsageError, match="only models of timm have published weights"):
         run_folder.start_run(tmp_path / "dtn", changed(RECIPE, pretrained=True), SMALL)
+
+
+def test_a_flipped_bit_in_the_training_state_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    save_state(path, {"model": {"weight": torch.arange(4096.0)}})
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 8
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"last.pt: .*another checksum than when it was written.*delete it"):
+        load_state(path)
