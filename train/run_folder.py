@@ -69,7 +69,7 @@ def _begun(run: Path) -> bool:
 
 @dataclass(frozen=True)
 class RunCrops:
-    """The crops that a run is trained on; equal wherever they lie."""
+    """The crops that a run is trained on, compared without their folder."""
 
     folder: str = field(compare=False)
     train: int

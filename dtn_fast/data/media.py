@@ -138,7 +138,7 @@ def find_media(folder: Path) -> MediaFiles:
                 kind = kind_by_name(path)
                 sure = kind in ("picture", "video") and path.suffix.lower() not in AMBIGUOUS
                 try:
-                    kind = kind if sure else kind_of(path)
+                    kind = kind if sure or not path.is_file() else kind_of(path)  # a pipe is not to be opened
                 except OSError as error:
                     found.problems.append(error)
                     continue

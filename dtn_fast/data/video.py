@@ -43,7 +43,7 @@ class Reading:
     total: int = 0
     """Number of frames in the file."""
     missing: int = 0
-    """Number of frames that the file's header promises, or its clock leaves room for, and the file does not hold."""
+    """Number of frames lost to damage: those that the header states and the file lacks, or gaps in its clock."""
     seconds: float = 0.0
     """Length in seconds; 0: a still picture."""
     pages: int = 1

@@ -98,7 +98,7 @@ class VideoIndex:
     keys: list[int]
     """Timestamps of frames from which decoding can start, in order."""
     missing: int = 0
-    """Number of frames that the header promises beyond those in the file, or that its clock leaves room for."""
+    """Number of frames lost to damage: those that the header states and the file lacks, or gaps in its clock."""
     pixel_aspect: float = 1.0
     """Width of a pixel divided by its height."""
 

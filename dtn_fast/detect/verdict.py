@@ -44,8 +44,10 @@ class FrameResult(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A stretch of a video in which a person's score is at or over the threshold: from its first such frame to where
-    its last one ends, each end moved halfway to the nearest analysed frame outside where that is not the next one."""
+    """A stretch of a video in which a person's score is at or over the threshold.
+
+    Between two analysed frames that do not follow each other directly, it begins or ends in the middle.
+    """
 
     start: float
     """Start in seconds from the first frame."""

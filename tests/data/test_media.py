@@ -87,6 +87,8 @@ def test_clutter_and_hidden_files_are_ignored_and_links_followed_once(tmp_path: 
     assert names == ["a.jpg", "gone.jpg", "sub/c.mp4", "one/d.png"]  # the broken link is named when it is read
     assert len(find_media(home / "one").files) == 4  # a link given by name is a folder like another
     os.mkfifo(home / "pipe")  # opening it would wait for ever
+    os.mkfifo(tmp_path / "pipe.ts")
+    assert [path.name for path in find_media(tmp_path).files if path.suffix == ".ts"] == ["pipe.ts"]
     (home / "to a pipe").symlink_to("pipe")
     assert len(find_media(home).files) == 4
 
