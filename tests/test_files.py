@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dtn_fast.errors import DtnError, one_line
-from dtn_fast.files import fitting_name, json_text, longest_name, replacing, write_whole
+from dtn_fast.files import check_writable, fitting_name, json_text, longest_name, replacing, write_whole
 
 
 def test_json_has_no_nan() -> None:
@@ -40,3 +40,13 @@ def test_text_in_one_line() -> None:
     name = "a\n\x1b[31m\u202e" + os.fsdecode(b"\xff") + "\u00e9\u9854\U0001f468\u200d\U0001f469"
     assert one_line(name) == r"a\n\x1b[31m\u202e\xff" + "\u00e9\u9854\U0001f468\u200d\U0001f469"
     assert str(DtnError("two\n  lines \x07")) == r"two lines \x07"
+
+
+def test_a_folder_that_takes_no_file_is_named(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "deep")
+    assert [*(tmp_path / "new" / "deep").iterdir()] == []
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "x", Path("/proc/x")):
+        with pytest.raises(OSError, match=r"Not a directory|No such file") as error:
+            check_writable(folder)
+        assert error.value.filename == str(folder)

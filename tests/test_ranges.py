@@ -9,9 +9,11 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import pytest
 
+from dtn_fast import DTNConfig
 from dtn_fast.cli.main import VERBS, _parsed
 from dtn_fast.errors import UsageError
-from dtn_fast.ranges import Count, Range, Share, check_ranges, checked
+from dtn_fast.ranges import Count, Range, Share, check_ranges, checked, positive
+from dtn_fast.serve.config import ServeConfig
 
 
 def numeric(hint: Any) -> bool:
@@ -104,3 +106,18 @@ def test_functions_and_dataclasses() -> None:
     for arguments in ((0,), (1, 2.0)):
         with pytest.raises(UsageError, match=r"--count 0|--level 2.0"):
             checked(verb)(*arguments)
+
+
+def test_settings_that_are_no_numbers_of_an_option() -> None:
+    with pytest.raises(UsageError, match="--host: empty, which means all networks"):
+        ServeConfig(host="")
+    for name, value in {
+        "mean": (0.4,),
+        "std": (0.2, 0.0, 0.2),
+        "image_size": 10**9,
+        "convs": (1, 2, 2, 2, 200_000),
+    }.items():
+        with pytest.raises(UsageError, match=f"DTNConfig.{name}"):
+            DTNConfig(**{name: value})  # a configuration may come from anywhere
+    with pytest.raises(ValueError, match="nan"):
+        positive("nan")
