@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,6 +13,22 @@ MOST = 10_000_000
 
 class PerSecond(float):
     """Number of frames per second of video."""
+
+
+Wanted = int | PerSecond | Sequence[int] | None
+"""Frames of a video: a number of frames evenly spaced in time (or fewer), a number per second, or the frames with these
+numbers; None: all."""
+
+
+def chosen(times: NDArray[np.float64], count: Wanted) -> list[int] | None:
+    """Numbers of the frames wanted, None: all; times: [frames + 1] seconds, as in :func:`evenly_timed`."""
+    if count is None:
+        return None
+    if isinstance(count, PerSecond):
+        return at_rate(times, count)
+    if isinstance(count, int):
+        return evenly_timed(times, count)
+    return sorted({number for number in count if number < len(times) - 1})
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:

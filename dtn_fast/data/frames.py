@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from dtn_fast.data.corrupt import corrupt_all, corrupt_video
 from dtn_fast.data.even_spacing import evenly_spaced
 from dtn_fast.data.lmdb_store import open_lmdb
+from dtn_fast.data.media_frames import frames_of
 from dtn_fast.data.pictures import read_image
 from dtn_fast.data.video import Frame, Reading, read_frames
 from dtn_fast.data.video_table import Video
@@ -51,7 +52,7 @@ def video_frames(
 
 def _plain(root: Path, video: Video, count: int, lmdb: Path | None, threads: int, reading: Reading) -> Iterator[Frame]:
     if not video.frames:
-        yield from read_frames(root / video.path, count, threads, reading=reading)
+        yield from frames_of(root / video.path, count, threads, reading=reading)
         return
     places = evenly_spaced(len(video.frames), count)
     reading.asked = reading.total = len(places)

@@ -32,6 +32,8 @@ VIDEOS = _endings(
     "mp4 m4v mov qt avi divx mkv webm mpg mpeg mpe m1v m2v vob ts mts m2ts m2t wmv asf flv f4v 3gp 3g2 ogv ogm mxf rm "
     "rmvb dv ivf h264 264 hevc h265 265 mjpeg mjpg"
 )
+MAY_MOVE = _endings("gif webp apng avif avifs")
+"""Endings of pictures that may be moving ones."""
 MOTION_JPEG = _endings("mjpeg mjpg")
 """Endings of videos whose first bytes are those of a JPEG picture."""
 AMBIGUOUS = _endings("ts mts hdr dv rm")

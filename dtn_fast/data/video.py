@@ -15,9 +15,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dtn_fast.data.even_spacing import Wanted, chosen
 from dtn_fast.data.hdr import is_hdr, to_sdr
 from dtn_fast.data.pictures import turned
-from dtn_fast.data.video_index import Check, VideoIndex, Wanted, index_of, open_video, packets_of, reason, video_stream
+from dtn_fast.data.video_index import Check, VideoIndex, index_of, open_video, packets_of, reason, video_stream
 from dtn_fast.errors import MediaError
 
 
@@ -82,7 +83,7 @@ def read_frames(
 
     reading = Reading() if reading is None else reading
     index = index_of(path, check)
-    clip, wanted = index, index.choose(count)
+    clip, wanted = index, chosen(index.times, count)
     reading.asked = index.total if wanted is None else len(wanted)
     reading.total, reading.missing, reading.seconds = index.total, index.missing, index.seconds
     last, given = -1, 0
@@ -98,13 +99,13 @@ def read_frames(
     try:
         if last < 0 and (first := next((number for number, _ in numbered()), 0)):
             clip = index.after(first)  # frames before the first that can be decoded do not count
-            wanted = clip.choose(count)
+            wanted = chosen(clip.times, count)
             reading.asked = clip.total if wanted is None else len(wanted)
             reading.missing += first * index.begins_whole
             reading.seconds = clip.seconds
-        chosen = None if wanted is None else set(wanted)
+        numbers = None if wanted is None else set(wanted)
         for number, image in numbered():
-            if number - first > last and (chosen is None or number - first in chosen):
+            if number - first > last and (numbers is None or number - first in numbers):
                 last, given = number - first, given + 1
                 yield _frame(last, image, clip)
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -117,7 +118,7 @@ def read_frames(
 def frame_numbers(path: Path, count: int, check: Check = lambda: None) -> list[int]:
     """Numbers of the frames that ``read_frames(path, count)`` gives of an undamaged video.  Raises MediaError when it
     cannot be read."""
-    return index_of(path, check).choose(count) or []
+    return chosen(index_of(path, check).times, count) or []
 
 
 def _decoded(path: Path, threads: int, check: Check) -> Iterator[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.even_spacing import PerSecond, at_rate, evenly_timed
 from dtn_fast.errors import MediaError
 
 CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,mxf,rm,dv,ivf,h264,hevc,mjpeg"
@@ -33,9 +32,6 @@ MAX_PIXEL_ASPECT = 4.0
 """Greatest ratio of a pixel's sides that is believed; no camera or disc has more than 2."""
 USUAL_RATE = 25.0
 """Frames per second of a video that states none."""
-Wanted = int | PerSecond | Sequence[int] | None
-"""Frames of a video: a number of frames evenly spaced in time (or fewer), a number per second, or the frames with these
-numbers; None: all."""
 Check = Callable[[], object]
 """Function called for every packet that is read; an exception from it ends the reading."""
 
@@ -127,16 +123,6 @@ class VideoIndex:
         """The index without the frames before ``first``, which cannot be decoded."""
         times = self.times[first:] - self.times[first]
         return replace(self, total=self.total - first, times=times, numbers={}, places={}, keys=[])
-
-    def choose(self, count: Wanted) -> list[int] | None:
-        """Numbers of the frames wanted; None: all."""
-        if count is None:
-            return None
-        if isinstance(count, PerSecond):
-            return at_rate(self.times, count)
-        if isinstance(count, int):
-            return evenly_timed(self.times, count)
-        return sorted({number for number in count if number < self.total})
 
     def segments(self, wanted: list[int]) -> Iterator[tuple[int | None, set[int]]]:
         """Yields runs of frames to decode: (timestamp to seek to or None, requested frame numbers)."""

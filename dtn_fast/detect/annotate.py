@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.faces import Box
+from dtn_fast.data.media_frames import frames_of
 from dtn_fast.data.video import Frame
 from dtn_fast.data.video_writer import write_timed
-from dtn_fast.detect.inputs import frames_of
 from dtn_fast.detect.verdict import Face, FrameResult, Result, Span
 
 RED, GREEN = (220, 40, 40), (30, 160, 70)
@@ -31,7 +31,7 @@ def annotate(result: Result, out: Path, threshold: float) -> Iterator[int]:
             tracks.setdefault(face.person, []).append((frame.number, face))
     end = result.reading.seconds
     frames = (
-        (frame.seconds, _drawn(frame, tracks, result.spans, end, threshold)) for frame in frames_of(result.path, 0, 0)
+        (frame.seconds, _drawn(frame, tracks, result.spans, end, threshold)) for frame in frames_of(result.path, None)
     )
     yield from write_timed(out, frames, result.reading.total / end, end=end)
 

@@ -6,7 +6,6 @@ with its length and the three overlap.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,16 +16,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dtn_fast.data.even_spacing import PerSecond
 from dtn_fast.data.face_finders import FaceFinder, open_finder
 from dtn_fast.data.face_tracker import FaceTracker, Tracked
 from dtn_fast.data.faces import crop_face, cut_of
+from dtn_fast.data.media_frames import frames_of
 from dtn_fast.data.video import Frame
 from dtn_fast.data.video_index import Check
 from dtn_fast.detect.annotate import framed
 from dtn_fast.detect.config import DetectConfig
-from dtn_fast.detect.inputs import frames_of
 from dtn_fast.detect.verdict import Face, FrameResult, Picture, Result, Timing, judge
-from dtn_fast.errors import DtnError, MediaError, UsageError, tell
+from dtn_fast.errors import MediaError, UsageError, tell
 from dtn_fast.explain.heatmap import grad_cam
 from dtn_fast.model.config import CropPolicy, crop_policy
 from dtn_fast.model.detector import Detector
@@ -63,7 +63,8 @@ def detect(
     path, tracker = Path(path), FaceTracker(finder or finder_of(scorer, config), config.every)
     result, kept = Result(path), list[Picture]()
     begin = time.perf_counter()
-    source = functools.partial(frames_of, path, config.frames, config.rate, reading=result.reading)
+    wanted = PerSecond(config.rate) if config.rate else config.frames or None
+    source = lambda check: frames_of(path, wanted, check=check, reading=result.reading)
     try:
         with (
             _Scoring(scorer, result, kept) as scoring,
@@ -84,11 +85,6 @@ def detect(
                     result.whole = frame.image
     except (MediaError, OSError) as error:
         result.error = str(error)
-        return result
-    except DtnError:
-        raise
-    except Exception as error:  # a decoder may raise anything, and the other inputs are not to pay for it
-        result.error = f"{path}: cannot be judged ({type(error).__name__}: {error})".replace("\n", " ")
         return result
     finally:
         result.timing.wall = time.perf_counter() - begin

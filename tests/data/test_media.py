@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dtn_fast.data.config import Source
+from dtn_fast.data.datasets import read
+from dtn_fast.data.frames import video_frames
 from dtn_fast.data.media import HEIC, PICTURES, UNREAD, VIDEOS, find_media, kind_of
-from dtn_fast.data.video import read_frames
+from dtn_fast.data.video import Reading, read_frames
 from dtn_fast.data.video_index import CONTAINERS
 from dtn_fast.data.video_writer import write_video
 
@@ -130,3 +133,17 @@ def test_containers_that_name_other_files_are_not_opened(tmp_path: Path) -> None
 def test_heic_is_read_where_its_reader_is_installed() -> None:
     pytest.importorskip("pillow_heif")
     assert HEIC <= PICTURES
+
+
+def test_moving_pictures_of_a_dataset_are_videos(tmp_path: Path) -> None:
+    frames = [Image.fromarray(np.full((64, 64, 3), 20 * n, np.uint8)) for n in range(10)]
+    folder = tmp_path / "test" / "real"
+    folder.mkdir(parents=True)
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:], duration=40)
+    frames[0].save(folder / "still.gif")
+    table = read(tmp_path, Source("folder"))
+    assert [(Path(v.path).name, len(v.frames)) for v in table.videos] == [("moving.gif", 0), ("still.gif", 1)]
+    reading = Reading()
+    shown = list(video_frames(tmp_path, table.videos[0], 4, reading=reading))
+    assert [frame.number for frame in shown] == [0, 3, 6, 9]
+    assert (reading.asked, reading.seconds) == (4, pytest.approx(0.4))

@@ -29,14 +29,17 @@ from dtn_fast import DTN
 from dtn_fast.cli.terminal import print_table
 from dtn_fast.data.config import FinderConfig
 from dtn_fast.data.crop_dataset import CropDataset
+from dtn_fast.data.even_spacing import PerSecond
 from dtn_fast.data.face_finders import FINDERS, DlibFinder
 from dtn_fast.data.faces import Box, FoundFace, crop_face, cut_of, roll
+from dtn_fast.data.media_frames import frames_of
+from dtn_fast.data.pictures import read_image
 from dtn_fast.data.video import Frame, read_frames
 from dtn_fast.data.video_writer import write_video
 from dtn_fast.detect import detect_many
 from dtn_fast.detect.annotate import annotate
 from dtn_fast.detect.config import DetectConfig
-from dtn_fast.detect.inputs import find_inputs, frames_of
+from dtn_fast.detect.inputs import find_inputs
 from dtn_fast.detect.pipeline import AHEAD, detect, finder_of
 from dtn_fast.detect.report import DETAILS, write_report, write_results
 from dtn_fast.detect.verdict import Face, FrameResult, Result, aggregate, people_of, short_names
@@ -498,7 +501,7 @@ def test_a_moving_picture_is_a_video(small: DTN, finder: DlibFinder, tmp_path: P
     result = detect(tmp_path / "a.webp", Fixed(small, [0.9] * 6), finder=finder)
     assert (result.frames_read, result.moving, result.reading.seconds) == (6, True, pytest.approx(1.2))
     assert [span[:2] for span in result.spans] == [pytest.approx((0, 1.2))]
-    assert [frame.seconds for frame in frames_of(tmp_path / "a.webp", 0, 2.5)] == pytest.approx([0, 0.4, 0.8])
+    assert [frame.seconds for frame in frames_of(tmp_path / "a.webp", PerSecond(2.5))] == pytest.approx([0, 0.4, 0.8])
     for written in annotate(result, tmp_path / "a.mp4", 0.5):
         assert written <= 6
     assert [f.seconds for f in read_frames(tmp_path / "a.mp4")] == pytest.approx([0.2 * n for n in range(6)])
@@ -535,15 +538,15 @@ def test_a_decoder_that_fails_in_any_way_costs_its_input_alone(
     for name in ("a.png", "b.png"):
         Image.fromarray(scene(320)).save(tmp_path / name)
 
-    def frames(path: Path, *how: object, **more: object) -> Iterator[Frame]:
+    def read(path: Path) -> np.ndarray:
         if path.name == "a.png":
             raise IndexError("out of\nrange")
-        return frames_of(path, *how, **more)
+        return read_image(path)
 
-    monkeypatch.setattr("dtn_fast.detect.pipeline.frames_of", frames)
+    monkeypatch.setattr("dtn_fast.data.media_frames.read_image", read)
     batch = detect_many([str(tmp_path)], TorchScorer(small), tmp_path / "out", finder=finder)
     assert [result.ok for result in batch.results] == [False, True]
-    assert batch.problems == [f"{tmp_path / 'a.png'}: cannot be judged (IndexError: out of range)"]
+    assert batch.problems == [f"{tmp_path / 'a.png'}: cannot be read (IndexError: out of range)"]
 
 
 def test_the_results_folder_is_tried_first_and_is_no_input(small: DTN, finder: DlibFinder, tmp_path: Path) -> None:

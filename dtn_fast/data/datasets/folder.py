@@ -12,9 +12,10 @@ from pathlib import Path
 
 from dtn_fast.data.config import Source
 from dtn_fast.data.datasets.parsing import keep_wanted, relative_path
-from dtn_fast.data.media import CLUTTER, Kind, MediaFiles, find_media, kind_by_name, kind_of
+from dtn_fast.data.media import CLUTTER, MAY_MOVE, Kind, MediaFiles, find_media, kind_by_name, kind_of
+from dtn_fast.data.pictures import count_pictures
 from dtn_fast.data.video_table import REAL, SPLITS, Video, VideoTable, audit
-from dtn_fast.errors import UsageError
+from dtn_fast.errors import MediaError, UsageError
 
 SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
                  "test": "test", "testing": "test"}  # fmt: skip
@@ -122,8 +123,17 @@ def _media(root: Path, folder: Path, left_out: MediaFiles) -> Iterator[tuple[str
 
 
 def _kind(path: Path) -> Kind:
+    """The kind of a media file; a moving picture is a video."""
     kind = kind_by_name(path)
-    return kind if kind in ("picture", "video") else kind_of(path)
+    kind = kind if kind in ("picture", "video") else kind_of(path)
+    return "video" if kind == "picture" and path.suffix.lower() in MAY_MOVE and _moves(path) else kind
+
+
+def _moves(path: Path) -> bool:
+    try:
+        return count_pictures(path)[1]
+    except MediaError:
+        return False
 
 
 def _real_folder(root: Path, path: str, frames: tuple[str, ...]) -> str:
