@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,15 @@ def sweep(families: Collection[str] = (), folder: Path = FOLDER, limit: float = 
     Rows of other versions of torch or timm are dropped.  Raises UsageError on a family that timm does not have.
     """
     timm = import_timm()
-    if unknown := set(families) - set(timm.list_modules()):
+    known = [name for name in timm.list_modules() if find_spec(f"timm.models.{name}")]  # not this package's own
+    if unknown := set(families) - set(known):
         raise UsageError(f"--families {' '.join(sorted(unknown))}: unknown; see timm.list_modules()")
     path, origin, rows = folder / TIMM, {**environment(), "timm": timm.__version__}, dict[str, dict[str, Any]]()
     if path.is_file():
         stored = json.loads(path.read_text(encoding="utf-8"))
         if all(stored["environment"][name] == origin[name] for name in ("torch", "timm")):
             rows = {row["family"]: row for row in stored["rows"] if row["family"] not in families}
-    for family in families or timm.list_modules():
+    for family in families or known:
         if family not in rows:
             name, parameters = _smallest(timm, family)
             rows[family] = {
