@@ -44,6 +44,17 @@ def open_video(path: Path) -> Any:
     return av.open(f"file:{path}", options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
 
 
+def comment_of(path: Path) -> str:
+    """The comment stored with a video; empty: none, or no video."""
+    import av
+
+    try:
+        with open_video(path) as container:
+            return str(container.metadata.get("comment", ""))
+    except (av.FFmpegError, OSError, ValueError):
+        return ""
+
+
 def video_stream(container: Any, path: Path, threads: int = 1) -> Any:
     """The stream that a player shows: the default one or else the largest, and no cover picture or thumbnail.
 

@@ -55,13 +55,14 @@ def write_timed(
     crf: int = 23,
     preset: str = "veryfast",
     end: float = 0.0,
+    comment: str = "",
 ) -> Iterator[int]:
     """Writes (seconds, frame) pairs like :func:`write_frames`, each shown from its time on; ``rate``: the mean rate.
 
     end: time until which the last frame is shown, 0: as long as usual; frames are in order then, without B-frames,
-    because in mp4 only the last one in the file has a duration of its own.
+    because in mp4 only the last one in the file has a duration of its own.  comment: stored with the video.
     """
-    yield from _write(path, frames, Fraction(rate).limit_denominator(1001), crf, 0, preset, end)
+    yield from _write(path, frames, Fraction(rate).limit_denominator(1001), crf, 0, preset, end, comment)
 
 
 def _write(
@@ -72,10 +73,12 @@ def _write(
     rotation: int,
     preset: str,
     end: float = 0.0,
+    comment: str = "",
 ) -> Iterator[int]:
     import av
 
     with replacing(path) as partial, av.open(f"file:{partial}", "w", format="mp4") as container:
+        container.metadata["comment"] = comment
         stream, last = None, -1
         for number, (seconds, image) in enumerate(frames, 1):
             image = np.pad(image, ((0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)), "edge")

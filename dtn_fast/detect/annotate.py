@@ -16,6 +16,8 @@ from dtn_fast.data.video import Frame
 from dtn_fast.data.video_writer import write_timed
 from dtn_fast.detect.verdict import Face, FrameResult, Result, Span
 
+MARK = "annotated copy by dtn-fast"
+"""Comment stored with an annotated copy, which is no input of its own when its folder is searched."""
 RED, GREEN = (220, 40, 40), (30, 160, 70)
 
 
@@ -33,7 +35,7 @@ def annotate(result: Result, out: Path, threshold: float) -> Iterator[int]:
     frames = (
         (frame.seconds, _drawn(frame, tracks, result.spans, end, threshold)) for frame in frames_of(result.path, None)
     )
-    yield from write_timed(out, frames, result.reading.total / end, end=end)
+    yield from write_timed(out, frames, result.reading.total / end, end=end, comment=MARK)
 
 
 def framed(image: NDArray[np.uint8], frames: list[FrameResult], threshold: float, side: int) -> NDArray[np.uint8]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dtn_fast.data.face_finders import FaceFinder
+from dtn_fast.data.video_index import comment_of
+from dtn_fast.detect.annotate import MARK
 from dtn_fast.detect.annotate import annotate as write_annotated
 from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.inputs import find_inputs
@@ -29,7 +31,7 @@ class BatchResult:
     timing: Timing = field(default_factory=Timing)
     """Times, summed over all inputs."""
     own: int = 0
-    """Number of files in the folder of the results that were left out: they are this program's."""
+    """Number of annotated copies in the folder of the results, which were left out."""
     annotated: list[Path] = field(default_factory=list)
     """Annotated videos written."""
     notes: list[str] = field(default_factory=list)
@@ -71,9 +73,9 @@ def detect_many(
     batch = BatchResult()
     paths = []
     for path, error in find_inputs(list(inputs)):
-        inside = str(path) not in inputs and path.resolve().is_relative_to(out.resolve())
-        paths += [] if inside else [(path, error)]
-        batch.own += inside
+        own = str(path) not in inputs and path.parent.resolve() == out.resolve() and comment_of(path) == MARK
+        paths += [] if own else [(path, error)]
+        batch.own += own
     finder = finder or finder_of(scorer, config)
     batch.inputs = len(paths)
     for number, (path, error) in enumerate(paths, 1):
@@ -100,7 +102,7 @@ def detect_many(
         batch.results.append(result)
         watch(batch, one_line(path.name))
     if batch.own:
-        batch.notes.append(f"{out}: {batch.own} files in the folder of the results were left out")
+        batch.notes.append(f"{out}: {batch.own} annotated copies of an earlier run were left out")
     write_results(out / "results.json", batch.results, scorer.notice, config.threshold)
     title, notices = "Face forgery report", [trained_on(scorer.notice), *batch.notes]
     write_report(out / "report.html", title, notices, None, batch.results, threshold=config.threshold)

@@ -550,14 +550,18 @@ def test_a_decoder_that_fails_in_any_way_costs_its_input_alone(
 
 
 def test_the_results_folder_is_tried_first_and_is_no_input(small: DTN, finder: DlibFinder, tmp_path: Path) -> None:
-    write_video(tmp_path / "a.mp4", [scene(320)] * 3)
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file") as error:
         detect_many([str(tmp_path / "none")], TorchScorer(small), tmp_path / "file" / "out", finder=finder)
     assert "out" in str(error.value.filename)
-    for _ in range(2):
-        batch = detect_many([str(tmp_path)], TorchScorer(small), tmp_path / "out", DetectConfig(frames=1), True, finder)
-        assert [result.path.name for result in batch.results] == ["a.mp4"]
-    assert batch.notes == [f"{tmp_path / 'out'}: 1 files in the folder of the results were left out"]
-    named = detect_many([str(tmp_path / "out" / "001-a.mp4")], TorchScorer(small), tmp_path / "out", finder=finder)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_video(folder / "a.mp4", [scene(320)] * 3)
+    for out in (folder, folder / "out"):  # the inputs' own folder is one to write to as well
+        for _ in range(2):
+            batch = detect_many([str(folder)], TorchScorer(small), out, DetectConfig(frames=1), True, finder)
+            assert [result.path.name for result in batch.results] == ["a.mp4"]
+        assert batch.notes == [f"{out}: 1 annotated copies of an earlier run were left out"]
+        (out / "001-a.mp4").rename(tmp_path / "001-a.mp4")
+    named = detect_many([str(tmp_path / "001-a.mp4")], TorchScorer(small), tmp_path, finder=finder)
     assert len(named.results) == 1  # what is named is judged
