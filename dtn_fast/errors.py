@@ -14,6 +14,11 @@ def one_line(text: str) -> str:
     return re.sub(hidden, lambda found: found[0].encode("unicode_escape").decode().replace("\\udc", "\\x"), text)
 
 
+def reason(error: BaseException) -> str:
+    """The cause that an error of another library states, or else its kind, in one line."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+
+
 class DtnWarning(UserWarning):
     """A fact that a person should know about a result that is given nevertheless; the command line prints it in one
     line."""

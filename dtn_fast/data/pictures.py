@@ -7,7 +7,7 @@ import functools
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.errors import DtnError, MediaError
+from dtn_fast.errors import DtnError, MediaError, reason
 
 HEIF = ("HEIF",) if find_spec("pillow_heif") else ()
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", *HEIF)
@@ -132,7 +132,8 @@ def _opened(file: Path | io.BytesIO, name: str) -> Iterator[Any]:
     except DtnError:
         raise
     except Exception as error:  # Pillow's decoders raise errors of any kind
-        raise MediaError(f"{name}: cannot read this image ({_reason(error)})") from error
+        cause = re.sub(r" ?<_io\.\S+ object at \w+>|b'\S*'", "", reason(error))
+        raise MediaError(f"{name}: cannot read this image ({cause})") from error
 
 
 def _check_size(width: int, height: int, name: str) -> None:
@@ -147,11 +148,6 @@ def _unknown(error: MediaError) -> bool:
     return isinstance(error.__cause__, UnidentifiedImageError)
 
 
-def _reason(error: BaseException) -> str:
-    text = re.sub(r"\s+", " ", str(getattr(error, "strerror", None) or error)).strip()
-    return re.sub(r" ?<_io\.\S+ object at \w+>|b'\S*'", "", text) or type(error).__name__
-
-
 # ------------------------------------------------------------------------------------------------ colours
 
 
@@ -164,13 +160,12 @@ def _upright_rgb(image: Any) -> NDArray[np.uint8]:
         orientation = image.getexif().get(0x0112, 1)
     except Exception:  # damaged metadata
         orientation = 1
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    _refuse_misread(tags)
     if image.mode == "F" or image.mode.startswith("I"):
-        return turned(_shown(*_values(image)), orientation)
-    if image.format == "TIFF":
-        _values(image)  # refuses what Pillow reads wrongly
+        return turned(_shown(*_values(image, tags)), orientation)
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    if image.mode in ("P", "PA", "RGBA", "RGBa", "LA", "La"):
-        image = image.convert("RGBA" if image.mode == "RGBa" else "LA" if image.mode == "La" else image.mode)
+    if image.mode in ("P", "PA", "RGBA", "LA"):
         image = image.convert("L" if image.mode == "LA" else "RGB")
     image = _in_srgb(image).convert("RGB")
     if alpha is not None:
@@ -178,27 +173,25 @@ def _upright_rgb(image: Any) -> NDArray[np.uint8]:
     return turned(np.asarray(image), orientation)
 
 
-def _values(image: Any) -> tuple[NDArray[Any], float]:
-    """Values of an image of more than 8 bits, and the one that is white; 0: to be told from the values.
+def _refuse_misread(tags: Mapping[int, Any]) -> None:
+    """Raises ValueError for the forms of TIFF, told by its tags, that Pillow reads wrongly."""
+    bits, signed = max(tags.get(258, (0,))), 2 in tags.get(339, ())
+    if signed and bits in (8, 16):
+        raise ValueError("a TIFF of signed numbers is not read; convert it to PNG")
+    if tags.get(284) == 2 and tags.get(277, 1) > 1 and bits > 8:
+        raise ValueError("a TIFF of planes of more than 8 bits is not read; convert it to PNG")
 
-    Raises ValueError for the forms of TIFF that Pillow reads wrongly.
-    """
-    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
-    bits, samples = max(tags.get(258, (0,))), int(tags.get(277, 1))
-    planes, signed = tags.get(284, 1) == 2 and samples > 1 and bits > 8, 2 in tuple(tags.get(339, (1,)))
-    if planes or (signed and bits in (8, 16)):
-        kind = "signed numbers" if signed else "planes of more than 8 bits"
-        raise ValueError(f"a TIFF of {kind} is not read; convert it to PNG")
-    if image.mode not in ("F", "I") and not image.mode.startswith("I;"):
-        return np.empty((0, 0)), 0.0
-    values = np.asarray(image)
-    if image.mode == "I" and bits == 32 and not signed:
+
+def _values(image: Any, tags: Mapping[int, Any]) -> tuple[NDArray[Any], float]:
+    """Values of an image of more than 8 bits, and the one that is white; 0: to be told from the values."""
+    values, bits, unsigned = np.asarray(image), max(tags.get(258, (0,))), 2 not in tags.get(339, ())
+    if image.mode == "I" and bits == 32 and unsigned:
         values = values.view(np.uint32)
-    wide = image.mode == "I" and values.max(initial=0) > 65535
-    white = float(2**bits - 1) if 8 < bits < 16 or (wide and not signed) else 0.0
-    if tags.get(262) == 0 and values.dtype.kind in "iu":  # 0 is white
-        values = (white or float(65535 if bits <= 16 else 2**32 - 1)) - values.astype(np.float64)
-        white = white or float(65535 if bits <= 16 else 2**32 - 1)
+    wide = values.dtype == np.uint32 and values.max(initial=0) > 65535
+    white = float(2**bits - 1) if 8 < bits < 16 or wide else 0.0
+    if tags.get(262) == 0 and image.mode != "F":  # the value 0 is white
+        white = white or 65535.0
+        values = white - values.astype(np.float64)
     return values, white
 
 
@@ -231,9 +224,9 @@ def _srgb() -> Any:
 def _shown(values: NDArray[Any], white: float = 0.0, linear: bool = False) -> NDArray[np.uint8]:
     """Grey or RGB values of more than 8 bits as 8-bit RGB [H, W, 3].
 
-    white: the value that is white, if it is known.  Integers have 16 bits unless none needs more than 8, or one needs
-    more than 16.  Floats are from 0 to 1 or, if most
-    of those above 0 are larger, from 0 to 255 or 65535.  Those from 0 to 1 with brighter highlights are linear light.
+    white: the value that is white, if it is known.  Else integers have 16 bits unless none needs more than 8, or one
+    needs more than 16; floats are from 0 to 1 or, if most of those above 0 are larger, from 0 to 255 or 65535.  Floats
+    from 0 to 1 with brighter highlights are linear light.
     """
     values = np.nan_to_num(values.astype(np.float32 if values.dtype.kind == "f" else np.float64), nan=0, neginf=0)
     some = values[:: max(values.shape[0] // 512, 1), :: max(values.shape[1] // 512, 1)]

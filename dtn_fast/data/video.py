@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from dtn_fast.data.even_spacing import Wanted, chosen
 from dtn_fast.data.hdr import is_hdr, to_sdr
 from dtn_fast.data.pictures import turned
-from dtn_fast.data.video_index import Check, VideoIndex, index_of, open_video, packets_of, reason, video_stream
-from dtn_fast.errors import MediaError
+from dtn_fast.data.video_index import Check, VideoIndex, index_of, open_video, packets_of, video_stream
+from dtn_fast.errors import MediaError, reason
 
 
 class Frame(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.errors import MediaError
+from dtn_fast.errors import MediaError, reason
 
 CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,mxf,rm,dv,ivf,h264,hevc,mjpeg"
 """Container formats that are opened.  Playlists and scripts, which make a decoder read other files, are excluded."""
@@ -226,9 +225,3 @@ def _hole(steps: NDArray[np.float64], starts: NDArray[np.bool_], tick: float) ->
         return 0
     gaps = np.round(steps / usual) - 1
     return int(gaps[(gaps >= HOLE) & starts].sum())
-
-
-def reason(error: BaseException) -> str:
-    """The cause that an error of FFmpeg states, in one line."""
-    text = re.sub(r"\s+", " ", str(getattr(error, "strerror", None) or error)).strip()
-    return text or type(error).__name__
