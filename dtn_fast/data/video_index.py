@@ -22,9 +22,10 @@ MAX_VIDEO_PIXELS = 36_000_000
 HOLE = 5
 """Number of frames from which on a gap in a regular clock is damage; smaller ones are frames that a camera dropped."""
 BROADCAST = ("mpegts", "mpeg", "mpegvideo")
+"""Containers of broadcasts, which never pause."""
 JUMP = 10.0
-"""Seconds from which on a step of the clock of a broadcast (MPEG-TS, MPEG-PS), which may start anew within a file, is
-none of its video; FFmpeg's own value."""
+"""Seconds from which on a step of an inexact clock is no time of the video, because it starts anew in joined files;
+FFmpeg's own value."""
 DAMAGES = 100
 """Maximum number of errors in a container after which reading goes on."""
 MAX_PIXEL_ASPECT = 4.0
@@ -205,10 +206,10 @@ def index_of(path: Path, check: Check = lambda: None) -> VideoIndex:
         steady = False
     if not MAX_PIXEL_ASPECT >= pixel_aspect >= 1 / MAX_PIXEL_ASPECT:
         pixel_aspect = 1.0
-    exactly, roughly = (numbers if wanted else {} for wanted in (exact, whole and steady and not exact))
-    return VideoIndex(
-        len(stamps), times, exactly, roughly, sorted(keys) if exact and whole else [], max(missing, 0), pixel_aspect
-    )
+    exact_numbers = numbers if exact else {}
+    places = numbers if steady and not exact else {}
+    keys = sorted(keys) if exact_numbers else []
+    return VideoIndex(len(stamps), times, exact_numbers, places, keys, max(missing, 0), pixel_aspect)
 
 
 def _hole(steps: NDArray[np.float64], starts: NDArray[np.bool_], tick: float) -> int:
