@@ -24,7 +24,7 @@ from dtn_fast.data.augment import Augment, DeviceAugment
 from dtn_fast.data.blend import self_blended
 from dtn_fast.data.config import AUGMENTATIONS, PrepareConfig
 from dtn_fast.data.crop_dataset import CropDataset, ShardFiles
-from dtn_fast.data.face_finders import DlibFinder
+from dtn_fast.data.dlib_finders import DlibFinder
 from dtn_fast.data.face_tracker import FaceTracker
 from dtn_fast.data.faces import Box, crop_face, cut_of
 from dtn_fast.data.loader import Loader

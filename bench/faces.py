@@ -23,9 +23,11 @@ from PIL import Image as PillowImage
 from dtn_fast.bench.bench_data import film, one_core
 from dtn_fast.bench.results import FACES, environment, write_json
 from dtn_fast.data.config import FinderConfig, PrepareConfig
-from dtn_fast.data.face_finders import DlibFinder, FaceFinder, Image, open_finder
+from dtn_fast.data.dlib_finders import DlibFinder
+from dtn_fast.data.face_finders import open_finder
 from dtn_fast.data.face_tracker import FaceTracker
 from dtn_fast.data.faces import Box, Cut, FoundFace, crop_face
+from dtn_fast.data.finder_base import FaceFinder, Image
 from dtn_fast.data.pictures import read_image
 from dtn_fast.data.video import read_frames
 from dtn_fast.errors import UsageError

@@ -114,7 +114,7 @@ class _Progress:
 def _print_prepared(out: Path) -> None:
     """Prints the counts of the crop dataset in ``out``.  Raises DtnError when videos could not be read."""
     from dtn_fast.data.crop_dataset import open_crop_dataset
-    from dtn_fast.data.face_finders import MAX_FACES
+    from dtn_fast.data.finder_base import MAX_FACES
     from dtn_fast.data.prepare import mask_notes
     from dtn_fast.data.video_table import noun
 

@@ -16,8 +16,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.face_finders import FaceFinder
 from dtn_fast.data.faces import Box, Cut, FoundFace, crop_face, roll
+from dtn_fast.data.finder_base import FaceFinder
 
 Look = NDArray[np.float32]
 

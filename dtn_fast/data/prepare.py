@@ -24,13 +24,15 @@ from numpy.typing import NDArray
 
 from dtn_fast.data.config import FinderConfig, PrepareConfig, WorkConfig
 from dtn_fast.data.crop_dataset import INDEX, SHARDS, VERSION, open_landmarks, open_masks, open_shard, sealed
-from dtn_fast.data.face_finders import YUNET_SHA256, FaceFinder, open_finder
+from dtn_fast.data.face_finders import open_finder
 from dtn_fast.data.face_tracker import FaceTracker, Tracked
 from dtn_fast.data.faces import Box, crop_face, cut_of, resize_square
+from dtn_fast.data.finder_base import FaceFinder
 from dtn_fast.data.forged_face import Mask, forged_faces, masks_of
 from dtn_fast.data.frames import landmarks, video_frames
 from dtn_fast.data.video import Frame, Reading
 from dtn_fast.data.video_table import Video, VideoTable
+from dtn_fast.data.yunet_finder import YUNET_SHA256
 from dtn_fast.dataclass_json import differences
 from dtn_fast.errors import DtnError, MediaError, UsageError
 from dtn_fast.files import write_whole

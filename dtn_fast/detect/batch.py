@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dtn_fast.data.face_finders import FaceFinder
+from dtn_fast.data.finder_base import FaceFinder
 from dtn_fast.data.video_index import comment_of
 from dtn_fast.detect.annotate import MARK
 from dtn_fast.detect.annotate import annotate as write_annotated

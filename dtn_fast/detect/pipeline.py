@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.even_spacing import PerSecond
-from dtn_fast.data.face_finders import FaceFinder, open_finder
+from dtn_fast.data.face_finders import open_finder
 from dtn_fast.data.face_tracker import FaceTracker, Tracked
 from dtn_fast.data.faces import crop_face, cut_of
+from dtn_fast.data.finder_base import FaceFinder
 from dtn_fast.data.media_frames import frames_of
 from dtn_fast.data.video import Frame
 from dtn_fast.data.video_index import Check

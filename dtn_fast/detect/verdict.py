@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.face_finders import MAX_FACES
 from dtn_fast.data.faces import Box
+from dtn_fast.data.finder_base import MAX_FACES
 from dtn_fast.data.video import Reading
 from dtn_fast.errors import one_line
 

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 from skimage import data
 
+from dtn_fast.data import dlib_finders as D
 from dtn_fast.data import face_finders as F
+from dtn_fast.data import finder_base as B
+from dtn_fast.data import yunet_finder as Y
 from dtn_fast.data.config import FinderConfig
-from dtn_fast.data.faces import FoundFace, roll
+from dtn_fast.data.faces import Box, FoundFace, roll
 from dtn_fast.errors import UsageError
 from dtn_fast.model.config import CropPolicy
 
@@ -27,7 +30,7 @@ PORTRAIT = PHOTO[:320, 60:380]
 def yunet_file() -> Path | None:
     """YuNet's model: $DTN_YUNET, or shared/models in a folder above this one."""
     given = os.environ.get("DTN_YUNET")
-    places = [Path(given)] if given else [p / "shared" / "models" / F.YUNET[1] for p in Path(__file__).parents]
+    places = [Path(given)] if given else [p / "shared" / "models" / Y.YUNET[1] for p in Path(__file__).parents]
     return next((path for path in places if path.is_file()), None)
 
 
@@ -35,7 +38,7 @@ YUNET = yunet_file()
 NAMES = ["dlib", pytest.param("yunet", marks=pytest.mark.skipif(YUNET is None, reason="no model: set DTN_YUNET"))]
 
 
-def finder(name: str, **config: object) -> F.FaceFinder:
+def finder(name: str, **config: object) -> B.FaceFinder:
     return F.open_finder(FinderConfig(name, YUNET if name == "yunet" else None, **config))
 
 
@@ -87,7 +90,7 @@ def test_the_smallest_face_is_a_choice(name: str) -> None:
 def test_turned_heads_are_found(name: str, degrees: int) -> None:
     turn = cv2.getRotationMatrix2D((160, 160), degrees, 1.0)  # anticlockwise
     image = cv2.warpAffine(PORTRAIT, turn, (320, 320), borderValue=(120, 120, 120))
-    expected = FoundFace(F.Box.around((164, 126), 91), 1.0).placed(turn).box
+    expected = FoundFace(Box.around((164, 126), 91), 1.0).placed(turn).box
     for turned in (False, True):
         (found,) = finder(name, turned=turned)([image])[0]
         assert found.box.overlap(expected) > 0.6
@@ -134,8 +137,9 @@ def test_a_crowd_is_cut_to_its_largest_faces_and_a_huge_frame_is_searched_in_bou
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     searched: list[int] = []
-    scaled = F._scaled
-    monkeypatch.setattr(F, "_scaled", lambda *a: searched.append((image := scaled(*a)).size // 3) or image)
+    scaled = B.scaled
+    for module in (B, D, Y):
+        monkeypatch.setattr(module, "scaled", lambda *a: searched.append((image := scaled(*a)).size // 3) or image)
     frame = np.zeros((4320, 7680, 3), np.uint8)  # 8K
     for number in range(200):
         side = 380 if number < 20 else 350
@@ -143,8 +147,8 @@ def test_a_crowd_is_cut_to_its_largest_faces_and_a_huge_frame_is_searched_in_bou
         face = cv2.resize(PORTRAIT[30:240, 60:270], (side, side), interpolation=cv2.INTER_AREA)
         frame[y * 420 : y * 420 + side, x * 384 : x * 384 + side] = face
     found = finder(name, min_face=20)([frame])[0]
-    assert len(found) == F.MAX_FACES
-    assert max(searched) <= 1.01 * F.MAX_SEARCH
+    assert len(found) == B.MAX_FACES
+    assert max(searched) <= 1.01 * B.MAX_SEARCH
     sides = [face.box.side for face in found]
     assert sides == sorted(sides, reverse=True)
     assert min(sides[:15]) > 1.03 * sides[-1]
@@ -184,7 +188,7 @@ def test_yunet_is_fetched_once_and_checked(tmp_path: Path, monkeypatch: pytest.M
         F.open_finder(FinderConfig("yunet"))
     with pytest.raises(UsageError, match="not the file whose checksum is pinned"):
         F.open_finder(FinderConfig("yunet"))
-    assert asked == [F.YUNET] * 2
+    assert asked == [Y.YUNET] * 2
     if YUNET is not None:
         monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: str(YUNET))
         assert len(F.open_finder(FinderConfig("yunet"))([PORTRAIT])[0]) == 1  # without asking the hub
@@ -200,7 +204,7 @@ def test_a_network_that_is_no_face_finder_is_refused() -> None:
 
 def test_dlib_is_given_whole_arrays() -> None:
     """It reads a view of a larger picture wrongly, such as the window of a face that needs no scaling."""
-    search = F.DlibFinder()
+    search = D.DlibFinder()
     detector, given = search._detector(), list[bool]()
 
     class Spy:
@@ -209,17 +213,17 @@ def test_dlib_is_given_whole_arrays() -> None:
             return detector.run(image, *more)
 
     search._own.detector = Spy()
-    for side in F.NEAR_SIDES:
-        assert search.near(PHOTO, FoundFace(F.Box.around((224, 126), side), 1.0)) is not None
+    for side in D.NEAR_SIDES:
+        assert search.near(PHOTO, FoundFace(Box.around((224, 126), side), 1.0)) is not None
     assert len(given) == 16
     assert all(given)
 
 
 def test_a_model_s_policy_names_the_finder_and_the_config_overrides_it() -> None:
-    assert isinstance(F.open_finder(FinderConfig()), F.DlibFinder)
+    assert isinstance(F.open_finder(FinderConfig()), D.DlibFinder)
     if YUNET is not None:
-        assert isinstance(F.open_finder(FinderConfig(face_model=YUNET), CropPolicy("yunet")), F.YunetFinder)
-        assert isinstance(F.open_finder(FinderConfig("dlib"), CropPolicy("yunet")), F.DlibFinder)
+        assert isinstance(F.open_finder(FinderConfig(face_model=YUNET), CropPolicy("yunet")), Y.YunetFinder)
+        assert isinstance(F.open_finder(FinderConfig("dlib"), CropPolicy("yunet")), D.DlibFinder)
 
 
 @pytest.mark.skipif("DTN_DLIB_MODELS" not in os.environ, reason="set DTN_DLIB_MODELS to a folder of dlib's models")
@@ -227,7 +231,7 @@ def test_dlib_s_network_and_landmarks() -> None:
     folder = Path(os.environ["DTN_DLIB_MODELS"])
     small = FinderConfig("dlib-cnn", folder / "mmod_human_face_detector.dat", min_face=80)
     (found,) = F.open_finder(small)([PORTRAIT])[0]
-    assert found.box.overlap(F.Box.around((164, 126), 91)) > 0.5
+    assert found.box.overlap(Box.around((164, 126), 91)) > 0.5
     for name, count, known in (
         ("shape_predictor_68_face_landmarks.dat", 68, 68),
         ("shape_predictor_5_face_landmarks.dat", 5, 3),
@@ -237,15 +241,15 @@ def test_dlib_s_network_and_landmarks() -> None:
         assert points is not None
         assert (len(points), int(np.isfinite(points).all(1).sum())) == (count, known)
         assert roll(points) == pytest.approx(0, abs=8)
-        assert F.Box.around((164, 126), 110).left < np.nanmin(points[:, 0])
+        assert Box.around((164, 126), 110).left < np.nanmin(points[:, 0])
 
 
 class Eyes:
     """A landmark model that puts two eyes level in its picture, 40 pixels beside the middle, and a nose below."""
 
     def __call__(self, image: np.ndarray, rectangle: Any) -> Any:
-        middle = F.LANDMARK_SIDE / 2
-        assert image.shape == (F.LANDMARK_SIDE, F.LANDMARK_SIDE, 3)
+        middle = B.LANDMARK_SIDE / 2
+        assert image.shape == (B.LANDMARK_SIDE, B.LANDMARK_SIDE, 3)
         assert image.flags.c_contiguous
         x, y = [middle + 40, middle + 40, middle - 40, middle - 40, middle], [middle] * 4 + [middle + 30]
         points = [SimpleNamespace(x=a, y=b) for a, b in zip(x, y, strict=True)]
@@ -256,8 +260,8 @@ class Eyes:
 def test_a_landmark_model_sees_every_face_upright_followed_ones_too(
     degrees: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(F.FaceFinder, "_predictor", lambda _: Eyes())
-    search = F.DlibFinder(FinderConfig("dlib", landmark_model=tmp_path))
+    monkeypatch.setattr(B.FaceFinder, "_predictor", lambda _: Eyes())
+    search = D.DlibFinder(FinderConfig("dlib", landmark_model=tmp_path))
     image = np.ascontiguousarray(np.rot90(PORTRAIT, degrees // 90))  # anticlockwise
     (found,) = search([image])[0]
     followed = search.near(image, found)
@@ -269,7 +273,7 @@ def test_a_landmark_model_sees_every_face_upright_followed_ones_too(
         turned = (roll(face.points) or 0) + degrees
         assert abs((turned + 180) % 360 - 180) < 1
         assert face.points[:2].mean(0) == pytest.approx(face.box.center, abs=1)
-        assert np.hypot(*(face.points[1] - face.points[0])) == pytest.approx(80 * 2 * face.box.side / F.LANDMARK_SIDE)
+        assert np.hypot(*(face.points[1] - face.points[0])) == pytest.approx(80 * 2 * face.box.side / B.LANDMARK_SIDE)
 
 
 @pytest.mark.parametrize("shape", [(30, 60000), (60000, 30), (1200, 1200), (2160, 3840)])
@@ -277,16 +281,16 @@ def test_turned_frames_are_bounded_whatever_their_shape(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turned: list[int] = []
-    monkeypatch.setattr(F.DlibFinder, "_search", lambda _, image, *a, **b: turned.append(image[..., 0].size) or [])
-    F.DlibFinder()([np.zeros((*shape, 3), np.uint8)])
+    monkeypatch.setattr(D.DlibFinder, "_search", lambda _, image, *a, **b: turned.append(image[..., 0].size) or [])
+    D.DlibFinder()([np.zeros((*shape, 3), np.uint8)])
     assert len(turned) == 8
-    assert max(turned[1:]) <= 1.05 * F.QUICK_SEARCH
+    assert max(turned[1:]) <= 1.05 * B.QUICK_SEARCH
 
 
 def test_exactly_as_many_faces_as_are_given_are_no_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
-    faces = [FoundFace(F.Box(n, 0, n + 9, 9), 1.0) for n in range(F.MAX_FACES + 1)]
-    search, given = F.DlibFinder(), faces[:-1]
-    monkeypatch.setattr(F.DlibFinder, "_search", lambda *_, **__: list(given))
-    assert (len(search([PORTRAIT])[0]), search.crowded) == (F.MAX_FACES, False)
+    faces = [FoundFace(Box(n, 0, n + 9, 9), 1.0) for n in range(B.MAX_FACES + 1)]
+    search, given = D.DlibFinder(), faces[:-1]
+    monkeypatch.setattr(D.DlibFinder, "_search", lambda *_, **__: list(given))
+    assert (len(search([PORTRAIT])[0]), search.crowded) == (B.MAX_FACES, False)
     given = faces
-    assert (len(search([PORTRAIT])[0]), search.crowded) == (F.MAX_FACES, True)
+    assert (len(search([PORTRAIT])[0]), search.crowded) == (B.MAX_FACES, True)

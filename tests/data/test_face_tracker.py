@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from dtn_fast.data.face_finders import DlibFinder, FaceFinder
+from dtn_fast.data.dlib_finders import DlibFinder
 from dtn_fast.data.face_tracker import MEMORY, FaceTracker, Tracked
 from dtn_fast.data.faces import Box, FoundFace
+from dtn_fast.data.finder_base import FaceFinder
 from dtn_fast.data.pictures import read_image
 
 ASTRONAUT = np.ascontiguousarray(data.astronaut()[:320, 60:380])

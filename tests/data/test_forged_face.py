@@ -15,9 +15,9 @@ from dtn_fast.data import prepare as P
 from dtn_fast.data.config import FinderConfig, PrepareConfig, Source, WorkConfig
 from dtn_fast.data.crop_dataset import CropDataset, open_crop_dataset
 from dtn_fast.data.datasets import read
-from dtn_fast.data.face_finders import FaceFinder
 from dtn_fast.data.face_tracker import Tracked
 from dtn_fast.data.faces import Box, FoundFace
+from dtn_fast.data.finder_base import FaceFinder
 from dtn_fast.data.forged_face import forged_faces, masks_of
 from dtn_fast.data.prepare import prepare
 from dtn_fast.data.video import Frame, read_frames

@@ -32,7 +32,7 @@ from dtn_fast.data.config import PrepareConfig, Source, WorkConfig
 from dtn_fast.data.crop_dataset import open_crop_dataset
 from dtn_fast.data.datasets import read
 from dtn_fast.data.datasets.ffpp import read_ffpp
-from dtn_fast.data.face_finders import DlibFinder
+from dtn_fast.data.dlib_finders import DlibFinder
 from dtn_fast.data.face_tracker import FaceTracker
 from dtn_fast.data.faces import Box, FoundFace
 from dtn_fast.data.prepare import PrepareProgress, prepare

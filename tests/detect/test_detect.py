@@ -29,8 +29,9 @@ from dtn_fast import DTN
 from dtn_fast.cli.terminal import print_table
 from dtn_fast.data.config import FinderConfig
 from dtn_fast.data.crop_dataset import CropDataset
+from dtn_fast.data.dlib_finders import DlibFinder
 from dtn_fast.data.even_spacing import PerSecond
-from dtn_fast.data.face_finders import FINDERS, DlibFinder
+from dtn_fast.data.face_finders import FINDERS
 from dtn_fast.data.faces import Box, FoundFace, crop_face, cut_of, roll
 from dtn_fast.data.media_frames import frames_of
 from dtn_fast.data.pictures import read_image
