@@ -95,7 +95,7 @@ def moe_gate(
 ):  # fmt: skip
     """Expert gate, without noise because engines do not train.  Grid (ceil(rows_total / BLOCK_T),)."""
     moe_forward(
-        X, W1, B1, W2, B2, EXPERT_SCALE, None, Y, None, None, 0.0, rows_total, C, C,
+        X, W1, B1, W2, B2, EXPERT_SCALE, None, Y, None, None, None, 0.0, rows_total, C, C,
         E, C, M, BLOCK_T, BLOCK_C, BLOCK_M, BLOCK_OUT, False, False, False, PRECISION,
     )  # fmt: skip
 

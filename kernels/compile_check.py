@@ -142,14 +142,19 @@ def mas_launches(n: int, dim: int, dtype: torch.dtype, batch: int = 2, heads: in
     return launches + mas_attention_kernel.backward(o, q, k, v, scale, o, rows, *grads, partial)
 
 
-def moe_launches(experts: int, hidden: int, channels: int, std: float, dtype: torch.dtype) -> list[Launch]:
-    """Forward and backward launches of the expert gate on 4,096 positions."""
-    x, winner = _empty(4096, channels, dtype=dtype), _empty(4096, dtype=torch.int8)
+def moe_launches(
+    experts: int, hidden: int, channels: int, std: float, dtype: torch.dtype, batch: int
+) -> list[Launch]:
+    """Forward and backward launches of the expert gate on ``batch`` maps of 8x8 positions."""
+    total = batch * 64
+    x, winner = _empty(total, channels, dtype=dtype), _empty(total, dtype=torch.int8)
     small = [_empty(experts, hidden), _empty(experts, hidden), _empty(experts), _empty(experts)]
     weights = [_empty(experts, hidden, channels, dtype=dtype), *small]
-    seed, a = torch.empty((), dtype=torch.int64, device="meta"), _empty(4096)
-    launches = moe_gate_kernel.forward(x, *weights, seed, std, torch.empty_like(x), a, winner)
-    return launches + moe_gate_kernel.backward(x, x, *weights, seed, std, a, winner, torch.empty_like(x))[0]
+    seed, a = torch.empty((), dtype=torch.int64, device="meta"), _empty(total)
+    kept = (a, winner, _empty(total, hidden, dtype=dtype))
+    launches = moe_gate_kernel.forward(x, *weights, seed, std, torch.empty_like(x), *kept)
+    weights.pop(1)  # b1
+    return launches + moe_gate_kernel.backward(x, x, *weights, seed, std, *kept, torch.empty_like(x))[0]
 
 
 def bn_launches(channels: int, side: int, pool: bool, dtype: torch.dtype, batch: int = 32) -> list[Launch]:
@@ -201,16 +206,16 @@ def shipped(arch: int) -> Iterator[tuple[str, torch.dtype, list[Launch]]]:
             yield "N=64 D=64", half, mas_launches(64, 64, half)[:1]
         finally:
             del launch_values.override["mas_small_forward"]
-    for experts, hidden, channels, std, dtype in [
-        (2, 128, 512, 0.1, half),
-        (2, 128, 512, 0.0, half),
-        (2, 128, 512, 0.1, full),
-        (4, 256, 512, 0.1, half),
-        (2, 32, 128, 0.1, half),
-        (3, 48, 96, 0.1, torch.float16),
+    for experts, hidden, channels, std, dtype, batch in [
+        *((2, 128, 512, 0.1, half, batch) for batch in (32, 64, 128, 256)),
+        (2, 128, 512, 0.0, half, 256),
+        (2, 128, 512, 0.1, full, 256),
+        (4, 256, 512, 0.1, half, 256),
+        (2, 32, 128, 0.1, half, 256),
+        (3, 48, 96, 0.1, torch.float16, 256),
     ]:
-        launches = moe_launches(experts, hidden, channels, std, dtype)
-        yield f"E={experts} M={hidden} C={channels}{'' if std else ' no noise'}", dtype, launches
+        launches = moe_launches(experts, hidden, channels, std, dtype, batch)
+        yield f"B={batch} E={experts} M={hidden} C={channels}{'' if std else ' no noise'}", dtype, launches
     for channels, side, pool, dtype in [
         (32, 256, True, half),
         (512, 16, False, half),

@@ -22,11 +22,11 @@ from dtn_fast.kernels.dispatch import (
 
 LIBRARY.define(
     "moe_forward(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor expert_scale, Tensor? seed,"
-    " float noise_std, str path) -> (Tensor out, Tensor attention, Tensor winner)"
+    " float noise_std, bool keep, str path) -> (Tensor out, Tensor attention, Tensor winner, Tensor hidden)"
 )
 LIBRARY.define(
     "moe_backward(Tensor grad, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor expert_scale, Tensor? seed,"
-    " float noise_std, Tensor attention, Tensor winner, str path) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " float noise_std, Tensor attention, Tensor winner, Tensor hidden, str path) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 MAX_EXPERTS, MAX_HIDDEN = 8, 256
@@ -53,27 +53,28 @@ def _moe_triton(path: str, x: Tensor, w1: Tensor) -> bool:
 
 
 @implement("moe_forward")
-def _moe_forward(x, w1, b1, w2, b2, expert_scale, seed, noise_std, path):
+def _moe_forward(x, w1, b1, w2, b2, expert_scale, seed, noise_std, keep, path):
     batch, _, height, width = x.shape
     if not _moe_triton(path, x, w1):
         out, attention, winner = reference.moe_gate_forward(x, w1, b1, w2, b2, expert_scale, noise_std, seed)
-        return out.contiguous(memory_format=torch.channels_last), attention.to(torch.float32), winner
+        out = out.contiguous(memory_format=torch.channels_last)
+        return out, attention.to(torch.float32), winner, _hidden_like(x, w1, keep).zero_()  # backward computes it
     from dtn_fast.kernels import moe_gate_kernel as kernels
     from dtn_fast.kernels.launch import rows_of
 
-    out = map_like(x)
+    out, hidden = map_like(x), _hidden_like(x, w1, keep)
     attention = x.new_empty((batch, height, width), dtype=torch.float32)
     winner = x.new_empty((batch, height, width), dtype=torch.int8)
     seed = torch.zeros((), dtype=torch.int64, device=x.device) if seed is None else seed
     weights = (w1.to(x.dtype).contiguous(), *(t.contiguous() for t in (b1, w2, b2, expert_scale)))
-    rows = rows_of(x)
-    for launch in kernels.forward(rows, *weights, seed, noise_std, rows_of(out), attention, winner):
+    outputs = (rows_of(out), attention, winner, hidden if keep else None)
+    for launch in kernels.forward(rows_of(x), *weights, seed, noise_std, *outputs):
         launch.run()
-    return out, attention, winner
+    return out, attention, winner, hidden
 
 
 @implement("moe_backward")
-def _moe_backward(grad, x, w1, b1, w2, b2, expert_scale, seed, noise_std, attention, winner, path):
+def _moe_backward(grad, x, w1, b1, w2, b2, expert_scale, seed, noise_std, attention, winner, hidden, path):
     if not _moe_triton(path, x, w1):
         grads = reference.moe_gate_backward(grad, x, w1, b1, w2, b2, expert_scale, noise_std, seed, winner)
         return grads[0].contiguous(memory_format=torch.channels_last), *grads[1:]
@@ -82,42 +83,52 @@ def _moe_backward(grad, x, w1, b1, w2, b2, expert_scale, seed, noise_std, attent
 
     dx = map_like(x)
     seed = torch.zeros((), dtype=torch.int64, device=x.device) if seed is None else seed
-    weights = (w1.to(x.dtype).contiguous(), *(t.contiguous() for t in (b1, w2, b2, expert_scale)))
+    weights = (w1.to(x.dtype).contiguous(), *(t.contiguous() for t in (w2, b2, expert_scale)))
     rows = (rows_of(grad), rows_of(x))
-    launches, partial, dw1 = kernels.backward(*rows, *weights, seed, noise_std, attention, winner, rows_of(dx))
+    launches, partial, dw1 = kernels.backward(*rows, *weights, seed, noise_std, attention, winner, hidden, rows_of(dx))
     for launch in launches:
         launch.run()
     small = (w1, b1, w2, b2, expert_scale)
     return dx, *(g.to(p.dtype).contiguous() for g, p in zip(kernels.finish(partial, dw1), small, strict=True))
 
 
+def _hidden_like(x: Tensor, w1: Tensor, keep: bool) -> Tensor:
+    """Uninitialised hidden units of the winning experts, [B H W, M] or, unless they are kept for a backward, [0, M]."""
+    return x.new_empty((x.numel() // x.shape[1] if keep else 0, w1.shape[1]))
+
+
 @fake("moe_forward")
-def _(x, w1, b1, w2, b2, expert_scale, seed, noise_std, path):
+def _(x, w1, b1, w2, b2, expert_scale, seed, noise_std, keep, path):
     shape = (x.shape[0], x.shape[2], x.shape[3])
-    return map_like(x), x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int8)
+    maps = x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int8)
+    return map_like(x), *maps, _hidden_like(x, w1, keep)
 
 
 @fake("moe_backward")
-def _(grad, x, w1, b1, w2, b2, expert_scale, seed, noise_std, attention, winner, path):
+def _(grad, x, w1, b1, w2, b2, expert_scale, seed, noise_std, attention, winner, hidden, path):
     return map_like(x), *(t.new_empty(t.shape) for t in (w1, b1, w2, b2, expert_scale))
 
 
 class _MoE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, expert_scale, seed, noise_std, path):
-        out, attention, winner = torch.ops.dtn_fast.moe_forward(x, w1, b1, w2, b2, expert_scale, seed, noise_std, path)
+    def forward(ctx, x, w1, b1, w2, b2, expert_scale, seed, noise_std, keep, path):
+        out, attention, winner, hidden = torch.ops.dtn_fast.moe_forward(
+            x, w1, b1, w2, b2, expert_scale, seed, noise_std, keep, path
+        )
         ctx.noise_std, ctx.path, ctx.has_seed = noise_std, path, seed is not None
         kept = () if seed is None else (seed,)
-        ctx.save_for_backward(x, w1, b1, w2, b2, expert_scale, attention, winner, *kept)
+        ctx.save_for_backward(x, w1, b1, w2, b2, expert_scale, attention, winner, hidden, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        *inputs, attention, winner = ctx.saved_tensors[:8]
-        seed = ctx.saved_tensors[8] if ctx.has_seed else None
-        grads = torch.ops.dtn_fast.moe_backward(grad, *inputs, seed, ctx.noise_std, attention, winner, ctx.path)
-        return *grads, None, None, None
+        *inputs, attention, winner, hidden = ctx.saved_tensors[:9]
+        seed = ctx.saved_tensors[9] if ctx.has_seed else None
+        grads = torch.ops.dtn_fast.moe_backward(
+            grad, *inputs, seed, ctx.noise_std, attention, winner, hidden, ctx.path
+        )
+        return *grads, None, None, None, None
 
 
 def moe_gate(
@@ -172,4 +183,6 @@ def moe_gate(
         return onnx_nodes.moe_gate(x, w1, b1, w2, b2, expert_scale)
     if traced_as_torch():
         return reference.moe_gate(x, w1, b1, w2, b2, expert_scale, float(noise_std), seed)
-    return _MoE.apply(x, w1, b1, w2, b2, expert_scale, seed, float(noise_std), path)
+    leaves = (x, w1, b1, w2, b2, expert_scale)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
+    return _MoE.apply(*leaves, seed, float(noise_std), keep, path)

@@ -85,10 +85,11 @@ def test_opcheck_attention(n: int) -> None:
 def test_opcheck_gate() -> None:
     tensors = gate(torch.float32, grad=False)
     for seed, std in ((None, 0.0), (torch.tensor(3), 0.5)):
-        arguments = (*tensors, seed, std, "auto")
-        torch.library.opcheck(torch.ops.dtn_fast.moe_forward.default, arguments)
-        out, attention_map, winner = torch.ops.dtn_fast.moe_forward(*arguments)
-        arguments = (out, *tensors, seed, std, attention_map, winner, "auto")
+        for keep in (False, True):
+            arguments = (*tensors, seed, std, keep, "auto")
+            torch.library.opcheck(torch.ops.dtn_fast.moe_forward.default, arguments)
+        out, *kept = torch.ops.dtn_fast.moe_forward(*arguments)
+        arguments = (out, *tensors, seed, std, *kept, "auto")
         torch.library.opcheck(torch.ops.dtn_fast.moe_backward.default, arguments)
 
 

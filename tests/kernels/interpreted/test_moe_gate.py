@@ -22,8 +22,8 @@ def draw(OUT, SEED, EXPERT: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, C
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start = tl.program_id(1) * COLS
     calls = (rows[:, None] * (C // 8) + start // 8).to(tl.uint32) + tl.arange(0, COLS // 8)[None, :]
-    z = kernels._noise(tl.load(SEED), EXPERT, calls, ROWS, COLS, False)
-    tl.store(OUT + rows[:, None] * C + start + tl.arange(0, COLS)[None, :], z)
+    radius, turn = kernels._noise(tl.load(SEED), EXPERT, calls, 1.0, ROWS, COLS, False)
+    tl.store(OUT + rows[:, None] * C + start + tl.arange(0, COLS)[None, :], radius * turn)
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**62 - 1, -5])
@@ -131,7 +131,7 @@ def test_no_noise_draws_nothing_and_noise_differs_between_experts(monkeypatch: p
     rows, args = rows_of(tensors[0]), tensors[1:]
     for std, noise in ((0.0, False), (0.1, True)):
         maps = torch.empty(16), torch.empty(16, dtype=torch.int8)
-        (launch,) = kernels.forward(rows, *args, torch.tensor(0), std, torch.empty_like(rows), *maps)
+        (launch,) = kernels.forward(rows, *args, torch.tensor(0), std, torch.empty_like(rows), *maps, None)
         assert launch.constants["NOISE"] is noise
 
 
