@@ -79,7 +79,7 @@ def mas_attention_flash(
     SCALE: tl.constexpr, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """MAS attention on packed QKV, any N.  Grid (ceil(N / BLOCK_M), B H)."""
+    """MAS attention on packed QKV, any N.  Grid (ceil(N / BLOCK_M) B H,)."""
     mas_flash_forward(
         QKV, QKV + H * D, QKV + 2 * H * D, HEAD_SCALE, O, None, SCALE,
         3 * N * H * D, 3 * H * D, D, 3 * N * H * D, 3 * H * D, D, 3 * N * H * D, 3 * H * D, D, N * H * D, H * D, D,
@@ -293,11 +293,9 @@ class _Offers:
         kinds = ", ".join([DTYPES[self._dtypes[dtype]]] * count)
         return [self.trtp.AutoTuneCombination(kinds, "LINEAR", range(1, len(images) + 1))]
 
-    def kernel(self, image: Image, grid: tuple[Any, ...], extra: tuple[Any, ...]) -> Any:
-        """An image with its grid and the integers that it takes after its inputs."""
-        params = self.trtp.KernelLaunchParams(grid_x=grid[0], block_x=image.threads, shared_mem=image.shared)
-        if len(grid) > 1:
-            params.grid_y = grid[1]
+    def kernel(self, image: Image, programs: Any, extra: tuple[Any, ...]) -> Any:
+        """An image with its number of programs and the integers that it takes after its inputs."""
+        params = self.trtp.KernelLaunchParams(grid_x=programs, block_x=image.threads, shared_mem=image.shared)
         numbers = self.trtp.SymIntExprs(len(extra))
         for position, value in enumerate(extra):
             numbers[position] = self.trtp.SymInt32(value)
@@ -322,8 +320,7 @@ def _register_attention(offers: _Offers) -> None:
     def mas_kernel(qkv: Desc, head_scale: Desc, scale: float, outputs: tuple[Desc], tactic: int) -> Kernel:
         image = offers.attention(qkv, scale)[max(tactic - 1, 0)]
         pairs = qkv.shape_expr[0] * qkv.shape[3]
-        grid = (-(-qkv.shape[1] // image.rows), pairs) if image.rows else (pairs,)
-        return offers.kernel(image, grid, ())
+        return offers.kernel(image, pairs * -(-qkv.shape[1] // image.rows) if image.rows else pairs, ())
 
 
 def _register_gate(offers: _Offers) -> None:
@@ -347,7 +344,7 @@ def _register_gate(offers: _Offers) -> None:
     ) -> Kernel:
         image = offers.gate(x, w1)[max(tactic - 1, 0)]
         rows = x.shape_expr[0] * x.shape_expr[1]
-        return offers.kernel(image, (trtp.cdiv(rows, image.rows),), (rows,))
+        return offers.kernel(image, trtp.cdiv(rows, image.rows), (rows,))
 
 
 def main(arguments: list[str] | None = None) -> int:

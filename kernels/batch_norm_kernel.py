@@ -42,9 +42,10 @@ def _corner(out, WIDTH: tl.constexpr, HALF_H: tl.constexpr, HALF_W: tl.constexpr
 
 
 @triton.jit
-def _hat(X, rows, cols, mask, mean, r, C: tl.constexpr):
+def _centred(X, rows, cols, mask, mean, C: tl.constexpr):
+    """x - mean: xhat before its division by the deviation, which the columns' factors hold."""
     x = tl.load(X + rows[:, None].to(tl.int64) * C + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    return (x - mean[None, :]) * r[None, :]
+    return x - mean[None, :]
 
 
 @triton.jit
@@ -55,45 +56,49 @@ def _better(z, best):
 
 @triton.jit
 def column_of(W, B, MEAN, VAR, cols, eps, C: tl.constexpr):
+    """mean, r = 1 / sqrt(v + eps), w r and b of the columns: BN(x) = (x - mean) w r + b."""
     good = cols < C
     mean = tl.load(MEAN + cols, mask=good, other=0.0)
     r = 1.0 / tl.sqrt(tl.load(VAR + cols, mask=good, other=1.0) + eps)
     w = tl.load(W + cols, mask=good, other=0.0).to(tl.float32)
     b = tl.load(B + cols, mask=good, other=0.0).to(tl.float32)
-    return mean, r, w, b
+    return mean, r, w * r, b
 
 
 @triton.jit
 def _window(
-    X, DY, out, rows_out, cols, mean, r, w, b,
+    X, DY, out, rows_out, cols, mean, scale, b,
     C: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
     WIDTH: tl.constexpr, HALF_H: tl.constexpr, HALF_W: tl.constexpr,
 ):  # fmt: skip
-    """Gradient g, index in the window (0 to 3) and xhat of the input that gave each output."""
+    """Gradient g, index in the window (0 to 3) and x - mean of the input that gave each output."""
     mask = (out[:, None] < rows_out) & (cols[None, :] < C)
     dy = tl.load(DY + out[:, None].to(tl.int64) * C + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     first = out
     if POOL:
         first = _corner(out, WIDTH, HALF_H, HALF_W)
-    hat = _hat(X, first, cols, mask, mean, r, C)
-    best = hat * w[None, :] + b[None, :]
-    pick = tl.full(hat.shape, 0, tl.int32)
+    x = _centred(X, first, cols, mask, mean, C)
+    best = x * scale[None, :] + b[None, :]
+    pick = tl.full(x.shape, 0, tl.int32)
     if POOL:
         for k in tl.static_range(1, 4):
-            other = _hat(X, first + (k // 2) * WIDTH + k % 2, cols, mask, mean, r, C)
-            z = other * w[None, :] + b[None, :]
+            other = _centred(X, first + (k // 2) * WIDTH + k % 2, cols, mask, mean, C)
+            z = other * scale[None, :] + b[None, :]
             more = _better(z, best)
-            best, hat, pick = tl.where(more, z, best), tl.where(more, other, hat), tl.where(more, k, pick)
+            best, x, pick = tl.where(more, z, best), tl.where(more, other, x), tl.where(more, k, pick)
     if RELU:
         dy = tl.where((best <= 0.0) | (mask == 0), 0.0, dy)
-    return dy, pick, hat
+    return dy, pick, x
 
 
 # ------------------------------------------------------------------------------------------------ kernels
 
 
 @triton.jit
-def bn_stats(X, PARTIAL, total, C: tl.constexpr, STEPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+def bn_stats(
+    X, PARTIAL, total,
+    C: tl.constexpr, STEPS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Writes mean and sum of squared deviations of this program's rows to PARTIAL [splits, 2, C]."""
     split = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -101,7 +106,7 @@ def bn_stats(X, PARTIAL, total, C: tl.constexpr, STEPS: tl.constexpr, BLOCK_T: t
     shift = tl.load(X + cols, mask=good, other=0.0).to(tl.float32)
     s1 = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     s2 = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for step in tl.range(0, STEPS):
+    for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):  # so many loads are under way at once
         rows = ((split * STEPS + step) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
         mask = (rows[:, None] < total) & good[None, :]
         x = tl.load(X + rows[:, None] * C + cols[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -155,14 +160,14 @@ def bn_apply(
     out = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (out[:, None] < rows_out) & (cols[None, :] < C)
-    mean, r, w, b = column_of(W, B, MEAN, VAR, cols, eps, C)
+    mean, _, scale, b = column_of(W, B, MEAN, VAR, cols, eps, C)
     first = out
     if POOL:
         first = _corner(out, WIDTH, HALF_H, HALF_W)
-    best = _hat(X, first, cols, mask, mean, r, C) * w[None, :] + b[None, :]
+    best = _centred(X, first, cols, mask, mean, C) * scale[None, :] + b[None, :]
     if POOL:
         for k in tl.static_range(1, 4):
-            z = _hat(X, first + (k // 2) * WIDTH + k % 2, cols, mask, mean, r, C) * w[None, :] + b[None, :]
+            z = _centred(X, first + (k // 2) * WIDTH + k % 2, cols, mask, mean, C) * scale[None, :] + b[None, :]
             best = tl.where(_better(z, best), z, best)
     at = out[:, None].to(tl.int64) * C + cols[None, :]
     if RELU:
@@ -182,16 +187,16 @@ def bn_backward_stats(
     """Writes the sums of g xhat and of g over this program's outputs to PARTIAL [splits, 2, C]."""
     split = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean, r, w, b = column_of(W, B, MEAN, VAR, cols, eps, C)
+    mean, r, scale, b = column_of(W, B, MEAN, VAR, cols, eps, C)
     dw = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     db = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for step in tl.range(0, STEPS):
         out = (split * STEPS + step) * BLOCK_T + tl.arange(0, BLOCK_T)
-        g, _, hat = _window(X, DY, out, rows_out, cols, mean, r, w, b, C, RELU, POOL, WIDTH, HALF_H, HALF_W)
-        dw += g * hat
+        g, _, x = _window(X, DY, out, rows_out, cols, mean, scale, b, C, RELU, POOL, WIDTH, HALF_H, HALF_W)
+        dw += g * x
         db += g
     at = PARTIAL + split.to(tl.int64) * 2 * C + cols
-    tl.store(at, tl.sum(dw, 0), mask=cols < C)
+    tl.store(at, tl.sum(dw, 0) * r, mask=cols < C)
     tl.store(at + C, tl.sum(db, 0), mask=cols < C)
 
 
@@ -205,29 +210,30 @@ def bn_backward_apply(
     out = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (out[:, None] < rows_out) & (cols[None, :] < C)
-    mean, r, w, b = column_of(W, B, MEAN, VAR, cols, eps, C)
-    dw = tl.load(SUMS + cols, mask=cols < C, other=0.0) / total
-    db = tl.load(SUMS + C + cols, mask=cols < C, other=0.0) / total
-    g, pick, hat = _window(X, DY, out, rows_out, cols, mean, r, w, b, C, True, POOL, WIDTH, HALF_H, HALF_W)
-    scale = (w * r)[None, :]
+    mean, r, scale, b = column_of(W, B, MEAN, VAR, cols, eps, C)
+    # dx = scale g + (x - mean) from_x + constant
+    from_x = (-scale * r * tl.load(SUMS + cols, mask=cols < C, other=0.0) / total)[None, :]
+    constant = (-scale * tl.load(SUMS + C + cols, mask=cols < C, other=0.0) / total)[None, :]
+    g, pick, x = _window(X, DY, out, rows_out, cols, mean, scale, b, C, True, POOL, WIDTH, HALF_H, HALF_W)
+    g *= scale[None, :]
     if POOL:
         first = _corner(out, WIDTH, HALF_H, HALF_W)
         for k in tl.static_range(4):
             rows = first + (k // 2) * WIDTH + k % 2
-            own = _hat(X, rows, cols, mask, mean, r, C)  # read again, from cache
-            dx = scale * (tl.where(pick == k, g, 0.0) - db[None, :] - own * dw[None, :])
+            own = _centred(X, rows, cols, mask, mean, C)  # read again, from cache
+            dx = own * from_x + tl.where(pick == k, g + constant, constant)
             tl.store(DX + rows[:, None].to(tl.int64) * C + cols[None, :], dx.to(DX.dtype.element_ty), mask=mask)
     else:
-        dx = scale * (g - db[None, :] - hat * dw[None, :])
+        dx = x * from_x + (g + constant)
         tl.store(DX + out[:, None].to(tl.int64) * C + cols[None, :], dx.to(DX.dtype.element_ty), mask=mask)
 
 
 # ------------------------------------------------------------------------------------------------ launchers
 
 
-def tiles(kernel: str, x: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+def tiles(kernel: str, x: Tensor, pool: bool = False) -> tuple[dict[str, int], dict[str, int]]:
     """Launch options and block sizes of ``kernel`` for x [..., C]."""
-    options, values = settings(kernel, x, C=x.shape[-1])
+    options, values = settings(kernel, x, C=x.shape[-1], POOL=int(pool))
     return options, {**values, "BLOCK_C": min(values["BLOCK_C"], triton.next_power_of_2(x.shape[-1]))}
 
 
@@ -275,7 +281,7 @@ def apply(
     residual: Tensor | None, y: Tensor,
 ) -> Launch:  # fmt: skip
     """Launch that fills y: relu(BN(x)), pooled if y is shorter than x; with ``residual``, BN(x) + residual."""
-    options, constants = tiles("bn_apply", x)
+    options, constants = tiles("bn_apply", x, len(y) < len(x))
     constants = {"RELU": residual is None, **_shape(size, x.shape[1], len(y) < len(x)), **constants}
     grid = (triton.cdiv(len(y), constants["BLOCK_T"]), triton.cdiv(x.shape[1], constants["BLOCK_C"]))
     args = (x, weight, bias, mean, var, y if residual is None else residual, y, float(eps), len(y))
@@ -287,7 +293,7 @@ def backward_stats(
     size: tuple[int, int], relu: bool = True,
 ) -> tuple[Launch, Tensor]:  # fmt: skip
     """Launch that fills partial sums, and these sums [splits, 2, C]; their sum over splits is (dw, db)."""
-    options, constants = tiles("bn_backward_stats", x)
+    options, constants = tiles("bn_backward_stats", x, len(dy) < len(x))
     channels = x.shape[1]
     columns = triton.cdiv(channels, constants["BLOCK_C"])
     splits = share_rows(len(dy), columns, constants)
@@ -302,7 +308,7 @@ def backward_apply(
     size: tuple[int, int], sums: Tensor, dx: Tensor,
 ) -> Launch:  # fmt: skip
     """Launch that fills dx [T, C] from ``sums`` [2, C], which holds dw and db."""
-    options, constants = tiles("bn_backward_apply", x)
+    options, constants = tiles("bn_backward_apply", x, len(dy) < len(x))
     constants = {**_shape(size, x.shape[1], len(dy) < len(x)), **constants}
     grid = (triton.cdiv(len(dy), constants["BLOCK_T"]), triton.cdiv(x.shape[1], constants["BLOCK_C"]))
     args = (x, weight, bias, mean, var, dy, sums, dx, float(eps), len(dy), len(x))

@@ -142,9 +142,7 @@ def mas_launches(n: int, dim: int, dtype: torch.dtype, batch: int = 2, heads: in
     return launches + mas_attention_kernel.backward(o, q, k, v, scale, o, rows, *grads, partial)
 
 
-def moe_launches(
-    experts: int, hidden: int, channels: int, std: float, dtype: torch.dtype, batch: int
-) -> list[Launch]:
+def moe_launches(experts: int, hidden: int, channels: int, std: float, dtype: torch.dtype, batch: int) -> list[Launch]:
     """Forward and backward launches of the expert gate on ``batch`` maps of 8x8 positions."""
     total = batch * 64
     x, winner = _empty(total, channels, dtype=dtype), _empty(total, dtype=torch.int8)
@@ -175,7 +173,7 @@ def bn_launches(channels: int, side: int, pool: bool, dtype: torch.dtype, batch:
 def lc_launches(channels: int, side: int, dtype: torch.dtype, batch: int = 32) -> list[Launch]:
     """Forward and backward launches of the local connection on maps [batch, channels, side, side]."""
     rows = [_empty(batch * side * side, channels, dtype=dtype) for _ in range(4)]  # m, x, z, y
-    weight, column, size = _empty(channels, 9), [_empty(channels) for _ in range(5)], (side, side)
+    weight, column, size = _empty(9, channels), [_empty(channels) for _ in range(5)], (side, side)
     launches = local_connection_kernel.forward(*rows[:2], weight, *column[:3], 1e-5, size, *rows[2:], *column[3:])
     stats, partial = local_connection_kernel.backward_stats(rows[3], rows[2], *column[1:], 1e-5)
     last, _ = local_connection_kernel.backward(
@@ -184,8 +182,8 @@ def lc_launches(channels: int, side: int, dtype: torch.dtype, batch: int = 32) -
     return [*launches, stats, last]
 
 
-PERSISTENT = {"PERSISTENT": 4, "STAGES": 2, "num_warps": 4, "num_stages": 2}
-"""Launch values with which :func:`shipped` compiles the persistent forward kernel."""
+PERSISTENT = {"PERSISTENT": 2, "STAGES": 3, "num_warps": 4, "num_stages": 2}
+"""Launch values with which :func:`shipped` compiles the persistent kernels."""
 
 
 def shipped(arch: int) -> Iterator[tuple[str, torch.dtype, list[Launch]]]:
@@ -201,11 +199,13 @@ def shipped(arch: int) -> Iterator[tuple[str, torch.dtype, list[Launch]]]:
     for n, dim, dtype in cases:
         yield f"N={n} D={dim}", dtype, mas_launches(n, dim, dtype)
     if arch >= 90:
-        launch_values.override["mas_small_forward"] = PERSISTENT
+        both = ("mas_small_forward", "mas_small_backward")
+        launch_values.override.update(dict.fromkeys(both, PERSISTENT))
         try:
-            yield "N=64 D=64", half, mas_launches(64, 64, half)[:1]
+            yield "N=64 D=64", half, mas_launches(64, 64, half)
         finally:
-            del launch_values.override["mas_small_forward"]
+            for kernel in both:
+                del launch_values.override[kernel]
     for experts, hidden, channels, std, dtype, batch in [
         *((2, 128, 512, 0.1, half, batch) for batch in (32, 64, 128, 256)),
         (2, 128, 512, 0.0, half, 256),

@@ -71,8 +71,9 @@ class Work(NamedTuple):
     barriers: float
     flops: float
     """Floating-point operations of the products."""
-    moved: float
-    """Bytes of global loads and stores, those that the cache serves included."""
+    loaded: float
+    stored: float
+    """Bytes of global loads and stores, those that a cache serves included."""
     in_flight: float
     """Bytes of loads that a program has under way at once."""
 
@@ -109,7 +110,13 @@ def count(compiled: Any, launch: Launch, arch: int) -> Work:
         for place in range(first, last + 1):
             weight[place] *= times
     warps = launch.options["num_warps"]
-    kinds = {"special": _SPECIAL, "float32": _FLOAT, "integer": _INTEGER, "shared": _SHARED, "barriers": re.compile("BAR")}
+    kinds = {
+        "special": _SPECIAL,
+        "float32": _FLOAT,
+        "integer": _INTEGER,
+        "shared": _SHARED,
+        "barriers": re.compile("BAR"),
+    }
     sums = dict.fromkeys(kinds, 0.0)
     for times, (name, _) in zip(weight, code, strict=True):
         for kind, pattern in kinds.items():
@@ -117,16 +124,18 @@ def count(compiled: Any, launch: Launch, arch: int) -> Work:
                 sums[kind] += times
                 break
     tiles, _ = _described(compiled.asm["ttir"], launch)
-    width = [_width(name) * warps * 32 if re.match("LDG|STG", name) else 0 for name, _ in code]
     loads = list(weight)  # a pipelined loop's last copies ahead are masked out
     for (first, last), times in zip(loops, trips, strict=True):
         for place in range(first, last + 1):
             if code[place][0].startswith("LDGSTS"):
                 loads[place] *= max(times - launch.options["num_stages"] + 1, 0) / times
-    moved = sum(a * b for a, b in zip(loads, width, strict=True)) + tiles * max([1.0, *trips])
+    moved = {"LDG": tiles * max([1.0, *trips]), "STG": 0.0}
+    for times, (name, _) in zip(loads, code, strict=True):
+        if name[:3] in moved:
+            moved[name[:3]] += times * _width(name) * warps * 32
     return Work(
         sum(weight) * warps, *(sums[k] * warps for k in ("special", "float32", "integer", "shared")),
-        sums["barriers"], flops, moved, _in_flight(code, loops, compiled.asm["ttir"], launch),
+        sums["barriers"], flops, moved["LDG"], moved["STG"], _in_flight(code, loops, compiled.asm["ttir"], launch),
     )  # fmt: skip
 
 
@@ -143,15 +152,25 @@ def predict(launch: Launch, compiled: Any, arch: int, resident: int) -> Predicti
     lanes = {**LANES, "float32": machine.fp32}
     parts = {"issue": work.instructions / 4 * share}
     parts |= {pipe: getattr(work, pipe) * 32 / width * share for pipe, width in lanes.items()}
-    parts["cache"] = work.moved * programs / machine.cache
-    parts["tensor"] = work.flops * programs / machine.tensor
-    busy = min(resident, -(-programs // machine.processors))
-    possible = busy * machine.processors * max(work.in_flight, 1) / machine.latency
-    parts["memory"] = moved / min(machine.bandwidth, 2 * possible)  # what is loaded is also stored, about
+    if work.flops:  # tiles of a product pass the first-level cache once; other kernels' loads often hit it
+        parts["tensor"] = work.flops * programs / machine.tensor
+        parts["cache"] = (work.loaded + work.stored) * programs / machine.cache
+    parts["memory"] = moved / machine.bandwidth
+    busy = min(resident, -(-programs // machine.processors)) * machine.processors
+    reads = work.loaded / (work.loaded + work.stored)
+    parts["latency"] = moved * reads * machine.latency / (busy * max(work.in_flight, 1))
     limit = max(parts, key=lambda k: parts[k])
     largest = max(t.numel() for t in tensors.values())
     return Prediction(
-        launch.name, arch, programs, moved, work.instructions * 32 * programs / largest, resident, parts[limit], limit, parts
+        launch.name,
+        arch,
+        programs,
+        moved,
+        work.instructions * 32 * programs / largest,
+        resident,
+        parts[limit],
+        limit,
+        parts,
     )
 
 

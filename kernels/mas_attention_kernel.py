@@ -32,6 +32,8 @@ from dtn_fast.kernels.launch import INTERPRET, Launch, product_precision
 from dtn_fast.kernels.launch_values import SMALL, settings
 
 LOG2E = 1.4426950408889634
+PROCESSORS = 132
+"""Multiprocessors for which persistent kernels are compiled without a GPU: H100's and H200's."""
 
 
 # ------------------------------------------------------------------------------------------------ device functions
@@ -68,6 +70,14 @@ def _softmax(q, k, cols, n, scale, EXACT: tl.constexpr, PRECISION: tl.constexpr)
         s = tl.where(cols[None, :] < n, s, -float("inf"))
     p = tl.exp2(s - tl.max(s, 1)[:, None])
     return p, tl.sum(p, 1)
+
+
+@triton.jit
+def _ds(p, do, v, factor, PRECISION: tl.constexpr):
+    """factor * P * (dP - delta) and sum_i delta_i; both zero in rows where dO is."""
+    weighted = p * tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    ds = (weighted - p * tl.sum(weighted, 1)[:, None]) * factor
+    return ds.to(v.dtype), tl.sum(weighted)
 
 
 @triton.jit
@@ -146,17 +156,53 @@ def mas_small_backward(
     p *= (1.0 / total)[:, None]
     dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION) * g
     _store(DV + b * dv_b + h * dv_h, rows, cols, dv_n, n, dv, EXACT)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    weighted = p * dp  # zero in rows past n, as dO is zero there
-    tl.store(DSCALE + pid, g * (1 - g) * tl.sum(weighted))
-    ds = ((weighted - p * tl.sum(weighted, 1)[:, None]) * (g * softmax_scale)).to(q.dtype)
+    ds, delta = _ds(p, do, v, g * softmax_scale, PRECISION)
+    tl.store(DSCALE + pid, g * (1 - g) * delta)
     dq = tl.dot(ds, k, input_precision=PRECISION)
     _store(DQ + b * dq_b + h * dq_h, rows, cols, dq_n, n, dq, EXACT)
     dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
     _store(DK + b * dk_b + h * dk_h, rows, cols, dk_n, n, dk, EXACT)
 
 
+@triton.jit
+def mas_small_backward_persistent(
+    q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv_desc, HEAD_SCALE, DSCALE,
+    n, scale, softmax_scale, tiles, programs,
+    H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Variant of :func:`mas_small_backward` with tensor descriptors, as :func:`mas_small_forward_persistent`."""
+    rows = tl.arange(0, BLOCK)
+    for tile in tl.range(tl.program_id(0), tiles, programs, num_stages=STAGES):
+        b, h = tile // H, tile % H
+        q = q_desc.load([b, 0, h, 0]).reshape(BLOCK, D)
+        k = k_desc.load([b, 0, h, 0]).reshape(BLOCK, D)
+        v = v_desc.load([b, 0, h, 0]).reshape(BLOCK, D)
+        do = do_desc.load([b, 0, h, 0]).reshape(BLOCK, D)
+        if UPCAST:
+            q, k, v, do = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32), do.to(tl.float32)
+        g = _gate(HEAD_SCALE, h)
+        p, total = _softmax(q, k, rows, n, scale, EXACT, PRECISION)
+        p *= (1.0 / total)[:, None]
+        dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION) * g
+        dv_desc.store([b, 0, h, 0], dv.to(dv_desc.dtype).reshape(1, BLOCK, 1, D))
+        ds, delta = _ds(p, do, v, g * softmax_scale, PRECISION)
+        tl.store(DSCALE + tile, g * (1 - g) * delta)
+        dq = tl.dot(ds, k, input_precision=PRECISION)
+        dq_desc.store([b, 0, h, 0], dq.to(dq_desc.dtype).reshape(1, BLOCK, 1, D))
+        dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
+        dk_desc.store([b, 0, h, 0], dk.to(dk_desc.dtype).reshape(1, BLOCK, 1, D))
+
+
 # ------------------------------------------------------------------------------------------------ longer N
+
+
+@triton.jit
+def _pair(N: tl.constexpr, BLOCK: tl.constexpr):
+    """(batch, head) pair of a program, and its block of the N rows; one dimension, since a second one ends at 65,535."""
+    BLOCKS: tl.constexpr = (N + BLOCK - 1) // BLOCK
+    pid = tl.program_id(0)
+    return pid // BLOCKS, pid % BLOCKS
 
 
 @triton.jit
@@ -169,9 +215,9 @@ def mas_flash_forward(
 ):  # fmt: skip
     """Attention of BLOCK_M queries of one (batch, head) per program, keys streamed in blocks of BLOCK_N.
     LSE: [B, H, N] or None."""
-    pid = tl.program_id(1)
+    pid, block = _pair(N, BLOCK_M)
     b, h = (pid // H).to(tl.int64), pid % H
-    rows, cols = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D)
+    rows, cols = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D)
     EXACT_M: tl.constexpr = N % BLOCK_M == 0
     EXACT_N: tl.constexpr = N % BLOCK_N == 0
     q = _load(Q + b * q_b + h * q_h, rows, cols, q_n, N, EXACT_M, UPCAST)
@@ -206,9 +252,9 @@ def mas_flash_backward_dq(
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of BLOCK_M queries; writes g delta_i to DELTA [B, H, N] for the dK, dV kernel and for ds."""
-    pid = tl.program_id(1)
+    pid, block = _pair(N, BLOCK_M)
     b, h = (pid // H).to(tl.int64), pid % H
-    rows, cols = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D)
+    rows, cols = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D)
     EXACT_M: tl.constexpr = N % BLOCK_M == 0
     EXACT_N: tl.constexpr = N % BLOCK_N == 0
     do = _load(DO + b * do_b + h * do_h, rows, cols, do_n, N, EXACT_M, UPCAST)
@@ -242,9 +288,9 @@ def mas_flash_backward_dkdv(
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK_N keys, queries streamed in blocks of BLOCK_M; works on S^T."""
-    pid = tl.program_id(1)
+    pid, block = _pair(N, BLOCK_N)
     b, h = (pid // H).to(tl.int64), pid % H
-    keys, cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, D)
+    keys, cols = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, D)
     EXACT_M: tl.constexpr = N % BLOCK_M == 0
     EXACT_N: tl.constexpr = N % BLOCK_N == 0
     k = _load(K + b * k_b + h * k_h, keys, cols, k_n, N, EXACT_N, UPCAST)
@@ -299,7 +345,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor, o: Tensor, lse:
         return [_flash_forward(q, k, v, head_scale, o, rows_like(q), scale)]
     constants = {**_common(q), **_block(n)}
     if tiles.get("PERSISTENT") and _describable(q, k, v, o):
-        return [_persistent(q, k, v, head_scale, o, scale, constants, options, tiles)]
+        kernel, maps = mas_small_forward_persistent, (q, k, v, o)
+        return [_persistent(kernel, maps, (head_scale,), (scale,), constants, options, tiles)]
     args = (q, k, v, head_scale, o, n, scale, *_strides(q, k, v, o))
     return [Launch(mas_small_forward, (q.shape[0] * q.shape[2],), args, constants, options)]
 
@@ -307,7 +354,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor, o: Tensor, lse:
 def _flash_forward(q, k, v, head_scale, o, lse, scale) -> Launch:
     batch, n, heads, dim = q.shape
     options, tiles = settings("mas_flash_forward", q, D=dim)
-    grid = (triton.cdiv(n, tiles["BLOCK_M"]), batch * heads)
+    grid = (triton.cdiv(n, tiles["BLOCK_M"]) * batch * heads,)
     args = (q, k, v, head_scale, o, lse, scale, *_strides(q, k, v, o))
     return Launch(mas_flash_forward, grid, args, {"N": n, **_common(q), **tiles}, options)
 
@@ -317,18 +364,21 @@ def _describable(*tensors: Tensor) -> bool:
     return all(t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:3]) for t in tensors)
 
 
-def _persistent(q, k, v, head_scale, o, scale, constants, options, tiles) -> Launch:
+def _persistent(
+    kernel, maps: tuple[Tensor, ...], others: tuple[Tensor, ...], scales: tuple[float, ...], constants, options, tiles
+) -> Launch:
+    """Launch of a persistent kernel: PERSISTENT programs a multiprocessor over the (batch, head) pairs of ``maps``."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    q = maps[0]
     batch, n, heads, dim = q.shape
     block = [1, constants["BLOCK"], 1, dim]
-    descriptors = [TensorDescriptor(t, list(t.shape), list(t.stride()), block) for t in (q, k, v, o)]
+    descriptors = [TensorDescriptor(t, list(t.shape), list(t.stride()), block) for t in maps]
     total = batch * heads
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else PROCESSORS
     programs = min(total, processors * tiles["PERSISTENT"])
-    args = (*descriptors, head_scale, n, scale, total, programs)
-    constants = {**constants, "STAGES": tiles["STAGES"]}
-    return Launch(mas_small_forward_persistent, (programs,), args, constants, options)
+    args = (*descriptors, *others, n, *scales, total, programs)
+    return Launch(kernel, (programs,), args, {**constants, "STAGES": tiles["STAGES"]}, options)
 
 
 def backward(
@@ -345,18 +395,21 @@ def backward(
     if n <= SMALL:
         options, tiles = settings("mas_small_backward", q, D=dim, N=n)
         if not tiles.get("STREAM"):
-            strides = _strides(q, k, v, do, dq, dk, dv)
-            args = (q, k, v, head_scale, do, dq, dk, dv, partial, n, *scales, *strides)
-            return [Launch(mas_small_backward, (batch * heads,), args, {**_common(q), **_block(n)}, options)]
+            constants, maps = {**_common(q), **_block(n)}, (q, k, v, do, dq, dk, dv)
+            if tiles.get("PERSISTENT") and _describable(*maps):
+                kernel, others = mas_small_backward_persistent, (head_scale, partial)
+                return [_persistent(kernel, maps, others, scales, constants, options, tiles)]
+            args = (q, k, v, head_scale, do, dq, dk, dv, partial, n, *scales, *_strides(*maps))
+            return [Launch(mas_small_backward, (batch * heads,), args, constants, options)]
         o, lse = torch.empty_like(do), rows_like(q)
         launches.append(_flash_forward(q, k, v, head_scale, o, lse, scales[0]))
     options, tiles = settings("mas_flash_backward_dq", q, D=dim)
     args = (q, k, v, head_scale, o, do, lse, partial, dq, *scales, *_strides(q, k, v, o, do, dq))
-    grid = (triton.cdiv(n, tiles["BLOCK_M"]), batch * heads)
+    grid = (triton.cdiv(n, tiles["BLOCK_M"]) * batch * heads,)
     launches.append(Launch(mas_flash_backward_dq, grid, args, {"N": n, **_common(q), **tiles}, options))
     options, tiles = settings("mas_flash_backward_dkdv", q, D=dim)
     args = (q, k, v, head_scale, do, lse, partial, dk, dv, *scales, *_strides(q, k, v, do, dk, dv))
-    grid = (triton.cdiv(n, tiles["BLOCK_N"]), batch * heads)
+    grid = (triton.cdiv(n, tiles["BLOCK_N"]) * batch * heads,)
     launches.append(Launch(mas_flash_backward_dkdv, grid, args, {"N": n, **_common(q), **tiles}, options))
     return launches
 

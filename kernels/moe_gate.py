@@ -125,9 +125,7 @@ class _MoE(torch.autograd.Function):
     def backward(ctx, grad):
         *inputs, attention, winner, hidden = ctx.saved_tensors[:9]
         seed = ctx.saved_tensors[9] if ctx.has_seed else None
-        grads = torch.ops.dtn_fast.moe_backward(
-            grad, *inputs, seed, ctx.noise_std, attention, winner, hidden, ctx.path
-        )
+        grads = torch.ops.dtn_fast.moe_backward(grad, *inputs, seed, ctx.noise_std, attention, winner, hidden, ctx.path)
         return *grads, None, None, None, None
 
 

@@ -48,8 +48,9 @@ def candidates() -> dict[str, list[dict[str, int]]]:
         "bn_backward_apply": streams,
         "lc_forward": sums,
         "lc_backward": streams,
-        "mas_small_forward": small + _grid(PERSISTENT=(2, 4, 8), STAGES=(2, 3), num_warps=(4, 8), num_stages=(2,)),
-        "mas_small_backward": small,
+        # two stages overlap nothing: the next pair's loads would wait for this one's store
+        "mas_small_forward": small + _grid(PERSISTENT=(2, 4), STAGES=(3, 4), num_warps=(4, 8), num_stages=(2,)),
+        "mas_small_backward": small + _grid(PERSISTENT=(1, 2), STAGES=(3,), num_warps=(4, 8), num_stages=(2,)),
         "mas_flash_forward": blocks,
         "mas_flash_backward_dq": blocks,
         "mas_flash_backward_dkdv": blocks,

@@ -58,7 +58,7 @@ def test_forward_and_backward(shape: tuple[int, ...], pool: bool, dtype: torch.d
 def test_statistics_at_any_split(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     (x, weight, bias), _ = inputs((3, 24, 10, 14), torch.float32, shift=300.0)
     values = {"BLOCK_T": 16, "BLOCK_C": 16, "PROGRAMS": programs, "num_warps": 4, "num_stages": 1}
-    monkeypatch.setitem(launch_values.override, "bn_stats", values)
+    monkeypatch.setitem(launch_values.override, "bn_stats", {**values, "UNROLL": 2})
     monkeypatch.setitem(launch_values.override, "bn_backward_stats", values)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     y, mean, var = ops.bn_relu(*leaves, EPS, True, path="triton")

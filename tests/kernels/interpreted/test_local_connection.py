@@ -54,11 +54,11 @@ def test_forward_and_backward(shape: tuple[int, ...], dtype: torch.dtype) -> Non
     assert got[0].is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("programs", [1, 5, 4096])
-def test_at_any_split(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("positions", [1, 16, 32, 64])  # a line of 1, 2, 4 and 8 of three maps
+def test_at_any_split(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, grad = inputs((3, 24, 5, 6), torch.float32)
-    tiles = {"BLOCK_T": 16, "BLOCK_C": 16, "num_warps": 4, "num_stages": 1}
-    monkeypatch.setitem(launch_values.override, "lc_forward", {**tiles, "PROGRAMS": programs})
+    tiles = {"BLOCK_T": positions, "BLOCK_C": 16, "num_warps": 4, "num_stages": 1}
+    monkeypatch.setitem(launch_values.override, "lc_forward", tiles)
     monkeypatch.setitem(launch_values.override, "lc_backward", tiles)
     got = gradients(lambda *t: ops.local_connection(*t, EPS, path="triton")[0], tensors, grad)
     expected = gradients(exact, [t.double() for t in tensors], grad.double())

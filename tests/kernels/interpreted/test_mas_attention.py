@@ -85,15 +85,20 @@ def test_streaming_where_a_whole_problem_does_not_fit(n: int, monkeypatch: pytes
 
 @pytest.mark.skipif(triton.__version__ < "3.7", reason="Triton 3.6 interprets no loop whose bounds are run-time values")
 @pytest.mark.parametrize(("n", "dtype"), [(64, FULL), (49, torch.float16), (7, FULL)])
-def test_persistent_forward_through_descriptors(n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {"PERSISTENT": 1, "STAGES": 2, "num_warps": 4, "num_stages": 2}
-    monkeypatch.setitem(launch_values.override, "mas_small_forward", values)
+def test_persistent_kernels_through_descriptors(n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "PROCESSORS", 4)
+    for kernel in ("mas_small_forward", "mas_small_backward"):
+        values = {"PERSISTENT": 1, "STAGES": 3, "num_warps": 4, "num_stages": 2}
+        monkeypatch.setitem(launch_values.override, kernel, values)
     qkv, scale, grad = inputs(n, 3, 32, dtype, batch=2)
     parts = qkv.unbind(2)
     out = torch.full_like(parts[0], float("nan"))
     (launch,) = kernels.forward(*parts, scale, out, kernels.rows_like(parts[0]))
     assert launch.kernel is kernels.mas_small_forward_persistent
     assert launch.grid[0] < 6, "each program takes several tiles"
+    grads, partial = torch.empty_like(qkv).unbind(2), kernels.partial_like(parts[0])
+    (launch,) = kernels.backward(grad, *parts, scale, out, kernels.rows_like(parts[0]), *grads, partial)
+    assert launch.kernel is kernels.mas_small_backward_persistent
     check(qkv, scale, grad)
 
 

@@ -27,7 +27,7 @@ def test_attention(n: int, heads: int, dim: int) -> None:
     assert len(offered) >= 4
     for launch, rows in offered:
         out = torch.full((2, n, heads, dim), torch.nan)
-        grid = (-(-n // rows), 2 * heads) if rows else (2 * heads,)
+        grid = (2 * heads * (-(-n // rows) if rows else 1),)
         run(launch, grid, (qkv, scale, out))
         assert_close(f"{launch.name} {launch.constants}", out, expected, FULL)
 
