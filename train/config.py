@@ -105,6 +105,8 @@ class Execution:
     """Run the whole step as one CUDA graph; auto: on a GPU, in a single process."""
     norm_kernels: bool = True
     """On a GPU, run BN with ReLU and pooling, and the local connection, in this package's kernels."""
+    pad_input: bool = False
+    """Pad images to eight channels with zeros for the first convolution, for tensor cores; not measured yet."""
     fused_adam: bool = True
     """Use torch's fused Adam, which updates the weights in one pass."""
     tf32: bool = True

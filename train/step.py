@@ -59,6 +59,8 @@ class TrainStep:
         for module in model.modules():
             if isinstance(module, Backbone | LEVTBlock):
                 module.norm_kernels = execution.norm_kernels
+            if isinstance(module, Backbone):
+                module.pad_input = execution.pad_input
         self.model = self._place(model)
         if here.world > 1 and recipe.sync_bn:
             self.model = synchronise_bn(self.model, device)  # type: ignore[assignment]

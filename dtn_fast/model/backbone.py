@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtn_fast.errors import UsageError
@@ -12,30 +15,66 @@ from dtn_fast.model.norm import update_statistics
 from dtn_fast.model.timm_compat import import_timm
 
 
+INPUT_CHANNELS = 8
+"""Channels to which ``Backbone.pad_input`` widens the three of an image: tensor cores read eight 16-bit values at once."""
+
+
 class Backbone(nn.Sequential):
-    """Convolutions, BN, ReLU and pools in order; in training on a GPU, BN, ReLU and pool are one fused operator."""
+    """Convolutions, BN, ReLU and pools in order; in training on a GPU, BN, ReLU and pool are one fused operator.
+
+    In training the convolutions leave their bias out, since BN subtracts it with the mean: neither is it added to the
+    map, nor its gradient, which is zero, summed over the map.  The running means contain it, so that inference is the
+    same.
+    """
 
     norm_kernels = True
+    pad_input = False
 
     def forward(self, x: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, C, H / 32, W / 32]
         layers = list(self)
         while layers:
             layer = layers.pop(0)
-            if self.training and self.norm_kernels and type(layer) is nn.BatchNorm2d:  # not SyncBatchNorm
+            follows = self.training and bool(layers) and isinstance(layers[0], nn.BatchNorm2d | nn.SyncBatchNorm)
+            padded = self.pad_input and isinstance(layer, nn.Conv2d) and x.shape[1] < INPUT_CHANNELS
+            if not isinstance(layer, nn.Conv2d) or not (follows or padded):
+                x = layer(x)
+                continue
+            weight = layer.weight
+            if padded:
+                widen = (0, 0, 0, 0, 0, INPUT_CHANNELS - x.shape[1])
+                x, weight = F.pad(x, widen), F.pad(weight, widen)
+            x = F.conv2d(x, weight, None if follows else layer.bias, padding=1)
+            if follows:
+                norm = layers.pop(0)
                 pool = len(layers) > 1 and isinstance(layers[1], nn.MaxPool2d)
-                if fuses_bn(x, pool):
-                    x = _normalised(layer, x, pool)
-                    del layers[: 1 + pool]
-                    continue
-            x = layer(x)
+                x, done = self._normalised(x, layer.bias, norm, pool)
+                del layers[:done]
         return x
 
+    def _normalised(self, x: Tensor, bias: Tensor, norm: Any, pool: bool) -> tuple[Tensor, int]:
+        """norm(x + bias) and 0 or, where the kernels do it, with the ReLU and pool behind it and their number."""
+        x = _Cancelled.apply(x, bias)
+        if self.norm_kernels and type(norm) is nn.BatchNorm2d and fuses_bn(x, pool):  # not SyncBatchNorm
+            y, mean, var = bn_relu(x, norm.weight, norm.bias, norm.eps, pool)
+            update_statistics(norm, mean + bias.detach(), var, x.numel() // x.shape[1])
+            return y, 1 + pool
+        with torch.no_grad():  # beforehand, since autograd keeps the running mean: (1 - m) share = m
+            norm.running_mean.add_(bias, alpha=norm.momentum / (1 - norm.momentum))
+        return norm(x), 0
 
-def _normalised(norm: nn.BatchNorm2d, x: Tensor, pool: bool) -> Tensor:
-    """relu(norm(x)), max-pooled with ``pool``; updates the running statistics as BatchNorm2d does."""
-    y, mean, var = bn_relu(x, norm.weight, norm.bias, norm.eps, pool)
-    update_statistics(norm, mean, var, x.numel() // x.shape[1])
-    return y
+
+class _Cancelled(torch.autograd.Function):
+    """x, as a function of a bias that BN will cancel: its gradient is zero, not missing, so that optimisers and
+    gradient averaging treat it as they treat every parameter."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(bias)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.zeros_like(ctx.saved_tensors[0])
 
 
 def build_backbone(config: DTNConfig) -> nn.Sequential:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from small import SMALL
+from torch import nn
 
 from dtn_fast import DTN, DTNConfig
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.mac_count import count
+from dtn_fast.model.backbone import Backbone
 
 PAPER = [  # depth, local connection, M parameters, GMAC at 256x256 (Tables 7 and 8)
     (4, True, "23.590", 9.393),
@@ -183,3 +187,29 @@ def test_equal_weights_are_equal_files(small: DTN, tmp_path: Path) -> None:
         contents.add((tmp_path / "model.safetensors").read_bytes())
     assert len(contents) == 1
     assert load_file(tmp_path / "model.safetensors").keys() == small.state_dict().keys()
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_training_leaves_the_convolutions_bias_out_and_changes_nothing_else(pad: bool, monkeypatch) -> None:
+    """Against the same layers called one after another, in float64: values, gradients, running statistics."""
+    torch.manual_seed(0)
+    plain = DTN(DTNConfig.preset("tiny", image_size=64)).backbone.double().train()
+    ours = copy.deepcopy(plain)
+    ours.pad_input = pad
+    images, results, added = torch.randn(4, 3, 64, 64, dtype=torch.float64), [], []
+    convolve = F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *a, **k: added.append(a[2] is not None) or convolve(*a, **k))
+    for layers, forward in ((plain, nn.Sequential.forward), (ours, Backbone.forward)):
+        x = images.clone().requires_grad_()
+        added.clear()
+        y = forward(layers, x)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad, *(p.grad for p in layers.parameters()), *layers.buffers()))
+    assert added
+    assert not any(added), "a bias was added"
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-11)
+    for layer in ours:
+        if isinstance(layer, nn.Conv2d):
+            assert torch.equal(layer.bias.grad, torch.zeros_like(layer.bias))
+    torch.testing.assert_close(ours.eval()(images), plain.eval()(images), rtol=1e-9, atol=1e-11)
