@@ -207,6 +207,7 @@ def _grid(
     axis.set_xlim(0, len(columns) * apart)
     axis.set_ylim(-len(rows) * below, 0)
     axis.axis("off")
+    axis.set_anchor("S")  # next to the notice below; what is left over at the top is cut off
     return figure
 
 
@@ -222,11 +223,11 @@ def _grad_cam(models: Mapping[str, Detector], faces: Faces, figures: dict[str, A
     heats = {(name, depth): grad_cam(model, faces.few, depth)
              for name, model in models.items() for depth in depths if depth in model.cam_layers()}  # fmt: skip
     some = [depth for depth in depths if any(place == depth for _, place in heats)]
-    rows, images, blank = [], list[list[NDArray[Any] | str]](), []
+    rows, images, blank = [], list[list[NDArray[Any] | str | None]](), []
     for face, (title, crop) in enumerate(zip(faces.titles, faces.few, strict=True)):
         for depth in some:
             rows.append(f"{title}\n{depth}")
-            images.append([crop])
+            images.append([crop if depth == some[0] else None])
             for name in models:
                 heat = heats.get((name, depth))
                 images[-1].append(f"no {depth} map" if heat is None else overlay(crop, heat[face]))
@@ -296,8 +297,9 @@ def _collapse(models: Mapping[str, Detector], faces: Faces, figures: dict[str, A
 
 def _collapse_maps(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
     """Figure 1: the last face's Grad-CAM at each model's deepest map, then every head's attention, token by token, in
-    the first and in the last block; a model without attention, such as VGG, has the first part alone."""
-    crop = faces.few[-1:]
+    the first and in the last block, from 0 to the block's largest value; a model without attention, such as VGG, has
+    the first part alone."""
+    crop, colors = faces.few[-1:], require("matplotlib", "matplotlib").colormaps["inferno"]
     rows, images = list[str](), list[list[NDArray[Any] | str | None]]()
     for name, model in models.items():
         depths = list(model.cam_layers())
@@ -309,9 +311,11 @@ def _collapse_maps(models: Mapping[str, Detector], faces: Faces, figures: dict[s
             continue
         alike, looked = collapse(maps), regions(maps)
         for block in sorted({0, len(maps) - 1}):
-            measured = f"{maps.shape[-1]} tokens, cosine {alike[block]:.2f}, looked at {looked[block]:.2f}"
-            rows.append(f"{name}\nblock {block + 1}\n{measured}")
-            images.append([None if block else heat, *maps[block, 0]])
+            measured = f"cosine {alike[block]:.2f}\nlooked at {looked[block]:.2f}"
+            rows.append(f"{name}, {maps.shape[-1]} tokens\nblock {block + 1}\n{measured}")
+            # one scale for the block: stretched one by one, even heads that are all alike would look unlike
+            bright = colors((maps[block, 0] / maps[block, 0].max()).clip(0))
+            images.append([None if block else heat, *bright])
     columns = max(map(len, images))
     padded = [[*row, *[None] * (columns - len(row))] for row in images]
     return _grid(rows, [f"Grad-CAM\n{faces.titles[-1]}", *(f"head {h}" for h in range(1, columns))], padded)
