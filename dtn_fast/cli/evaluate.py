@@ -153,8 +153,7 @@ def explain(
     for kind in config.kinds:
         if values["left out"][kind]:
             print(f"{kind}: not available for {', '.join(values['left out'][kind])}")
-    blank = values["grad-cam"]["blank"] if "grad-cam" in config.kinds and "grad-cam" in values else []
-    if blank:
+    if "grad-cam" in config.kinds and (blank := values.get("grad-cam", {}).get("blank")):
         print(f"grad-cam: {len(blank)} maps are blank, marked in the picture and listed in {VALUES}")
     print("\n".join(str(path) for path in sorted(out.iterdir())))
 

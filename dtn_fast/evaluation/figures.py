@@ -65,13 +65,11 @@ def choose(datasets: Mapping[str, CropDataset], split: str, count: int) -> Faces
     for name, dataset in datasets.items():
         rows = dataset.select(split)
         if not len(rows):
-            raise UsageError(f"{name}: the {split} split holds no crops")
+            raise UsageError(f"{name}: the {split} split holds no crops; choose another --split")
         own = np.array([video.method or "real" for video in dataset.videos])[dataset.video]
         found = sorted(set(own[rows].tolist()), key=lambda kind: (kind != "real", kind))
-        first, spread = (
-            [rows[np.flatnonzero(own[rows] == kind)[0]] for kind in found],
-            dataset.evenly_spaced(split, count),
-        )
+        first = [rows[np.flatnonzero(own[rows] == kind)[0]] for kind in found]
+        spread = dataset.evenly_spaced(split, count)
         title = (lambda kind, name=name: f"{name}: {kind}") if len(datasets) > 1 else str
         few.append(dataset.get(np.array(first)))
         many.append(dataset.get(spread))

@@ -6,7 +6,7 @@ models trained on one forgery each, on every forgery.  At frame and at video lev
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -122,7 +122,7 @@ def table_2() -> list[PaperRow]:
             for on, models in paper_numbers.TABLE2.items() for model, row in models.items()]  # fmt: skip
 
 
-def in_columns(rows: Iterable[PaperRow], columns: Iterable[str]) -> list[PaperRow]:
+def in_columns(rows: Iterable[PaperRow], columns: Collection[str]) -> list[PaperRow]:
     """The paper's rows that print a value in one of ``columns``, without their other values."""
     cut = (row._replace(cells={c: row.cells[c] for c in columns if c in row.cells}) for row in rows)
     return [row for row in cut if row.cells]
