@@ -318,6 +318,10 @@ def test_the_papers_other_rows_stand_among_ours(tmp_path: Path) -> None:
     assert by_forgery[:7] == [("DF", model) for model in ("Xception", "Face X-ray", "SOLA", "IID", "IDDDM",
                                                           "Guan et al.", "DTN")]  # fmt: skip
     assert len(by_forgery) == 28
+    on_dfd = in_columns(printed_rows("cross-dataset"), ("DFD", "mine"))
+    assert [row.name for row in on_dfd] == ["CViT", "TwoStream", "SBIs", "EfficientViT", "CrossEfficientViT", "IID",
+                                            "UIA-ViT", "Yu et al.", "DTN"]  # fmt: skip
+    assert all(row.cells.keys() == {"DFD"} for row in on_dfd)
     cells: dict[Any, Any] = {level: {"FF++": Cell(0.5, 0.5, None)} for level in ("frame", "video")}
     sized = {"M params": ("1.000", "85.620"), "GMAC": ("2.000", "16.879")}
     ours = TableRow("ViT", cells, after=sized, paper=TABLE8["ViT"])
