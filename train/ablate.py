@@ -18,7 +18,7 @@ from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.mac_count import count
 from dtn_fast.evaluation.paper_numbers import TABLE10, PaperValues
-from dtn_fast.evaluation.protocols import TRAINED_ON, Measured, measure, names_of
+from dtn_fast.evaluation.protocols import TRAINED_ON, Measured, in_columns, measure, names_of
 from dtn_fast.evaluation.tables import ResultTable, TableRow
 from dtn_fast.model.build import load_detector
 from dtn_fast.model.config import DTNConfig, ModelConfig, TimmConfig
@@ -26,7 +26,15 @@ from dtn_fast.model.detector import WEIGHTS, move_to
 from dtn_fast.provenance import made_by, record
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train import distributed
-from dtn_fast.train.ablation_tables import ABLATIONS, Variant, configure, variants_of
+from dtn_fast.train.ablation_tables import (
+    ABLATIONS,
+    SIZE,
+    Variant,
+    configure,
+    generation_name,
+    printed_rows,
+    variants_of,
+)
 from dtn_fast.train.config import Recipe
 from dtn_fast.train.distill import distill, train_initial
 from dtn_fast.train.loop import Epoch, Step
@@ -204,8 +212,10 @@ class _Rows:
         notes += [SIZES] if any("GMAC" in row.after for row in rows) else []
         columns, acc = tuple(column_notes), not ablation.by_forgery
         notes = [*notes, made_by()]
+        measured = [(row.name, row.before) for row in rows]
+        printed = [row for row in printed_rows(self._name) if (row.name, row.before) not in measured]
         return ResultTable(
-            self._name, ablation.title, columns, rows, acc, column_notes=column_notes, notes=tuple(notes)
+            self._name, ablation.title, columns, rows, acc, in_columns(printed, columns), column_notes, tuple(notes)
         )
 
 
@@ -234,7 +244,7 @@ def _sizes(config: DTNConfig | TimmConfig, printed: tuple[float, float]) -> dict
 
         found = table8(config.timm)[1:3]
     return {title: (f"{mine:.3f}", f"{theirs:.3f}")
-            for title, mine, theirs in zip(("M params", "GMAC"), found, printed, strict=True)}  # fmt: skip
+            for title, mine, theirs in zip(SIZE, found, printed, strict=True)}  # fmt: skip
 
 
 def _generations(variant: Variant, run: Path) -> list[tuple[str, int, PaperValues]]:
@@ -248,7 +258,7 @@ def _generations(variant: Variant, run: Path) -> list[tuple[str, int, PaperValue
     printed = TABLE10.get(variant.name, ())
     return [
         (
-            f"{variant.name}-{'Teacher' if not g else f'Student {g}'}",
+            generation_name(variant.name, g),
             g,
             printed[g] if g < len(printed) else {},
         )

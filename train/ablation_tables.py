@@ -22,9 +22,11 @@ from dtn_fast.evaluation.paper_numbers import (
     TABLE8_SIZES,
     TABLE9,
     TABLE9_SIZES,
-    Pair,
+    TABLE10,
     PaperValues,
 )
+from dtn_fast.evaluation.protocols import table_2
+from dtn_fast.evaluation.tables import PaperRow
 from dtn_fast.model.config import DTNConfig, TimmConfig
 from dtn_fast.train.config import Recipe
 
@@ -134,7 +136,7 @@ ABLATIONS: dict[str, Ablation] = {
         Variant("low-dimensional Ct-c"),
     )),
     "backbones": Ablation("Other backbones (Figure 6c)", tuple(
-        variant for name in ("resnet34", "resnet50", "efficientnet_b0", "efficientnet_b4") for variant in (
+        variant for name in ("vgg", "resnet34", "resnet50", "efficientnet_b0", "efficientnet_b4") for variant in (
             Variant(name, {"backbone": name, "depth": 0, **PLAIN}),
             Variant(f"{name} + ours", {"backbone": name}),
         )
@@ -170,7 +172,31 @@ def variants_of(name: str, forgeries: tuple[str, ...]) -> tuple[Variant, ...]:
     for variant in ablation.variants:
         for forgery in forgeries:
             short = FF_NAMES.get(forgery, forgery)
-            printed = {c: Pair(None, auc) for c, auc in TABLE2[variant.name].get(short, {}).items()}
+            printed = TABLE2.get(short, {}).get(variant.name, {})
             recipe = {**variant.recipe, "methods": (forgery,), "real_repeat": 0}  # the classes are balanced already
             found.append(dataclasses.replace(variant, recipe=recipe, paper=printed, trained_on=short))
     return tuple(found)
+
+
+def printed_rows(name: str) -> list[PaperRow]:
+    """Every row of the table that ABLATIONS[name] is of, also those of models that nothing here trains, named as the
+    rows measured here are."""
+    if name == "cross-dataset":
+        return [PaperRow(model, row) for model, row in TABLE1.items()]
+    if name == "cross-manipulation":
+        return table_2()
+    if name == "generations":
+        return [
+            PaperRow(generation_name(model, g), row) for model, rows in TABLE10.items() for g, row in enumerate(rows)
+        ]
+    return [PaperRow(v.name, v.paper, after=dict(zip(SIZE, map("{:.3f}".format, v.size or ()), strict=False)))
+            for v in ABLATIONS[name].variants]  # fmt: skip
+
+
+SIZE = ("M params", "GMAC")
+"""Titles of the columns with a model's size."""
+
+
+def generation_name(model: str, generation: int) -> str:
+    """Name of a generation's row in Table 10."""
+    return f"{model}-Student {generation}" if generation else f"{model}-Teacher"

@@ -114,10 +114,11 @@ def robustness(
 
 
 def explain(
-    data: Annotated[Path, tyro.conf.Positional],
+    data: Annotated[list[Path], tyro.conf.Positional],
     models: list[Path],
     out: Path = Path("pictures"),
     config: Annotated[FigureConfig, tyro.conf.OmitArgPrefixes] = FigureConfig(),
+    data_names: tuple[str, ...] = (),
     model_names: tuple[str, ...] = (),
     device: Device = Runtime.device,
 ) -> None:
@@ -125,11 +126,17 @@ def explain(
 
     Example: dtn-fast explain data/crops --models runs/baseline runs/levt runs/moe runs/dtn --out pictures
 
+    Figure 1: dtn-fast explain ffpp --models runs/baseline runs/vit runs/cvit runs/dtn --model-names VGG ViT CViT DTN
+    --kinds collapse collapse-maps
+
+    Figure 9: dtn-fast explain ffpp celebdf dfdc df1 dfd --models runs/moe runs/dtn --kinds feature-maps
+
     Args:
-        data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
+        data: Crops written by dtn-fast prepare, or folders of face pictures: <split>/<real or a forgery's name>/.
         models: Runs or checkpoint folders.
         out: Folder for the pictures and figures.json.
         config: Figures to draw, and the crops to draw them on.
+        data_names: Names of the datasets in the pictures.
         model_names: Names of the models in the pictures.
         device: Device that the models run on.
     """
@@ -138,14 +145,16 @@ def explain(
 
     with progress() as bar:
         task = bar.add_task("drawing", total=len(config.kinds), note="")
-        for kind in draw_models(models, data, out, Recipe.temperature, config, model_names, device):
+        for kind in draw_models(models, data, out, Recipe.temperature, config, model_names, data_names, device):
             bar.update(task, note=kind)
             bar.advance(task)
     record(out)
-    missing = json.loads((out / VALUES).read_text(encoding="utf-8"))["left out"]
+    values = json.loads((out / VALUES).read_text(encoding="utf-8"))
     for kind in config.kinds:
-        if missing[kind]:
-            print(f"{kind}: not available for {', '.join(missing[kind])}")
+        if values["left out"][kind]:
+            print(f"{kind}: not available for {', '.join(values['left out'][kind])}")
+    if "grad-cam" in config.kinds and (blank := values.get("grad-cam", {}).get("blank")):
+        print(f"grad-cam: {len(blank)} maps are blank, marked in the picture and listed in {VALUES}")
     print("\n".join(str(path) for path in sorted(out.iterdir())))
 
 

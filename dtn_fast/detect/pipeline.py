@@ -119,7 +119,7 @@ def finder_of(scorer: Scorer, config: DetectConfig) -> FaceFinder:
 
 def _with_heat(pictures: list[Picture], model: Detector | None) -> list[Picture]:
     """The pictures with their Grad-CAM, if ``model`` has a feature map for it."""
-    if model is None or model.cam_layer() is None:
+    if model is None or not model.cam_layers():
         return pictures
     heats = grad_cam(model, np.stack([p.crop for p in pictures]))
     return [p._replace(heat=heat) for p, heat in zip(pictures, heats, strict=True)]

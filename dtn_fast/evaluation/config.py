@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, get_args
 
 from dtn_fast.data.config import Split
 from dtn_fast.data.corrupt import PERTURBATIONS, check
 from dtn_fast.errors import UsageError
+from dtn_fast.model.detector import Depth
 from dtn_fast.ranges import Count, Range, Seed, Share, Workers, check_ranges
 
-FIGURES = ("grad-cam", "attention", "scales", "collapse", "feature-maps", "t-sne", "soft-labels")
+FIGURES = (
+    "grad-cam", "attention", "scales", "collapse", "collapse-maps", "feature-maps", "t-sne", "soft-labels"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,23 @@ class FigureConfig:
 
     kinds: tuple[str, ...] = FIGURES
     """Figures to draw."""
+    depths: tuple[Depth, ...] = get_args(Depth)
+    """Places of Grad-CAM in a DTN (*choice*: the paper does not name its layer): the backbone's map, the gate's, what
+    the last block's attention adds, the head's input.  The gate's shows what MoE changes, the last block's MAS, the
+    head's all of it ("to visualize the heatmap produced by different settings", Figure 8b).  Of other models those that
+    they have."""
     split: Split = EvaluateConfig.split
     """Split of the crops."""
     count: Count = 400
-    """Number of crops in the t-SNE figure."""
+    """Number of crops of each dataset in the t-SNE figure."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
         for kind in self.kinds:
             if kind not in FIGURES:
                 raise UsageError(f"unknown figure {kind!r}; there are {', '.join(FIGURES)}")
+        for depth in self.depths:
+            if depth not in get_args(Depth):
+                raise UsageError(f"--depths {depth}: unknown; there are {', '.join(get_args(Depth))}")
+        if not self.depths or len(set(self.depths)) < len(self.depths):
+            raise UsageError(f"--depths {' '.join(self.depths)}: name at least one, and each once")

@@ -1,4 +1,4 @@
-"""The paper's figures of trained models: Grad-CAM, attention, head scales, features, t-SNE, soft labels.
+"""The paper's figures of trained models: Grad-CAM, attention and its collapse, features, t-SNE, soft labels.
 
 Each figure is a file; figures.json beside them holds the plotted values.  Every figure shows its models' notices.
 """
@@ -22,17 +22,18 @@ from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import FigureConfig
 from dtn_fast.evaluation.plotting import MARKERS, drawing, legible, save
 from dtn_fast.evaluation.protocols import names_of
-from dtn_fast.explain.heatmap import feature_map, grad_cam, overlay
+from dtn_fast.explain.heatmap import NO_EVIDENCE, SAME_EVERYWHERE, feature_map, grad_cam, overlay
 from dtn_fast.explain.internals import (
     attention_maps,
     attentions,
     collapse,
     features,
     head_scales,
+    regions,
     soft_labels,
 )
 from dtn_fast.files import json_text, write_whole
-from dtn_fast.model.detector import Detector, move_to
+from dtn_fast.model.detector import Depth, Detector, move_to, patch_side
 from dtn_fast.model.dtn import DTN
 from dtn_fast.packages import require
 from dtn_fast.runtime.config import Runtime
@@ -43,60 +44,78 @@ VALUES = "figures.json"
 
 
 class Faces(NamedTuple):
-    """Crops to draw: one real and one of each forgery, and many crops for the scatter plots."""
+    """Crops to draw: of each dataset one real and one of each forgery, and many crops for the scatter plots."""
 
     few: NDArray[np.uint8]
     titles: list[str]
+    """Kind of each crop of ``few``: real, or the forgery's name, after the dataset's name where there are several."""
+    fake: list[bool]
+    """Whether each crop of ``few`` is a fake."""
     many: NDArray[np.uint8]
     kinds: list[str]
-    """Kind of each crop of ``many``: real, or the forgery's name."""
+    """Kind of each crop of ``many``, one of ``titles``."""
 
 
-def choose(dataset: CropDataset, split: str, count: int) -> Faces:
-    """A real, a fake of each forgery, and ``count`` crops spread over the split.  Raises UsageError if it is empty."""
-    rows = dataset.select(split)
-    if not len(rows):
-        raise UsageError(f"the {split} split holds no crops")
-    kinds = np.array([video.method or "real" for video in dataset.videos])[dataset.video[rows]]
-    names = sorted(set(kinds.tolist()), key=lambda name: (name != "real", name))
-    few = np.array([rows[np.flatnonzero(kinds == name)[0]] for name in names])
-    many = dataset.evenly_spaced(split, count)
-    of = np.array([video.method or "real" for video in dataset.videos])[dataset.video[many]]
-    return Faces(dataset.get(few), names, dataset.get(many), of.tolist())
+def choose(datasets: Mapping[str, CropDataset], split: str, count: int) -> Faces:
+    """Of each dataset a real, a fake of each forgery, and ``count`` crops spread over the split.
+
+    Raises UsageError where the split is empty.
+    """
+    few, titles, fake, many, kinds = [], list[str](), list[bool](), [], list[str]()
+    for name, dataset in datasets.items():
+        rows = dataset.select(split)
+        if not len(rows):
+            raise UsageError(f"{name}: the {split} split holds no crops; choose another --split")
+        own = np.array([video.method or "real" for video in dataset.videos])[dataset.video]
+        found = sorted(set(own[rows].tolist()), key=lambda kind: (kind != "real", kind))
+        first = [rows[np.flatnonzero(own[rows] == kind)[0]] for kind in found]
+        spread = dataset.evenly_spaced(split, count)
+        title = (lambda kind, name=name: f"{name}: {kind}") if len(datasets) > 1 else str
+        few.append(dataset.get(np.array(first)))
+        many.append(dataset.get(spread))
+        titles += map(title, found)
+        fake += dataset.labels[first].astype(bool).tolist()
+        kinds += map(title, own[spread].tolist())
+    return Faces(np.concatenate(few), titles, fake, np.concatenate(many), kinds)
 
 
 def draw_models(
     paths: Sequence[Path],
-    data: Path,
+    data: Sequence[Path],
     out: Path,
     temperature: float,
     config: FigureConfig = FigureConfig(),
     names: Sequence[str] = (),
+    data_names: Sequence[str] = (),
     device: Device = Runtime.device,
 ) -> Iterator[str]:
-    """Runs :func:`draw` for runs or checkpoint folders on the crops in ``data``.
+    """Runs :func:`draw` for runs or checkpoint folders on the crops in the folders ``data``.
 
     temperature: temperature of soft labels if a model's run has no recipe.  Raises UsageError when the models take
     crops of different sizes.
     """
     if not paths:
         raise UsageError("--models: name at least one run or checkpoint folder")
+    if not data:
+        raise UsageError("name at least one dataset; see dtn-fast explain --help")
     where, titles = choose_device(device), names_of(paths, names, "model-names")
     models = {title: move_to(load_model(path), where) for title, path in zip(titles, paths, strict=True)}
     sizes = sorted({model.config.image_size for model in models.values()})
     if len(sizes) > 1:
         raise UsageError(f"--models: they take crops of {' and '.join(map(str, sizes))} pixels; draw them separately")
-    dataset = open_data(data, sizes[0])
+    datasets = {title: open_data(folder, sizes[0])
+                for title, folder in zip(names_of(data, data_names, "data-names"), data, strict=True)}  # fmt: skip
     for title, model in models.items():
-        dataset.check_fits(model.config, title)
-        dataset.tell_differences(model.config, title)
+        for name, dataset in datasets.items():
+            dataset.check_fits(model.config, f"{title} on {name}")
+            dataset.tell_differences(model.config, f"{title} on {name}")
     temperatures = {title: float(read_recipe(path).get("temperature", temperature))
                     for title, path in zip(titles, paths, strict=True)}  # fmt: skip
-    yield from draw(models, choose(dataset, config.split, config.count), out, config.kinds, temperatures)
+    yield from draw(models, choose(datasets, config.split, config.count), out, config, temperatures)
 
 
 def draw(
-    models: Mapping[str, Detector], faces: Faces, out: Path, kinds: tuple[str, ...], temperatures: Mapping[str, float]
+    models: Mapping[str, Detector], faces: Faces, out: Path, config: FigureConfig, temperatures: Mapping[str, float]
 ) -> Iterator[str]:
     """Writes ``out``/<kind>.png or .svg and figures.json; yields each figure's name before it is drawn.
 
@@ -104,17 +123,20 @@ def draw(
     are not drawn now are kept.  temperatures: temperature of each model's soft labels.  Raises UsageError without
     matplotlib or scikit-learn.
     """
+    kinds = config.kinds
     if "t-sne" in kinds:
         _check_tsne(faces)
     only = lambda fits: {name: model for name, model in models.items() if fits(model)}
     attentive = only(attentions)
-    patches = lambda model: "attention" in kinds and _side(attention_maps(model, faces.few[-1:]).shape[-1]) > 1
+    patches = lambda model: "attention" in kinds and patch_side(attention_maps(model, faces.few[-1:]).shape[-1]) > 1
+    warm = functools.partial(_grad_cam, depths=config.depths)
     softened = functools.partial(_soft_labels, temperatures=temperatures)
     makers: dict[str, tuple[Mapping[str, Any], Callable[[Any, Faces, dict[str, Any]], Any]]] = {
-        "grad-cam": (only(lambda model: model.cam_layer() is not None), _grad_cam),
+        "grad-cam": (only(lambda model: set(model.cam_layers()) & set(config.depths)), warm),
         "attention": ({name: model for name, model in attentive.items() if patches(model)}, _attention),
         "scales": (only(lambda model: (head_scales(model) < 1).any()), _scales),
         "collapse": (attentive, _collapse),
+        "collapse-maps": (only(lambda model: model.cam_layers() or attentions(model)), _collapse_maps),
         "feature-maps": (only(lambda model: isinstance(model, DTN)), _feature_maps),
         "t-sne": (models, _tsne),
         "soft-labels": (models, softened),
@@ -125,7 +147,7 @@ def draw(
     for kind in kinds:
         yield kind
         drawn, make = makers[kind]
-        suffix = "png" if kind in ("grad-cam", "attention", "feature-maps", "soft-labels") else "svg"
+        suffix = "svg" if kind in ("scales", "collapse", "t-sne") else "png"
         picture = out / f"{kind}.{suffix}"
         picture.unlink(missing_ok=True)  # it may show an earlier call's models
         figures.pop(kind, None)
@@ -157,24 +179,33 @@ def _canvas(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
 
 
 def _grid(
-    rows: list[str], columns: list[str], images: list[list[NDArray[Any] | None]], notes: list[list[str]] | None = None
+    rows: list[str],
+    columns: list[str],
+    images: Sequence[Sequence[NDArray[Any] | str | None]],
+    notes: list[list[str]] | None = None,
 ) -> Any:
-    """Figure with ``images`` in a grid; ``notes``: a line of text under each."""
-    figure, axes = _canvas(len(rows), len(columns), 1.7, 1.9 if notes else 1.7)
+    """Figure with ``images``, or texts in their place, in a grid; ``notes``: a line of text under each."""
+    apart, below = 1.06, 1.18 if notes else 1.06  # from image to image, in sides of one
+    figure, axes = _canvas(1, 1, 1.7 * len(columns), 1.7 * below * len(rows))
+    axis = axes[0, 0]  # one for all: as many axes as images take a second for every twenty
+    write = lambda x, y, text, **how: axis.text(x, y, _plain(text), ha="center", **{"fontsize": 8, **how})
     for i, row in enumerate(images):
+        top = -i * below
+        write(-0.06, top - 0.5, rows[i], va="bottom", rotation=90, rotation_mode="anchor")
         for j, image in enumerate(row):
-            axis = axes[i, j]
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.set_frame_on(False)
-            if image is not None:
-                axis.imshow(image, cmap="inferno")
+            left = j * apart
+            if isinstance(image, str):
+                write(left + 0.5, top - 0.5, image, va="center", fontsize=7, color="0.4")
+            elif image is not None:
+                axis.imshow(image, cmap="inferno", extent=(left, left + 1, top - 1, top))
                 if notes:
-                    axis.set_xlabel(notes[i][j], fontsize=7)
-            if not i:
-                axis.set_title(_plain(columns[j]), fontsize=8)
-            if not j:
-                axis.set_ylabel(_plain(rows[i]), fontsize=8)
+                    write(left + 0.5, top - 1.03, notes[i][j], va="top", fontsize=7)
+    for j, column in enumerate(columns):
+        write(j * apart + 0.5, 0.05, column, va="bottom")
+    axis.set_xlim(0, len(columns) * apart)
+    axis.set_ylim(-len(rows) * below, 0)
+    axis.axis("off")
+    axis.set_anchor("S")  # next to the notice below; what is left over at the top is cut off
     return figure
 
 
@@ -184,17 +215,24 @@ def _plain(text: str, width: int = 22) -> str:
     return "\n".join(lines).replace("_ ", "_")
 
 
-def _grad_cam(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
-    """Figure 8 (b): Grad-CAM, faces by models."""
-    return _overlaid(models, faces, grad_cam)
-
-
-def _overlaid(models: Mapping[str, Any], faces: Faces, heat: Callable[..., NDArray[np.float32]]) -> Any:
-    """Grid with a row per face: the face, then the face overlaid with each model's ``heat`` map."""
-    columns: list[list[NDArray[Any] | None]] = [list(faces.few)]
-    columns += [[overlay(crop, heat_map) for crop, heat_map in zip(faces.few, heat(model, faces.few), strict=True)]
-                for model in models.values()]  # fmt: skip
-    return _grid(faces.titles, ["face", *models], [list(row) for row in zip(*columns, strict=True)])
+def _grad_cam(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any], depths: tuple[Depth, ...]) -> Any:
+    """Figure 8 (b): Grad-CAM, faces by models ("each row displays a fake face", "the second to fifth columns display
+    heatmaps for four models"), each face at every depth.  A blank map says so, and figures.json lists it."""
+    heats = {(name, depth): grad_cam(model, faces.few, depth)
+             for name, model in models.items() for depth in depths if depth in model.cam_layers()}  # fmt: skip
+    some = [depth for depth in depths if any(place == depth for _, place in heats)]
+    rows, images, blank = [], list[list[NDArray[Any] | str | None]](), []
+    for face, (title, crop) in enumerate(zip(faces.titles, faces.few, strict=True)):
+        for depth in some:
+            rows.append(f"{title}\n{depth}")
+            images.append([crop if depth == some[0] else None])
+            for name in models:
+                heat = heats.get((name, depth))
+                images[-1].append(f"no {depth} map" if heat is None else overlay(crop, heat[face]))
+                if heat is not None and not heat[face].any():
+                    blank.append({"model": name, "depth": depth, "face": title, "reason": NO_EVIDENCE})
+    figures["grad-cam"] = {"depths": some, "blank": blank}
+    return _grid(rows, ["face", *models], images)
 
 
 def _attention(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
@@ -203,8 +241,8 @@ def _attention(models: Mapping[str, Detector], faces: Faces, figures: dict[str, 
     rows, images, notes = [], [], []
     for name, model in models.items():
         maps = attention_maps(model, faces.few[-1:])[:, 0]  # [L, H, N, N]
-        side, scales = _side(maps.shape[-1]), head_scales(model)
-        maps = maps[:, :, -(side**2) :, -(side**2) :]  # without the class token
+        side, scales = patch_side(maps.shape[-1]), head_scales(model)
+        maps = maps[:, :, -(side**2) :, -(side**2) :]  # without a class token
         for block, of_block in enumerate(maps):
             rows.append(f"{name}\nblock {block + 1}" if not block else f"block {block + 1}")
             images.append(list(of_block.mean(1).reshape(-1, side, side)))  # [H, h, w], mean over the query patches
@@ -213,12 +251,6 @@ def _attention(models: Mapping[str, Detector], faces: Faces, figures: dict[str, 
     heads = max(len(row) for row in images)
     padded = [[*row, *[None] * (heads - len(row))] for row in images]
     return _grid(rows, [f"head {h + 1}" for h in range(heads)], padded, notes)
-
-
-def _side(tokens: int) -> int:
-    """Side of the square that the patches form, with or without a class token in ``tokens``; 0: no square."""
-    sides = [round(patches**0.5) for patches in (tokens, tokens - 1) if round(patches**0.5) ** 2 == patches]
-    return sides[0] if tokens and sides else 0
 
 
 def _scales(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
@@ -238,24 +270,63 @@ def _scales(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any
 
 
 def _collapse(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
-    """Attention collapse as a curve: mean cosine between heads, block by block."""
-    curves = {name: collapse(attention_maps(model, faces.many[:16])) for name, model in models.items()}
-    figures["collapse"] = {name: values.round(5).tolist() for name, values in curves.items()}
-    figure, axes = _canvas(1, 1, 5.0, 3.0)
-    axis = axes[0, 0]
-    for number, (name, values) in enumerate(curves.items()):
-        axis.plot(range(1, len(values) + 1), values, marker=MARKERS[number % 8], label=legible(_plain(name, 60)))
-    axis.set_xlabel("block")
-    axis.set_ylabel("mean cosine between heads")
-    axis.set_xticks(range(1, max(map(len, curves.values())) + 1))
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8)
+    """Attention collapse (Figure 1) as curves over the blocks: how alike the heads are, how much they look at."""
+    some = faces.many[np.linspace(0, len(faces.many) - 1, min(16, len(faces.many))).astype(int)]  # of every dataset
+    curves = {}
+    for name, model in models.items():
+        maps = [attention_maps(model, crop[None]) for crop in some]  # one by one: a ViT's maps of 16 crops take 0.6 GB
+        tokens = maps[0].shape[-1]
+        curves[name] = {"tokens": tokens, "mean cosine between heads": np.mean([collapse(m) for m in maps], 0),
+                        "share of tokens looked at": np.mean([regions(m) for m in maps], 0)}  # fmt: skip
+    figures["collapse"] = {name: {what: value if isinstance(value, int) else value.round(5).tolist()
+                                  for what, value in curve.items()} for name, curve in curves.items()}  # fmt: skip
+    figure, axes = _canvas(1, 2, 5.0, 3.0)
+    for axis, what in zip(axes[0], ("mean cosine between heads", "share of tokens looked at"), strict=True):
+        for number, (name, curve) in enumerate(curves.items()):
+            label = legible(_plain(f"{name} ({curve['tokens']} tokens)", 60))
+            axis.plot(range(1, len(curve[what]) + 1), curve[what], marker=MARKERS[number % 8], label=label)
+        axis.set_xlabel("block")
+        axis.set_ylabel(what)
+        axis.set_xticks(range(1, max(len(curve[what]) for curve in curves.values()) + 1))
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(frameon=False, fontsize=8)
     return figure
 
 
+def _collapse_maps(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
+    """Figure 1: the last face's Grad-CAM at each model's deepest map, then every head's attention, token by token, in
+    the first and in the last block, from 0 to the block's largest value; a model without attention, such as VGG, has
+    the first part alone."""
+    crop, colors = faces.few[-1:], require("matplotlib", "matplotlib").colormaps["inferno"]
+    rows, images = list[str](), list[list[NDArray[Any] | str | None]]()
+    for name, model in models.items():
+        depths = list(model.cam_layers())
+        heat = overlay(crop[0], grad_cam(model, crop, depths[-1])[0]) if depths else "no map for Grad-CAM"
+        maps = attention_maps(model, crop)  # [L, 1, H, N, N]
+        if not len(maps):
+            rows.append(name)
+            images.append([heat, "no attention"])
+            continue
+        alike, looked = collapse(maps), regions(maps)
+        for block in sorted({0, len(maps) - 1}):
+            measured = f"cosine {alike[block]:.2f}\nlooked at {looked[block]:.2f}"
+            rows.append(f"{name}, {maps.shape[-1]} tokens\nblock {block + 1}\n{measured}")
+            # one scale for the block: stretched one by one, even heads that are all alike would look unlike
+            bright = colors((maps[block, 0] / maps[block, 0].max()).clip(0))
+            images.append([None if block else heat, *bright])
+    columns = max(map(len, images))
+    padded = [[*row, *[None] * (columns - len(row))] for row in images]
+    return _grid(rows, [f"Grad-CAM\n{faces.titles[-1]}", *(f"head {h}" for h in range(1, columns))], padded)
+
+
 def _feature_maps(dtns: Mapping[str, DTN], faces: Faces, figures: dict[str, Any]) -> Any:
-    """Figure 9: the last feature map, faces by models."""
-    return _overlaid(dtns, faces, feature_map)
+    """Figure 9: the last feature map, models by faces ("the first row represents the RGB images", samples "of various
+    databases" side by side); the paper puts its two models in two columns for each sample, here each has a row."""
+    rows = [list(faces.few)]
+    for dtn in dtns.values():
+        maps = feature_map(dtn, faces.few)
+        rows.append([overlay(crop, heat, SAME_EVERYWHERE) for crop, heat in zip(faces.few, maps, strict=True)])
+    return _grid(["face", *dtns], faces.titles, rows)
 
 
 def _check_tsne(faces: Faces) -> None:
@@ -268,7 +339,7 @@ def _tsne(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any])
     """Figure 10: t-SNE of the classifier's input features, by forgery."""
     from sklearn.manifold import TSNE
 
-    names = sorted(set(faces.kinds), key=lambda name: (name != "real", name))
+    names = [title for title in faces.titles if title in faces.kinds]
     across = min(len(models), 4)
     figure, axes = _canvas(-(-len(models) // across), across, 3.4, 3.4)
     figures["t-sne"] = {}
@@ -304,7 +375,7 @@ def _soft_labels(
         axis.set_yticks([])
         axis.set_frame_on(False)
         if j:
-            hard = [1, 0] if faces.titles[j - 1] == "real" else [0, 1]
+            hard = [0, 1] if faces.fake[j - 1] else [1, 0]
             axis.set_title(_plain(f"{faces.titles[j - 1]}\nhard {hard}"), fontsize=8)
         for line, (name, values) in enumerate(soft.items()):
             text = (

@@ -6,7 +6,7 @@ models trained on one forgery each, on every forgery.  At frame and at video lev
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,7 +17,6 @@ from dtn_fast.errors import UsageError
 from dtn_fast.evaluation import paper_numbers
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.evaluate import Evaluation, evaluate
-from dtn_fast.evaluation.paper_numbers import Pair
 from dtn_fast.evaluation.tables import Cell, Cells, PaperRow, ResultTable, TableRow
 from dtn_fast.files import json_text, write_whole
 from dtn_fast.runtime.config import Runtime
@@ -91,11 +90,7 @@ def cross_dataset(
 
 def cross_dataset_table(rows: list[TableRow], column_notes: dict[str, str]) -> ResultTable:
     """Rows in Table 1's layout, with the paper's rows below."""
-    printed = [
-        PaperRow(name, {c: row[c] for c in column_notes if c in row})
-        for name, row in paper_numbers.TABLE1.items()
-        if set(row) & set(column_notes)
-    ]
+    printed = in_columns((PaperRow(name, row) for name, row in paper_numbers.TABLE1.items()), column_notes)
     title = "Within-dataset and cross-dataset evaluation (Table 1)"
     return ResultTable("cross-dataset", title, tuple(column_notes), rows, paper=printed, column_notes=column_notes)
 
@@ -114,16 +109,23 @@ def cross_manipulation(
 def cross_manipulation_table(rows: list[TableRow], column_notes: dict[str, str]) -> ResultTable:
     """Rows in Table 2's layout, with the paper's rows of the same training forgeries below."""
     trained = {row.before[TRAINED_ON] for row in rows}
-    printed = [
-        PaperRow(model, {c: Pair(None, v) for c, v in row.items() if c in column_notes}, {TRAINED_ON: on})
-        for model, table in paper_numbers.TABLE2.items()
-        for on, row in table.items()
-        if on in trained
-    ]
+    printed = in_columns((row for row in table_2() if row.before[TRAINED_ON] in trained), column_notes)
     title = "Generalisation to forgeries not trained on (Table 2)"
     return ResultTable(
         "cross-manipulation", title, tuple(column_notes), rows, acc=False, paper=printed, column_notes=column_notes
     )
+
+
+def table_2() -> list[PaperRow]:
+    """The rows of the paper's Table 2, in its order."""
+    return [PaperRow(model, row, {TRAINED_ON: on})
+            for on, models in paper_numbers.TABLE2.items() for model, row in models.items()]  # fmt: skip
+
+
+def in_columns(rows: Iterable[PaperRow], columns: Collection[str]) -> list[PaperRow]:
+    """The paper's rows that print a value in one of ``columns``, without their other values."""
+    cut = (row._replace(cells={c: row.cells[c] for c in columns if c in row.cells}) for row in rows)
+    return [row for row in cut if row.cells]
 
 
 def _measure_all(

@@ -65,6 +65,7 @@ class PaperRow(NamedTuple):
     name: str
     cells: dict[str, Pair]
     before: dict[str, str] = {}  # noqa: RUF012 (never changed)
+    after: dict[str, str] = {}  # noqa: RUF012
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class ResultTable:
         for other in self.paper:
             figures = [_printed(v) for c in self.columns for v in self._pair(other.cells.get(c))]
             lead = [f"{other.name} (the paper's values)", *(other.before.get(k, "") for k in before)]
-            rows.append([*lead, *figures, *("" for _ in after)])
+            rows.append([*lead, *figures, *(other.after.get(k, "") for k in after)])
         return header, rows
 
     def _around(self) -> tuple[list[str], list[str]]:
@@ -168,14 +169,14 @@ class ResultTable:
             figures = [_percent(v) for c in self.columns for v in self._pair(Pair(*row.cells[level][c][:2]))]
             words = [row.name, *(row.before.get(k, "") for k in before)]
             lines.append(_line([*map(_tex, words), *figures, *(_tex(row.after.get(k, ("", ""))[0]) for k in after)]))
-        printed = [(PaperRow(r.name, r.paper, r.before), r.after) for r in self._compared()]
-        printed += [(row, {}) for row in self.paper]
+        sizes = lambda row: {title: theirs for title, (_, theirs) in row.after.items()}
+        printed = [*(PaperRow(r.name, r.paper, r.before, sizes(r)) for r in self._compared()), *self.paper]
         if printed:
             lines.append(r"\midrule")
-        for other, sizes in printed:
+        for other in printed:
             figures = [_printed(v) for c in self.columns for v in self._pair(other.cells.get(c))]
             words = [_tex(other.name) + r"$^{\ast}$", *(_tex(other.before.get(k, "")) for k in before)]
-            lines.append(_line([*words, *figures, *(_tex(sizes.get(k, ("", ""))[1]) for k in after)]))
+            lines.append(_line([*words, *figures, *(_tex(other.after.get(k, "")) for k in after)]))
         note = [r"% * the paper's values"] if printed else []
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *note, ""])
 
@@ -216,7 +217,7 @@ class ResultTable:
         pairs = lambda of: {c: pair._asdict() for c, pair in of.items()}
         rows = [{"name": r.name, "before": r.before, "cells": cells(r.cells), "after": r.after, "paper": pairs(r.paper),
                  "notice": r.notice, "facts": r.facts} for r in self.rows]  # fmt: skip
-        paper = [{"name": r.name, "before": r.before, "cells": pairs(r.cells)} for r in self.paper]
+        paper = [{"name": r.name, "before": r.before, "cells": pairs(r.cells), "after": r.after} for r in self.paper]
         return {"name": self.name, "title": self.title, "columns": self.columns, "rows": rows, "paper_percent": paper,
                 "column_notes": self.column_notes, "notes": self.notes}  # fmt: skip
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import cv2
 import numpy as np
 import torch
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dtn_fast.model.detector import Detector, device_of
+from dtn_fast.model.detector import Depth, Detector, device_of, patch_side
 from dtn_fast.model.dtn import DTN
 from dtn_fast.model.hooks import hooked
 from dtn_fast.model.preprocess import normalise
@@ -18,13 +20,17 @@ COLORS = cv2.COLORMAP_JET
 """Colours of a heat map, from 0 (blue) to 1 (red)."""
 OPACITY = 0.5
 """Opacity of a heat map where it is 1."""
+NO_EVIDENCE = "no region raises P(fake)"
+"""Text on a face whose Grad-CAM is zero everywhere."""
+SAME_EVERYWHERE = "the same everywhere"
+"""Text on a face whose feature map is constant."""
 
 
-def grad_cam(model: Detector, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+def grad_cam(model: Detector, crops: NDArray[np.uint8], depth: Depth | None = None) -> NDArray[np.float32]:
     """Grad-CAM of the fake logit minus the real one (Selvaraju et al., 2017), [B, S, S] in [0, 1].
 
-    crops: [B, S, S, 3] uint8.  The layer is the model's ``cam_layer``.  A crop without positive evidence gives zeros.
-    Raises ValueError when the model has no such layer.
+    crops: [B, S, S, 3] uint8.  depth: which of the model's ``cam_layers``; None: the first, whose map is the finest.  A
+    crop without positive evidence there gives zeros.  Raises ValueError when the model has no such layer.
     """
     kept: list[Tensor] = []
 
@@ -33,24 +39,54 @@ def grad_cam(model: Detector, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
         kept.append(output)
         return output.clone()  # which the next layer may overwrite
 
-    layer = model.cam_layer()
-    if layer is None:
-        raise ValueError(f"{type(model).__name__}: no map for Grad-CAM, its cam_layer() is None")
-    with hooked(model, [(layer, keep)]), torch.enable_grad():
+    layers = model.cam_layers()
+    depth = depth or next(iter(layers), None)
+    if depth is None or depth not in layers:
+        known = ", ".join(layers) or "none"
+        raise ValueError(f"{type(model).__name__}: no map for Grad-CAM at {depth or 'any depth'}; it has {known}")
+    with hooked(model, [(layers[depth], keep)]), torch.enable_grad():
         logits = model(normalise(crops, model.config, device_of(model)))
         (gradient,) = torch.autograd.grad((logits[:, 1] - logits[:, 0]).sum(), kept[0])
+    gradient, maps = _as_map(gradient), _as_map(kept[0].detach())
     weights = gradient.mean((2, 3), keepdim=True)  # [B, C, 1, 1]
-    cam = (weights * kept[0].detach()).sum(1, keepdim=True).relu()  # [B, 1, h, w]
+    cam = (weights * maps).sum(1, keepdim=True).relu()  # [B, 1, h, w]
     cam = F.interpolate(cam, crops.shape[1:3], mode="bilinear", align_corners=False)[:, 0]
     peak = cam.amax((1, 2), keepdim=True)
     return (cam / peak.clamp_min(torch.finfo(cam.dtype).tiny)).cpu().numpy()
 
 
-def overlay(crop: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Overlays a crop [S, S, 3] with its heat map [S, S] in [0, 1]; where the map is 0 the crop is unchanged."""
+def _as_map(output: Tensor) -> Tensor:
+    """A map [B, C, h, w] as it is; of tokens [B, N, C] the patches, as a map."""
+    if output.dim() == 4:
+        return output
+    side = patch_side(output.shape[1])
+    return output[:, -(side**2) :].transpose(1, 2).unflatten(2, (side, side))
+
+
+def overlay(crop: NDArray[np.uint8], heat: NDArray[np.float32], blank: str = NO_EVIDENCE) -> NDArray[np.uint8]:
+    """Overlays a crop [S, S, 3] with its heat map [S, S] in [0, 1]; where the map is 0 the crop is unchanged.
+
+    blank: text written on the crop when the map is 0 everywhere, so that no reader takes it for a map.
+    """
+    if not heat.any():
+        return _with_text(crop, blank)
     colors = cv2.applyColorMap((heat * 255).astype(np.uint8), COLORS)[:, :, ::-1]
     weight = OPACITY * heat[..., None]
     return (crop * (1 - weight) + colors * weight).round().astype(np.uint8)
+
+
+def _with_text(crop: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:
+    """A crop with ``text`` in white on a dark band at its bottom, in as many lines as it needs."""
+    font, scale = cv2.FONT_HERSHEY_SIMPLEX, max(0.3, crop.shape[1] / 512)
+    (width, height), below = cv2.getTextSize(text, font, scale, 1)
+    lines = textwrap.wrap(text, int(len(text) * crop.shape[1] / (1.15 * width)))  # 1.15: of wide letters
+    step = height + below
+    picture = crop.copy()
+    band = picture[-(step * len(lines) + below) :]
+    band //= 4
+    for line, words in enumerate(lines):
+        cv2.putText(band, words, (2, step * line + height + below // 2), font, scale, (255, 255, 255), 1, cv2.LINE_AA)
+    return picture
 
 
 def feature_map(model: DTN, crops: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -55,7 +55,8 @@ def head_scales(model: nn.Module) -> NDArray[np.float32]:
 def collapse(maps: NDArray[np.float32]) -> NDArray[np.float64]:
     """Similarity of a block's heads: mean cosine over pairs of heads and images, [L]; 1: all the same.
 
-    maps: [L, B, H, N, N].  The paper's "attention collapse" as a number; a head's scale changes nothing in it.
+    maps: [L, B, H, N, N].  The paper's "attention collapse" as a number ("attention maps across heads tend to resemble
+    each other with the number of blocks increasing", Figure 1c); a head's scale changes nothing in it.
     """
     blocks, batch, heads = maps.shape[:3]
     if heads < 2:
@@ -65,6 +66,20 @@ def collapse(maps: NDArray[np.float32]) -> NDArray[np.float64]:
     cosines = flat @ flat.swapaxes(2, 3)  # [L, B, H, H]
     pairs = np.triu_indices(heads, 1)
     return cosines[:, :, pairs[0], pairs[1]].mean((1, 2))
+
+
+def regions(maps: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Share of the tokens that a block's heads look at, mean over heads and images, [L]: 1 all alike, 1 / N a single
+    one.
+
+    maps: [L, B, H, N, N].  exp(entropy) / N of a head's attention to each token, over all its queries: the other half
+    of collapse ("the attention map of each head in a deeper block focused on fewer regions", Figure 1c).  A head's
+    scale changes nothing in it; of Re-attention's mixed weights, which may be negative, the magnitudes count.
+    """
+    looks = np.abs(maps.astype(np.float64)).mean(3)  # [L, B, H, N]
+    looks /= looks.sum(3, keepdims=True).clip(1e-30)
+    entropy = -(looks * np.log(looks.clip(1e-30))).sum(3)
+    return np.exp(entropy).mean((1, 2)) / maps.shape[4]
 
 
 # ------------------------------------------------------------------------------------------------ features

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dtn_fast.model.backbone import build_backbone
 from dtn_fast.model.config import DTNConfig
+from dtn_fast.model.detector import Depth
 from dtn_fast.model.mas import HeadScale, head_mixer, reattend
 from dtn_fast.model.timm_compat import import_timm
 
@@ -153,6 +154,10 @@ class CViT(nn.Module):
         patch = self.patch(self.backbone(images).flatten(1))[:, None]
         return self.head(self.blocks(self.tokens(patch))[:, 0])
 
+    def cam_layers(self) -> dict[Depth, nn.Module]:
+        """As a DTN's: the tokens are one patch, which has no map."""
+        return {"backbone": self.backbone[-2]}
+
 
 class EfficientViT(nn.Module):
     """EfficientNet-B0's whole last map as one patch, six transformer blocks."""
@@ -173,6 +178,10 @@ class EfficientViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, S, S] -> [B, num_classes]
         patch = self.patch(self.backbone(images).flatten(1))[:, None]  # [B, 1, C]
         return self.head(self.blocks(self.tokens(patch))[:, 0])
+
+    def cam_layers(self) -> dict[Depth, nn.Module]:
+        """The last map, which is one patch to the blocks."""
+        return {"backbone": self.backbone}
 
 
 class Branch(nn.Module):
@@ -242,6 +251,10 @@ class CrossEfficientViT(nn.Module):
         for stage in self.stages:
             x, y = stage(x, y)
         return self.head(x[:, 0]) + self.early_head(y[:, 0])
+
+    def cam_layers(self) -> dict[Depth, nn.Module]:
+        """The small branch's map, the last one of its network."""
+        return {"backbone": self.backbone}
 
     def classifiers(self) -> list[nn.Module]:
         """Both branches' last layers."""

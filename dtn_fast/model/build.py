@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dtn_fast.errors import UsageError
 from dtn_fast.model.config import DTNConfig, TimmConfig, read_config
-from dtn_fast.model.detector import CONFIG, Detector, check_folder, device_of
+from dtn_fast.model.detector import CONFIG, Depth, Detector, check_folder, device_of, patch_side
 from dtn_fast.model.dtn import DTN
 from dtn_fast.model.hooks import hooked
 from dtn_fast.model.timm_compat import import_timm
@@ -44,21 +44,34 @@ class TimmDetector(Detector):
         own = getattr(self.net, "classifiers", None)
         return own() if own is not None else super().classifiers()
 
-    def cam_layer(self) -> nn.Module | None:
-        """The last layer that timm names as a feature map; None where its output is not [B, C, h, w], as in a ViT."""
+    def cam_layers(self) -> dict[Depth, nn.Module]:
+        """The layers that the model itself names; or else ``backbone``, the last one that timm names as a feature map
+        if its output is [B, C, h, w]; or else, as in a ViT, ``last-block``, the norm before the last block's attention,
+        the last place where every patch still acts on the class token."""
+        own = getattr(self.net, "cam_layers", None)
+        if own is not None:
+            return own()
         info = getattr(self.net, "feature_info", None)
         last = info[-1] if isinstance(info, list) and info else {}
         layer = dict(self.net.named_modules()).get(last.get("module"))
-        if layer is None:
-            return None
-        widths: list[int] = []
-        look = lambda _module, _inputs, output: widths.append(
-            output.shape[1] if isinstance(output, Tensor) and output.dim() == 4 else 0
+        if layer is not None and len(shape := self._output_of(layer)) == 3 and shape[0] == last.get("num_chs"):
+            return {"backbone": layer}
+        blocks = getattr(self.net, "blocks", None)
+        norm = getattr(blocks[-1], "norm1", None) if isinstance(blocks, nn.Sequential) and len(blocks) else None
+        if norm is not None and len(shape := self._output_of(norm)) == 2 and patch_side(shape[0]) > 1:
+            return {"last-block": norm}
+        return {}
+
+    def _output_of(self, layer: nn.Module) -> tuple[int, ...]:
+        """Shape, without the batch, of a layer's output; empty unless it runs once and gives a tensor."""
+        shapes: list[tuple[int, ...]] = []
+        look = lambda _module, _inputs, output: shapes.append(
+            tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
         )
         side = self.config.image_size
         with hooked(self, [(layer, look)]), torch.no_grad():
             self(torch.zeros(1, 3, side, side, device=device_of(self)))
-        return layer if widths == [last.get("num_chs")] else None
+        return shapes[0] if len(shapes) == 1 else ()
 
 
 def own_size(name: str) -> int:

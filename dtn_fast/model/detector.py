@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from dtn_fast.errors import UsageError
 from dtn_fast.files import write_whole
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+Depth = Literal["backbone", "gate", "last-block", "head"]
+"""Places of a detector whose maps Grad-CAM explains, from the input on; ``DTN.cam_layers`` says which maps they are."""
 
 
 class Detector(nn.Module):
@@ -30,9 +33,10 @@ class Detector(nn.Module):
     notice = ""
     """Statement that every report of this model must show, such as that it was trained on synthetic faces."""
 
-    def cam_layer(self) -> nn.Module | None:
-        """The layer whose map [B, C, h, w] Grad-CAM uses; None: this detector has no such map."""
-        return None
+    def cam_layers(self) -> dict[Depth, nn.Module]:
+        """The layers whose output Grad-CAM explains, a map [B, C, h, w] or tokens [B, N, C] whose last ones are the
+        patches of a square, from the input on; empty: this detector has none."""
+        return {}
 
     def classifiers(self) -> list[nn.Module]:
         """The layers that make the logits, here the last linear one; their inputs are the detector's features."""
@@ -132,6 +136,13 @@ def check_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
                 f"{where}: {name} is {got or 'absent'}, the model needs {want or 'no such tensor'}; "
                 "the checkpoint belongs to another preset or configuration"
             )
+
+
+def patch_side(tokens: int) -> int:
+    """Side of the square that the patches form, in a sequence of ``tokens`` that may begin with a class token and up to
+    four others; 0: no square."""
+    side = math.isqrt(tokens)
+    return side if tokens - side**2 <= 5 else 0
 
 
 def device_of(model: nn.Module) -> torch.device:

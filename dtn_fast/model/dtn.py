@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dtn_fast.model.backbone import build_backbone
 from dtn_fast.model.config import STRIDE, DTNConfig
-from dtn_fast.model.detector import Detector
+from dtn_fast.model.detector import Depth, Detector
 from dtn_fast.model.levt import LEVTBlock
 from dtn_fast.model.moe_gate import MoEGate
 
@@ -57,10 +57,21 @@ class DTN(Detector):
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(images))
 
-    def cam_layer(self) -> nn.Module:
-        """The backbone's last ReLU at 1/16 of the input, the finest map with the deepest features; for a timm backbone,
-        its last map."""
-        return self.backbone[-2]
+    def cam_layers(self) -> dict[Depth, nn.Module]:
+        """The layers of Grad-CAM, a map of each part of Eq. 8 (*choice*: the paper does not name its layer).
+
+        backbone: the last ReLU at 1/16 of the input, the finest map with the deepest features, or a timm backbone's
+        last map.  gate: F' (Eq. 12); without a gate, the map that it would scale.  last-block: what the last block's
+        scaled attention and local connection add to its input (Eq. 22 and 23); absent without blocks.  head: the map
+        that is pooled for the classifier (Eq. 25), where Grad-CAM is the class activation map itself, because only a
+        mean and a linear layer follow.
+        """
+        layers: dict[Depth, nn.Module] = {"backbone": self.backbone[-2], "gate": self.gate}
+        for last in self.blocks[-1:].children():
+            assert isinstance(last, LEVTBlock)
+            layers["last-block"] = last.local
+        layers["head"] = self.blocks
+        return layers
 
     def get_classifier(self) -> nn.Module:
         return self.head

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from dtn_fast.evaluation.mac_count import count
 from dtn_fast.evaluation.paper_numbers import TABLE8_SIZES
+from dtn_fast.explain.heatmap import grad_cam
 from dtn_fast.model.build import TimmDetector, build_detector
 from dtn_fast.model.config import DTNConfig, TimmConfig
 
@@ -78,7 +80,8 @@ def test_any_backbone_under_the_papers_modules() -> None:
     model = DTN(config).eval()
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(fold(model)(x), model(x), rtol=1e-4, atol=1e-5)
-    assert model.cam_layer() is not None
+    crops = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
+    assert all(grad_cam(model, crops, depth).shape == (1, 64, 64) for depth in model.cam_layers())
     assert DTN(DTNConfig.preset("tiny", backbone="resnet10t", image_size=64, depth=0, num_experts=0))(x).shape == (2, 2)
     with pytest.raises(UsageError, match="backbone nonsense: timm cannot make its feature maps"):
         DTN(DTNConfig.preset("tiny", backbone="nonsense"))

@@ -30,11 +30,11 @@ def timm():
 @pytest.mark.parametrize(
     ("name", "mapped"),
     [
-        ("resnet10t", True),
-        ("legacy_xception", True),
-        ("vit_tiny_patch16_224", False),
-        ("efficient_vit", False),
-        ("swin_tiny_patch4_window7_224", False),
+        ("resnet10t", "backbone"),
+        ("legacy_xception", "backbone"),
+        ("vit_tiny_patch16_224", "last-block"),
+        ("efficient_vit", "backbone"),
+        ("swin_tiny_patch4_window7_224", ""),
     ],
 )
 def test_a_timm_model_is_a_detector(name: str, mapped: bool, tmp_path: Path) -> None:
@@ -51,14 +51,17 @@ def test_a_timm_model_is_a_detector(name: str, mapped: bool, tmp_path: Path) -> 
     crops = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
     scores = load_scorer(tmp_path / "model").score(crops)
     assert np.array_equal(scores, TorchScorer(model).score(crops))
-    assert (model.cam_layer() is not None) == mapped
+    assert list(model.cam_layers()) == [mapped] * bool(mapped)
     if mapped:
         assert grad_cam(model.train(), crops).shape == (2, 64, 64)
         assert model.training
-        assert not model.cam_layer()._forward_hooks, "looked for without a trace"
+        (layer,) = model.cam_layers().values()
+        assert not layer._forward_hooks, "looked for without a trace"
     else:
-        with pytest.raises(ValueError, match="no map for Grad-CAM"):
+        with pytest.raises(ValueError, match="no map for Grad-CAM at any depth; it has none"):
             grad_cam(model, crops)
+    with pytest.raises(ValueError, match=f"no map for Grad-CAM at gate; it has {mapped or 'none'}"):
+        grad_cam(model, crops, "gate")
 
 
 def test_configurations_are_told_apart(tmp_path: Path) -> None:
@@ -146,9 +149,12 @@ def test_mas_elsewhere(timm) -> None:
 def test_grad_cam_before_a_layer_that_works_in_place(timm) -> None:
     model = build_detector(TimmConfig("test_resnet", image_size=64)).eval()
     crops = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
-    before = grad_cam(model, crops)
-    model.net.global_pool = torch.nn.Sequential(torch.nn.ReLU(inplace=True), model.net.global_pool)
-    assert np.array_equal(grad_cam(model, crops), before), "the map is positive already"
+    pool, found = model.net.global_pool, []
+    for inplace in (False, True):
+        negative = torch.nn.Threshold(0.5, -1.0, inplace)  # whatever the weights, it changes the map
+        model.net.global_pool = torch.nn.Sequential(negative, pool)
+        found.append(grad_cam(model, crops))
+    assert np.array_equal(*found)
     model.net.layer4.register_forward_hook(lambda _module, _inputs, output: (output, output))
     model.net.global_pool.register_forward_pre_hook(lambda _module, given: given[0][:1])
-    assert model.cam_layer() is None, "a layer that gives no tensor"
+    assert model.cam_layers() == {}, "a layer that gives no tensor"

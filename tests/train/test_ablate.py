@@ -20,15 +20,16 @@ from dtn_fast.data.crop_dataset import CropDataset, ShardFiles
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.mac_count import count
-from dtn_fast.evaluation.paper_numbers import TABLE1, TABLE10
-from dtn_fast.evaluation.tables import ResultTable, TableRow
+from dtn_fast.evaluation.paper_numbers import TABLE1, TABLE8, TABLE10
+from dtn_fast.evaluation.protocols import in_columns
+from dtn_fast.evaluation.tables import Cell, ResultTable, TableRow
 from dtn_fast.model import backbone, build
 from dtn_fast.model.build import build_detector
 from dtn_fast.model.config import NOISES, TimmConfig
 from dtn_fast.model.moe_gate import MoEGate, disturb
 from dtn_fast.train import ablate as ablations
 from dtn_fast.train.ablate import ablate, folder_of
-from dtn_fast.train.ablation_tables import ABLATIONS, configure, variants_of
+from dtn_fast.train.ablation_tables import ABLATIONS, configure, printed_rows, variants_of
 from dtn_fast.train.config import PRESETS, Execution, Recipe
 from dtn_fast.train.losses import contrastive_center, initial_loss
 from dtn_fast.train.step import TrainStep
@@ -36,7 +37,7 @@ from dtn_fast.train.step import TrainStep
 QUICK = changed(RECIPE, epochs=1, generations=1, min_generations=0, batch_size=32)
 
 
-BACKBONES = ("resnet34", "resnet50", "efficientnet_b0", "efficientnet_b4")
+BACKBONES = ("vgg", "resnet34", "resnet50", "efficientnet_b0", "efficientnet_b4")
 TINY = DTNConfig.preset("tiny", image_size=64)
 
 
@@ -221,6 +222,10 @@ def test_an_ablation_trains_measures_and_resumes(
     for row in made.rows:
         assert row.cells["frame"].keys() == ({*few.methods} if ABLATIONS[name].by_forgery else {"FF++"})
         assert all(cell.auc is not None and 0 <= cell.auc <= 1 for cell in row.cells["video"].values())
+    rows = [row.name for row in printed_rows(name) if "FF++" in row.cells]
+    measured = [row.name for row in made.rows]
+    assert [row.name for row in made.paper] == [row for row in rows if row not in measured]
+    assert all(row.cells.keys() == {"FF++"} for row in made.paper)
     header, body = made.text("frame")
     printed = variants[0].paper.get("FF++")
     if printed:
@@ -255,7 +260,9 @@ def test_only_some_variants_and_what_the_table_keeps(few: CropDataset, tmp_path:
         return finish(ablate("soft-labels", few, dict.fromkeys(tests, few), tmp_path, SMALL, recipe, only))
 
     names = lambda table: [row.name for row in table.rows]
-    assert names(run(("DTN w/ STG",))) == ["DTN w/ STG"]
+    first = run(("DTN w/ STG",))
+    assert names(first) == ["DTN w/ STG"]
+    assert [(row.name, row.cells["FF++"]) for row in first.paper] == [("DTN w/o STG", (95.20, 99.17))]
     assert names(run(("DTN w/o STG",))) == ["DTN w/o STG", "DTN w/ STG"]  # in the order of the paper
     assert measured == ["FF++"] * 2  # the first was not measured again
     table = tmp_path / "soft-labels.json"
@@ -298,6 +305,33 @@ def test_wrong_names_are_told(few: CropDataset, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=said):
             finish(ablate(name, few, tests, tmp_path, SMALL, QUICK, only))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_papers_other_rows_stand_among_ours(tmp_path: Path) -> None:
+    """Also those of models that nothing here trains, and sizes and students that were not trained."""
+    names = lambda name: [row.name for row in printed_rows(name)]
+    assert {"TwoStream", "SBIs", "RECCE", "IID", "IDDDM", "UIA-ViT", "FoCus", "NACO"} < set(names("cross-dataset"))
+    assert names("generations")[:6] == ["DTN-Teacher", *(f"DTN-Student {g}" for g in range(1, 5)), "Xception-Teacher"]
+    assert len(names("generations")) == 15
+    assert names("mas") == list(TABLE8)
+    by_forgery = [(row.before["trained on"], row.name) for row in printed_rows("cross-manipulation")]
+    assert by_forgery[:7] == [("DF", model) for model in ("Xception", "Face X-ray", "SOLA", "IID", "IDDDM",
+                                                          "Guan et al.", "DTN")]  # fmt: skip
+    assert len(by_forgery) == 28
+    on_dfd = in_columns(printed_rows("cross-dataset"), ("DFD", "mine"))
+    assert [row.name for row in on_dfd] == ["CViT", "TwoStream", "SBIs", "EfficientViT", "CrossEfficientViT", "IID",
+                                            "UIA-ViT", "Yu et al.", "DTN"]  # fmt: skip
+    assert all(row.cells.keys() == {"DFD"} for row in on_dfd)
+    cells: dict[Any, Any] = {level: {"FF++": Cell(0.5, 0.5, None)} for level in ("frame", "video")}
+    sized = {"M params": ("1.000", "85.620"), "GMAC": ("2.000", "16.879")}
+    ours = TableRow("ViT", cells, after=sized, paper=TABLE8["ViT"])
+    table = ResultTable("mas", "T", ("FF++",), [ours], paper=in_columns(printed_rows("mas")[1:], ("FF++",)))
+    header, body = table.text("frame")
+    assert header == ["model", "FF++ ACC", "FF++ AUC", "M params", "GMAC"]
+    assert body[1] == ["ViT w/ Re-att (the paper's values)", "62.84", "67.42", "85.623", "16.968"]
+    assert len(body) == 15
+    assert r"ViT$^{\ast}$ & 62.44 & 67.07 & 85.620 & 16.879 \\" in table.latex("frame")
+    assert r"CViT$^{\ast}$ & 90.47 & 96.69 & 88.988 & 6.684 \\" in table.latex("frame")
 
 
 def test_by_forgery_as_table_2() -> None:
