@@ -43,14 +43,17 @@ def run_suite(name: str, folder: Path, machine: roofline.Machine, quick: bool, b
 
 
 def structure(folder: Path) -> int:
-    """Compiles every shipped kernel for every architecture and stores the report; returns the number of problems."""
+    """Compiles every shipped kernel for every architecture and stores the report, with the least times that follow from
+    machine code; returns the number of problems."""
     import triton
 
-    from dtn_fast.kernels import compile_check
+    from dtn_fast.kernels import compile_check, machine_code
 
     rows = compile_check.check_all(sorted(compile_check.SHARED_LIMIT))
     table = [{**row._asdict(), "occupancy": round(row.occupancy(), 3)} for row in rows]
-    results.write_json(folder / results.STRUCTURE, {"triton": triton.__version__, "rows": table})
+    least = [{"operator": operator, **one._asdict()} for operator, one in machine_code.predictions()]
+    stored = {"triton": triton.__version__, "batch": machine_code.BATCH, "rows": table, "predicted": least}
+    results.write_json(folder / results.STRUCTURE, stored)
     problems = [f"sm_{row.arch} {row.kernel} {row.shape}: {p}" for row in rows for p in row.problems()]
     print(f"{len(rows)} configurations, {len(problems)} problems", *problems, sep="\n")
     return len(problems)

@@ -86,6 +86,7 @@ def benchmarks_page(folder: Path = FOLDER) -> str:
     out += ["", "## Face finders", "", *faces_table(folder)]
     out += ["", "## timm's families", "", *timm_table(folder)]
     out += ["", "## Structure of the kernels", "", *structure_table(folder)]
+    out += ["", "## Predicted times of the kernels", "", *predicted_table(folder)]
     return "\n".join(out).rstrip().replace("\n\n\n", "\n\n") + "\n"
 
 
@@ -133,11 +134,31 @@ def structure_table(folder: Path) -> list[str]:
     names = ["arch", "kernel", "shape", "warps", "registers", "spilled bytes", "shared KiB", "tensor-core instructions"]
     rows = []
     for r in data["rows"]:
-        if r["shape"] in ("N=64 D=64", "E=2 M=128 C=512") and r["dtype"] == "bfloat16":
+        if r["shape"] in ("N=64 D=64", "B=256 E=2 M=128 C=512") and r["dtype"] == "bfloat16":
             cells = [r["arch"], r["kernel"], r["shape"], r["warps"], r["registers"], r["spill"]]
             cells += [f"{r['shared'] / 1024:.1f}", r["tensor_core"], f"{r['occupancy']:.0%}"]
             rows.append([str(cell) for cell in cells])
     return [STRUCTURE_NOTE.format(triton=data["triton"]), "", *markdown_table([*names, "occupancy"], rows)]
+
+
+PREDICTED_NOTE = """**Predicted, not measured** (on GPUs: {not_run}): the least time of each kernel in training on
+{batch} images in bfloat16, by the slowest of its instructions, its pipes, the tensor cores, the caches, memory and the
+latency of its loads, counted in its machine code (`kernels/machine_code.py`).  A100, H200 and B200 are assumed, with
+the rates named there.  "Of memory" is the time that memory alone needs, divided by the prediction."""
+
+
+def predicted_table(folder: Path) -> list[str]:
+    """Table of the kernels' least times by their machine code."""
+    path = folder / STRUCTURE
+    if not path.is_file():
+        return [NOT_RUN]
+    data = json.loads(path.read_text(encoding="utf-8"))
+    rows = [[str(cell) for cell in (r["arch"], r["operator"], r["kernel"], r["programs"], r["resident"],
+             f"{r['bytes'] / 1e6:.1f}", f"{r['per_element']:.0f}", f"{r['seconds'] * 1e6:.1f}", r["limit"],
+             f"{r['floor'] / r['seconds']:.0%}")] for r in data["predicted"] if r["kernel"] != "bn_merge"]  # fmt: skip
+    names = ["arch", "operator", "kernel", "programs", "on a multiprocessor", "MB", "instructions per element",
+             "predicted us", "limit", "of memory"]  # fmt: skip
+    return [PREDICTED_NOTE.format(batch=data["batch"], not_run=NOT_RUN), "", *markdown_table(names, rows)]
 
 
 BEGIN, END = "<!-- made by dtn-fast bench tables -->", "<!-- end -->"

@@ -62,13 +62,16 @@ class CompiledKernel(NamedTuple):
     vector_load: int
     """Loads of 8 or 16 bytes per thread, asynchronous copies and TMA loads in the PTX."""
 
-    def occupancy(self) -> float:
-        """Share of a multiprocessor's warps that fit, given its registers, shared memory and block limit."""
+    def resident(self) -> int:
+        """Blocks that fit on a multiprocessor, given its registers, shared memory and block limit."""
         warps, blocks, shared = MULTIPROCESSOR[self.arch]
         per_warp = -(-self.registers * 32 // 256) * 256  # registers are allocated in units of 256 per warp
         fit = min(blocks, warps // self.warps, 65536 // (per_warp * self.warps))
-        fit = min(fit, shared * 1024 // (self.shared + 1024))  # the system reserves 1 KiB per block
-        return fit * self.warps / warps
+        return min(fit, shared * 1024 // (self.shared + 1024))  # the system reserves 1 KiB per block
+
+    def occupancy(self) -> float:
+        """Share of a multiprocessor's warps that fit."""
+        return self.resident() * self.warps / MULTIPROCESSOR[self.arch][0]
 
     def problems(self) -> list[str]:
         """Reasons why this configuration must not be shipped; empty if there is none."""

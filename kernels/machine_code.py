@@ -1,17 +1,14 @@
-"""Counts of what a compiled kernel executes, read from its machine code, and the time that they need at least.
-
-    python -m dtn_fast.kernels.machine_code --arch 90
+"""Counts of what a compiled kernel executes, read from its machine code, and the least time that this takes on a GPU.
 
 nvdisasm lists the instructions of a program; loops are weighted by their trips, which Triton's own code states, in the
-same order.  A kernel's time is at least the largest of: its instructions through the four schedulers, those of each
-pipe through that pipe (lanes from the CUDA Programming Guide, "Arithmetic Instructions"), its products through the
-tensor cores, and each tensor argument once through memory, at the bandwidth that the loads in flight allow (Little's
-law).  This is a prediction: nothing here was timed.
+same order.  A kernel takes at least as long as the slowest of these: all its instructions through the schedulers, four
+a clock; those of each pipe through that pipe (lanes from the CUDA Programming Guide, "Arithmetic Instructions"); its
+products through the tensor cores, and their tiles out of the second-level cache; each tensor argument once through
+memory; the loads in flight, each waiting for memory (Little's law).  These are predictions: nothing here was timed.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 import subprocess
@@ -22,24 +19,25 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from dtn_fast.kernels import compile_check
 from dtn_fast.kernels.launch import Launch
 
 
 class Machine(NamedTuple):
-    """A GPU as the prediction sees it.  Rates marked A are assumed, the others published."""
+    """A GPU as the prediction sees it."""
 
     name: str
     processors: int
     clock: float
-    """Hz under load (A)."""
+    """Hz under load (assumed, as all that follows but H200's bandwidth)."""
     bandwidth: float
-    """Bytes/s of a copy, read and written (H200: measured; others A)."""
+    """Bytes/s of a copy, read and written."""
     tensor: float
-    """FLOP/s of 16-bit products that libraries reach (A)."""
+    """FLOP/s of 16-bit products that libraries reach."""
     latency: float
-    """Seconds that a load from memory takes under load (A)."""
+    """Seconds that a load from memory takes under load."""
     cache: float
-    """Bytes/s between the multiprocessors and the L2 cache (A)."""
+    """Bytes/s between the multiprocessors and the second-level cache."""
     fp32: int
     """Lanes a clock and multiprocessor of float32 arithmetic."""
 
@@ -50,12 +48,14 @@ MACHINES = {
     100: Machine("B200", 148, 1.85e9, 7.0e12, 1.6e15, 8e-7, 9.0e12, 128),
 }
 """GPUs for which times are predicted, by compute capability x 10."""
+BATCH = 256
+"""Images of a training batch for which times are predicted."""
 LANES = {"special": 16, "integer": 64, "shared": 32}
 """Lanes a clock and multiprocessor of the pipes that are alike on all of them; float32 arithmetic differs."""
 _SPECIAL = re.compile(r"MUFU|I2F(?!P)|F2I|F2F\.F64|POPC|FLO|BREV")
-_FLOAT = re.compile(r"F(ADD|MUL|FMA|SEL|SETP|MNMX|CHK|SWZADD)|HADD|HMUL|HFMA|F2FP|I2FP")
-_INTEGER = re.compile(r"I(MAD|ADD|SETP|MNMX|ABS|DP)|LOP|SHF|LEA|SEL|PRMT|VIADD|ISCADD|PLOP|LOP3|SGXT|BMSK")
-_SHARED = re.compile(r"LDS|STS|LDSM|STSM|ATOMS|SHFL|LDG|STG|LDGSTS|LD\b|ST\b")
+_FLOAT = re.compile(r"F(ADD|MUL|FMA|CHK|SWZADD)|HADD|HMUL|HFMA")
+_INTEGER = re.compile(r"I(MAD|ADD|SETP|MNMX|ABS|DP)|F(SEL|SETP|MNMX)|[FI]2FP|LOP|SHF|LEA|SEL|PRMT|VIADD|PLOP|SGXT|BMSK")
+_SHARED = re.compile(r"LDS|STS|ATOMS|SHFL|LDG|STG|LD\b|ST\b")
 
 
 class Work(NamedTuple):
@@ -68,7 +68,6 @@ class Work(NamedTuple):
     integer: float
     shared: float
     """Shared and global memory instructions, and shuffles."""
-    barriers: float
     flops: float
     """Floating-point operations of the products."""
     loaded: float
@@ -79,24 +78,25 @@ class Work(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """Least time of one launch on one GPU, and its reasons."""
+    """Least time of one launch on one GPU."""
 
-    kernel: str
     arch: int
+    kernel: str
     programs: int
-    bytes: int
-    per_element: float
-    """Instructions (of a lane) for each element of the largest tensor argument."""
     resident: int
     """Programs that fit on a multiprocessor."""
-    seconds: float
+    bytes: int
+    """Size of all tensor arguments."""
+    per_element: float
+    """Instructions (of a lane) for each element of the largest tensor argument."""
     limit: str
     """The slowest resource."""
-    parts: dict[str, float]
-    """Seconds by resource."""
+    seconds: float
+    floor: float
+    """Seconds that memory alone needs."""
 
 
-def count(compiled: Any, launch: Launch, arch: int) -> Work:
+def count(compiled: Any, launch: Launch) -> Work:
     """Counts the work of one program of ``launch``.  Raises ValueError when loops cannot be told apart."""
     code = disassemble(compiled.asm["cubin"])
     loops = [(a, b) for a, b in _loops(code) if a != b]
@@ -135,43 +135,50 @@ def count(compiled: Any, launch: Launch, arch: int) -> Work:
             moved[name[:3]] += times * _width(name) * warps * 32
     return Work(
         sum(weight) * warps, *(sums[k] * warps for k in ("special", "float32", "integer", "shared")),
-        sums["barriers"], flops, moved["LDG"], moved["STG"], _in_flight(code, loops, compiled.asm["ttir"], launch),
+        flops, moved["LDG"], moved["STG"], _in_flight(code, loops, compiled.asm["ttir"], launch),
     )  # fmt: skip
 
 
 def predict(launch: Launch, compiled: Any, arch: int, resident: int) -> Prediction:
-    """Predicts the least time of ``launch`` on the GPU of ``arch``, where ``resident`` programs fit a multiprocessor."""
-    machine, work = MACHINES[arch], count(compiled, launch, arch)
-    programs = 1
-    for size in launch.grid:
-        programs *= size
+    """Least time of ``launch`` on the GPU of ``arch``; resident: programs that fit on a multiprocessor."""
+    machine, work = MACHINES[arch], count(compiled, launch)
+    programs = math.prod(launch.grid)
     given = [t for t in (getattr(a, "base", a) for a in launch.args) if isinstance(t, torch.Tensor)]
     tensors = {(t.untyped_storage()._cdata, t.storage_offset(), t.shape): t for t in given}
     moved = sum(t.numel() * t.element_size() for t in tensors.values())
-    share = programs / (machine.processors * machine.clock)  # programs of one multiprocessor, a clock
+    share = -(-programs // machine.processors) / machine.clock  # programs of the busiest multiprocessor, a clock
     lanes = {**LANES, "float32": machine.fp32}
     parts = {"issue": work.instructions / 4 * share}
     parts |= {pipe: getattr(work, pipe) * 32 / width * share for pipe, width in lanes.items()}
     if work.flops:  # tiles of a product pass the first-level cache once; other kernels' loads often hit it
-        parts["tensor"] = work.flops * programs / machine.tensor
+        parts["tensor cores"] = work.flops * programs / machine.tensor
         parts["cache"] = (work.loaded + work.stored) * programs / machine.cache
     parts["memory"] = moved / machine.bandwidth
     busy = min(resident, -(-programs // machine.processors)) * machine.processors
     reads = work.loaded / (work.loaded + work.stored)
     parts["latency"] = moved * reads * machine.latency / (busy * max(work.in_flight, 1))
     limit = max(parts, key=lambda k: parts[k])
-    largest = max(t.numel() for t in tensors.values())
-    return Prediction(
-        launch.name,
-        arch,
-        programs,
-        moved,
-        work.instructions * 32 * programs / largest,
-        resident,
-        parts[limit],
-        limit,
-        parts,
-    )
+    per_element = work.instructions * 32 * programs / max(t.numel() for t in tensors.values())
+    return Prediction(arch, launch.name, programs, resident, moved, per_element, limit, parts[limit], parts["memory"])
+
+
+def predictions(archs: tuple[int, ...] = tuple(MACHINES), batch: int = BATCH) -> list[tuple[str, Prediction]]:
+    """Kernels of the paper's model in bfloat16 training on ``batch`` images, each with its operator's name."""
+    half, found = torch.bfloat16, list[tuple[str, Prediction]]()
+    operators = {
+        "MAS attention": lambda: compile_check.mas_launches(64, 64, half, batch),
+        "expert gate": lambda: compile_check.moe_launches(2, 128, 512, 0.1, half, batch),
+        "BN + ReLU + pool, 32x256x256": lambda: compile_check.bn_launches(32, 256, True, half, batch),
+        "BN + ReLU, 512x16x16": lambda: compile_check.bn_launches(512, 16, False, half, batch),
+        "local connection": lambda: compile_check.lc_launches(512, 8, half, batch),
+    }
+    for arch in archs:
+        for operator, launches in operators.items():
+            with compile_check.target(arch):
+                for launch in launches():
+                    row = compile_check.inspect(launch, arch, operator, half)
+                    found.append((operator, predict(launch, launch.compile(), arch, row.resident())))
+    return found
 
 
 def disassemble(cubin: bytes) -> list[tuple[str, str]]:
@@ -203,7 +210,7 @@ def _loops(code: list[tuple[str, str]]) -> list[tuple[int, int]]:
         body = [n for n, _ in code[int(target[1]) : place]]
         # Blackwell waits in short loops, some behind the program's end, from where it jumps back
         waits = body[-8:] if name.endswith("?") else body[-2:]
-        if len(body) > 8 and name.endswith("?") or not any(n.startswith(("SYNCS", "NANOSLEEP")) for n in waits):
+        if (len(body) > 8 and name.endswith("?")) or not any(n.startswith(("SYNCS", "NANOSLEEP")) for n in waits):
             found.append((int(target[1]), place))
     return sorted(found)
 
@@ -277,17 +284,3 @@ def _described(ttir: str, launch: Launch) -> tuple[int, int]:
     tiles = re.findall(r"tt\.descriptor_load .*-> tensor<([\dx]+)x[a-z]+(\d+)>", ttir)
     size = sum(math.prod(map(int, shape.split("x"))) * int(bits) // 8 for shape, bits in tiles)
     return size, max(launch.constants.get("STAGES", launch.options["num_stages"]) - 1, 1)
-
-
-def _launches(name: str, batch: int) -> list[Launch]:
-    """Launches of an operator of the paper's model at ``batch`` images, in bfloat16."""
-    from dtn_fast.kernels import compile_check as made
-
-    half = torch.bfloat16
-    return {
-        "MAS attention": lambda: made.mas_launches(64, 64, half, batch),
-        "expert gate": lambda: made.moe_launches(2, 128, 512, 0.1, half, batch),
-        "BN 32x256x256, pooled": lambda: made.bn_launches(32, 256, True, half, batch),
-        "BN 512x16x16": lambda: made.bn_launches(512, 16, False, half, batch),
-        "local connection": lambda: made.lc_launches(512, 8, half, batch),
-    }[name]()

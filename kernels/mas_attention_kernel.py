@@ -199,7 +199,7 @@ def mas_small_backward_persistent(
 
 @triton.jit
 def _pair(N: tl.constexpr, BLOCK: tl.constexpr):
-    """(batch, head) pair of a program, and its block of the N rows; one dimension, since a second one ends at 65,535."""
+    """(batch, head) pair of a program and its block of the N rows; a grid's second dimension would end at 65,535."""
     BLOCKS: tl.constexpr = (N + BLOCK - 1) // BLOCK
     pid = tl.program_id(0)
     return pid // BLOCKS, pid % BLOCKS

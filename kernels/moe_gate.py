@@ -26,7 +26,8 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "moe_backward(Tensor grad, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor expert_scale, Tensor? seed,"
-    " float noise_std, Tensor attention, Tensor winner, Tensor hidden, str path) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " float noise_std, Tensor attention, Tensor winner, Tensor hidden, str path)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 MAX_EXPERTS, MAX_HIDDEN = 8, 256

@@ -288,7 +288,7 @@ def moe_backward_weight(
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
     NOISE: tl.constexpr, FAST: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes dW1 of GROUP experts, BLOCK_C channels and a split of STEPS * BLOCK_T rows; DW1 [splits, E, M, C] float32."""
+    """Writes dW1 of GROUP experts, BLOCK_C channels and a split of STEPS * BLOCK_T rows; DW1 [splits, E, M, C]."""
     tile, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2) * GROUP
     column, cols = tl.arange(0, GROUP * BLOCK_M), tile * BLOCK_C + tl.arange(0, BLOCK_C)
     unit, expert = column % BLOCK_M, group + column // BLOCK_M

@@ -9,6 +9,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -36,18 +37,17 @@ def candidates() -> dict[str, list[dict[str, int]]]:
     """Launch values that the search tries, by kernel."""
     small = _grid(num_warps=(4, 8), num_stages=(1, 2))
     blocks = _grid(BLOCK_M=(32, 64, 128), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3))
-    rows = _grid(
-        BLOCK_T=(32, 64, 128), BLOCK_C=(32, 64, 128), BLOCK_OUT=(64, 128), num_warps=(4, 8), num_stages=(1, 2, 3)
-    )
-    streams = _grid(BLOCK_T=(8, 16, 32, 64), BLOCK_C=(32, 64, 128), num_warps=(4, 8), num_stages=(1,))
+    rows = _grid(BLOCK_T=(32, 64, 128), BLOCK_C=(32, 64), BLOCK_OUT=(64,), num_warps=(8, 16), num_stages=(1, 2))
+    streams = _grid(BLOCK_T=(16, 32, 64, 128), BLOCK_C=(32, 64, 128), num_warps=(4, 8), num_stages=(1,))
     sums = [{**row, "PROGRAMS": programs} for row in streams for programs in (512, 1024, 2048)]
+    lines = _grid(BLOCK_T=(8, 16, 32), BLOCK_C=(32, 64, 128), num_warps=(4, 8), num_stages=(1,))
     return {
-        "bn_stats": sums,
+        "bn_stats": [{**row, "UNROLL": unroll} for row in sums for unroll in (1, 4)],
         "bn_apply": streams,
         "bn_backward_stats": sums,
         "bn_backward_apply": streams,
-        "lc_forward": sums,
-        "lc_backward": streams,
+        "lc_forward": lines,
+        "lc_backward": lines,
         # two stages overlap nothing: the next pair's loads would wait for this one's store
         "mas_small_forward": small + _grid(PERSISTENT=(2, 4), STAGES=(3, 4), num_warps=(4, 8), num_stages=(2,)),
         "mas_small_backward": small + _grid(PERSISTENT=(1, 2), STAGES=(3,), num_warps=(4, 8), num_stages=(2,)),
@@ -57,7 +57,7 @@ def candidates() -> dict[str, list[dict[str, int]]]:
         "moe_forward": rows,
         "moe_backward_rows": rows,
         "moe_backward_weight": _grid(
-            BLOCK_T=(32, 64, 128), BLOCK_C=(32, 64), PROGRAMS=(256, 512, 1024), num_warps=(4, 8), num_stages=(2, 3)
+            BLOCK_T=(32, 64), BLOCK_C=(64, 128), PROGRAMS=(128, 256), num_warps=(8, 16), num_stages=(1, 2)
         ),
     }
 
@@ -78,7 +78,7 @@ class Case(NamedTuple):
 def cases(device: str = "cuda", batch: int = 256) -> list[Case]:
     """The model's shapes at ``batch`` images, and attention at other lengths."""
     attention = lambda n, images: functools.partial(_attention, device, n, 64, max(images, 1))
-    norm = lambda channels, side: functools.partial(_norm, device, channels, side, max(batch // 4, 1))
+    norm = lambda channels, side, pool=True: functools.partial(_norm, device, channels, side, max(batch // 4, 1), pool)
     norms = ("bn_stats", "bn_apply", "bn_backward_stats", "bn_backward_apply")
     small = ("mas_small_forward", "mas_small_backward")
     flash = ("mas_flash_forward", "mas_flash_backward_dq", "mas_flash_backward_dkdv")
@@ -90,7 +90,9 @@ def cases(device: str = "cuda", batch: int = 256) -> list[Case]:
         Case(small, {"N": 64, "bytes": 2, "D": 64}, attention(64, batch)),
         Case(norms, {"C": 128, "bytes": 2}, norm(128, 64)),
         Case(norms, {"C": 512, "bytes": 2}, norm(512, 16)),
+        Case(gate, {"M": 128, "bytes": 2, "T": 2048}, functools.partial(_gate, device, max(batch // 8, 1))),
         Case(small, {"N": 128, "bytes": 2, "D": 64}, attention(128, batch // 2)),
+        Case(norms, {"POOL": 0, "bytes": 2}, norm(128, 64, False)),
         Case(flash, {"bytes": 2, "D": 64}, attention(1024, batch // 16)),
     ]
 
@@ -111,11 +113,11 @@ def _gate(device: str, batch: int) -> Call:
     return _both_ways(lambda: ops.moe_gate(*leaves, noise_std=0.1, seed=seed, path="triton"), leaves)
 
 
-def _norm(device: str, channels: int, side: int, batch: int) -> Call:
-    """BN, ReLU and pool of a map [batch, channels, side, side]."""
+def _norm(device: str, channels: int, side: int, batch: int, pool: bool) -> Call:
+    """BN, ReLU and, with ``pool``, max-pool of a map [batch, channels, side, side]."""
     leaves = [_map(device, batch, channels, side)]
     leaves += [torch.randn(channels, device=device).requires_grad_() for _ in range(2)]
-    return _both_ways(lambda: ops.bn_relu(*leaves, pool=True, path="triton")[0], leaves)
+    return _both_ways(lambda: ops.bn_relu(*leaves, pool=pool, path="triton")[0], leaves)
 
 
 def _connection(device: str, batch: int) -> Call:
@@ -201,6 +203,10 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return bool((a.float() - b.float()).norm() <= 2e-2 * b.float().norm() + 1e-6)
 
 
+def _bounds(row: dict[str, Any]) -> list[float]:
+    return [row.get("when", {}).get(key, math.inf) for key in ("POOL", "T", "N", "C", "M", "D", "bytes")]
+
+
 def write(name: str, found: dict[str, list[dict[str, Any]]], folder: Path = FOLDER) -> Path:
     """Stores a search's result for the GPU ``name``; kernels and shapes not in ``found`` keep their rows.
 
@@ -210,7 +216,7 @@ def write(name: str, found: dict[str, list[dict[str, Any]]], folder: Path = FOLD
     rows: dict[str, list[dict[str, Any]]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for kernel, new in found.items():
         kept = [row for row in rows.get(kernel, ()) if row.get("when") not in [row.get("when") for row in new]]
-        rows[kernel] = sorted([*kept, *new], key=lambda row: sorted(row.get("when", {}).items()))
+        rows[kernel] = sorted([*kept, *new], key=_bounds)
     parts = [
         f"  {json.dumps(k)}: [\n" + ",\n".join(f"    {json.dumps(r)}" for r in v) + "\n  ]" for k, v in rows.items()
     ]

@@ -14,9 +14,8 @@ from dtn_fast.model.config import STRIDE, DTNConfig
 from dtn_fast.model.norm import update_statistics
 from dtn_fast.model.timm_compat import import_timm
 
-
 INPUT_CHANNELS = 8
-"""Channels to which ``Backbone.pad_input`` widens the three of an image: tensor cores read eight 16-bit values at once."""
+"""Channels to which ``Backbone.pad_input`` widens an image's three: tensor cores read eight 16-bit values at once."""
 
 
 class Backbone(nn.Sequential):

@@ -62,6 +62,10 @@ def test_every_kernel_is_kept_as_it_is_found_and_rows_are_in_order(
         tune.write("GPU", {"mas_small_forward": [row]}, tmp_path)
     rows = json.loads((tmp_path / "gpu.json").read_text())["mas_small_forward"]
     assert [(row["when"]["N"], row["num_warps"]) for row in rows] == [(64, 2), (128, 8)]
+    for when in ({"C": 32, "bytes": 2}, {"C": 32, "T": 2048, "bytes": 2}, {"POOL": 0, "bytes": 2}):
+        tune.write("GPU", {"k": [{"when": when, "num_warps": 4, "num_stages": 1}]}, tmp_path)
+    bounds = [set(row["when"]) - {"bytes"} for row in json.loads((tmp_path / "gpu.json").read_text())["k"]]
+    assert bounds == [{"POOL"}, {"C", "T"}, {"C"}]  # a row of more bounds is not hidden behind one of fewer
     kept: list[int] = []
     two = [case(), case()._replace(when={"N": 128, "bytes": 4})]
     tune.search(two, 60, lambda make: 1.0, lambda found: kept.append(len(found["mas_small_forward"])))
