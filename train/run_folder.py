@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from dtn_fast.data.blend import METHOD
+from dtn_fast.data.config import trained_corruptions
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.dataclass_json import differences, from_fields, from_json
 from dtn_fast.errors import UsageError, tell
 from dtn_fast.files import json_text, write_whole
-from dtn_fast.model.config import ModelConfig, TimmConfig, crop_policy, parse_config
+from dtn_fast.model.config import ModelConfig, TimmConfig, TrainedOn, crop_policy, parse_config
 from dtn_fast.model.detector import WEIGHTS
 from dtn_fast.runtime.load import RECIPE, SUMMARY
 from dtn_fast.train import distributed
@@ -50,7 +52,7 @@ def start_run(run: Path, recipe: Recipe, config: ModelConfig) -> None:
         raise UsageError("--pretrained: only models of timm have published weights; name one with --timm")
     if _begun(run) and (run / RECIPE).is_file():
         known, model = load_run(run)
-        own = lambda of: dataclasses.asdict(dataclasses.replace(of, crop=crop_policy(of)))  # unknown is the default
+        own = lambda of: dataclasses.asdict(dataclasses.replace(of, crop=crop_policy(of), trained_on=None))
         if type(model) is not type(config):
             own = lambda of: {"timm": getattr(of, "timm", "")}
         before, now = dataclasses.asdict(known) | own(model), dataclasses.asdict(recipe) | own(config)
@@ -107,6 +109,16 @@ def claim_crops(run: Path, recipe: Recipe, dataset: CropDataset) -> None:
 def for_crops(config: ModelConfig, dataset: CropDataset) -> ModelConfig:
     """``config`` with the crop policy of the dataset's crops, so that detection cuts faces alike."""
     return config if dataset.crop is None else dataclasses.replace(config, crop=dataset.crop)
+
+
+def trained_on(recipe: Recipe, dataset: CropDataset) -> TrainedOn:
+    """Facts of a training by ``recipe`` on ``dataset``, the data as prepared."""
+    used = [video for video in dataset.videos if video.split == "train"]
+    forgeries = {v.method for v in used if v.label and (not recipe.methods or v.method in recipe.methods)}
+    if recipe.self_blend:
+        forgeries = (forgeries if recipe.blend_share < 1 else set()) | {METHOD}
+    kinds = trained_corruptions(recipe.augment, recipe.self_blend) | {k for v in used for k, _ in v.corruptions}
+    return TrainedOn(tuple(sorted(forgeries)), tuple(sorted(kinds)))
 
 
 def load_run(run: Path) -> tuple[Recipe, ModelConfig]:

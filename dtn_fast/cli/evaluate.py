@@ -90,6 +90,8 @@ def robustness(
 ) -> None:
     """Measure models under every corruption and level, and plot them together; the same command resumes it.
 
+    The table says for each corruption whether the model was trained on it; train --preset robustness holds none.
+
     Example: dtn-fast robustness data/crops --models runs/first runs/second --out robustness
 
     Args:

@@ -11,7 +11,7 @@ from dtn_fast.errors import UsageError
 from dtn_fast.model.config import MAX_MARGIN, Alignment, CropPolicy, FinderName
 from dtn_fast.ranges import Count, Positive, Range, Seed, Workers, check_ranges
 
-AugmentName = Literal["none", "light", "forensic"]
+AugmentName = Literal["none", "light", "forensic", "geometry"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,18 @@ class AugmentPreset:
     quality: tuple[int, int] = (40, 100)
     """Range of the JPEG quality, both ends included."""
 
+    @property
+    def corruptions(self) -> tuple[str, ...]:
+        """Kinds of corruption (:mod:`dtn_fast.data.corrupt`) that share a transform with the preset.  Gaussian noise on
+        pixels counts for uniform noise too, which differs in its distribution alone."""
+        shared = (
+            (self.brightness_contrast, ("contrast",)),
+            (self.noise, ("gaussian_noise", "uniform_noise")),
+            (self.blur, ("blur",)),
+            (self.compression, ("jpeg",)),
+        )
+        return tuple(kind for probability, kinds in shared if probability for kind in kinds)
+
 
 AUGMENTATIONS: dict[str, AugmentPreset] = {
     "light": AugmentPreset(
@@ -54,9 +66,22 @@ AUGMENTATIONS: dict[str, AugmentPreset] = {
         noise=0.1, std=(0.005, 0.02), compression=0.15, quality=(70, 100),
     ),
     "forensic": AugmentPreset(),
+    "geometry": AugmentPreset(brightness_contrast=0.0, blur=0.0, noise=0.0, compression=0.0),
 }  # fmt: skip
 """Presets by name: ``light`` for small, clean datasets; ``forensic`` adds affine transforms and blur, with more noise
-and stronger JPEG compression."""
+and stronger JPEG compression; ``geometry`` flips, shifts, scales and rotates alone.
+
+The paper names Albumentations but no transform, measures "various unseen corruptions" (Figure 5), and gives as examples
+of augmentation "rotation, flipping, scaling, etc." (section 6): ``geometry`` is these, and shares nothing with a
+corruption but the slight smoothing of bilinear interpolation."""
+SELF_BLEND_CORRUPTIONS = ("saturation", "contrast", "pixelation")
+"""Kinds of corruption that share a transform with the recolouring of self-blended crops (data/blend.py)."""
+
+
+def trained_corruptions(augment: str, self_blend: bool) -> set[str]:
+    """Kinds of corruption that training with these options shows to a model."""
+    kinds = {*AUGMENTATIONS[augment].corruptions} if augment in AUGMENTATIONS else set()
+    return kinds | {*SELF_BLEND_CORRUPTIONS} if self_blend else kinds
 
 
 @dataclass(frozen=True)

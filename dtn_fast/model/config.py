@@ -45,9 +45,24 @@ class CropPolicy:
         return f"{self.finder} at margin {self.margin:g}" + (", eyes level" if self.align == "landmarks" else "")
 
 
+@dataclass(frozen=True)
+class TrainedOn:
+    """Facts of a model's training that its measurements must state: stored with checkpoints and exported files."""
+
+    forgeries: tuple[str, ...]
+    """Forgeries that the model was trained on; empty: unknown."""
+    corruptions: tuple[str, ...]
+    """Kinds of corruption (:mod:`dtn_fast.data.corrupt`) in the training augmentation or the training videos."""
+
+    def __post_init__(self) -> None:
+        for name, values in vars(self).items():
+            if not isinstance(values, tuple | list) or not all(isinstance(value, str) for value in values):
+                raise UsageError(f"TrainedOn.{name} is {values!r}; it must be a list of names")
+
+
 def _check(config: Any) -> None:
-    """Replaces the decoded JSON object in ``crop`` by its dataclass.  Raises UsageError on a single class, or a mean or
-    standard deviation that is none."""
+    """Replaces the decoded JSON objects in ``crop`` and ``trained_on`` by their dataclasses.  Raises UsageError on a
+    single class, or a mean or standard deviation that is none."""
     for name in ("mean", "std"):
         values = getattr(config, name)
         if len(values) != 3 or not all(math.isfinite(v) for v in values) or (name == "std" and min(values) <= 0):
@@ -55,10 +70,12 @@ def _check(config: Any) -> None:
             raise UsageError(f"{type(config).__name__}.{name} is {values!r}; it must be {wanted}")
     if config.num_classes < 2:
         raise UsageError(f"{type(config).__name__}.num_classes is {config.num_classes}; it must be >= 2")
-    if isinstance(config.crop, Mapping):
-        object.__setattr__(config, "crop", from_fields(CropPolicy, config.crop, "crop"))
-    elif not isinstance(config.crop, CropPolicy | None):
-        raise UsageError(f"{type(config).__name__}.crop is {config.crop!r}; it must be an object or null")
+    for name, kind in (("crop", CropPolicy), ("trained_on", TrainedOn)):
+        value = getattr(config, name)
+        if isinstance(value, Mapping):
+            object.__setattr__(config, name, from_fields(kind, value, name))
+        elif not isinstance(value, kind | None):
+            raise UsageError(f"{type(config).__name__}.{name} is {value!r}; it must be an object or null")
 
 
 @dataclass(frozen=True)
@@ -114,6 +131,8 @@ class DTNConfig:
     """RGB standard deviation that divides the result (*choice*: ImageNet's)."""
     crop: CropPolicy | None = None
     """How the training crops were cut; None: unknown, because another program cut them."""
+    trained_on: TrainedOn | None = None
+    """Facts of the training, written by it; None: unknown, or not trained yet."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -202,6 +221,8 @@ class TimmConfig:
     """RGB standard deviation that divides the result."""
     crop: CropPolicy | None = None
     """How the training crops were cut; None: unknown, because another program cut them."""
+    trained_on: TrainedOn | None = None
+    """Facts of the training, written by it; None: unknown, or not trained yet."""
 
     def __post_init__(self) -> None:
         _check(self)

@@ -6,20 +6,27 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small import SMALL
+from small import RECIPE, SMALL, changed
 
 from dtn_fast import DTN
+from dtn_fast.data.config import trained_corruptions
 from dtn_fast.data.corrupt import LEVELS, corrupt
 from dtn_fast.data.crop_dataset import CropDataset, ShardFiles
-from dtn_fast.errors import UsageError
+from dtn_fast.errors import DtnWarning, UsageError
 from dtn_fast.evaluation.config import RobustnessConfig
 from dtn_fast.evaluation.metrics import by_video, evaluate_scores
-from dtn_fast.evaluation.robustness import robustness
+from dtn_fast.evaluation.robustness import robustness, seen
+from dtn_fast.export.pipeline import export
+from dtn_fast.model.config import TrainedOn
+from dtn_fast.runtime.load import load_scorer
 from dtn_fast.runtime.torch_scorer import TorchScorer
+from dtn_fast.train import run_folder
+from dtn_fast.train.config import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +76,64 @@ def test_figures_are_those_of_corrupted_crops(scorers: dict, dataset: CropDatase
     assert "test split, 10 videos (2 real, 8 fake), 3.0 frames each on average, one face of a frame;" in table
     list(robustness(scorers, dataset, tmp_path, RobustnessConfig(("blocks", "jpeg"), (0, 2, 5))))
     assert (tmp_path / "robustness.svg").read_text() == picture
+
+
+OLD = Path(__file__).parents[1] / "old_files"
+
+
+def trained_on(kinds: tuple[str, ...] | None, **model: Any) -> TorchScorer:
+    facts = None if kinds is None else TrainedOn(("x",), kinds)
+    return TorchScorer(DTN(dataclasses.replace(SMALL, trained_on=facts, **model)).eval())
+
+
+def test_each_corruption_says_whether_the_model_was_trained_on_it(dataset: CropDataset, tmp_path: Path) -> None:
+    models = {
+        "unseen": trained_on(()), "forensic": trained_on(("contrast", "jpeg")), "old": trained_on(None),
+        "gate": trained_on((), noise="blur"),
+    }  # fmt: skip
+    kinds = ("jpeg", "blur", "gaussian_noise")
+    with pytest.warns(DtnWarning, match="forensic: was trained on jpeg, gaussian_noise: no unseen corruptions"):
+        list(robustness(models, dataset, tmp_path, RobustnessConfig(kinds, (0,))))
+    stored = json.loads((tmp_path / "robustness.json").read_text())["trained on"]
+    assert stored == {
+        "unseen": {"jpeg": "no", "blur": "no", "gaussian_noise": "in the gate"},
+        "forensic": {"jpeg": "yes", "blur": "no", "gaussian_noise": "in the gate"},
+        "old": {"jpeg": "not recorded", "blur": "not recorded", "gaussian_noise": "in the gate"},
+        "gate": {"jpeg": "no", "blur": "in the gate", "gaussian_noise": "no"},
+    }
+    text = (tmp_path / "robustness.md").read_text()
+    assert "| corruption | trained on it | level 0 |" in text
+    assert [text.count(f"| jpeg | {state} |") for state in ("no", "yes", "not recorded")] == [2, 1, 1]
+    assert text.count("| mean of the unseen | no |") == 3, "of the old model nothing is known to be unseen"
+    picture = (tmp_path / "robustness.svg").read_text()
+    for title in ("jpeg (trained on: 1 of 4, not recorded: 1)", "blur (trained on: 1 of 4, not recorded: 1)",
+                  "gaussian_noise (trained on: 3 of 4)", "hollow marker: trained on this corruption"):  # fmt: skip
+        assert f"<!-- {title}" in picture
+    geometry = trained_on(tuple(trained_corruptions("geometry", False)))
+    assert {seen(geometry.config, kind) for kind in RobustnessConfig.kinds} == {"no"}, "Figure 5's are all unseen"
+    assert PRESETS["robustness"].recipe == dataclasses.replace(PRESETS["ffpp-c23"].recipe, augment="geometry")
+
+
+def test_training_writes_what_it_was_on(dataset: CropDataset, trained: Path, tmp_path: Path) -> None:
+    """Into every checkpoint and exported file; of a run of an earlier version its recipe says it."""
+    now = load_scorer(trained).config.trained_on
+    forensic = ("blur", "contrast", "gaussian_noise", "jpeg", "uniform_noise")
+    assert now == TrainedOn(dataset.methods, forensic)
+    export(trained, tmp_path / "model.onnx")
+    assert load_scorer(tmp_path / "model.onnx").config.trained_on == now
+    assert load_scorer(OLD / "run").config.trained_on == TrainedOn((), forensic)
+    assert load_scorer(OLD / "model.onnx").config.trained_on is None
+    one = changed(RECIPE, augment="geometry", methods=dataset.methods[:1])
+    assert run_folder.trained_on(one, dataset) == TrainedOn(dataset.methods[:1], ())
+    videos = [v._replace(corruptions=(("blocks", 2),)) if v.split == "train" else v for v in dataset.videos]
+    perturbed = dataclasses.replace(dataset, videos=videos)
+    assert run_folder.trained_on(one, perturbed).corruptions == ("blocks",)
+    blend = changed(RECIPE, augment="none", self_blend=True)
+    assert run_folder.trained_on(blend, dataset) == TrainedOn(
+        ("SelfBlended",), ("contrast", "pixelation", "saturation")
+    )
+    half = changed(blend, blend_share=0.5, methods=dataset.methods[:1])
+    assert run_folder.trained_on(half, dataset).forgeries == tuple(sorted((dataset.methods[0], "SelfBlended")))
 
 
 def test_what_is_there_is_not_measured_again(scorers: dict, dataset: CropDataset, tmp_path: Path) -> None:
