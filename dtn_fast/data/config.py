@@ -176,8 +176,11 @@ class Source:
     the folder NEW, which is below ROOT (. for ROOT itself) or an absolute path."""
     ffpp: Path | None = None
     """Root folder of FaceForensics++, whose real videos are the reals of DeeperForensics."""
-    variants: tuple[str, ...] = ("end_to_end",)
-    """Folders to read of DeeperForensics' eleven; the reals get perturbations of the same types and levels."""
+    variants: tuple[str, ...] = ("end_to_end_random_level",)
+    """Folders to read of DeeperForensics' eleven; the reals get the perturbations of their fakes.  Default: each video
+    with a perturbation of random type and level, because the paper calls the set "a challenging benchmark since
+    extensive real-world perturbations are applied" (section 5.3; *choice* among its nine perturbed folders).
+    end_to_end is the clean one."""
     lmdb: Path | None = None
     """DeepfakeBench's LMDB with the frames; default: the frames are files."""
     allow: tuple[Allowance, ...] = ()
