@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from dtn_fast.cli.terminal import print_result_table, print_table, progress
+from dtn_fast.data.crop_dataset import open_crop_dataset
 from dtn_fast.data.open import open_data
 from dtn_fast.device import Device
 from dtn_fast.errors import UsageError
@@ -84,6 +85,7 @@ def evaluate(
 def robustness(
     data: Annotated[Path, tyro.conf.Positional],
     models: list[Path],
+    videos: Path | None = None,
     out: Path = Path("robustness"),
     config: Annotated[RobustnessConfig, tyro.conf.OmitArgPrefixes] = RobustnessConfig(),
     runtime: Annotated[Runtime, tyro.conf.OmitArgPrefixes] = Runtime(),
@@ -94,9 +96,14 @@ def robustness(
 
     Example: dtn-fast robustness data/crops --models runs/first runs/second --out robustness
 
+    With H.264 over whole videos: dtn-fast prepare /data/FF++ --out h264 --splits test --corrupt video, then
+    dtn-fast robustness data/crops --models runs/first --videos h264
+
     Args:
         data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
         models: Runs, checkpoint folders, .onnx, .mnn, .engine or .rtx files.
+        videos: Crops of the same videos, corrupted before their faces were found: dtn-fast prepare --corrupt.  Default:
+            none; every corruption is applied to the crops of data.
         out: Folder for robustness.json, .md and .svg.
         config: Corruptions and levels to measure.
         runtime: Device and precision that the models run with.
@@ -109,7 +116,7 @@ def robustness(
     dataset = open_data(data, next(iter(scorers.values())).config.image_size)
     with progress() as bar:
         task = bar.add_task("corrupting and scoring", total=None, note="")
-        for state in run(scorers, dataset, out, config):
+        for state in run(scorers, dataset, out, config, None if videos is None else open_crop_dataset(videos)):
             bar.update(task, completed=state.done, total=state.total, note=state.name)
     record(out)
     print((out / "robustness.md").read_text(encoding="utf-8") + f"plot: {out / 'robustness.svg'}")

@@ -181,12 +181,19 @@ class Source:
     with a perturbation of random type and level, because the paper calls the set "a challenging benchmark since
     extensive real-world perturbations are applied" (section 5.3; *choice* among its nine perturbed folders).
     end_to_end is the clean one."""
+    corrupt: tuple[str, ...] = ()
+    """Corruptions to apply to whole videos before their faces are found, each at all --corrupt-levels, for dtn-fast
+    robustness --videos; such as video, which codes them anew with H.264 (Figure 5: "video compression controls the
+    compression quality of the video via the constant rate factor [30, 32, 35, 38, 40]").  Default: none."""
+    corrupt_levels: Annotated[tuple[int, ...], Range(1, 5)] = (1, 2, 3, 4, 5)
+    """Levels of --corrupt."""
     lmdb: Path | None = None
     """DeepfakeBench's LMDB with the frames; default: the frames are files."""
     allow: tuple[Allowance, ...] = ()
     """Audit findings to accept: counts (an incomplete download), leaks (identities shared between splits)."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         parts = self.split.split("/")
         if len(parts) != 3 or not all(map(str.isdecimal, parts)) or sum(self.shares) != 100:
             raise UsageError(f"--split {self.split}: percent of train, val and test were expected, such as 80/10/10")

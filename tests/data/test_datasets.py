@@ -470,6 +470,31 @@ def test_deeperforensics_is_perturbed_by_default_and_its_lists_are_followed(tmp_
         refused(tmp_path, source, "003_M101 is not listed" if line[2] == "4" else "is no video with its perturbations")
 
 
+def test_whole_videos_are_corrupted_at_each_level(tmp_path: Path) -> None:
+    source, _, _ = folder(tmp_path / "pictures")
+    refused(
+        tmp_path / "pictures", replace(source, corrupt=("video",)), "changes whole videos, and this dataset has pic"
+    )
+    source, _, _ = celebdf(tmp_path)
+    source = replace(source, allow=("counts",))
+    plain = read(tmp_path, source).videos
+    table = read(tmp_path, replace(source, corrupt=("video", "contrast"), corrupt_levels=(1, 5)))
+    steps = [("video", 1), ("video", 5), ("contrast", 1), ("contrast", 5)]
+    assert table.videos == [v._replace(corruptions=(step,)) for v in plain for step in steps]
+    assert table.notes[-1] == "each video 4 times: video 1, video 5, contrast 1, contrast 5"
+    for said, options in (
+        ("unknown corruption 'fog'", {"corrupt": ("fog",)}),
+        ("h264_still: is of single pictures; video is", {"corrupt": ("h264_still",)}),
+        ("--corrupt-levels: name at least one", {"corrupt": ("blur",), "corrupt_levels": ()}),
+    ):
+        refused(tmp_path, replace(source, **options), said)
+    with pytest.raises(UsageError, match="--corrupt-levels 6: must be from 1 to 5"):
+        replace(source, corrupt_levels=(6,))
+    source, _, _ = deeper(tmp_path / "deeper", Source.variants[0])
+    perturbed = replace(source, corrupt=("video",), allow=("counts",))
+    refused(tmp_path / "deeper", perturbed, "perturbed already; read --variants end_to_end")
+
+
 def complete(root: Path, dataset: Any) -> tuple[Source, dict[str, int], str]:
     """How to read it, its counts, and one of its fakes."""
     source, thousand, files = Source(dataset), [f"{n:03d}" for n in range(1000)], []
@@ -505,8 +530,8 @@ def complete(root: Path, dataset: Any) -> tuple[Source, dict[str, int], str]:
             counts |= {f"{split}/{method}": len(targets) for method in ("real", "end_to_end_random_level")}
         files = [f"ff/{YOUTUBE}/{target}.mp4" for target in thousand]
         files += [f"manipulated_videos/end_to_end_random_level/{target}_W01.mp4" for target in thousand]
-        listed = "".join(f"{target}_W01.mp4 GB:{1 + int(target) % 5}\n" for target in thousand)
-        put(root, META.format("end_to_end_random_level"), data=listed)
+        meta = "".join(f"{target}_W01.mp4 GB:{1 + int(target) % 5}\n" for target in thousand)
+        put(root, META.format("end_to_end_random_level"), data=meta)
         source = replace(source, ffpp=root / "ff")
     put(root, *files, data=b"")
     return source, counts, files[-1]
