@@ -16,12 +16,13 @@ from dtn_fast.data.crop_dataset import CropDataset, full_fingerprint
 from dtn_fast.data.open import open_data
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
+from dtn_fast.evaluation.evaluate import forgeries_of
 from dtn_fast.evaluation.mac_count import count
 from dtn_fast.evaluation.paper_numbers import TABLE10, PaperValues
 from dtn_fast.evaluation.protocols import TRAINED_ON, Measured, measure, names_of
 from dtn_fast.evaluation.tables import ResultTable, TableRow
 from dtn_fast.model.build import load_detector
-from dtn_fast.model.config import DTNConfig, ModelConfig, TimmConfig
+from dtn_fast.model.config import DTNConfig, ModelConfig, TimmConfig, TrainedOn
 from dtn_fast.model.detector import WEIGHTS, move_to
 from dtn_fast.provenance import made_by, record
 from dtn_fast.runtime.torch_scorer import TorchScorer
@@ -30,7 +31,7 @@ from dtn_fast.train.ablation_tables import ABLATIONS, Variant, configure, varian
 from dtn_fast.train.config import Recipe
 from dtn_fast.train.distill import distill, train_initial
 from dtn_fast.train.loop import Epoch, Step
-from dtn_fast.train.run_folder import best_auc, claim_crops, for_crops, generation_folder, start_run
+from dtn_fast.train.run_folder import best_auc, claim_crops, for_crops, generation_folder, start_run, trained_on
 from dtn_fast.train.run_lock import locked
 
 
@@ -78,8 +79,9 @@ def ablate(
     for title, dataset in tests.items():
         dataset.check_fits(model, f"{name}, tested on {title}")
         dataset.tell_differences(model, f"{name}, tested on {title}")
-    found = _Rows(out, name, tests)
+    found = _Rows(out, name)
     shown = [v for v in variants if not only or v.label in only or found.has(v)]
+    found.on(tests, [trained_on(configure(v, model, recipe)[1], data) for v in shown])
     for variant in shown:
         config, changed = configure(variant, model, recipe)
         with locked(run := folder_of(out / name, variant)):
@@ -139,10 +141,8 @@ FACTS = ("variant", "generation", "tests", "digest", "weights", "column_notes")
 class _Rows:
     """Rows of a table so far, including those of earlier calls."""
 
-    def __init__(self, out: Path, name: str, tests: dict[str, CropDataset]) -> None:
-        self._name, self._tests, self._rows = name, tests, list[TableRow]()
-        split = {column: dataset.select("test") for column, dataset in tests.items()}
-        self._crops = {c: f"{len(split[c])} of {s.size}, {s.fingerprint(split[c])}" for c, s in tests.items()}
+    def __init__(self, out: Path, name: str) -> None:
+        self._name, self._by_forgery, self._rows = name, ABLATIONS[name].by_forgery, list[TableRow]()
         path = out / f"{name}.json"
         if path.is_file():
             try:
@@ -153,13 +153,24 @@ class _Rows:
                         row.facts["column_notes"] = row.facts.pop("policies")
                     for key in FACTS:
                         row.facts[key]
-                    known = row.facts["tests"]
-                    row.facts["tests"] = {c: full_fingerprint(known[c], self._crops.get(c, "")) for c in known}
+                    row.facts["tests"] = {column: str(crops) for column, crops in row.facts["tests"].items()}
                     for column in row.facts["column_notes"]:
                         row.cells["frame"][column], row.cells["video"][column]
                 self._rows = [row for row in rows if (out / row.facts["weights"]).is_file()]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UsageError(f"{path}: damaged ({error!r}); delete it, the runs beside it are kept") from error
+
+    def on(self, tests: dict[str, CropDataset], trained: Sequence[TrainedOn]) -> None:
+        """Chooses the crops of the table, and its columns by the training of all its rows."""
+        self._tests, self._trained, self._crops = tests, trained, dict[str, str]()
+        for column, dataset in tests.items():
+            rows = dataset.select("test")
+            _, others = forgeries_of(dataset, trained)
+            apart = f"apart from {', '.join(others)}: " if others and not self._by_forgery else ""
+            self._crops[column] = f"{apart}{len(rows)} of {dataset.size}, {dataset.fingerprint(rows)}"
+        for row in self._rows:
+            known = row.facts["tests"]
+            row.facts["tests"] = {c: full_fingerprint(known[c], self._crops.get(c, "")) for c in known}
 
     def has(self, variant: Variant) -> bool:
         return any(row.facts["variant"] == variant.label for row in self._rows)
@@ -188,7 +199,7 @@ class _Rows:
 
     def _measured(self, title: str, folder: Path, facts: dict[str, Any], device: str) -> TableRow:
         scorer = _Shared(move_to(load_detector(folder), device))
-        for step in measure(scorer, self._tests, ABLATIONS[self._name].by_forgery, EvaluateConfig()):
+        for step in measure(scorer, self._tests, self._by_forgery, EvaluateConfig(), self._trained):
             if isinstance(step, Measured):
                 facts = {**facts, "column_notes": step.column_notes}
                 return TableRow(title, step.cells, notice=scorer.notice, facts=facts)

@@ -25,6 +25,7 @@ from dtn_fast.evaluation.paper_numbers import (
     Pair,
     PaperValues,
 )
+from dtn_fast.model.build import timm_config
 from dtn_fast.model.config import DTNConfig, TimmConfig
 from dtn_fast.train.config import Recipe
 
@@ -152,7 +153,7 @@ def configure(variant: Variant, model: DTNConfig, recipe: Recipe) -> tuple[DTNCo
     """``model`` and ``recipe`` with the variant's changes.  Raises UsageError when a changed value is invalid."""
     changed = dataclasses.replace(recipe, **variant.recipe)
     if "timm" in variant.model:
-        return TimmConfig(variant.model["timm"], model.image_size, crop=model.crop), changed
+        return timm_config(variant.model["timm"], model.image_size, model.crop), changed
     return dataclasses.replace(model, **variant.model), changed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from dtn_fast.data.config import AugmentName
 from dtn_fast.data.synthetic_marker import HELD_OUT, METHODS
 from dtn_fast.errors import UsageError
+from dtn_fast.model.build import timm_config
 from dtn_fast.model.config import DTNConfig, ModelConfig, TimmConfig, read_config
 from dtn_fast.ranges import Count, Natural, NotNegative, Positive, Range, Seed, check_ranges
 
@@ -181,9 +183,16 @@ DEFAULT_PRESET: RunPreset = "paper"
 def choose_model(preset: RunPreset, config: Path | None, timm: str) -> ModelConfig:
     """The model configuration in the JSON file ``config``, of the timm model ``timm``, or else of the preset.
 
-    Raises UsageError when both ``config`` and ``timm`` are given, or the file holds no model configuration.
+    A timm model has its own mean and standard deviation, unless the file states others.  Raises UsageError when both
+    ``config`` and ``timm`` are given, or the file holds no model configuration.
     """
     if timm and config:
         raise UsageError("--timm and --config both name a model; give one")
     base = DTNConfig.preset(PRESETS[preset].model)
-    return read_config(config) if config else TimmConfig(timm, base.image_size) if timm else base
+    if timm:
+        return timm_config(timm, base.image_size)
+    made = read_config(config) if config else base
+    if config and isinstance(made, TimmConfig):
+        stated, own = json.loads(config.read_text(encoding="utf-8")), timm_config(made.timm, made.image_size)
+        made = replace(made, **{name: getattr(own, name) for name in ("mean", "std") if name not in stated})
+    return made

@@ -17,6 +17,7 @@ from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.dataclass_json import differences, from_fields, from_json
 from dtn_fast.errors import UsageError, tell
 from dtn_fast.files import json_text, write_whole
+from dtn_fast.model.build import timm_config
 from dtn_fast.model.config import ModelConfig, TimmConfig, TrainedOn, crop_policy, parse_config
 from dtn_fast.model.detector import WEIGHTS
 from dtn_fast.runtime.load import RECIPE, SUMMARY
@@ -52,6 +53,7 @@ def start_run(run: Path, recipe: Recipe, config: ModelConfig) -> None:
         raise UsageError("--pretrained: only models of timm have published weights; name one with --timm")
     if _begun(run) and (run / RECIPE).is_file():
         known, model = load_run(run)
+        config = _with_former_constants(config, model, run)
         own = lambda of: dataclasses.asdict(dataclasses.replace(of, crop=crop_policy(of), trained_on=None))
         if type(model) is not type(config):
             own = lambda of: {"timm": getattr(of, "timm", "")}
@@ -63,6 +65,20 @@ def start_run(run: Path, recipe: Recipe, config: ModelConfig) -> None:
         settings = {"recipe": dataclasses.asdict(recipe), "model": dataclasses.asdict(config)}
         write_whole(run / RECIPE, json_text(settings, indent=2))
     distributed.barrier()
+
+
+def _with_former_constants(config: ModelConfig, before: ModelConfig, run: Path) -> ModelConfig:
+    """``config`` with ImageNet's mean and standard deviation, if it has those of a timm model that an earlier version
+    began to train with ImageNet's."""
+    if not isinstance(config, TimmConfig) or not isinstance(before, TimmConfig) or config.timm != before.timm:
+        return config
+    constants = lambda of: (of.mean, of.std)
+    own, former = timm_config(config.timm, config.image_size), TimmConfig(config.timm, config.image_size)
+    if constants(before) != constants(former) or constants(config) != constants(own) or own == former:
+        return config
+    tell(f"{run}: begun by an earlier version with ImageNet's mean and standard deviation, not with those of "
+         f"{config.timm}; it goes on with them")  # fmt: skip
+    return dataclasses.replace(config, mean=before.mean, std=before.std)
 
 
 def _begun(run: Path) -> bool:

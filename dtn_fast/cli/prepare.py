@@ -55,7 +55,7 @@ def prepare(
 ) -> None:
     """Audit a dataset and crop its faces for training and evaluation; the same command resumes it.
 
-    Example: dtn-fast prepare /data/DFDC --out dfdc --dataset dfdc --frames 32 --share 3/8
+    Example: dtn-fast prepare /data/DFDC --out dfdc --dataset dfdc --share 3/8
 
     Test videos coded anew at each rate factor: dtn-fast prepare /data/FF++ --out h264 --splits test --corrupt video
 

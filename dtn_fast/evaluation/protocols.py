@@ -16,10 +16,11 @@ from dtn_fast.data.open import open_data
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation import paper_numbers
 from dtn_fast.evaluation.config import EvaluateConfig
-from dtn_fast.evaluation.evaluate import Evaluation, evaluate
+from dtn_fast.evaluation.evaluate import Evaluation, evaluate, forgeries_of
 from dtn_fast.evaluation.paper_numbers import Pair
 from dtn_fast.evaluation.tables import Cell, Cells, PaperRow, ResultTable, TableRow
 from dtn_fast.files import json_text, write_whole
+from dtn_fast.model.config import TrainedOn
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.load import load_scorer, read_recipe
 from dtn_fast.runtime.scorer import Scorer
@@ -44,20 +45,26 @@ class Measured(NamedTuple):
 
 
 def measure(
-    scorer: Scorer, tests: Mapping[str, CropDataset], by_forgery: bool, config: EvaluateConfig
+    scorer: Scorer,
+    tests: Mapping[str, CropDataset],
+    by_forgery: bool,
+    config: EvaluateConfig,
+    trained: Sequence[TrainedOn | None],
 ) -> Iterator[str | Measured]:
     """Measures one model on every test set: yields each set's name before measuring it, then the metrics.
 
-    by_forgery: measure each forgery of a set separately.  Raises UsageError like ``evaluate``, and when a set has no
-    forgery to test on.
+    by_forgery: measure each forgery of a set separately; otherwise those that the models of the table were trained on
+    together, and the others together.  trained: facts of the training of every model in the table, so that all rows
+    have the same columns.  Raises UsageError like ``evaluate``, and when a set has no forgery to test on.
     """
     found = Measured({"frame": {}, "video": {}}, {})
     for name, dataset in tests.items():
         yield name
-        groups = (
-            {paper_numbers.FF_NAMES.get(m, m): (m,) for m in dataset.methods} if by_forgery else {name: dataset.methods}
-        )
-        if not groups:
+        seen, others = forgeries_of(dataset, trained)
+        groups = {name: seen, **({f"{name}, not trained on": others} if others else {})}
+        if by_forgery:
+            groups = {paper_numbers.FF_NAMES.get(m, m): (m,) for m in dataset.methods}
+        if not dataset.methods:
             raise UsageError(f"{name}: holds no forgery to test on")
         _fill(found, evaluate(scorer, dataset, config, groups))
     yield found
@@ -130,8 +137,9 @@ def _measure_all(
     entries: Sequence[Entry], tests: Mapping[str, CropDataset], by_forgery: bool, config: EvaluateConfig
 ) -> Iterator[str | tuple[list[TableRow], dict[str, str]]]:
     rows, column_notes = [], {}
+    trained = [entry.scorer.config.trained_on for entry in entries]
     for entry in entries:
-        for step in measure(entry.scorer, tests, by_forgery, config):
+        for step in measure(entry.scorer, tests, by_forgery, config, trained):
             if isinstance(step, str):
                 yield f"{entry.name} on {step}"
                 continue

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dtn_fast.errors import UsageError
-from dtn_fast.model.config import DTNConfig, TimmConfig, read_config
+from dtn_fast.model.config import CropPolicy, DTNConfig, TimmConfig, read_config
 from dtn_fast.model.detector import CONFIG, Detector, check_folder, device_of
 from dtn_fast.model.dtn import DTN
 from dtn_fast.model.hooks import hooked
@@ -65,6 +65,15 @@ def own_size(name: str) -> int:
     """Side of the pictures that timm's published weights of a model take; our default where there are none."""
     known = _published(name)
     return known.input_size[-1] if known else TimmConfig.image_size
+
+
+def timm_config(name: str, image_size: int, crop: CropPolicy | None = None) -> TimmConfig:
+    """Configuration of a timm model, with the mean and standard deviation of its published weights; our defaults where
+    there are none."""
+    known = _published(name)
+    if known is None or len(known.mean) != 3 or len(known.std) != 3:
+        return TimmConfig(name, image_size, crop=crop)
+    return TimmConfig(name, image_size, mean=tuple(known.mean), std=tuple(known.std), crop=crop)
 
 
 def _published(name: str) -> Any:

@@ -216,9 +216,9 @@ class TimmConfig:
     num_classes: int = DTNConfig.num_classes
     """Number of logits; logit 0 is real, logit 1 fake."""
     mean: tuple[float, float, float] = DTNConfig.mean
-    """RGB mean subtracted from pixels in [0, 1]."""
+    """RGB mean subtracted from pixels in [0, 1]; ``dtn-fast train`` takes that of timm's weights of the model."""
     std: tuple[float, float, float] = DTNConfig.std
-    """RGB standard deviation that divides the result."""
+    """RGB standard deviation that divides the result; ``dtn-fast train`` takes that of timm's weights."""
     crop: CropPolicy | None = None
     """How the training crops were cut; None: unknown, because another program cut them."""
     trained_on: TrainedOn | None = None
