@@ -22,16 +22,25 @@ from dtn_fast.evaluation.paper_numbers import TABLE10, PaperValues
 from dtn_fast.evaluation.protocols import TRAINED_ON, Measured, measure, names_of
 from dtn_fast.evaluation.tables import ResultTable, TableRow
 from dtn_fast.model.build import load_detector
-from dtn_fast.model.config import DTNConfig, ModelConfig, TimmConfig, TrainedOn
+from dtn_fast.model.config import DTNConfig, ModelConfig, TimmConfig
 from dtn_fast.model.detector import WEIGHTS, move_to
+from dtn_fast.model.pretrained import files_of, weights_of
 from dtn_fast.provenance import made_by, record
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train import distributed
 from dtn_fast.train.ablation_tables import ABLATIONS, Variant, configure, variants_of
-from dtn_fast.train.config import Recipe
+from dtn_fast.train.config import BaselineConfig, Recipe
 from dtn_fast.train.distill import distill, train_initial
 from dtn_fast.train.loop import Epoch, Step
-from dtn_fast.train.run_folder import best_auc, claim_crops, for_crops, generation_folder, start_run, trained_on
+from dtn_fast.train.run_folder import (
+    best_auc,
+    claim_crops,
+    for_crops,
+    generation_folder,
+    load_run,
+    start_run,
+    trained_on,
+)
 from dtn_fast.train.run_lock import locked
 
 
@@ -53,19 +62,18 @@ def folder_of(out: Path, variant: Variant) -> Path:
 
 def ablate(
     name: str, data: CropDataset, tests: dict[str, CropDataset], out: Path, model: DTNConfig, recipe: Recipe,
-    only: tuple[str, ...] = (), **how: Any,
+    only: tuple[str, ...] = (), baselines: BaselineConfig = BaselineConfig(), **how: Any,
 ) -> Iterator[Working | ResultTable]:  # fmt: skip
     """Trains the variants of ABLATIONS[name] in ``out`` and measures each on the test split of ``tests``.
 
     Yields progress, then the table of all variants so far, which is also in ``out``/<name>.json, .md, .tex and .svg.
     Trained variants are not trained again, and variants measured on the same crops are not measured again.  ``only``:
-    labels of the variants to train; default: all.  ``how``: device, execution and stop of ``fit``.  In a process group
-    every process makes the same call, and they share the scoring.  Raises UsageError on unknown names, a damaged table,
-    runs of another recipe or on other crops in ``out``, and recipes or data that the table does not allow.
+    labels of the variants to train; default: all.  The others that are there stay in the table, whatever their recipe;
+    a column says each row's.  ``how``: device, execution and stop of ``fit``.  In a process group every process makes
+    the same call, and they share the scoring.  Raises UsageError on unknown names, a damaged table, runs to train of
+    another recipe or on other crops in ``out``, and recipes or data that the table does not allow.
     """
     variants = variants_of(name, recipe.methods or data.methods)
-    if recipe.pretrained:
-        raise UsageError("--pretrained: not all models of a table have published weights; drop the option")
     if recipe.self_blend and ABLATIONS[name].by_forgery:
         raise UsageError(f"--self-blend: {name} trains on the data's own forgeries, one by one; drop the option")
     if not variants:
@@ -76,17 +84,21 @@ def ablate(
                          f"{', '.join(v.label for v in variants)}")  # fmt: skip
     if ABLATIONS[name].by_forgery and len(tests) > 1:
         raise UsageError(f"--tests: {name} tests on the forgeries of one dataset; give one folder, not {len(tests)}")
+    _check_weights(name, variants, recipe)
     for title, dataset in tests.items():
         dataset.check_fits(model, f"{name}, tested on {title}")
         dataset.tell_differences(model, f"{name}, tested on {title}")
     found = _Rows(out, name)
     shown = [v for v in variants if not only or v.label in only or found.has(v)]
-    found.on(tests, [trained_on(configure(v, model, recipe)[1], data) for v in shown])
+    recipes: dict[str, Recipe] = {}
     for variant in shown:
-        config, changed = configure(variant, model, recipe)
         with locked(run := folder_of(out / name, variant)):
-            start_run(run, changed, config)
-            claim_crops(run, changed, data)
+            if not only or variant.label in only:
+                config, changed = configure(variant, model, recipe, baselines)
+                start_run(run, changed, config)
+            recipes[variant.label] = load_run(run)[0]
+            claim_crops(run, recipes[variant.label], data)
+    found.on(tests, data, recipes)
     for number, variant in enumerate(shown):
         run = folder_of(out / name, variant)
         working = lambda event, label=variant.label, number=number: Working(label, number, len(shown), event)
@@ -100,10 +112,21 @@ def ablate(
                     for event in distill(run, data, **how):
                         yield working(event)
         yield working(None)
-        renewed = found.measure(variant, run, configure(variant, model, recipe)[0], how.get("device", "cpu"))
+        renewed = found.measure(variant, run, load_run(run)[1], how.get("device", "cpu"))
         if distributed.ranks().main and (renewed or number == len(shown) - 1):
             found.table(variants).write(out / name)
     yield found.table(variants)
+
+
+def _check_weights(name: str, variants: Sequence[Variant], recipe: Recipe) -> None:
+    """Raises UsageError when --pretrained or --pretrained-from concerns no variant of the table."""
+    models = [v.model["timm"] for v in variants if "timm" in v.model]
+    if recipe.pretrained and not models:
+        raise UsageError(f"--pretrained: no model of {name} has published weights; drop the option")
+    if unused := set(files_of(recipe.pretrained_from)) - {weights_of(model) for model in models}:
+        used = ", ".join(sorted({weights_of(model) for model in models}))
+        raise UsageError(f"--pretrained-from {' '.join(sorted(unused))}: not in {name}, whose models begin with those "
+                         f"of {used or 'none'}")  # fmt: skip
 
 
 def ablate_folders(
@@ -115,6 +138,7 @@ def ablate_folders(
     tests: Sequence[Path] = (),
     test_names: Sequence[str] = (),
     only: tuple[str, ...] = (),
+    baselines: BaselineConfig = BaselineConfig(),
     **how: Any,
 ) -> Iterator[Working | ResultTable]:
     """Runs :func:`ablate` on folders of crops: trains on ``data``, measures on the test split of each of ``tests``.
@@ -131,7 +155,7 @@ def ablate_folders(
             for title, folder in zip(names, folders, strict=True)}  # fmt: skip
     fitted = for_crops(model, dataset)
     assert isinstance(fitted, DTNConfig)
-    yield from ablate(name, dataset, sets, out, fitted, recipe, only, **how)
+    yield from ablate(name, dataset, sets, out, fitted, recipe, only, baselines, **how)
 
 
 FACTS = ("variant", "generation", "tests", "digest", "weights", "column_notes")
@@ -160,9 +184,11 @@ class _Rows:
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UsageError(f"{path}: damaged ({error!r}); delete it, the runs beside it are kept") from error
 
-    def on(self, tests: dict[str, CropDataset], trained: Sequence[TrainedOn]) -> None:
-        """Chooses the crops of the table, and its columns by the training of all its rows."""
-        self._tests, self._trained, self._crops = tests, trained, dict[str, str]()
+    def on(self, tests: dict[str, CropDataset], data: CropDataset, recipes: dict[str, Recipe]) -> None:
+        """Chooses the crops of the table, and its columns by the training of all its rows, whose recipes by variant are
+        ``recipes``, on ``data``."""
+        self._tests, self._recipes, self._crops = tests, recipes, dict[str, str]()
+        trained = self._trained = [trained_on(recipe, data, False) for recipe in recipes.values()]
         for column, dataset in tests.items():
             rows = dataset.select("test")
             _, others = forgeries_of(dataset, trained)
@@ -191,6 +217,7 @@ class _Rows:
             if row is None or {k: row.facts.get(k) for k in facts} != facts:
                 row = self._measured(title, weights.parent, facts, device)
             shown = {"validation AUC": (f"{100 * best_auc(run, generation):.2f}", ""), **after}
+            shown["recipe"] = self._recipe(variant.label, generation), ""
             if not variant.every_generation:
                 shown["generation"] = str(generation), ""
             lead = {TRAINED_ON: variant.trained_on} if variant.trained_on else {}
@@ -205,6 +232,14 @@ class _Rows:
                 return TableRow(title, step.cells, notice=scorer.notice, facts=facts)
         raise AssertionError("measure ends with the metrics")
 
+    def _recipe(self, label: str, generation: int) -> str:
+        """The recipe of a row in words, with every other setting in which the rows of the table differ."""
+        mine, told = self._recipes[label], TOLD | {"methods"} if self._by_forgery else TOLD
+        names = [field.name for field in dataclasses.fields(Recipe) if field.name not in told]
+        varied = [n for n in names if len({getattr(recipe, n) for recipe in self._recipes.values()}) > 1]
+        text = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return "; ".join([mine.described(generation > 0), *(f"{n} {text(getattr(mine, n))}" for n in varied)])
+
     def table(self, variants: tuple[Variant, ...]) -> ResultTable:
         """Table of the rows measured on these tests, in the order of ``variants``."""
         ablation, order = ABLATIONS[self._name], [v.label for v in variants]
@@ -212,6 +247,7 @@ class _Rows:
         rows.sort(key=lambda row: (order.index(row.facts["variant"]), row.facts["generation"]))
         column_notes = rows[0].facts["column_notes"] if rows else {}
         notes = [GENERATION] if any("generation" in row.after for row in rows) else []
+        notes += [MIXED] if len({row.after.get("recipe") for row in rows}) > 1 else []
         notes += [SIZES] if any("GMAC" in row.after for row in rows) else []
         columns, acc = tuple(column_notes), not ablation.by_forgery
         notes = [*notes, made_by()]
@@ -229,6 +265,10 @@ class _Shared(TorchScorer):
 
 
 GENERATION = "generation: 0 is the initial training, from 1 on students; a distilled model shows its best on validation"
+MIXED = "the rows were trained by different recipes, which the last column names"
+TOLD = {"weights", "initial_weights", "center_on", "augment", "self_blend", "pretrained", "pretrained_from",
+        "real_repeat", "generations", "min_generations", "generation_patience"}  # fmt: skip
+"""Fields of Recipe that its words say, or that the table itself varies."""
 SIZES = (
     "M params and GMAC are counted as in the paper: a DTN at the image size used here, other transformers at 224 "
     "pixels; the paper's DTN takes 256 pixels"

@@ -14,6 +14,7 @@ from dtn_fast.data.synthetic_marker import HELD_OUT, METHODS
 from dtn_fast.errors import UsageError
 from dtn_fast.model.build import timm_config
 from dtn_fast.model.config import DTNConfig, ModelConfig, TimmConfig, read_config
+from dtn_fast.model.pretrained import files_of
 from dtn_fast.ranges import Count, Natural, NotNegative, Positive, Range, Seed, check_ranges
 
 
@@ -79,7 +80,11 @@ class Recipe:
     """Maximum number of steps per generation that are skipped because the loss or gradient is not finite; one more ends
     the run with an error."""
     pretrained: bool = False
-    """Start a timm model from its published weights (downloads them)."""
+    """Start a timm model from its published weights, of timm's hub (downloads them) or of --pretrained-from; in a table
+    the models that have such, EfficientViTs with those of their EfficientNet, as they were published."""
+    pretrained_from: tuple[str, ...] = ()
+    """Local files of published weights in place of timm's hub, each NAME=FILE with a name in timm's registry, such as
+    legacy_xception=xception.pth or, for the EfficientViTs, efficientnet_b0=model.safetensors."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format.  auto: bf16 if the hardware supports it, fp16 with a loss scaler on older GPUs, fp32 on other
     CPUs."""
@@ -92,6 +97,29 @@ class Recipe:
             raise UsageError("--blend-share: only with --self-blend")
         if self.cache_teacher and self.self_blend:
             raise UsageError("--cache-teacher with --self-blend: blends are new in every epoch; drop one of the two")
+        if self.pretrained_from and not self.pretrained:
+            raise UsageError("--pretrained-from: only with --pretrained")
+        files_of(self.pretrained_from)
+
+    def described(self, distilled: bool) -> str:
+        """Losses, initial weights and augmentation in words, for tables of models with different recipes."""
+        center = "Ct-c" if self.center_on == "logits" else f"Ct-c on {self.center_on}"
+        joined = lambda weights, names: " + ".join(n for n, weight in zip(names, weights, strict=True) if weight)
+        losses = joined(self.initial_weights, ("CE", center))
+        if distilled:
+            losses += f", then {joined(self.weights, ('CE', 'KD', center))}"
+        blend = ", self-blended fakes" if self.self_blend else ""
+        begin = "published weights" if self.pretrained else "from scratch"
+        return f"{losses}; {begin}; augmentation {self.augment}{blend}"
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """Training of the detectors that a table compares the DTN with."""
+
+    baseline_losses: Literal["published", "recipe"] = "published"
+    """Initial training of the compared detectors.  published: cross-entropy alone, as their authors train them; recipe:
+    by the recipe's losses, CE + Ct-c unless changed."""
 
 
 Switch = Literal["auto", "on", "off"]

@@ -200,7 +200,7 @@ class _Loop:
     ) -> None:
         self.recipe, self.execution, self.out, self.stop = recipe, execution, out, stop
         self.generation, self.device, self.ranks = generation, device, distributed.ranks()
-        model.config = dataclasses.replace(model.config, trained_on=trained_on(recipe, dataset))
+        model.config = dataclasses.replace(model.config, trained_on=trained_on(recipe, dataset, teacher is not None))
         if recipe.self_blend and recipe.blend_share < 1:
             dataset = partly_blended(dataset, recipe.blend_share, recipe.seed)
         elif recipe.self_blend:

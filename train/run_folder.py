@@ -127,14 +127,14 @@ def for_crops(config: ModelConfig, dataset: CropDataset) -> ModelConfig:
     return config if dataset.crop is None else dataclasses.replace(config, crop=dataset.crop)
 
 
-def trained_on(recipe: Recipe, dataset: CropDataset) -> TrainedOn:
+def trained_on(recipe: Recipe, dataset: CropDataset, distilled: bool) -> TrainedOn:
     """Facts of a training by ``recipe`` on ``dataset``, the data as prepared."""
     used = [video for video in dataset.videos if video.split == "train"]
     forgeries = {v.method for v in used if v.label and (not recipe.methods or v.method in recipe.methods)}
     if recipe.self_blend:
         forgeries = (forgeries if recipe.blend_share < 1 else set()) | {METHOD}
     kinds = trained_corruptions(recipe.augment, recipe.self_blend) | {k for v in used for k, _ in v.corruptions}
-    return TrainedOn(tuple(sorted(forgeries)), tuple(sorted(kinds)))
+    return TrainedOn(tuple(sorted(forgeries)), tuple(sorted(kinds)), recipe.described(distilled))
 
 
 def load_run(run: Path) -> tuple[Recipe, ModelConfig]:

@@ -138,6 +138,7 @@ def _measure_all(
 ) -> Iterator[str | tuple[list[TableRow], dict[str, str]]]:
     rows, column_notes = [], {}
     trained = [entry.scorer.config.trained_on for entry in entries]
+    recorded = any(facts and facts.recipe for facts in trained)
     for entry in entries:
         for step in measure(entry.scorer, tests, by_forgery, config, trained):
             if isinstance(step, str):
@@ -145,7 +146,9 @@ def _measure_all(
                 continue
             column_notes.update(step.column_notes)
             before = {TRAINED_ON: entry.trained_on} if by_forgery else {}
-            rows.append(TableRow(entry.name, step.cells, before, notice=entry.scorer.notice))
+            facts = entry.scorer.config.trained_on
+            after = {"recipe": (facts.recipe if facts and facts.recipe else "not recorded", "")} if recorded else {}
+            rows.append(TableRow(entry.name, step.cells, before, after, notice=entry.scorer.notice))
     yield rows, column_notes
 
 

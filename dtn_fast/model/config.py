@@ -53,9 +53,13 @@ class TrainedOn:
     """Forgeries that the model was trained on; empty: unknown."""
     corruptions: tuple[str, ...]
     """Kinds of corruption (:mod:`dtn_fast.data.corrupt`) in the training augmentation or the training videos."""
+    recipe: str = ""
+    """Losses, initial weights and augmentation in words; empty: unknown."""
 
     def __post_init__(self) -> None:
-        for name, values in vars(self).items():
+        if not isinstance(self.recipe, str):
+            raise UsageError(f"TrainedOn.recipe is {self.recipe!r}; it must be a text")
+        for name, values in (("forgeries", self.forgeries), ("corruptions", self.corruptions)):
             if not isinstance(values, tuple | list) or not all(isinstance(value, str) for value in values):
                 raise UsageError(f"TrainedOn.{name} is {values!r}; it must be a list of names")
 

@@ -121,6 +121,19 @@ def test_tables_keep_forgeries_apart_that_no_model_was_trained_on(dataset: CropD
         assert "8 fake)" in table.column_notes["FF++"]
 
 
+def test_models_of_different_recipes_are_marked(dataset: CropDataset) -> None:
+    made = {name: trained_on(*dataset.methods) for name in ("CE alone", "both", "old")}
+    for name, recipe in (("CE alone", "CE; published weights"), ("both", "CE + Ct-c; from scratch"), ("old", "")):
+        made[name].config = dataclasses.replace(made[name].config, trained_on=TrainedOn(dataset.methods, (), recipe))
+    table, _ = result(cross_dataset(entries(made), {"FF++": dataset}, FEW))
+    header, rows = table.text("frame")
+    assert header[-1] == "recipe"
+    assert [row[-1] for row in rows[:3]] == ["CE; published weights", "CE + Ct-c; from scratch", "not recorded"]
+    assert "CE + Ct-c; from scratch" in table.latex("frame")
+    table, _ = result(cross_dataset([Entry("old", made["old"])], {"FF++": dataset}, FEW))
+    assert table.text("frame")[0] == ["model", "FF++ ACC", "FF++ AUC"], "of nothing anything is recorded"
+
+
 @pytest.fixture
 def stills(dataset: CropDataset) -> CropDataset:
     """The crops as single pictures."""
