@@ -21,7 +21,7 @@ from dtn_fast.evaluation.mac_count import count
 from dtn_fast.evaluation.paper_numbers import TABLE10, PaperValues
 from dtn_fast.evaluation.protocols import TRAINED_ON, Measured, measure, names_of
 from dtn_fast.evaluation.tables import ResultTable, TableRow
-from dtn_fast.model.build import load_detector
+from dtn_fast.model.build import load_detector, publishes_weights
 from dtn_fast.model.config import DTNConfig, ModelConfig, TimmConfig
 from dtn_fast.model.detector import WEIGHTS, move_to
 from dtn_fast.model.pretrained import files_of, weights_of
@@ -120,13 +120,13 @@ def ablate(
 
 def _check_weights(name: str, variants: Sequence[Variant], recipe: Recipe) -> None:
     """Raises UsageError when --pretrained or --pretrained-from concerns no variant of the table."""
-    models = [v.model["timm"] for v in variants if "timm" in v.model]
-    if recipe.pretrained and not models:
+    models = [v.model["timm"] for v in variants if "timm" in v.model] if recipe.pretrained else []
+    used = {weights_of(model) for model in models if publishes_weights(model)}
+    if recipe.pretrained and not used:
         raise UsageError(f"--pretrained: no model of {name} has published weights; drop the option")
-    if unused := set(files_of(recipe.pretrained_from)) - {weights_of(model) for model in models}:
-        used = ", ".join(sorted({weights_of(model) for model in models}))
-        raise UsageError(f"--pretrained-from {' '.join(sorted(unused))}: not in {name}, whose models begin with those "
-                         f"of {used or 'none'}")  # fmt: skip
+    if unused := set(files_of(recipe.pretrained_from)) - used:
+        raise UsageError(f"--pretrained-from {' '.join(sorted(unused))}: no model of {name} begins with such weights; "
+                         f"there are {', '.join(sorted(used))}")  # fmt: skip
 
 
 def ablate_folders(
@@ -265,7 +265,7 @@ class _Shared(TorchScorer):
 
 
 GENERATION = "generation: 0 is the initial training, from 1 on students; a distilled model shows its best on validation"
-MIXED = "the rows were trained by different recipes, which the last column names"
+MIXED = "the rows were trained by different recipes: see the column recipe"
 TOLD = {"weights", "initial_weights", "center_on", "augment", "self_blend", "pretrained", "pretrained_from",
         "real_repeat", "generations", "min_generations", "generation_patience"}  # fmt: skip
 """Fields of Recipe that its words say, or that the table itself varies."""

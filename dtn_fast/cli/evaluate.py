@@ -54,7 +54,7 @@ def evaluate(
         out: Also write OUT.json, OUT.md and OUT.tex and, with several models or datasets, OUT.svg.
         data_names: Names of the datasets in the table; the paper's are FF++, Celeb-DF, DFDC, DF-1.0, DFD.
         model_names: Names of the models in the table.
-        trained_on: For cross-manipulation, the forgery that each model was trained on.  Default: read from its run.
+        trained_on: For cross-manipulation, the forgery that each model was trained on.  Default: as it records.
         self_blend: Measure against self-blended copies of the reals instead of the data's fakes.
         runtime: Device and precision that the models run with.
     """

@@ -26,7 +26,7 @@ MANY = 8
 class EvaluationRow(NamedTuple):
     fakes: str
     """The forgery measured against all reals of the split; "all": those that the model was trained on, or without a
-    record of them every one; "not trained on": the others."""
+    record of them every one; "unseen": the others."""
     frame: Metrics
     video: Metrics
     """Without metrics where each crop is a picture of its own: they would be those of the frames."""
@@ -103,7 +103,7 @@ def evaluate(
     table = []
     if groups is None:
         seen, others = forgeries_of(dataset, [scorer.config.trained_on])
-        groups = {"all": seen, **({"not trained on": others} if others else {}), **{m: (m,) for m in dataset.methods}}
+        groups = {"all": seen, **({"unseen": others} if others else {}), **{m: (m,) for m in dataset.methods}}
     for title, group in groups.items():
         keep = (labels == 0) | np.isin(kinds, group)
         note = f"{protocol_note(dataset, split, group)}; {drawn}"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from dtn_fast.data.blend import self_blended
+from dtn_fast.data.blend import METHOD, self_blended
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.open import open_data
 from dtn_fast.errors import UsageError
@@ -22,7 +22,7 @@ from dtn_fast.evaluation.tables import Cell, Cells, PaperRow, ResultTable, Table
 from dtn_fast.files import json_text, write_whole
 from dtn_fast.model.config import TrainedOn
 from dtn_fast.runtime.config import Runtime
-from dtn_fast.runtime.load import load_scorer, read_recipe
+from dtn_fast.runtime.load import load_scorer
 from dtn_fast.runtime.scorer import Scorer
 
 TRAINED_ON = "trained on"
@@ -61,7 +61,7 @@ def measure(
     for name, dataset in tests.items():
         yield name
         seen, others = forgeries_of(dataset, trained)
-        groups = {name: seen, **({f"{name}, not trained on": others} if others else {})}
+        groups = {name: seen, **({f"{name}, unseen": others} if others else {})}
         if by_forgery:
             groups = {paper_numbers.FF_NAMES.get(m, m): (m,) for m in dataset.methods}
         if not dataset.methods:
@@ -203,17 +203,17 @@ def evaluate_models(
 
     protocol: ``within`` gives Within, the others a ResultTable; ``auto`` is ``within`` for one model on one dataset,
     else ``cross-dataset``.  trained_on: for ``cross-manipulation`` the forgery that each model was trained on; default:
-    read from its run's recipe.  self_blend: measure against self-blended copies of the reals instead of the data's
+    as the model records it.  self_blend: measure against self-blended copies of the reals instead of the data's
     fakes.  Raises UsageError on options that do not fit each other, and like ``evaluate``.
     """
     chosen = _choose_protocol(protocol, models, data, trained_on)
     manipulation = chosen == "cross-manipulation"
     names = names_of(models, model_names, "model-names", once=not manipulation)
-    forgeries = _forgeries(models, trained_on) if manipulation else [""] * len(models)
+    scorers = [load_scorer(path, runtime) for path in models]
+    forgeries = _forgeries(models, scorers, trained_on) if manipulation else [""] * len(models)
     if len(set(zip(names, forgeries, strict=True))) < len(models):
         raise UsageError("--model-names: two models have the same name and were trained on the same forgery")
     columns = names_of(data, data_names, "data-names")
-    scorers = [load_scorer(path, runtime) for path in models]
     sets = [open_data(folder, scorers[0].config.image_size) for folder in data]
     for path, scorer in zip(models, scorers, strict=True):
         for folder, dataset in zip(data, sets, strict=True):
@@ -250,21 +250,21 @@ def _choose_protocol(
     return protocol
 
 
-def _forgeries(models: Sequence[Path], trained_on: Sequence[str]) -> list[str]:
-    """Training forgery of each model in the paper's short form: from ``trained_on``, else from its run's recipe.
+def _forgeries(models: Sequence[Path], scorers: Sequence[Scorer], trained_on: Sequence[str]) -> list[str]:
+    """Training forgery of each model in the paper's short form: from ``trained_on``, else as the model records it.
 
     Raises UsageError when it is in neither.
     """
     if trained_on and len(trained_on) != len(models):
         raise UsageError(f"--trained-on: {len(trained_on)} forgeries for {len(models)} models; give one each")
     found = []
-    for place, path in enumerate(models):
-        recipe = read_recipe(path)
-        methods = [] if recipe.get("self_blend") else recipe.get("methods") or []
-        if not trained_on and len(methods) != 1:
+    for place, (path, scorer) in enumerate(zip(models, scorers, strict=True)):
+        facts = scorer.config.trained_on
+        known: tuple[str, ...] = facts.forgeries if facts and facts.forgeries != (METHOD,) else ()
+        if not trained_on and len(known) != 1:
             raise UsageError(
                 f"{path}: its training forgery is not known; give one forgery for each model by --trained-on"
             )
-        name = trained_on[place] if trained_on else methods[0]
+        name = trained_on[place] if trained_on else known[0]
         found.append(paper_numbers.FF_NAMES.get(name, name))
     return found

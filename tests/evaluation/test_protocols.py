@@ -95,8 +95,8 @@ def test_all_is_what_the_model_was_trained_on_and_the_rest_is_apart(dataset: Cro
     a, b, *rest = dataset.methods
     result_of = lambda *names: evaluate(trained_on(*names), dataset, FEW)
     rows = {row.fakes: row for row in result_of(a, b, "elsewhere").rows}
-    assert [*rows] == ["all", "not trained on", *dataset.methods]
-    for title, group in (("all", (a, b)), ("not trained on", tuple(rest))):
+    assert [*rows] == ["all", "unseen", *dataset.methods]
+    for title, group in (("all", (a, b)), ("unseen", tuple(rest))):
         direct = evaluate(trained_on(), dataset, FEW, groups={"x": group}).rows[0]
         assert rows[title] == direct._replace(fakes=title)
         assert f"fakes by {', '.join(group)};" in rows[title].note
@@ -111,7 +111,7 @@ def test_tables_keep_forgeries_apart_that_no_model_was_trained_on(dataset: CropD
     a, b, *_ = dataset.methods
     alike = [Entry(name, trained_on(a, b)) for name in "xy"]
     table, _ = result(cross_dataset(alike, {"FF++": dataset}, FEW))
-    assert table.columns == ("FF++", "FF++, not trained on")
+    assert table.columns == ("FF++", "FF++, unseen")
     measured = evaluate(trained_on(a, b), dataset, FEW)
     assert [table.rows[1].cells["video"][c].auc for c in table.columns] == [r.video.auc for r in measured.rows[:2]]
     assert table.paper[0].cells.keys() == {"FF++"}

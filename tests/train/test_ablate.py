@@ -327,7 +327,10 @@ def test_wrong_names_are_told(few: CropDataset, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no forgery to train on"):
         finish(ablate("cross-manipulation", real, {"a": few}, tmp_path, SMALL, QUICK))
     for recipe, said in (
-        (changed(QUICK, pretrained=True, pretrained_from=("cvit=x",)), "--pretrained-from cvit: not in cross-manip"),
+        (
+            changed(QUICK, pretrained=True, pretrained_from=("cvit=x",)),
+            "--pretrained-from cvit: no model of cross-manipulation begins",
+        ),
         (changed(QUICK, self_blend=True), "--self-blend: cross-manipulation trains on the data's own"),
     ):
         with pytest.raises(UsageError, match=said):
