@@ -84,14 +84,14 @@ def robustness(
     trained = {name: {title: seen(scorer.config, kind) for title, kind in kinds.items()}
                for name, scorer in scorers.items()}  # fmt: skip
     for name, known in trained.items():
-        if both := [title for title, state in known.items() if state in ("yes", "in the gate")]:
-            tell(f"{name}: was trained on {', '.join(both)}: no unseen corruptions, as Figure 5's are; train --preset "
+        if held := [title for title, state in known.items() if state == "yes"]:
+            tell(f"{name}: was trained on {', '.join(held)}: no unseen corruptions, as Figure 5's are; train --preset "
                  "robustness holds none of them")  # fmt: skip
     cells = [(title, level) for title in kinds for level in levels if level]
     cells = [("", 0), *cells] if 0 in levels else cells
     identity = _identity(dataset, rows, split, seed)
-    found = _Results(out / "robustness.json", identity, trained, None if videos is None else videos.fingerprint(
-        videos.select(split)))  # fmt: skip
+    whole_identity = None if videos is None else videos.fingerprint(videos.select(split))
+    found = _Results(out / "robustness.json", identity, trained, whole_identity)
     few = dataset.get(dataset.evenly_spaced(split, 16))
     for name, scorer in scorers.items():
         found.recognise(name, scorer.logits(few))
@@ -136,6 +136,10 @@ def _whole_videos(dataset: CropDataset, videos: CropDataset | None, split: str) 
     if (videos.size, videos.crop) != (dataset.size, dataset.crop):
         raise UsageError(f"{where}: cut in another way ({videos.size} pixels, {videos.crop}) than the crops "
                          f"({dataset.size}, {dataset.crop}); prepare them with the same options")  # fmt: skip
+    frames, wanted = ({state["asked"] for state in d.status} for d in (videos, dataset))
+    if frames != wanted:
+        raise UsageError(f"{where}: of {max(frames)} frames a video, the crops are of {max(wanted)}; prepare them with "
+                         f"--frames {max(wanted)}")  # fmt: skip
     expected = sorted((v.path, v.label, v.method) for v in dataset.videos if v.split == split)
     numbers: dict[tuple[str, int], list[int]] = {}
     for number, video in enumerate(videos.videos):

@@ -95,7 +95,7 @@ def test_each_corruption_says_whether_the_model_was_trained_on_it(dataset: CropD
         "gate": trained_on((), noise="blur"),
     }  # fmt: skip
     kinds = ("jpeg", "blur", "gaussian_noise")
-    with pytest.warns(DtnWarning, match="forensic: was trained on jpeg, gaussian_noise: no unseen corruptions"):
+    with pytest.warns(DtnWarning, match="forensic: was trained on jpeg: no unseen corruptions"):
         list(robustness(models, dataset, tmp_path, RobustnessConfig(kinds, (0,))))
     stored = json.loads((tmp_path / "robustness.json").read_text())["trained on"]
     assert stored == {
@@ -271,6 +271,8 @@ def test_other_videos_than_the_crops_are_refused(
     refused("video 1 is of other videos than the test split", dataclasses.replace(whole, videos=fewer))
     wide = dataclasses.replace(whole, crop=CropPolicy(margin=1.7))
     refused(r"cut in another way \(64 pixels, dlib at margin 1.7\)", wide)
+    longer = dataclasses.replace(whole, status=[{**state, "asked": 8} for state in whole.status])
+    refused("of 8 frames a video, the crops are of 3; prepare them with --frames 3", longer)
     keep = whole.labels == 1
     fakes = dataclasses.replace(whole, crops=ShardFiles([whole.get(np.flatnonzero(keep))], 64), video=whole.video[keep])
     refused("no face of reals or of fakes was found with video 1", fakes)
