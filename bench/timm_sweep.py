@@ -19,7 +19,7 @@ from dtn_fast.data.crop_dataset import CropDataset, ShardFiles
 from dtn_fast.data.video_table import Video
 from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.export.pipeline import export
-from dtn_fast.model.build import own_size
+from dtn_fast.model.build import own_size, timm_config
 from dtn_fast.model.config import TimmConfig
 from dtn_fast.model.timm_compat import import_timm
 from dtn_fast.train.config import Execution, Recipe
@@ -95,7 +95,7 @@ def stages(name: str, run: Path) -> Iterator[tuple[str, str]]:
     said, plain = "", TimmConfig.image_size
     for side, option in dict.fromkeys(((plain, ""), (own_size(name), ""), (plain, " with --no-channels-last"))):
         crops, how = noise(side), {"execution": Execution(channels_last=not option)}
-        start_run(run, RECIPE, TimmConfig(name, side))
+        start_run(run, RECIPE, timm_config(name, side))
         answer = _answer(name, lambda crops=crops, how=how: list(train_initial(run, crops, **how)))
         said = said or answer
         if answer == "yes":

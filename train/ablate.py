@@ -16,13 +16,15 @@ from dtn_fast.data.crop_dataset import CropDataset, full_fingerprint
 from dtn_fast.data.open import open_data
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
+from dtn_fast.evaluation.evaluate import forgeries_of
 from dtn_fast.evaluation.mac_count import count
 from dtn_fast.evaluation.paper_numbers import TABLE10, PaperValues
 from dtn_fast.evaluation.protocols import TRAINED_ON, Measured, in_columns, measure, names_of
 from dtn_fast.evaluation.tables import ResultTable, TableRow
-from dtn_fast.model.build import load_detector
+from dtn_fast.model.build import load_detector, publishes_weights
 from dtn_fast.model.config import DTNConfig, ModelConfig, TimmConfig
 from dtn_fast.model.detector import WEIGHTS, move_to
+from dtn_fast.model.pretrained import files_of, weights_of
 from dtn_fast.provenance import made_by, record
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train import distributed
@@ -35,10 +37,18 @@ from dtn_fast.train.ablation_tables import (
     printed_rows,
     variants_of,
 )
-from dtn_fast.train.config import Recipe
+from dtn_fast.train.config import BaselineConfig, Recipe
 from dtn_fast.train.distill import distill, train_initial
 from dtn_fast.train.loop import Epoch, Step
-from dtn_fast.train.run_folder import best_auc, claim_crops, for_crops, generation_folder, start_run
+from dtn_fast.train.run_folder import (
+    best_auc,
+    claim_crops,
+    for_crops,
+    generation_folder,
+    load_run,
+    start_run,
+    trained_on,
+)
 from dtn_fast.train.run_lock import locked
 
 
@@ -60,19 +70,18 @@ def folder_of(out: Path, variant: Variant) -> Path:
 
 def ablate(
     name: str, data: CropDataset, tests: dict[str, CropDataset], out: Path, model: DTNConfig, recipe: Recipe,
-    only: tuple[str, ...] = (), **how: Any,
+    only: tuple[str, ...] = (), baselines: BaselineConfig = BaselineConfig(), **how: Any,
 ) -> Iterator[Working | ResultTable]:  # fmt: skip
     """Trains the variants of ABLATIONS[name] in ``out`` and measures each on the test split of ``tests``.
 
     Yields progress, then the table of all variants so far, which is also in ``out``/<name>.json, .md, .tex and .svg.
     Trained variants are not trained again, and variants measured on the same crops are not measured again.  ``only``:
-    labels of the variants to train; default: all.  ``how``: device, execution and stop of ``fit``.  In a process group
-    every process makes the same call, and they share the scoring.  Raises UsageError on unknown names, a damaged table,
-    runs of another recipe or on other crops in ``out``, and recipes or data that the table does not allow.
+    labels of the variants to train; default: all.  The others that are there stay in the table, whatever their recipe;
+    a column says each row's.  ``how``: device, execution and stop of ``fit``.  In a process group every process makes
+    the same call, and they share the scoring.  Raises UsageError on unknown names, a damaged table, runs to train of
+    another recipe or on other crops in ``out``, and recipes or data that the table does not allow.
     """
     variants = variants_of(name, recipe.methods or data.methods)
-    if recipe.pretrained:
-        raise UsageError("--pretrained: not all models of a table have published weights; drop the option")
     if recipe.self_blend and ABLATIONS[name].by_forgery:
         raise UsageError(f"--self-blend: {name} trains on the data's own forgeries, one by one; drop the option")
     if not variants:
@@ -83,16 +92,21 @@ def ablate(
                          f"{', '.join(v.label for v in variants)}")  # fmt: skip
     if ABLATIONS[name].by_forgery and len(tests) > 1:
         raise UsageError(f"--tests: {name} tests on the forgeries of one dataset; give one folder, not {len(tests)}")
+    _check_weights(name, variants, recipe)
     for title, dataset in tests.items():
         dataset.check_fits(model, f"{name}, tested on {title}")
         dataset.tell_differences(model, f"{name}, tested on {title}")
-    found = _Rows(out, name, tests)
+    found = _Rows(out, name)
     shown = [v for v in variants if not only or v.label in only or found.has(v)]
+    recipes: dict[str, Recipe] = {}
     for variant in shown:
-        config, changed = configure(variant, model, recipe)
         with locked(run := folder_of(out / name, variant)):
-            start_run(run, changed, config)
-            claim_crops(run, changed, data)
+            if not only or variant.label in only:
+                config, changed = configure(variant, model, recipe, baselines)
+                start_run(run, changed, config)
+            recipes[variant.label] = load_run(run)[0]
+            claim_crops(run, recipes[variant.label], data)
+    found.on(tests, data, recipes)
     for number, variant in enumerate(shown):
         run = folder_of(out / name, variant)
         working = lambda event, label=variant.label, number=number: Working(label, number, len(shown), event)
@@ -106,10 +120,21 @@ def ablate(
                     for event in distill(run, data, **how):
                         yield working(event)
         yield working(None)
-        renewed = found.measure(variant, run, configure(variant, model, recipe)[0], how.get("device", "cpu"))
+        renewed = found.measure(variant, run, load_run(run)[1], how.get("device", "cpu"))
         if distributed.ranks().main and (renewed or number == len(shown) - 1):
             found.table(variants).write(out / name)
     yield found.table(variants)
+
+
+def _check_weights(name: str, variants: Sequence[Variant], recipe: Recipe) -> None:
+    """Raises UsageError when --pretrained or --pretrained-from concerns no variant of the table."""
+    models = [v.model["timm"] for v in variants if "timm" in v.model] if recipe.pretrained else []
+    used = {weights_of(model) for model in models if publishes_weights(model)}
+    if recipe.pretrained and not used:
+        raise UsageError(f"--pretrained: no model of {name} has published weights; drop the option")
+    if unused := set(files_of(recipe.pretrained_from)) - used:
+        raise UsageError(f"--pretrained-from {' '.join(sorted(unused))}: no model of {name} begins with such weights; "
+                         f"there are {', '.join(sorted(used))}")  # fmt: skip
 
 
 def ablate_folders(
@@ -121,6 +146,7 @@ def ablate_folders(
     tests: Sequence[Path] = (),
     test_names: Sequence[str] = (),
     only: tuple[str, ...] = (),
+    baselines: BaselineConfig = BaselineConfig(),
     **how: Any,
 ) -> Iterator[Working | ResultTable]:
     """Runs :func:`ablate` on folders of crops: trains on ``data``, measures on the test split of each of ``tests``.
@@ -137,7 +163,7 @@ def ablate_folders(
             for title, folder in zip(names, folders, strict=True)}  # fmt: skip
     fitted = for_crops(model, dataset)
     assert isinstance(fitted, DTNConfig)
-    yield from ablate(name, dataset, sets, out, fitted, recipe, only, **how)
+    yield from ablate(name, dataset, sets, out, fitted, recipe, only, baselines, **how)
 
 
 FACTS = ("variant", "generation", "tests", "digest", "weights", "column_notes")
@@ -147,10 +173,8 @@ FACTS = ("variant", "generation", "tests", "digest", "weights", "column_notes")
 class _Rows:
     """Rows of a table so far, including those of earlier calls."""
 
-    def __init__(self, out: Path, name: str, tests: dict[str, CropDataset]) -> None:
-        self._name, self._tests, self._rows = name, tests, list[TableRow]()
-        split = {column: dataset.select("test") for column, dataset in tests.items()}
-        self._crops = {c: f"{len(split[c])} of {s.size}, {s.fingerprint(split[c])}" for c, s in tests.items()}
+    def __init__(self, out: Path, name: str) -> None:
+        self._name, self._by_forgery, self._rows = name, ABLATIONS[name].by_forgery, list[TableRow]()
         path = out / f"{name}.json"
         if path.is_file():
             try:
@@ -161,13 +185,26 @@ class _Rows:
                         row.facts["column_notes"] = row.facts.pop("policies")
                     for key in FACTS:
                         row.facts[key]
-                    known = row.facts["tests"]
-                    row.facts["tests"] = {c: full_fingerprint(known[c], self._crops.get(c, "")) for c in known}
+                    row.facts["tests"] = {column: str(crops) for column, crops in row.facts["tests"].items()}
                     for column in row.facts["column_notes"]:
                         row.cells["frame"][column], row.cells["video"][column]
                 self._rows = [row for row in rows if (out / row.facts["weights"]).is_file()]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UsageError(f"{path}: damaged ({error!r}); delete it, the runs beside it are kept") from error
+
+    def on(self, tests: dict[str, CropDataset], data: CropDataset, recipes: dict[str, Recipe]) -> None:
+        """Chooses the crops of the table, and its columns by the training of all its rows, whose recipes by variant are
+        ``recipes``, on ``data``."""
+        self._tests, self._recipes, self._crops = tests, recipes, dict[str, str]()
+        trained = self._trained = [trained_on(recipe, data, False) for recipe in recipes.values()]
+        for column, dataset in tests.items():
+            rows = dataset.select("test")
+            _, others = forgeries_of(dataset, trained)
+            apart = f"apart from {', '.join(others)}: " if others and not self._by_forgery else ""
+            self._crops[column] = f"{apart}{len(rows)} of {dataset.size}, {dataset.fingerprint(rows)}"
+        for row in self._rows:
+            known = row.facts["tests"]
+            row.facts["tests"] = {c: full_fingerprint(known[c], self._crops.get(c, "")) for c in known}
 
     def has(self, variant: Variant) -> bool:
         return any(row.facts["variant"] == variant.label for row in self._rows)
@@ -188,6 +225,7 @@ class _Rows:
             if row is None or {k: row.facts.get(k) for k in facts} != facts:
                 row = self._measured(title, weights.parent, facts, device)
             shown = {"validation AUC": (f"{100 * best_auc(run, generation):.2f}", ""), **after}
+            shown["recipe"] = self._recipe(variant.label, generation), ""
             if not variant.every_generation:
                 shown["generation"] = str(generation), ""
             lead = {TRAINED_ON: variant.trained_on} if variant.trained_on else {}
@@ -196,11 +234,19 @@ class _Rows:
 
     def _measured(self, title: str, folder: Path, facts: dict[str, Any], device: str) -> TableRow:
         scorer = _Shared(move_to(load_detector(folder), device))
-        for step in measure(scorer, self._tests, ABLATIONS[self._name].by_forgery, EvaluateConfig()):
+        for step in measure(scorer, self._tests, self._by_forgery, EvaluateConfig(), self._trained):
             if isinstance(step, Measured):
                 facts = {**facts, "column_notes": step.column_notes}
                 return TableRow(title, step.cells, notice=scorer.notice, facts=facts)
         raise AssertionError("measure ends with the metrics")
+
+    def _recipe(self, label: str, generation: int) -> str:
+        """The recipe of a row in words, with every other setting in which the rows of the table differ."""
+        mine, told = self._recipes[label], TOLD | {"methods"} if self._by_forgery else TOLD
+        names = [field.name for field in dataclasses.fields(Recipe) if field.name not in told]
+        varied = [n for n in names if len({getattr(recipe, n) for recipe in self._recipes.values()}) > 1]
+        text = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return "; ".join([mine.described(generation > 0), *(f"{n} {text(getattr(mine, n))}" for n in varied)])
 
     def table(self, variants: tuple[Variant, ...]) -> ResultTable:
         """Table of the rows measured on these tests, in the order of ``variants``."""
@@ -209,6 +255,7 @@ class _Rows:
         rows.sort(key=lambda row: (order.index(row.facts["variant"]), row.facts["generation"]))
         column_notes = rows[0].facts["column_notes"] if rows else {}
         notes = [GENERATION] if any("generation" in row.after for row in rows) else []
+        notes += [MIXED] if len({row.after.get("recipe") for row in rows}) > 1 else []
         notes += [SIZES] if any("GMAC" in row.after for row in rows) else []
         columns, acc = tuple(column_notes), not ablation.by_forgery
         notes = [*notes, made_by()]
@@ -228,6 +275,10 @@ class _Shared(TorchScorer):
 
 
 GENERATION = "generation: 0 is the initial training, from 1 on students; a distilled model shows its best on validation"
+MIXED = "the rows were trained by different recipes: see the column recipe"
+TOLD = {"weights", "initial_weights", "center_on", "augment", "self_blend", "pretrained", "pretrained_from",
+        "real_repeat", "generations", "min_generations", "generation_patience"}  # fmt: skip
+"""Fields of Recipe that its words say, or that the table itself varies."""
 SIZES = (
     "M params and GMAC are counted as in the paper: a DTN at the image size used here, other transformers at 224 "
     "pixels; the paper's DTN takes 256 pixels"

@@ -27,8 +27,10 @@ from dtn_fast.evaluation.paper_numbers import (
 )
 from dtn_fast.evaluation.protocols import table_2
 from dtn_fast.evaluation.tables import PaperRow
+from dtn_fast.model.build import publishes_weights, timm_config
 from dtn_fast.model.config import DTNConfig, TimmConfig
-from dtn_fast.train.config import Recipe
+from dtn_fast.model.pretrained import weights_of
+from dtn_fast.train.config import BaselineConfig, Recipe
 
 
 @dataclass(frozen=True)
@@ -150,11 +152,22 @@ ABLATIONS: dict[str, Ablation] = {
 distilled if the full model of its table has the distilled DTN's printed values (*choice*)."""
 
 
-def configure(variant: Variant, model: DTNConfig, recipe: Recipe) -> tuple[DTNConfig | TimmConfig, Recipe]:
-    """``model`` and ``recipe`` with the variant's changes.  Raises UsageError when a changed value is invalid."""
-    changed = dataclasses.replace(recipe, **variant.recipe)
-    if "timm" in variant.model:
-        return TimmConfig(variant.model["timm"], model.image_size, crop=model.crop), changed
+def configure(
+    variant: Variant, model: DTNConfig, recipe: Recipe, baselines: BaselineConfig = BaselineConfig()
+) -> tuple[DTNConfig | TimmConfig, Recipe]:
+    """``model`` and ``recipe`` with the variant's changes.  A detector of timm is trained by CE alone, as published,
+    unless ``baselines`` says otherwise, and begins with published weights if the recipe asks for them and it has such.
+
+    Raises UsageError when a changed value is invalid.
+    """
+    name = variant.model.get("timm", "")
+    pairs = tuple(pair for pair in recipe.pretrained_from if name and pair.startswith(f"{weights_of(name)}="))
+    published = recipe.pretrained and bool(name and (pairs or publishes_weights(name)))
+    losses = {"initial_weights": CE} if name and baselines.baseline_losses == "published" else {}
+    begin = {"pretrained": published, "pretrained_from": pairs}
+    changed = dataclasses.replace(recipe, **{**losses, **begin, **variant.recipe})
+    if name:
+        return timm_config(name, model.image_size, model.crop), changed
     return dataclasses.replace(model, **variant.model), changed
 
 

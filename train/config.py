@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -11,7 +12,9 @@ import torch
 from dtn_fast.data.config import AugmentName
 from dtn_fast.data.synthetic_marker import HELD_OUT, METHODS
 from dtn_fast.errors import UsageError
+from dtn_fast.model.build import timm_config
 from dtn_fast.model.config import DTNConfig, ModelConfig, TimmConfig, read_config
+from dtn_fast.model.pretrained import files_of
 from dtn_fast.ranges import Count, Natural, NotNegative, Positive, Range, Seed, check_ranges
 
 
@@ -57,7 +60,9 @@ class Recipe:
     epoch_patience: Natural = 0
     """Stop a generation after this many epochs in a row without a better validation AUC; 0: never."""
     augment: AugmentName = "forensic"
-    """Augmentation.  forensic: geometry, lighting, blur, noise and JPEG; light: for small, clean datasets."""
+    """Augmentation (*choice*: the paper names only the library, Albumentations).  forensic: geometry, lighting, blur,
+    noise and JPEG; light: for small, clean datasets; geometry: flips, shifts, scales and rotations alone, which leave
+    every corruption of ``dtn-fast robustness`` unseen."""
     augment_on: Literal["auto", "device", "cpu"] = "auto"
     """Place of augmentation.  device: batched, on the model's device; cpu: albumentations, as in the paper; auto:
     device on a GPU, else cpu."""
@@ -75,7 +80,11 @@ class Recipe:
     """Maximum number of steps per generation that are skipped because the loss or gradient is not finite; one more ends
     the run with an error."""
     pretrained: bool = False
-    """Start a timm model from its published weights (downloads them)."""
+    """Start a timm model from its published weights, of timm's hub (downloads them) or of --pretrained-from; in a table
+    the models that have such, EfficientViTs with those of their EfficientNet, as they were published."""
+    pretrained_from: tuple[str, ...] = ()
+    """Local files of published weights in place of timm's hub, each NAME=FILE with a name in timm's registry, such as
+    legacy_xception=xception.pth or, for the EfficientViTs, efficientnet_b0=model.safetensors."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format.  auto: bf16 if the hardware supports it, fp16 with a loss scaler on older GPUs, fp32 on other
     CPUs."""
@@ -88,6 +97,29 @@ class Recipe:
             raise UsageError("--blend-share: only with --self-blend")
         if self.cache_teacher and self.self_blend:
             raise UsageError("--cache-teacher with --self-blend: blends are new in every epoch; drop one of the two")
+        if self.pretrained_from and not self.pretrained:
+            raise UsageError("--pretrained-from: only with --pretrained")
+        files_of(self.pretrained_from)
+
+    def described(self, distilled: bool) -> str:
+        """Losses, initial weights and augmentation in words, for tables of models with different recipes."""
+        center = "Ct-c" if self.center_on == "logits" else f"Ct-c on {self.center_on}"
+        joined = lambda weights, names: " + ".join(n for n, weight in zip(names, weights, strict=True) if weight)
+        losses = joined(self.initial_weights, ("CE", center))
+        if distilled:
+            losses += f", then {joined(self.weights, ('CE', 'KD', center))}"
+        blend = ", self-blended fakes" if self.self_blend else ""
+        begin = "published weights" if self.pretrained else "from scratch"
+        return f"{losses}; {begin}; augmentation {self.augment}{blend}"
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """Training of the detectors that a table compares the DTN with."""
+
+    baseline_losses: Literal["published", "recipe"] = "published"
+    """Initial training of the compared detectors.  published: cross-entropy alone, as their authors train them; recipe:
+    by the recipe's losses, CE + Ct-c unless changed."""
 
 
 Switch = Literal["auto", "on", "off"]
@@ -150,13 +182,13 @@ class Preset(NamedTuple):
     recipe: Recipe
 
 
-RunPreset = Literal["paper", "tiny", "ffpp-c23", "cross-manipulation", "demo"]
+FFPP = Recipe(real_repeat=4, methods=("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures"))
+RunPreset = Literal["paper", "tiny", "ffpp-c23", "robustness", "cross-manipulation", "demo"]
 PRESETS: dict[RunPreset, Preset] = {
     "paper": Preset("paper", Recipe()),
     "tiny": Preset("tiny", Recipe()),
-    "ffpp-c23": Preset(
-        "paper", Recipe(real_repeat=4, methods=("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures"))
-    ),
+    "ffpp-c23": Preset("paper", FFPP),
+    "robustness": Preset("paper", replace(FFPP, augment="geometry")),
     "cross-manipulation": Preset("paper", Recipe(methods=("Deepfakes",))),
     "demo": Preset(
         "tiny",
@@ -172,17 +204,25 @@ PRESETS: dict[RunPreset, Preset] = {
     ),
 }
 """Presets by name.  paper, tiny: that model with the paper's recipe, on every forgery in the data.  ffpp-c23: the
-paper's training on FaceForensics++.  cross-manipulation: training on a single forgery (choose it by --methods), to be
-tested on each forgery.  demo: the training of ``dtn-fast demo``."""
+paper's training on FaceForensics++.  robustness: the same for Figure 5, which measures "various unseen corruptions",
+with an augmentation that holds none of them.  cross-manipulation: training on a single forgery (choose it by
+--methods), to be tested on each forgery.  demo: the training of ``dtn-fast demo``."""
 DEFAULT_PRESET: RunPreset = "paper"
 
 
 def choose_model(preset: RunPreset, config: Path | None, timm: str) -> ModelConfig:
     """The model configuration in the JSON file ``config``, of the timm model ``timm``, or else of the preset.
 
-    Raises UsageError when both ``config`` and ``timm`` are given, or the file holds no model configuration.
+    A timm model has its own mean and standard deviation, unless the file states others.  Raises UsageError when both
+    ``config`` and ``timm`` are given, or the file holds no model configuration.
     """
     if timm and config:
         raise UsageError("--timm and --config both name a model; give one")
     base = DTNConfig.preset(PRESETS[preset].model)
-    return read_config(config) if config else TimmConfig(timm, base.image_size) if timm else base
+    if timm:
+        return timm_config(timm, base.image_size)
+    made = read_config(config) if config else base
+    if config and isinstance(made, TimmConfig):
+        stated, own = json.loads(config.read_text(encoding="utf-8")), timm_config(made.timm, made.image_size)
+        made = replace(made, **{name: getattr(own, name) for name in ("mean", "std") if name not in stated})
+    return made

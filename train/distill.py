@@ -13,8 +13,9 @@ from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import UsageError
 from dtn_fast.model.build import build_detector, load_detector
 from dtn_fast.model.detector import WEIGHTS
+from dtn_fast.model.pretrained import files_of
 from dtn_fast.train.loop import Epoch, Step, fit
-from dtn_fast.train.run_folder import best_auc, claim_crops, forget, generation_folder, load_run, summarise
+from dtn_fast.train.run_folder import STATE, best_auc, claim_crops, forget, generation_folder, load_run, summarise
 from dtn_fast.train.run_lock import locked
 
 
@@ -27,7 +28,9 @@ def train_initial(run: Path, dataset: CropDataset, **how: Any) -> Generator[Step
     with locked(run):
         claim_crops(run, recipe, dataset)
         torch.manual_seed(recipe.seed)
-        yield from fit(build_detector(config, recipe.pretrained), dataset, recipe, generation_folder(run, 0), **how)
+        begun = (generation_folder(run, 0) / STATE).is_file()  # its weights are in the state
+        model = build_detector(config, recipe.pretrained and not begun, files_of(recipe.pretrained_from))
+        yield from fit(model, dataset, recipe, generation_folder(run, 0), **how)
         summarise(run)
 
 

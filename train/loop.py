@@ -38,7 +38,7 @@ from dtn_fast.train.checkpoint import load_state, save_state
 from dtn_fast.train.config import Execution, Recipe
 from dtn_fast.train.log_lines import append_line, cut_lines
 from dtn_fast.train.rehearsal import ENOUGH, rehearse
-from dtn_fast.train.run_folder import METRICS, NONFINITE, STATE, STEPS, VALIDATION
+from dtn_fast.train.run_folder import METRICS, NONFINITE, STATE, STEPS, VALIDATION, trained_on
 from dtn_fast.train.step import TrainStep, batch_of_rank
 
 LAG = 4
@@ -200,6 +200,7 @@ class _Loop:
     ) -> None:
         self.recipe, self.execution, self.out, self.stop = recipe, execution, out, stop
         self.generation, self.device, self.ranks = generation, device, distributed.ranks()
+        model.config = dataclasses.replace(model.config, trained_on=trained_on(recipe, dataset, teacher is not None))
         if recipe.self_blend and recipe.blend_share < 1:
             dataset = partly_blended(dataset, recipe.blend_share, recipe.seed)
         elif recipe.self_blend:

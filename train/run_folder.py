@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from dtn_fast.data.blend import METHOD
+from dtn_fast.data.config import trained_corruptions
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.dataclass_json import differences, from_fields, from_json
 from dtn_fast.errors import UsageError, tell
 from dtn_fast.files import json_text, write_whole
-from dtn_fast.model.config import ModelConfig, TimmConfig, crop_policy, parse_config
+from dtn_fast.model.build import timm_config
+from dtn_fast.model.config import ModelConfig, TimmConfig, TrainedOn, crop_policy, parse_config
 from dtn_fast.model.detector import WEIGHTS
 from dtn_fast.runtime.load import RECIPE, SUMMARY
 from dtn_fast.train import distributed
@@ -50,7 +53,8 @@ def start_run(run: Path, recipe: Recipe, config: ModelConfig) -> None:
         raise UsageError("--pretrained: only models of timm have published weights; name one with --timm")
     if _begun(run) and (run / RECIPE).is_file():
         known, model = load_run(run)
-        own = lambda of: dataclasses.asdict(dataclasses.replace(of, crop=crop_policy(of)))  # unknown is the default
+        config = _with_former_constants(config, model, run)
+        own = lambda of: dataclasses.asdict(dataclasses.replace(of, crop=crop_policy(of), trained_on=None))
         if type(model) is not type(config):
             own = lambda of: {"timm": getattr(of, "timm", "")}
         before, now = dataclasses.asdict(known) | own(model), dataclasses.asdict(recipe) | own(config)
@@ -61,6 +65,20 @@ def start_run(run: Path, recipe: Recipe, config: ModelConfig) -> None:
         settings = {"recipe": dataclasses.asdict(recipe), "model": dataclasses.asdict(config)}
         write_whole(run / RECIPE, json_text(settings, indent=2))
     distributed.barrier()
+
+
+def _with_former_constants(config: ModelConfig, before: ModelConfig, run: Path) -> ModelConfig:
+    """``config`` with ImageNet's mean and standard deviation, if it has those of a timm model that an earlier version
+    began to train with ImageNet's."""
+    if not isinstance(config, TimmConfig) or not isinstance(before, TimmConfig) or config.timm != before.timm:
+        return config
+    constants = lambda of: (of.mean, of.std)
+    own, former = timm_config(config.timm, config.image_size), TimmConfig(config.timm, config.image_size)
+    if constants(before) != constants(former) or constants(config) != constants(own) or own == former:
+        return config
+    tell(f"{run}: begun by an earlier version with ImageNet's mean and standard deviation, not with those of "
+         f"{config.timm}; it goes on with them")  # fmt: skip
+    return dataclasses.replace(config, mean=before.mean, std=before.std)
 
 
 def _begun(run: Path) -> bool:
@@ -107,6 +125,16 @@ def claim_crops(run: Path, recipe: Recipe, dataset: CropDataset) -> None:
 def for_crops(config: ModelConfig, dataset: CropDataset) -> ModelConfig:
     """``config`` with the crop policy of the dataset's crops, so that detection cuts faces alike."""
     return config if dataset.crop is None else dataclasses.replace(config, crop=dataset.crop)
+
+
+def trained_on(recipe: Recipe, dataset: CropDataset, distilled: bool) -> TrainedOn:
+    """Facts of a training by ``recipe`` on ``dataset``, the data as prepared."""
+    used = [video for video in dataset.videos if video.split == "train"]
+    forgeries = {v.method for v in used if v.label and (not recipe.methods or v.method in recipe.methods)}
+    if recipe.self_blend:
+        forgeries = (forgeries if recipe.blend_share < 1 else set()) | {METHOD}
+    kinds = trained_corruptions(recipe.augment, recipe.self_blend) | {k for v in used for k, _ in v.corruptions}
+    return TrainedOn(tuple(sorted(forgeries)), tuple(sorted(kinds)), recipe.described(distilled))
 
 
 def load_run(run: Path) -> tuple[Recipe, ModelConfig]:

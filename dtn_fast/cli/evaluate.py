@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from dtn_fast.cli.terminal import print_result_table, print_table, progress
+from dtn_fast.data.crop_dataset import open_crop_dataset
 from dtn_fast.data.open import open_data
 from dtn_fast.device import Device
 from dtn_fast.errors import UsageError
@@ -53,7 +54,7 @@ def evaluate(
         out: Also write OUT.json, OUT.md and OUT.tex and, with several models or datasets, OUT.svg.
         data_names: Names of the datasets in the table; the paper's are FF++, Celeb-DF, DFDC, DF-1.0, DFD.
         model_names: Names of the models in the table.
-        trained_on: For cross-manipulation, the forgery that each model was trained on.  Default: read from its run.
+        trained_on: For cross-manipulation, the forgery that each model was trained on.  Default: as it records.
         self_blend: Measure against self-blended copies of the reals instead of the data's fakes.
         runtime: Device and precision that the models run with.
     """
@@ -84,17 +85,25 @@ def evaluate(
 def robustness(
     data: Annotated[Path, tyro.conf.Positional],
     models: list[Path],
+    videos: Path | None = None,
     out: Path = Path("robustness"),
     config: Annotated[RobustnessConfig, tyro.conf.OmitArgPrefixes] = RobustnessConfig(),
     runtime: Annotated[Runtime, tyro.conf.OmitArgPrefixes] = Runtime(),
 ) -> None:
     """Measure models under every corruption and level, and plot them together; the same command resumes it.
 
+    The table says for each corruption whether the model was trained on it; train --preset robustness holds none.
+
     Example: dtn-fast robustness data/crops --models runs/first runs/second --out robustness
+
+    With H.264 over whole videos: dtn-fast prepare /data/FF++ --out h264 --splits test --corrupt video, then
+    dtn-fast robustness data/crops --models runs/first --videos h264
 
     Args:
         data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
         models: Runs, checkpoint folders, .onnx, .mnn, .engine or .rtx files.
+        videos: Crops of the same videos, corrupted before their faces were found: dtn-fast prepare --corrupt.  Default:
+            none; every corruption is applied to the crops of data.
         out: Folder for robustness.json, .md and .svg.
         config: Corruptions and levels to measure.
         runtime: Device and precision that the models run with.
@@ -107,7 +116,7 @@ def robustness(
     dataset = open_data(data, next(iter(scorers.values())).config.image_size)
     with progress() as bar:
         task = bar.add_task("corrupting and scoring", total=None, note="")
-        for state in run(scorers, dataset, out, config):
+        for state in run(scorers, dataset, out, config, None if videos is None else open_crop_dataset(videos)):
             bar.update(task, completed=state.done, total=state.total, note=state.name)
     record(out)
     print((out / "robustness.md").read_text(encoding="utf-8") + f"plot: {out / 'robustness.svg'}")

@@ -55,7 +55,9 @@ def prepare(
 ) -> None:
     """Audit a dataset and crop its faces for training and evaluation; the same command resumes it.
 
-    Example: dtn-fast prepare /data/DFDC --out dfdc --dataset dfdc --frames 32 --share 3/8
+    Example: dtn-fast prepare /data/DFDC --out dfdc --dataset dfdc --share 3/8
+
+    Test videos coded anew at each rate factor: dtn-fast prepare /data/FF++ --out h264 --splits test --corrupt video
 
     Every face, with landmarks and masks: dtn-fast prepare /data/FF++ --out ffpp --faces yunet --people all --masks
 
@@ -152,7 +154,8 @@ def corrupt(
     Args:
         source: An image or a video.
         out: The file to write: .png for an image, .mp4 for a video.
-        kind: saturation, contrast, blocks, gaussian_noise, uniform_noise, blur, pixelation, jpeg or video (H.264).
+        kind: saturation, contrast, blocks, gaussian_noise, uniform_noise, blur, pixelation, jpeg, video (H.264, of
+            videos) or h264_still (of a picture, or of each frame by itself).
         level: 1 (mild) to 5 (strong); 0 leaves the pixels as they are.
         seed: Seed of noise and blocks.
     """

@@ -20,6 +20,9 @@ from rich.text import Text
 
 from dtn_fast.evaluation.tables import ResultTable
 
+LONG = 30
+"""Length in characters above which the text of a table's cell is folded; an AUC with its interval is shorter."""
+
 
 def print_result_table(table: ResultTable) -> None:
     """Prints a table at its levels, then its protocol notes, notes and notices."""
@@ -72,8 +75,9 @@ def steps(bar: Progress) -> Callable[[str, int, int], None]:
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     table = Table()
-    for place, name in enumerate(header):  # narrow terminals fold names, not verdicts
-        table.add_column(name, overflow="fold", no_wrap=place > 0)
+    for place, name in enumerate(header):  # narrow terminals fold names and sentences, not verdicts
+        sentence = max((len(row[place]) for row in rows), default=0) > LONG
+        table.add_column(name, overflow="fold", no_wrap=place > 0 and not sentence)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # brackets in a file's name are no markup
     console().print(title, style="italic", markup=False, soft_wrap=True)

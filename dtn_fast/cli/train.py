@@ -17,7 +17,7 @@ from dtn_fast.evaluation.tables import ResultTable
 from dtn_fast.provenance import record
 from dtn_fast.ranges import Natural
 from dtn_fast.runtime.load import best_checkpoint
-from dtn_fast.train.config import DEFAULT_PRESET, Execution, Recipe, RunPreset
+from dtn_fast.train.config import DEFAULT_PRESET, BaselineConfig, Execution, Recipe, RunPreset
 from dtn_fast.train.distributed import connect, ranks
 
 if TYPE_CHECKING:
@@ -148,6 +148,7 @@ def ablate(
     out: Path = Path("runs/ablations"),
     only: tuple[str, ...] = (),
     recipe: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = Recipe(),
+    baselines: Annotated[BaselineConfig, tyro.conf.OmitArgPrefixes] = BaselineConfig(),
     execution: Annotated[Execution, tyro.conf.OmitArgPrefixes] = Execution(),
     preset: RunPreset = DEFAULT_PRESET,
     config: Path | None = None,
@@ -160,6 +161,9 @@ def ablate(
 
     On 8 GPUs: torchrun --nproc-per-node 8 -m dtn_fast ablate losses --data ffpp --preset ffpp-c23
 
+    One row by its own recipe: dtn-fast ablate cross-dataset --data ffpp --preset ffpp-c23 --only Xception --pretrained
+    --lr 2e-4
+
     In minutes, on crops of the demo: dtn-fast ablate depth --data runs/demo/crops --preset demo --epochs 1
 
     Args:
@@ -169,8 +173,10 @@ def ablate(
         tests: Crops whose test split is measured.  Default: the crops of --data.
         test_names: Names of the tests in the table; the paper's are FF++, Celeb-DF, DFDC, DF-1.0, DFD.
         out: Folder for NAME/ with the variants' runs, NAME.json, NAME.md, NAME.tex and NAME.svg.
-        only: Variants to train; the others stay in the table if they are measured already.  Default: all.
+        only: Variants to train; the others stay in the table if they are measured already, whatever their recipe; a
+            column names each row's.  Default: all.
         recipe: Recipe that the variants change.
+        baselines: Training of the detectors that the DTN is compared with.
         execution: Options of speed and safety.
         preset: Model, and default values of the recipe's options; --preset NAME --help shows them.
         config: A JSON file of DTNConfig fields instead of the preset's model.
@@ -185,7 +191,7 @@ def ablate(
         if ranks().main:
             record(out)
         how = {"device": where, "execution": execution, "stop": stop}
-        steps = ablate_folders(name, data, out, model, recipe, tests, test_names, only, **how)
+        steps = ablate_folders(name, data, out, model, recipe, tests, test_names, only, baselines, **how)
         if not ranks().main:
             for _ in steps:
                 pass

@@ -46,7 +46,7 @@ def self_blend(
 
 
 def recolour(face: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Changes colours, light and sharpness, as another camera and codec would."""
+    """Changes colours, light and sharpness, as another camera and codec would (SELF_BLEND_CORRUPTIONS)."""
     hsv = cv2.cvtColor(face, cv2.COLOR_RGB2HSV).astype(np.float32)
     hsv[..., 0] = (hsv[..., 0] + rng.uniform(-3, 3)) % 180
     hsv[..., 1:] = np.clip(hsv[..., 1:] * rng.uniform(0.8, 1.2, 2), 0, 255)

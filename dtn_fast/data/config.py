@@ -11,7 +11,7 @@ from dtn_fast.errors import UsageError
 from dtn_fast.model.config import MAX_MARGIN, Alignment, CropPolicy, FinderName
 from dtn_fast.ranges import Count, Positive, Range, Seed, Workers, check_ranges
 
-AugmentName = Literal["none", "light", "forensic"]
+AugmentName = Literal["none", "light", "forensic", "geometry"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,18 @@ class AugmentPreset:
     quality: tuple[int, int] = (40, 100)
     """Range of the JPEG quality, both ends included."""
 
+    @property
+    def corruptions(self) -> tuple[str, ...]:
+        """Kinds of corruption (:mod:`dtn_fast.data.corrupt`) that share a transform with the preset.  Gaussian noise on
+        pixels counts for uniform noise too, which differs in its distribution alone."""
+        shared = (
+            (self.brightness_contrast, ("contrast",)),
+            (self.noise, ("gaussian_noise", "uniform_noise")),
+            (self.blur, ("blur",)),
+            (self.compression, ("jpeg",)),
+        )
+        return tuple(kind for probability, kinds in shared if probability for kind in kinds)
+
 
 AUGMENTATIONS: dict[str, AugmentPreset] = {
     "light": AugmentPreset(
@@ -54,9 +66,22 @@ AUGMENTATIONS: dict[str, AugmentPreset] = {
         noise=0.1, std=(0.005, 0.02), compression=0.15, quality=(70, 100),
     ),
     "forensic": AugmentPreset(),
+    "geometry": AugmentPreset(brightness_contrast=0.0, blur=0.0, noise=0.0, compression=0.0),
 }  # fmt: skip
 """Presets by name: ``light`` for small, clean datasets; ``forensic`` adds affine transforms and blur, with more noise
-and stronger JPEG compression."""
+and stronger JPEG compression; ``geometry`` flips, shifts, scales and rotates alone.
+
+The paper names Albumentations but no transform, measures "various unseen corruptions" (Figure 5), and gives as examples
+of augmentation "rotation, flipping, scaling, etc." (section 6): ``geometry`` is these, and shares nothing with a
+corruption but the slight smoothing of bilinear interpolation."""
+SELF_BLEND_CORRUPTIONS = ("saturation", "contrast", "pixelation")
+"""Kinds of corruption that share a transform with the recolouring of self-blended crops (data/blend.py)."""
+
+
+def trained_corruptions(augment: str, self_blend: bool) -> set[str]:
+    """Kinds of corruption that training with these options shows to a model."""
+    kinds = {*AUGMENTATIONS[augment].corruptions} if augment in AUGMENTATIONS else set()
+    return kinds | {*SELF_BLEND_CORRUPTIONS} if self_blend else kinds
 
 
 @dataclass(frozen=True)
@@ -88,8 +113,8 @@ class FinderConfig:
 class PrepareConfig:
     """Settings for finding and cropping faces."""
 
-    frames: Count = 8
-    """Number of frames per video, evenly spaced in time."""
+    frames: Count = 32
+    """Number of frames per video, evenly spaced in time (*choice*: the paper states none; 32 are DeepfakeBench's)."""
     finder: FinderConfig = FinderConfig()
     """The face finder."""
     margin: Annotated[float, Range(above=0, high=MAX_MARGIN)] = CropPolicy.margin
@@ -151,14 +176,24 @@ class Source:
     the folder NEW, which is below ROOT (. for ROOT itself) or an absolute path."""
     ffpp: Path | None = None
     """Root folder of FaceForensics++, whose real videos are the reals of DeeperForensics."""
-    variants: tuple[str, ...] = ("end_to_end",)
-    """Folders to read of DeeperForensics' eleven; the reals get perturbations of the same types and levels."""
+    variants: tuple[str, ...] = ("end_to_end_random_level",)
+    """Folders to read of DeeperForensics' eleven; the reals get the perturbations of their fakes.  Default: each video
+    with a perturbation of random type and level, because the paper calls the set "a challenging benchmark since
+    extensive real-world perturbations are applied" (section 5.3; *choice* among its nine perturbed folders).
+    end_to_end is the clean one."""
+    corrupt: tuple[str, ...] = ()
+    """Corruptions to apply to whole videos before their faces are found, each at all --corrupt-levels, for dtn-fast
+    robustness --videos; such as video, which codes them anew with H.264 (Figure 5: "video compression controls the
+    compression quality of the video via the constant rate factor [30, 32, 35, 38, 40]").  Default: none."""
+    corrupt_levels: Annotated[tuple[int, ...], Range(1, 5)] = (1, 2, 3, 4, 5)
+    """Levels of --corrupt."""
     lmdb: Path | None = None
     """DeepfakeBench's LMDB with the frames; default: the frames are files."""
     allow: tuple[Allowance, ...] = ()
     """Audit findings to accept: counts (an incomplete download), leaks (identities shared between splits)."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         parts = self.split.split("/")
         if len(parts) != 3 or not all(map(str.isdecimal, parts)) or sum(self.shares) != 100:
             raise UsageError(f"--split {self.split}: percent of train, val and test were expected, such as 80/10/10")

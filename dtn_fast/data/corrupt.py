@@ -1,4 +1,8 @@
-"""Robustness perturbations: DeeperForensics' seven and the paper's two, at levels 1 to 5 (0: untouched)."""
+"""Robustness perturbations: DeeperForensics' seven, the paper's two and a quick one, at levels 1 to 5 (0: untouched).
+
+"video" is H.264 over a whole video, as the paper's "video compression using the H.264 codec"; "h264_still" codes one
+picture by itself, which needs no video and has neither motion nor a rate that is shared among frames.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,7 @@ LEVELS: dict[str, tuple[float, ...]] = {
     "video": (30, 32, 35, 38, 40),  # H.264 constant rate factor
     "uniform_noise": (0.001, 0.002, 0.005, 0.01, 0.05),  # same variance as gaussian_noise
     "jpeg": (20, 25, 30, 35, 40),  # compression rate, 100 - quality; the paper prints 45 for level 4
+    "h264_still": (30, 32, 35, 38, 40),  # the same rate factors for one picture, coded as a video of one frame
 }
 """Parameter of each level.  The paper replaces Gaussian by uniform noise, as its MoE gate trains on Gaussian noise."""
 PERTURBATIONS = ("saturation", "contrast", "blocks", "gaussian_noise", "blur", "pixelation", "video")
@@ -40,9 +45,12 @@ _GREY = np.array([16, 128, 128]) / 255
 def corrupt(image: Image, name: str, level: int, seed: int | Sequence[int]) -> Image:
     """A corrupted copy of an RGB image [H, W, 3] uint8.  The same ``seed`` draws the same noise and blocks.
 
-    An image smaller than 256 pixels gets as many blocks as one of 256.  Raises UsageError for an unknown name or level.
+    An image smaller than 256 pixels gets as many blocks as one of 256.  Raises UsageError for an unknown name or level,
+    and for ``video``.
     """
     check(name, level)
+    if name == "video":
+        raise UsageError("video: compresses whole videos, this is one picture; use h264_still")
     if not level:
         return image.copy()
     return _APPLY[name](image, LEVELS[name][level - 1], np.random.default_rng(seed))
@@ -149,7 +157,7 @@ def _jpeg(image: Image, rate: float, rng: np.random.Generator) -> Image:
     return np.array(pillow.open(file))
 
 
-def _video(image: Image, crf: float, rng: np.random.Generator) -> Image:
+def _h264_still(image: Image, crf: float, rng: np.random.Generator) -> Image:
     """Encodes one frame with H.264 and decodes it."""
     import av
 
@@ -175,7 +183,7 @@ _APPLY: dict[str, Callable[[Image, float, np.random.Generator], Image]] = {
     "gaussian_noise": _gaussian_noise,
     "blur": _blur,
     "pixelation": _pixelation,
-    "video": _video,
     "uniform_noise": _uniform_noise,
     "jpeg": _jpeg,
+    "h264_still": _h264_still,
 }

@@ -40,12 +40,11 @@ def video_frames(
     seed, steps = zlib.crc32(Path(video.path).name.encode()), list(video.corruptions)
     with tempfile.TemporaryDirectory(prefix="dtn-fast-") as folder:
         source = root / video.path
-        compressed = next((i for i, (name, _) in enumerate(steps) if name == "video"), None)
-        if compressed is not None:
-            source, out = Path(folder) / "compressed.mp4", source
-            for _ in corrupt_video(out, source, steps[: compressed + 1], seed, threads):
+        while (number := next((i for i, (name, _) in enumerate(steps, 1) if name == "video"), 0)) > 0:
+            out = Path(folder) / f"{len(steps)}.mp4"  # shorter each time
+            for _ in corrupt_video(source, out, steps[:number], seed, threads):
                 pass
-            steps = steps[compressed + 1 :]
+            source, steps = out, steps[number:]
         for frame in read_frames(source, count, threads, reading=reading):
             yield frame._replace(image=corrupt_all(frame.image, steps, (seed, frame.number)))
 

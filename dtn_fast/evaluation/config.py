@@ -33,13 +33,18 @@ class EvaluateConfig:
         check_ranges(self)
 
 
+FIGURE5 = (*("uniform_noise" if kind == "gaussian_noise" else kind for kind in PERTURBATIONS), "jpeg")
+"""The kinds of corruption in the paper's Figure 5."""
+
+
 @dataclass(frozen=True)
 class RobustnessConfig:
     """Corruptions and levels to measure."""
 
-    kinds: tuple[str, ...] = (*("uniform_noise" if k == "gaussian_noise" else k for k in PERTURBATIONS), "jpeg")
-    """Kinds of corruption.  Default: the paper's, which are DeeperForensics' seven, with uniform instead of Gaussian
-    noise (the gate is trained with Gaussian noise), and JPEG."""
+    kinds: tuple[str, ...] = ()
+    """Kinds of corruption.  Default: the paper's (Figure 5), which are DeeperForensics' seven, with uniform instead of
+    Gaussian noise (the gate is trained with Gaussian noise), and JPEG.  A kind that the crops of --videos hold is
+    measured on these, another one on corrupted crops; of video compression the crops' form is h264_still."""
     levels: Annotated[tuple[int, ...], Range(0, 5)] = (0, 1, 2, 3, 4, 5)
     """Levels from 1 (mild) to 5 (strong); 0 is the untouched crops."""
     split: Split = EvaluateConfig.split
@@ -53,7 +58,7 @@ class RobustnessConfig:
         check_ranges(self)
         for name in ("kinds", "levels"):
             given = getattr(self, name)
-            if not given or len(set(given)) < len(given):
+            if (name == "levels" and not given) or len(set(given)) < len(given):
                 raise UsageError(f"--{name} {' '.join(map(str, given))}: name at least one, and each once")
         for kind in self.kinds:
             for level in self.levels:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,15 +14,19 @@ from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.metrics import Metrics, auc_interval, by_video, evaluate_scores
 from dtn_fast.evaluation.tables import markdown_table
+from dtn_fast.model.config import TrainedOn
 from dtn_fast.runtime.scorer import Scorer
 
 CHUNK = 256
 """Number of crops read at once."""
+MANY = 8
+"""Maximum number of forgeries that a protocol note names."""
 
 
 class EvaluationRow(NamedTuple):
     fakes: str
-    """The forgery measured against all reals of the split, or "all"."""
+    """The forgery measured against all reals of the split; "all": those that the model was trained on, or without a
+    record of them every one; "unseen": the others."""
     frame: Metrics
     video: Metrics
     """Without metrics where each crop is a picture of its own: they would be those of the frames."""
@@ -82,7 +86,8 @@ def evaluate(
 ) -> Evaluation:
     """Scores every crop of a split once and measures each group of forgeries against all reals of the split.
 
-    groups: row title -> forgeries; default: all of them together, then one by one.  Raises UsageError when the split is
+    groups: row title -> forgeries; default: those that the model was trained on together, if the set has such, and the
+    others together; then one by one.  Raises UsageError when the split is
     empty or the crops do not have the model's size and margin.
     """
     split, rows = config.split, dataset.select(config.split)
@@ -96,7 +101,10 @@ def evaluate(
     drawn = f"{100 * config.confidence:g} % intervals by {config.bootstrap_draws:,} bootstrap draws of {unit}"
     stills = are_stills(dataset, rows)
     table = []
-    for title, group in (groups or {"all": dataset.methods, **{m: (m,) for m in dataset.methods}}).items():
+    if groups is None:
+        seen, others = forgeries_of(dataset, [scorer.config.trained_on])
+        groups = {"all": seen, **({"unseen": others} if others else {}), **{m: (m,) for m in dataset.methods}}
+    for title, group in groups.items():
         keep = (labels == 0) | np.isin(kinds, group)
         note = f"{protocol_note(dataset, split, group)}; {drawn}"
         table.append(_row(title, labels[keep], scores[keep], names[keep].tolist(), stills, config, note))
@@ -110,6 +118,17 @@ def evaluate(
         frames_per_video=len(rows) / max(len(set(names.tolist())), 1),
         notice=scorer.notice,
     )
+
+
+def forgeries_of(dataset: CropDataset, trained: Iterable[TrainedOn | None]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The forgeries of ``dataset`` that the models were trained on, and the others.
+
+    All are the former when the set has none that they were trained on (it is another dataset), or when for a model that
+    is unknown or another choice than for the first.
+    """
+    known = [tuple(m for m in dataset.methods if m in facts.forgeries) if facts else () for facts in trained]
+    seen = known[0] if known and len(set(known)) == 1 else ()
+    return (seen, tuple(m for m in dataset.methods if m not in seen)) if seen else (dataset.methods, ())
 
 
 def _row(
@@ -150,7 +169,9 @@ def protocol_note(dataset: CropDataset, split: str, forgeries: tuple[str, ...]) 
     how = f"{frames:.1f} frames each on average, {dataset.faces}; video score = mean of its frames"
     if are_stills(dataset, rows):
         how = f"{dataset.faces}; no video level, as each is a picture of its own"
+    named = ", ".join(forgeries) if len(forgeries) <= MANY else f"{len(forgeries)} forgeries"
+    named = f"; fakes by {named}" if named else ""
     return (
         f"{split} split, {len(chosen)} {unit} ({len(chosen) - fakes} real, {fakes} fake), {how}; {faceless} {unit} "
-        f"without a face and {unreadable} unreadable ones not scored"
+        f"without a face and {unreadable} unreadable ones not scored{named}"
     )

@@ -10,17 +10,18 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from dtn_fast.data.blend import self_blended
+from dtn_fast.data.blend import METHOD, self_blended
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.open import open_data
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation import paper_numbers
 from dtn_fast.evaluation.config import EvaluateConfig
-from dtn_fast.evaluation.evaluate import Evaluation, evaluate
+from dtn_fast.evaluation.evaluate import Evaluation, evaluate, forgeries_of
 from dtn_fast.evaluation.tables import Cell, Cells, PaperRow, ResultTable, TableRow
 from dtn_fast.files import json_text, write_whole
+from dtn_fast.model.config import TrainedOn
 from dtn_fast.runtime.config import Runtime
-from dtn_fast.runtime.load import load_scorer, read_recipe
+from dtn_fast.runtime.load import load_scorer
 from dtn_fast.runtime.scorer import Scorer
 
 TRAINED_ON = "trained on"
@@ -43,20 +44,26 @@ class Measured(NamedTuple):
 
 
 def measure(
-    scorer: Scorer, tests: Mapping[str, CropDataset], by_forgery: bool, config: EvaluateConfig
+    scorer: Scorer,
+    tests: Mapping[str, CropDataset],
+    by_forgery: bool,
+    config: EvaluateConfig,
+    trained: Sequence[TrainedOn | None],
 ) -> Iterator[str | Measured]:
     """Measures one model on every test set: yields each set's name before measuring it, then the metrics.
 
-    by_forgery: measure each forgery of a set separately.  Raises UsageError like ``evaluate``, and when a set has no
-    forgery to test on.
+    by_forgery: measure each forgery of a set separately; otherwise those that the models of the table were trained on
+    together, and the others together.  trained: facts of the training of every model in the table, so that all rows
+    have the same columns.  Raises UsageError like ``evaluate``, and when a set has no forgery to test on.
     """
     found = Measured({"frame": {}, "video": {}}, {})
     for name, dataset in tests.items():
         yield name
-        groups = (
-            {paper_numbers.FF_NAMES.get(m, m): (m,) for m in dataset.methods} if by_forgery else {name: dataset.methods}
-        )
-        if not groups:
+        seen, others = forgeries_of(dataset, trained)
+        groups = {name: seen, **({f"{name}, unseen": others} if others else {})}
+        if by_forgery:
+            groups = {paper_numbers.FF_NAMES.get(m, m): (m,) for m in dataset.methods}
+        if not dataset.methods:
             raise UsageError(f"{name}: holds no forgery to test on")
         _fill(found, evaluate(scorer, dataset, config, groups))
     yield found
@@ -132,14 +139,18 @@ def _measure_all(
     entries: Sequence[Entry], tests: Mapping[str, CropDataset], by_forgery: bool, config: EvaluateConfig
 ) -> Iterator[str | tuple[list[TableRow], dict[str, str]]]:
     rows, column_notes = [], {}
+    trained = [entry.scorer.config.trained_on for entry in entries]
+    recorded = any(facts and facts.recipe for facts in trained)
     for entry in entries:
-        for step in measure(entry.scorer, tests, by_forgery, config):
+        for step in measure(entry.scorer, tests, by_forgery, config, trained):
             if isinstance(step, str):
                 yield f"{entry.name} on {step}"
                 continue
             column_notes.update(step.column_notes)
             before = {TRAINED_ON: entry.trained_on} if by_forgery else {}
-            rows.append(TableRow(entry.name, step.cells, before, notice=entry.scorer.notice))
+            facts = entry.scorer.config.trained_on
+            after = {"recipe": (facts.recipe if facts and facts.recipe else "not recorded", "")} if recorded else {}
+            rows.append(TableRow(entry.name, step.cells, before, after, notice=entry.scorer.notice))
     yield rows, column_notes
 
 
@@ -194,17 +205,17 @@ def evaluate_models(
 
     protocol: ``within`` gives Within, the others a ResultTable; ``auto`` is ``within`` for one model on one dataset,
     else ``cross-dataset``.  trained_on: for ``cross-manipulation`` the forgery that each model was trained on; default:
-    read from its run's recipe.  self_blend: measure against self-blended copies of the reals instead of the data's
+    as the model records it.  self_blend: measure against self-blended copies of the reals instead of the data's
     fakes.  Raises UsageError on options that do not fit each other, and like ``evaluate``.
     """
     chosen = _choose_protocol(protocol, models, data, trained_on)
     manipulation = chosen == "cross-manipulation"
     names = names_of(models, model_names, "model-names", once=not manipulation)
-    forgeries = _forgeries(models, trained_on) if manipulation else [""] * len(models)
+    scorers = [load_scorer(path, runtime) for path in models]
+    forgeries = _forgeries(models, scorers, trained_on) if manipulation else [""] * len(models)
     if len(set(zip(names, forgeries, strict=True))) < len(models):
         raise UsageError("--model-names: two models have the same name and were trained on the same forgery")
     columns = names_of(data, data_names, "data-names")
-    scorers = [load_scorer(path, runtime) for path in models]
     sets = [open_data(folder, scorers[0].config.image_size) for folder in data]
     for path, scorer in zip(models, scorers, strict=True):
         for folder, dataset in zip(data, sets, strict=True):
@@ -241,21 +252,21 @@ def _choose_protocol(
     return protocol
 
 
-def _forgeries(models: Sequence[Path], trained_on: Sequence[str]) -> list[str]:
-    """Training forgery of each model in the paper's short form: from ``trained_on``, else from its run's recipe.
+def _forgeries(models: Sequence[Path], scorers: Sequence[Scorer], trained_on: Sequence[str]) -> list[str]:
+    """Training forgery of each model in the paper's short form: from ``trained_on``, else as the model records it.
 
     Raises UsageError when it is in neither.
     """
     if trained_on and len(trained_on) != len(models):
         raise UsageError(f"--trained-on: {len(trained_on)} forgeries for {len(models)} models; give one each")
     found = []
-    for place, path in enumerate(models):
-        recipe = read_recipe(path)
-        methods = [] if recipe.get("self_blend") else recipe.get("methods") or []
-        if not trained_on and len(methods) != 1:
+    for place, (path, scorer) in enumerate(zip(models, scorers, strict=True)):
+        facts = scorer.config.trained_on
+        known: tuple[str, ...] = facts.forgeries if facts and facts.forgeries != (METHOD,) else ()
+        if not trained_on and len(known) != 1:
             raise UsageError(
                 f"{path}: its training forgery is not known; give one forgery for each model by --trained-on"
             )
-        name = trained_on[place] if trained_on else methods[0]
+        name = trained_on[place] if trained_on else known[0]
         found.append(paper_numbers.FF_NAMES.get(name, name))
     return found

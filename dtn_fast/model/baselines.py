@@ -8,6 +8,7 @@ does.
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from dtn_fast.model.backbone import build_backbone
 from dtn_fast.model.config import DTNConfig
 from dtn_fast.model.detector import Depth
 from dtn_fast.model.mas import HeadScale, head_mixer, reattend
+from dtn_fast.model.pretrained import EFFICIENTNET, Files, create_model, weights_of
 from dtn_fast.model.timm_compat import import_timm
 
 timm = import_timm()
@@ -165,10 +167,11 @@ class EfficientViT(nn.Module):
     def __init__(
         self, img_size: int = 224, num_classes: int = 2, variant: Variant = "standard", width: int = 1024,
         depth: int = 6, heads: int = 8, hidden: int = 2048, dropout: float = 0.15, pretrained: bool = False,
+        weights: Files = MappingProxyType({}),
     ) -> None:  # fmt: skip
         super().__init__()
         self.num_classes = num_classes
-        self.backbone = _efficientnet(pretrained)
+        self.backbone = _efficientnet(pretrained, weights)
         side = -(-img_size // 32)
         self.patch = nn.Linear(1280 * side * side, width)
         self.tokens = Tokens(1, width, dropout)
@@ -233,11 +236,11 @@ class CrossEfficientViT(nn.Module):
     def __init__(
         self, img_size: int = 224, num_classes: int = 2, variant: Variant = "standard", small: int = 192,
         large: int = 384, depth: int = 4, heads: int = 8, hidden: int = 2048, dropout: float = 0.15,
-        pretrained: bool = False,
+        pretrained: bool = False, weights: Files = MappingProxyType({}),
     ) -> None:  # fmt: skip
         super().__init__()
         self.num_classes = num_classes
-        self.backbone, self.early = _efficientnet(pretrained), Early(_efficientnet(pretrained))
+        self.backbone, self.early = _efficientnet(pretrained, weights), Early(_efficientnet(pretrained, weights))
         side, wide = -(-img_size // 32), -(-img_size // 4)
         self.patch, self.early_patch = nn.Linear(1280 * side**2, small), nn.Linear(24 * wide**2, large)
         self.tokens, self.early_tokens = Tokens(1, small, dropout), Tokens(1, large, dropout)
@@ -268,8 +271,8 @@ class Early(nn.Sequential):
         super().__init__(whole.conv_stem, whole.bn1, *whole.blocks[:2])
 
 
-def _efficientnet(pretrained: bool) -> Any:
-    return timm.create_model("efficientnet_b0", pretrained=pretrained, num_classes=0, global_pool="")
+def _efficientnet(pretrained: bool, weights: Files) -> Any:
+    return create_model(timm, EFFICIENTNET, pretrained, weights, num_classes=0, global_pool="")
 
 
 # ------------------------------------------------------------------------------------------------ the registry
@@ -301,10 +304,11 @@ def _entry(family: str, variant: Variant) -> Any:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
             kwargs.pop(name, None)
-        if pretrained and "efficient" not in family:
+        weights = kwargs.pop("weights", {})
+        if pretrained and weights_of(family) == family:
             raise ValueError(f"{registered(family, variant)}: no published weights; leave --pretrained out")
         if pretrained:  # for its EfficientNet alone
-            kwargs["pretrained"] = True
+            kwargs |= {"pretrained": True, "weights": weights}
         return kind(variant=variant, **kwargs)
 
     create.__name__ = create.__qualname__ = registered(family, variant)

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dtn_fast.errors import UsageError
-from dtn_fast.model.config import DTNConfig, TimmConfig, read_config
+from dtn_fast.model.config import CropPolicy, DTNConfig, TimmConfig, read_config
 from dtn_fast.model.detector import CONFIG, Depth, Detector, check_folder, device_of, patch_side
 from dtn_fast.model.dtn import DTN
 from dtn_fast.model.hooks import hooked
+from dtn_fast.model.pretrained import Files, create_model, weights_of
 from dtn_fast.model.timm_compat import import_timm
 
 
 class TimmDetector(Detector):
-    """A timm model as a detector.  Raises UsageError when timm is missing or does not know the name."""
+    """A timm model as a detector, with fresh weights or, if ``pretrained``, those in ``files`` or else on timm's hub.
+
+    Raises UsageError when timm is missing or does not know the name, or a file does not hold the weights.
+    """
 
     config_class = TimmConfig
 
-    def __init__(self, config: TimmConfig, pretrained: bool = False) -> None:
+    def __init__(self, config: TimmConfig, pretrained: bool = False, files: Files = MappingProxyType({})) -> None:
         super().__init__()
         timm = import_timm()
         from dtn_fast.model import timm_registry  # noqa: F401  (it registers this package's own models)
@@ -30,8 +35,13 @@ class TimmDetector(Detector):
         known = _published(config.timm)
         # a model with positions for one image size only, as ViTs, is made for the crops' size
         size = {"img_size": config.image_size} if known and known.fixed_input_size else {}
+        inside = {"weights": files} if pretrained and weights_of(config.timm) != config.timm else {}
         try:
-            self.net = timm.create_model(config.timm, pretrained=pretrained, num_classes=config.num_classes, **size)
+            self.net = create_model(
+                timm, config.timm, pretrained, files, num_classes=config.num_classes, **size, **inside
+            )
+        except UsageError:
+            raise
         except Exception as error:  # timm and the hub raise RuntimeError, ValueError, OSError, their own ...
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UsageError(f"{config.timm}: timm cannot make it ({reason}); see timm.list_models()") from error
@@ -80,6 +90,15 @@ def own_size(name: str) -> int:
     return known.input_size[-1] if known else TimmConfig.image_size
 
 
+def timm_config(name: str, image_size: int, crop: CropPolicy | None = None) -> TimmConfig:
+    """Configuration of a timm model, with the mean and standard deviation of its published weights; our defaults where
+    there are none."""
+    known = _published(name)
+    if known is None or len(known.mean) != 3 or len(known.std) != 3:
+        return TimmConfig(name, image_size, crop=crop)
+    return TimmConfig(name, image_size, mean=tuple(known.mean), std=tuple(known.std), crop=crop)
+
+
 def _published(name: str) -> Any:
     """timm's record of a model's published weights, None where it has none."""
     try:
@@ -88,9 +107,17 @@ def _published(name: str) -> Any:
         return None
 
 
-def build_detector(config: DTNConfig | TimmConfig, pretrained: bool = False) -> Detector:
-    """A detector with fresh weights, or with timm's published ones."""
-    return DTN(config) if isinstance(config, DTNConfig) else TimmDetector(config, pretrained)
+def publishes_weights(name: str) -> bool:
+    """Whether timm knows published weights of a model, or of the part that it shares with one of timm's."""
+    known = _published(weights_of(name))
+    return known is not None and bool(known.has_weights)
+
+
+def build_detector(
+    config: DTNConfig | TimmConfig, pretrained: bool = False, files: Files = MappingProxyType({})
+) -> Detector:
+    """A detector with fresh weights, or a timm model with published ones."""
+    return DTN(config) if isinstance(config, DTNConfig) else TimmDetector(config, pretrained, files)
 
 
 def load_detector(folder: Path) -> Detector:

@@ -45,9 +45,28 @@ class CropPolicy:
         return f"{self.finder} at margin {self.margin:g}" + (", eyes level" if self.align == "landmarks" else "")
 
 
+@dataclass(frozen=True)
+class TrainedOn:
+    """Facts of a model's training that its measurements must state: stored with checkpoints and exported files."""
+
+    forgeries: tuple[str, ...]
+    """Forgeries that the model was trained on; empty: unknown."""
+    corruptions: tuple[str, ...]
+    """Kinds of corruption (:mod:`dtn_fast.data.corrupt`) in the training augmentation or the training videos."""
+    recipe: str = ""
+    """Losses, initial weights and augmentation in words; empty: unknown."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.recipe, str):
+            raise UsageError(f"TrainedOn.recipe is {self.recipe!r}; it must be a text")
+        for name, values in (("forgeries", self.forgeries), ("corruptions", self.corruptions)):
+            if not isinstance(values, tuple | list) or not all(isinstance(value, str) for value in values):
+                raise UsageError(f"TrainedOn.{name} is {values!r}; it must be a list of names")
+
+
 def _check(config: Any) -> None:
-    """Replaces the decoded JSON object in ``crop`` by its dataclass.  Raises UsageError on a single class, or a mean or
-    standard deviation that is none."""
+    """Replaces the decoded JSON objects in ``crop`` and ``trained_on`` by their dataclasses.  Raises UsageError on a
+    single class, or a mean or standard deviation that is none."""
     for name in ("mean", "std"):
         values = getattr(config, name)
         if len(values) != 3 or not all(math.isfinite(v) for v in values) or (name == "std" and min(values) <= 0):
@@ -55,10 +74,12 @@ def _check(config: Any) -> None:
             raise UsageError(f"{type(config).__name__}.{name} is {values!r}; it must be {wanted}")
     if config.num_classes < 2:
         raise UsageError(f"{type(config).__name__}.num_classes is {config.num_classes}; it must be >= 2")
-    if isinstance(config.crop, Mapping):
-        object.__setattr__(config, "crop", from_fields(CropPolicy, config.crop, "crop"))
-    elif not isinstance(config.crop, CropPolicy | None):
-        raise UsageError(f"{type(config).__name__}.crop is {config.crop!r}; it must be an object or null")
+    for name, kind in (("crop", CropPolicy), ("trained_on", TrainedOn)):
+        value = getattr(config, name)
+        if isinstance(value, Mapping):
+            object.__setattr__(config, name, from_fields(kind, value, name))
+        elif not isinstance(value, kind | None):
+            raise UsageError(f"{type(config).__name__}.{name} is {value!r}; it must be an object or null")
 
 
 @dataclass(frozen=True)
@@ -114,6 +135,8 @@ class DTNConfig:
     """RGB standard deviation that divides the result (*choice*: ImageNet's)."""
     crop: CropPolicy | None = None
     """How the training crops were cut; None: unknown, because another program cut them."""
+    trained_on: TrainedOn | None = None
+    """Facts of the training, written by it; None: unknown, or not trained yet."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -197,11 +220,13 @@ class TimmConfig:
     num_classes: int = DTNConfig.num_classes
     """Number of logits; logit 0 is real, logit 1 fake."""
     mean: tuple[float, float, float] = DTNConfig.mean
-    """RGB mean subtracted from pixels in [0, 1]."""
+    """RGB mean subtracted from pixels in [0, 1]; ``dtn-fast train`` takes that of timm's weights of the model."""
     std: tuple[float, float, float] = DTNConfig.std
-    """RGB standard deviation that divides the result."""
+    """RGB standard deviation that divides the result; ``dtn-fast train`` takes that of timm's weights."""
     crop: CropPolicy | None = None
     """How the training crops were cut; None: unknown, because another program cut them."""
+    trained_on: TrainedOn | None = None
+    """Facts of the training, written by it; None: unknown, or not trained yet."""
 
     def __post_init__(self) -> None:
         _check(self)

@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dtn_fast.data.config import trained_corruptions
 from dtn_fast.device import choose_device
 from dtn_fast.errors import UsageError
 from dtn_fast.model.build import load_detector
+from dtn_fast.model.config import TrainedOn
 from dtn_fast.model.detector import CONFIG, WEIGHTS, Detector, move_to
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.scorer import Scorer
@@ -53,7 +55,19 @@ def load_model(path: Path) -> Detector:
         raise UsageError(f"{path}: a file, not a checkpoint folder; give a training run or a checkpoint folder")
     if not path.is_dir():
         raise UsageError(f"{path}: no such checkpoint; give a folder written by dtn-fast train, or an exported file")
-    return load_detector(best_checkpoint(path))
+    folder = best_checkpoint(path)
+    model = load_detector(folder)
+    if model.config.trained_on is None and (recipe := read_recipe(folder)):  # of an earlier version
+        model.config = dataclasses.replace(model.config, trained_on=_trained_on(recipe))
+    return model
+
+
+def _trained_on(recipe: dict[str, Any]) -> TrainedOn:
+    """Facts of a training from its recipe's fields, which name no forgery when all in the data were used."""
+    blend, methods = bool(recipe.get("self_blend")), recipe.get("methods")
+    named = methods if isinstance(methods, list) and not blend else []
+    kinds = trained_corruptions(str(recipe.get("augment")), blend)
+    return TrainedOn(tuple(map(str, named)), tuple(sorted(kinds)))
 
 
 def best_checkpoint(run: Path) -> Path:

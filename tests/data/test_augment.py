@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dtn_fast.data.augment import Augment, DeviceAugment, jpeg
 from dtn_fast.data.blend import FIVE, METHOD, BlendedCrops, partly_blended, self_blend, self_blended
 from dtn_fast.data.config import AUGMENTATIONS, AugmentPreset
+from dtn_fast.data.corrupt import LEVELS, corrupt
 from dtn_fast.data.crop_dataset import CropDataset, ShardFiles
 from dtn_fast.data.randomness import sample_seeds, uniform
 from dtn_fast.errors import UsageError
@@ -123,6 +124,29 @@ def test_each_transform_changes_every_chosen_sample_within_its_range(augment, fi
     assert change.max() <= limit
     if field != "flip":
         assert (change.max((1, 2, 3)) > 0).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("field", "kinds"),
+    [("flip", ()), ("shift_scale_rotate", ()), ("brightness_contrast", ("contrast",)), ("blur", ("blur",)),
+     ("noise", ("gaussian_noise", "uniform_noise")), ("compression", ("jpeg",))],
+)  # fmt: skip
+def test_a_preset_knows_the_corruptions_that_it_holds(field: str, kinds: tuple[str, ...]) -> None:
+    assert dataclasses.replace(NOTHING, **{field: 0.1}).corruptions == kinds
+    assert set(kinds) <= set(LEVELS)
+    assert AUGMENTATIONS["geometry"].corruptions == ()
+
+
+@BOTH
+def test_geometry_alone_is_no_corruption(augment) -> None:
+    """Colours stay, and its interpolation smooths by a fraction of the mildest blur."""
+    out = augment(AUGMENTATIONS["geometry"])
+    assert np.abs(np.sort(out.mean((1, 2)), 0) - np.sort(BATCH.mean((1, 2)), 0)).max() < 12
+    flat = np.full_like(BATCH, (200, 30, 90))
+    assert np.array_equal(augment(AUGMENTATIONS["geometry"], flat), flat)
+    detail = lambda crops: np.abs(np.diff(crops.astype(int), axis=2)).mean()
+    lost = 1 - detail(out) / detail(BATCH)
+    assert 0 < lost < 0.4 * (1 - detail(np.stack([corrupt(c, "blur", 1, 0) for c in BATCH])) / detail(BATCH))
 
 
 @BOTH

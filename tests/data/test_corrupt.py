@@ -34,11 +34,11 @@ def test_parameters_are_those_of_the_protocol() -> None:
     assert LEVELS["gaussian_noise"] == LEVELS["uniform_noise"] == (0.001, 0.002, 0.005, 0.01, 0.05)
     assert LEVELS["blur"] == (7, 9, 13, 17, 21)
     assert LEVELS["pixelation"] == (2, 3, 4, 5, 6)
-    assert LEVELS["video"] == (30, 32, 35, 38, 40)
+    assert LEVELS["video"] == LEVELS["h264_still"] == (30, 32, 35, 38, 40)
     assert LEVELS["jpeg"] == (20, 25, 30, 35, 40)
 
 
-@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("name", [name for name in LEVELS if name != "video"])
 def test_levels_get_worse_from_nothing_and_repeat_with_the_seed(name: str) -> None:
     worse = [distance(corrupt(FACE, name, level, 1), FACE) for level in range(6)]
     assert worse[0] == 0
@@ -159,3 +159,5 @@ def test_errors_name_the_corruption_and_the_level() -> None:
         corrupt(FACE, "fog", 1, 0)
     with pytest.raises(UsageError, match="level 6 of blur"):
         corrupt(FACE, "blur", 6, 0)
+    with pytest.raises(UsageError, match="this is one picture; use h264_still"):
+        corrupt(FACE, "video", 1, 0)

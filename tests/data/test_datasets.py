@@ -33,6 +33,7 @@ from dtn_fast.data.video_writer import write_video
 from dtn_fast.errors import MediaError, UsageError
 
 DISTORTED = tuple(variant for variant in VARIANTS if variant not in ("end_to_end", "reenact_postprocess"))
+META = "lists/manipulated_videos_distortions_meta/manipulated_videos_{}_meta.txt"
 YOUTUBE = "original_sequences/youtube/c23/videos"
 JUNK = b"\0\5\26\7\0\2\0\0Mac OS X        "
 at_random = settings(max_examples=40, deadline=None)
@@ -436,10 +437,62 @@ def test_deeperforensics_reals_are_perturbed(tmp_path: Path, variant: str) -> No
             assert (video.corruptions, video.target, change) == ((), "", [0, 0, 0])
         else:
             assert min(change) > 0.3
+    notes = read(tmp_path, replace(source, allow=("counts",))).notes
+    assert any(f"{variant}: " in note and "drawn here" in note for note in notes)
     drawn = [kind for n in range(200) for kind, _ in perturbations(variant, f"{n:03d}")]
     assert set(drawn) == set(PERTURBATIONS)
     refused(tmp_path, replace(source, variants=("end_to_end_level_6",)), "--variants end_to_end_level_6: known are")
     refused(tmp_path, replace(source, ffpp=None), "--ffpp")
+
+
+def test_deeperforensics_is_perturbed_by_default_and_its_lists_are_followed(tmp_path: Path) -> None:
+    """ "extensive real-world perturbations are applied"; its authors' lists say which, for the reals too."""
+    assert Source.variants == ("end_to_end_random_level",)
+    variant = Source.variants[0]
+    source, _, _ = deeper(tmp_path, variant)
+    source = replace(source, allow=("counts",))
+    meta = META.format(variant)
+    lines = ["a/000_M101.mp4 GB:5", "001_M101.mp4 VC:5 CC:5 VC:1", "a/002_M101.mp4 CS:1", "003_M101.mp4 JPEG:2 BW:3"]
+    put(tmp_path, meta, data="\n".join(lines) + "\n")
+    table = read(tmp_path, source)
+    reals = {v.identities[0]: v for v in table.videos if not v.label}
+    assert {name: v.corruptions for name, v in reals.items()} == {
+        "000": (("blur", 5),), "001": (("video", 5), ("contrast", 5), ("video", 1)), "002": (("saturation", 1),),
+        "003": (("pixelation", 2), ("blocks", 3)),
+    }  # fmt: skip
+    assert not any("drawn here" in note for note in table.notes)
+    plain = [frame.image.astype(int) for frame in read_frames(tmp_path / reals["001"].path)]
+    got = [frame.image for frame in video_frames(tmp_path, reals["001"], 5)]  # compressed, darkened, compressed
+    assert np.abs(np.array(got) - 0.35 * np.array(plain)).mean() < 6
+    assert np.array_equal([frame.image for frame in video_frames(tmp_path, reals["001"], 5)], got)
+    for line in ("003_M101.mp4 GB:6", "003_M101.mp4", "003_M101.mp4 XY:1", "004_M101.mp4 GB:1"):
+        put(tmp_path, meta, data="\n".join([*lines[:3], line]))
+        refused(tmp_path, source, "003_M101 is not listed" if line[2] == "4" else "is no video with its perturbations")
+
+
+def test_whole_videos_are_corrupted_at_each_level(tmp_path: Path) -> None:
+    source, _, _ = folder(tmp_path / "pictures")
+    refused(
+        tmp_path / "pictures", replace(source, corrupt=("video",)), "changes whole videos, and this dataset has pic"
+    )
+    source, _, _ = celebdf(tmp_path)
+    source = replace(source, allow=("counts",))
+    plain = read(tmp_path, source).videos
+    table = read(tmp_path, replace(source, corrupt=("video", "contrast"), corrupt_levels=(1, 5)))
+    steps = [("video", 1), ("video", 5), ("contrast", 1), ("contrast", 5)]
+    assert table.videos == [v._replace(corruptions=(step,)) for v in plain for step in steps]
+    assert table.notes[-1] == "each video 4 times: video 1, video 5, contrast 1, contrast 5"
+    for said, options in (
+        ("unknown corruption 'fog'", {"corrupt": ("fog",)}),
+        ("h264_still: is of single pictures; video is", {"corrupt": ("h264_still",)}),
+        ("--corrupt-levels: name at least one", {"corrupt": ("blur",), "corrupt_levels": ()}),
+    ):
+        refused(tmp_path, replace(source, **options), said)
+    with pytest.raises(UsageError, match="--corrupt-levels 6: must be from 1 to 5"):
+        replace(source, corrupt_levels=(6,))
+    source, _, _ = deeper(tmp_path / "deeper", Source.variants[0])
+    perturbed = replace(source, corrupt=("video",), allow=("counts",))
+    refused(tmp_path / "deeper", perturbed, "perturbed already; read --variants end_to_end")
 
 
 def complete(root: Path, dataset: Any) -> tuple[Source, dict[str, int], str]:
@@ -474,9 +527,11 @@ def complete(root: Path, dataset: Any) -> tuple[Source, dict[str, int], str]:
     else:
         for split, targets in zip(SPLITS, (thousand[:703], thousand[703:799], thousand[799:]), strict=True):
             put(root, f"lists/splits/{split}.txt", data="\n".join(f"{target}_W01.mp4" for target in targets))
-            counts |= {f"{split}/{method}": len(targets) for method in ("real", "end_to_end")}
+            counts |= {f"{split}/{method}": len(targets) for method in ("real", "end_to_end_random_level")}
         files = [f"ff/{YOUTUBE}/{target}.mp4" for target in thousand]
-        files += [f"manipulated_videos/end_to_end/{target}_W01.mp4" for target in thousand]
+        files += [f"manipulated_videos/end_to_end_random_level/{target}_W01.mp4" for target in thousand]
+        meta = "".join(f"{target}_W01.mp4 GB:{1 + int(target) % 5}\n" for target in thousand)
+        put(root, META.format("end_to_end_random_level"), data=meta)
         source = replace(source, ffpp=root / "ff")
     put(root, *files, data=b"")
     return source, counts, files[-1]

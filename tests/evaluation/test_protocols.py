@@ -17,12 +17,13 @@ from dtn_fast import DTN
 from dtn_fast.data.blend import self_blended
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import UsageError
-from dtn_fast.evaluation.config import RobustnessConfig
+from dtn_fast.evaluation.config import EvaluateConfig, RobustnessConfig
 from dtn_fast.evaluation.evaluate import evaluate
 from dtn_fast.evaluation.paper_numbers import Pair
 from dtn_fast.evaluation.protocols import Entry, cross_dataset, cross_manipulation, names_of, within
 from dtn_fast.evaluation.robustness import robustness
 from dtn_fast.evaluation.tables import Cell, ResultTable, TableRow
+from dtn_fast.model.config import TrainedOn
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
 
@@ -80,6 +81,58 @@ def test_one_model_on_one_dataset(scorers: dict[str, TorchScorer], dataset: Crop
     table, _ = result(cross_dataset(entries(scorers)[:1], {"DFD": dataset}))
     assert within("DTN", "DFD", measured).latex("video") == table.latex("video")
     assert r"DTN$^{\ast}$ & 87.32 & 97.60" in table.latex("video")
+
+
+FEW = EvaluateConfig(bootstrap_draws=5)
+
+
+def trained_on(*forgeries: str) -> TorchScorer:
+    torch.manual_seed(0)
+    facts = TrainedOn(forgeries, ()) if forgeries else None
+    return TorchScorer(DTN(dataclasses.replace(SMALL, trained_on=facts)).eval())
+
+
+def test_all_is_what_the_model_was_trained_on_and_the_rest_is_apart(dataset: CropDataset) -> None:
+    a, b, *rest = dataset.methods
+    result_of = lambda *names: evaluate(trained_on(*names), dataset, FEW)
+    rows = {row.fakes: row for row in result_of(a, b, "elsewhere").rows}
+    assert [*rows] == ["all", "unseen", *dataset.methods]
+    for title, group in (("all", (a, b)), ("unseen", tuple(rest))):
+        direct = evaluate(trained_on(), dataset, FEW, groups={"x": group}).rows[0]
+        assert rows[title] == direct._replace(fakes=title)
+        assert f"fakes by {', '.join(group)};" in rows[title].note
+    for names in ((), ("elsewhere",), dataset.methods):
+        assert [row.fakes for row in result_of(*names).rows] == ["all", *dataset.methods]
+        assert result_of(*names).rows[0].video.fakes == 2 * len(dataset.methods)
+    table = within("DTN", "FF++", result_of(a, b))
+    assert table.rows[0].cells["frame"]["FF++"].auc == rows["all"].frame.auc
+
+
+def test_tables_keep_forgeries_apart_that_no_model_was_trained_on(dataset: CropDataset) -> None:
+    a, b, *_ = dataset.methods
+    alike = [Entry(name, trained_on(a, b)) for name in "xy"]
+    table, _ = result(cross_dataset(alike, {"FF++": dataset}, FEW))
+    assert table.columns == ("FF++", "FF++, unseen")
+    measured = evaluate(trained_on(a, b), dataset, FEW)
+    assert [table.rows[1].cells["video"][c].auc for c in table.columns] == [r.video.auc for r in measured.rows[:2]]
+    assert table.paper[0].cells.keys() == {"FF++"}
+    for other in (trained_on(a), trained_on()):  # rows of a table are comparable: of the same fakes
+        table, _ = result(cross_dataset([*alike, Entry("z", other)], {"FF++": dataset}, FEW))
+        assert table.columns == ("FF++",)
+        assert "8 fake)" in table.column_notes["FF++"]
+
+
+def test_models_of_different_recipes_are_marked(dataset: CropDataset) -> None:
+    made = {name: trained_on(*dataset.methods) for name in ("CE alone", "both", "old")}
+    for name, recipe in (("CE alone", "CE; published weights"), ("both", "CE + Ct-c; from scratch"), ("old", "")):
+        made[name].config = dataclasses.replace(made[name].config, trained_on=TrainedOn(dataset.methods, (), recipe))
+    table, _ = result(cross_dataset(entries(made), {"FF++": dataset}, FEW))
+    header, rows = table.text("frame")
+    assert header[-1] == "recipe"
+    assert [row[-1] for row in rows[:3]] == ["CE; published weights", "CE + Ct-c; from scratch", "not recorded"]
+    assert "CE + Ct-c; from scratch" in table.latex("frame")
+    table, _ = result(cross_dataset([Entry("old", made["old"])], {"FF++": dataset}, FEW))
+    assert table.text("frame")[0] == ["model", "FF++ ACC", "FF++ AUC"], "of nothing anything is recorded"
 
 
 @pytest.fixture

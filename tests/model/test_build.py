@@ -10,15 +10,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small import RECIPE
 
 from dtn_fast import DTN
-from dtn_fast.errors import UsageError
+from dtn_fast.errors import DtnWarning, UsageError
 from dtn_fast.explain.heatmap import grad_cam
-from dtn_fast.model.build import TimmDetector, build_detector, load_detector
-from dtn_fast.model.config import TimmConfig, parse_config
+from dtn_fast.model.build import TimmDetector, build_detector, load_detector, timm_config
+from dtn_fast.model.config import CropPolicy, TimmConfig, parse_config
 from dtn_fast.model.mas import HeadScale, with_mas
 from dtn_fast.runtime.load import load_scorer
 from dtn_fast.runtime.torch_scorer import TorchScorer
+from dtn_fast.train.ablation_tables import ABLATIONS, configure
+from dtn_fast.train.config import Recipe, choose_model
+from dtn_fast.train.run_folder import load_run, start_run
 
 
 @pytest.fixture
@@ -96,6 +100,37 @@ def test_configurations_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"timm": "resnet18", "image_size": 64}))
     with pytest.raises(UsageError, match="belongs to another preset"):
         load_detector(tmp_path)
+
+
+def test_a_timm_model_has_its_own_mean_and_deviation(tmp_path: Path) -> None:
+    half = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    imagenet = (TimmConfig.mean, TimmConfig.std)
+    path = tmp_path / "model.json"
+    for name, constants in (("legacy_xception", half), ("vit_b16", imagenet), ("no_such_model", imagenet)):
+        made = timm_config(name, 96, CropPolicy(margin=1.7))
+        assert (made.timm, made.image_size, made.crop) == (name, 96, CropPolicy(margin=1.7))
+        assert (made.mean, made.std) == constants
+        assert choose_model("tiny", None, name) == timm_config(name, 128)
+        path.write_text(json.dumps({"timm": name, "image_size": 64}))
+        assert choose_model("paper", path, "") == timm_config(name, 64)
+        path.write_text(json.dumps({"timm": name, "mean": [0.1, 0.2, 0.3]}))
+        stated = choose_model("paper", path, "")
+        assert (stated.mean, stated.std) == ((0.1, 0.2, 0.3), constants[1])
+    variant = next(v for v in ABLATIONS["cross-dataset"].variants if v.name == "Xception")
+    config, _ = configure(variant, DTN().config, Recipe())
+    assert (config.mean, config.std) == half
+
+
+def test_a_timm_run_of_an_earlier_version_goes_on_with_its_constants(tmp_path: Path) -> None:
+    before, now = TimmConfig("legacy_xception", 64), timm_config("legacy_xception", 64)
+    start_run(tmp_path, RECIPE, before)
+    (tmp_path / "generation-0").mkdir()
+    (tmp_path / "generation-0" / "steps.jsonl").touch()
+    with pytest.warns(DtnWarning, match="begun by an earlier version with ImageNet's mean"):
+        start_run(tmp_path, RECIPE, now)
+    assert load_run(tmp_path)[1] == before
+    with pytest.raises(UsageError, match="holds a run with mean"):
+        start_run(tmp_path, RECIPE, TimmConfig("legacy_xception", 64, mean=(0.1, 0.2, 0.3)))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from dtn_fast.model.moe_gate import MoEGate, disturb
 from dtn_fast.train import ablate as ablations
 from dtn_fast.train.ablate import ablate, folder_of
 from dtn_fast.train.ablation_tables import ABLATIONS, configure, printed_rows, variants_of
-from dtn_fast.train.config import PRESETS, Execution, Recipe
+from dtn_fast.train.config import PRESETS, BaselineConfig, Execution, Recipe
 from dtn_fast.train.losses import contrastive_center, initial_loss
 from dtn_fast.train.step import TrainStep
 
@@ -249,9 +249,9 @@ def test_only_some_variants_and_what_the_table_keeps(few: CropDataset, tmp_path:
     measured: list[str] = []
     original = ablations.measure
 
-    def counted(scorer: Any, tests: Any, by_forgery: bool, config: EvaluateConfig) -> Any:
+    def counted(scorer: Any, tests: Any, by_forgery: bool, config: EvaluateConfig, trained: Any) -> Any:
         measured.append(" ".join(tests))
-        return original(scorer, tests, by_forgery, config)
+        return original(scorer, tests, by_forgery, config, trained)
 
     monkeypatch.setattr(ablations, "measure", counted)
 
@@ -287,16 +287,63 @@ def test_only_some_variants_and_what_the_table_keeps(few: CropDataset, tmp_path:
             run(())
 
 
+def test_rows_of_different_recipes_in_one_table_are_marked(few: CropDataset, tmp_path: Path) -> None:
+    def run(only: tuple[str, ...], **fields: Any) -> ResultTable:
+        recipe = changed(QUICK, **fields)
+        return finish(ablate("soft-labels", few, {"FF++": few}, tmp_path, SMALL, recipe, only))
+
+    table = run(("DTN w/o STG",), lr=2e-3, augment="light")
+    assert table.rows[0].after["recipe"] == ("CE + Ct-c; from scratch; augmentation light", "")
+    assert not any("different recipes" in note for note in table.notes)
+    weights = tmp_path / "soft-labels/DTN_w_o_STG/generation-0/model.safetensors"
+    before = weights.read_bytes()
+    table = run(("DTN w/ STG",))
+    assert weights.read_bytes() == before
+    assert [row.after["recipe"][0] for row in table.rows] == [
+        "CE + Ct-c; from scratch; augmentation light; lr 0.002",
+        "CE + Ct-c, then CE + KD + Ct-c; from scratch; augmentation forensic; lr 0.001",
+    ]
+    assert "the rows were trained by different recipes" in (tmp_path / "soft-labels.md").read_text()
+    with pytest.raises(UsageError, match=r"DTN_w_o_STG: holds a run with lr 0\.002 \(now 0\.001\)"):
+        run(())
+
+
+def test_baselines_have_their_own_losses_and_weights() -> None:
+    """Cross-entropy alone, as published; weights where there are such."""
+    asked = Recipe(pretrained=True, pretrained_from=("legacy_xception=x.pth", "efficientnet_b0=e.pth"))
+    rows = {v.name: configure(v, SMALL, asked)[1] for v in ABLATIONS["cross-dataset"].variants}
+    told = {name: (r.initial_weights, r.pretrained, r.pretrained_from) for name, r in rows.items()}
+    assert told == {
+        "CViT": ((1.0, 0.0), False, ()),
+        "Xception": ((1.0, 0.0), True, ("legacy_xception=x.pth",)),
+        "EfficientViT": ((1.0, 0.0), True, ("efficientnet_b0=e.pth",)),
+        "CrossEfficientViT": ((1.0, 0.0), True, ("efficientnet_b0=e.pth",)),
+        "DTN": ((1.0, 1.0), False, ()),
+    }
+    assert rows["Xception"].described(False) == "CE; published weights; augmentation forensic"
+    assert rows["CViT"].described(True) == "CE, then CE + KD + Ct-c; from scratch; augmentation forensic"
+    by_recipe = BaselineConfig("recipe")
+    for variant in ABLATIONS["mas"].variants:
+        assert configure(variant, SMALL, Recipe(), by_recipe)[1].initial_weights == (1.0, 1.0)
+        ours = variant.name.startswith("Ours")
+        assert (configure(variant, SMALL, Recipe())[1].initial_weights == (1.0, 1.0)) == ours
+
+
 def test_wrong_names_are_told(few: CropDataset, tmp_path: Path) -> None:
     real = dataclasses.replace(few, videos=[v._replace(label=0, method="") for v in few.videos])
     with pytest.raises(UsageError, match="holds no forgery to train on"):
         finish(ablate("cross-manipulation", real, {"a": few}, tmp_path, SMALL, QUICK))
     for recipe, said in (
-        (changed(QUICK, pretrained=True), "--pretrained: not all models of a table have published weights"),
+        (
+            changed(QUICK, pretrained=True, pretrained_from=("cvit=x",)),
+            "--pretrained-from cvit: no model of cross-manipulation begins",
+        ),
         (changed(QUICK, self_blend=True), "--self-blend: cross-manipulation trains on the data's own"),
     ):
         with pytest.raises(UsageError, match=said):
             finish(ablate("cross-manipulation", few, {"a": few}, tmp_path, SMALL, recipe))
+    with pytest.raises(UsageError, match="--pretrained: no model of moe has published weights"):
+        finish(ablate("moe", few, {"a": few}, tmp_path, SMALL, changed(QUICK, pretrained=True)))
     for name, tests, only, said in (
         ("x", {}, (), "unknown ablation 'x'; there are cross-dataset"),
         ("moe", {}, ("Nothing",), "--only Nothing: unknown; moe has Vanilla MoE, Ours"),

@@ -381,7 +381,7 @@ def test_restarting_forgets_that_generation_and_the_later_ones(
 
 def test_published_weights_are_asked_for(dataset: CropDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(chain, "build_detector", lambda config, pretrained: asked.append(pretrained) or DTN(SMALL))
+    monkeypatch.setattr(chain, "build_detector", lambda config, pretrained, _: asked.append(pretrained) or DTN(SMALL))
     for pretrained in (True, False):
         run = tmp_path / str(pretrained)
         config = TimmConfig("resnet10t", SMALL.image_size)

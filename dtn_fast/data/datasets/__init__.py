@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 from dtn_fast.data.config import Dataset, Source
+from dtn_fast.data.corrupt import check
 from dtn_fast.data.datasets.celebdf import read_celebdf
 from dtn_fast.data.datasets.deeperforensics import read_deeperforensics
 from dtn_fast.data.datasets.deepfakebench import read_deepfakebench
@@ -29,7 +31,27 @@ def read(root: Path, source: Source = Source()) -> VideoTable:
     for option, datasets in OWN_OPTIONS.items():
         if source.dataset not in datasets and getattr(source, option) != getattr(Source, option):
             raise UsageError(f"--{option.replace('_', '-')}: for --dataset {' and '.join(datasets)} only")
-    return READERS[source.dataset](root, source)
+    return _corrupted(READERS[source.dataset](root, source), source)
+
+
+def _corrupted(table: VideoTable, source: Source) -> VideoTable:
+    """The table with each video once for every requested corruption and level, or as it is when none is requested."""
+    if not source.corrupt:
+        return table
+    for kind in source.corrupt:
+        check(kind, min(source.corrupt_levels, default=0))
+        if kind == "h264_still":
+            raise UsageError("--corrupt h264_still: is of single pictures; video is H.264 over whole videos")
+    if not source.corrupt_levels:
+        raise UsageError("--corrupt-levels: name at least one")
+    if table.crops or any(video.frames for video in table.videos):
+        raise UsageError(f"{table.root}: --corrupt changes whole videos, and this dataset has pictures")
+    if any(video.corruptions for video in table.videos):
+        raise UsageError(f"{table.root}: --corrupt: these videos are perturbed already; read --variants end_to_end")
+    steps = [(kind, level) for kind in dict.fromkeys(source.corrupt) for level in dict.fromkeys(source.corrupt_levels)]
+    videos = [video._replace(corruptions=(step,)) for video in table.videos for step in steps]
+    note = f"each video {len(steps)} times: {', '.join(f'{kind} {level}' for kind, level in steps)}"
+    return replace(table, videos=videos, notes=[*table.notes, note])
 
 
 READERS: dict[str, Callable[[Path, Source], VideoTable]] = {
