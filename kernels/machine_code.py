@@ -229,11 +229,11 @@ def _trips(ttir: str, launch: Launch) -> tuple[list[float], float]:
         if constant := re.match(r"\s*(%\S+) = arith\.constant (-?\d+) : i\d+", line):
             values[constant[1]] = int(constant[2])
         if loop := re.search(r"scf\.for \S+ = (\S+) to (\S+) step (\S+)", line):
-            bounds = [values.get(b) for b in loop.groups()]
-            if None in bounds:
-                times = -(-given["tiles"] // given["programs"])
-            else:
+            bounds = [values[b] for b in loop.groups() if b in values]
+            if len(bounds) == 3:
                 times = -(-(bounds[1] - bounds[0]) // bounds[2])
+            else:  # a persistent kernel's, over its tiles
+                times = -(-given["tiles"] // given["programs"])
             stack.append((indent, times))
             if times > 1:
                 trips.append(times)

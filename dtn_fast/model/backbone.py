@@ -35,7 +35,7 @@ class Backbone(nn.Sequential):
             layer = layers.pop(0)
             follows = self.training and bool(layers) and isinstance(layers[0], nn.BatchNorm2d | nn.SyncBatchNorm)
             padded = self.pad_input and isinstance(layer, nn.Conv2d) and x.shape[1] < INPUT_CHANNELS
-            if not isinstance(layer, nn.Conv2d) or not (follows or padded):
+            if not isinstance(layer, nn.Conv2d) or layer.bias is None or not (follows or padded):
                 x = layer(x)
                 continue
             weight = layer.weight

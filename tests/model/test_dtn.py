@@ -195,7 +195,7 @@ def test_training_leaves_the_convolutions_bias_out_and_changes_nothing_else(pad:
     torch.manual_seed(0)
     plain = DTN(DTNConfig.preset("tiny", image_size=64)).backbone.double().train()
     ours = copy.deepcopy(plain)
-    ours.pad_input = pad
+    ours.pad_input = pad  # type: ignore[assignment]
     images, results, added = torch.randn(4, 3, 64, 64, dtype=torch.float64), [], []
     convolve = F.conv2d
     monkeypatch.setattr(F, "conv2d", lambda *a, **k: added.append(a[2] is not None) or convolve(*a, **k))
