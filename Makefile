@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help setup demo screenshots test test-oldest lint format bench gpu clean
+.PHONY: help setup demo screenshots test test-oldest lint format bench gpu gpu-plan gpu-collect clean
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -45,9 +45,20 @@ format: setup  ## let ruff mend what it can
 bench: setup  ## this machine's figures into bench/results, and the tables made of them: minutes
 	@$(BIN)/dtn-fast bench model train data kernels tables --budget 540 $(ARGS)
 
-gpu:  ## test, tune and measure on a GPU within BUDGET seconds (540); STAGE="kernels model" chooses; installs nothing
+GPU = $(PYTHON) -m dtn_fast.bench.gpu
+gpu: torch  ## test, tune and measure on a GPU; STAGE="kernels model" BUDGET=540 OUT=folder; installs nothing
+	@DTN_COMMIT=$(COMMIT) $(GPU) $(if $(STAGE),--stage $(STAGE)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+MINUTES = 30
+gpu-plan: torch  ## the calls of make gpu for a machine that is lent for MINUTES (30)
+	@$(GPU) --plan $(MINUTES) $(if $(STAGE),--stage $(STAGE))
+
+gpu-collect: torch  ## merge what make gpu left in the folder FROM, on any machine, into the checkout
+	@$(GPU) --collect $(FROM)
+
+.PHONY: torch
+torch:
 	@$(PYTHON) -c 'import torch' 2>/dev/null || { echo "make gpu: $(PYTHON) has no torch; name one that has: make gpu PYTHON=$(BIN)/python"; exit 2; }
-	@$(PYTHON) -m dtn_fast.bench.gpu $(if $(STAGE),--stage $(STAGE)) $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import subprocess
 import sys
 import time
@@ -304,38 +303,6 @@ def test_every_case_compiles_anew_and_convolutions_are_stored_one_by_one(
         gpu.convolutions(tmp_path / "cut", quick=True)
     (file,) = (tmp_path / "cut").glob("*.json")
     assert len(results.load(file)["suites"]["convolutions"]["rows"]) == 2
-
-
-def test_gpu_runner_on_a_machine_without_one(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main([]) == 2
-    assert "sees no GPU" in capfd.readouterr().err
-    stages = ["environment", "tests", "convolutions", "sweep"]
-    assert gpu.main(["--dry-run", "--stage", *stages, "--budget", "1200", "--out", str(tmp_path)]) == 0
-    summary = json.loads((tmp_path / "gpu-run.json").read_text())
-    assert [row["stage"] for row in summary["stages"]] == stages
-    states = {row["stage"]: row["state"] for row in summary["stages"]}
-    assert states == {"environment": "done", "convolutions": "done", "tests": "not run: needs a GPU",
-                      "sweep": "not run: needs a GPU"}  # fmt: skip
-    (file,) = [p for p in tmp_path.glob("*.json") if p.name != "gpu-run.json"]
-    rows = results.load(file)["suites"]["convolutions"]["rows"]
-    assert len(rows) == 3 * 9 - 1, "nine convolutions of the tiny preset; the first needs no input gradient"
-
-
-def test_gpu_runner_holds_its_budget_and_reports_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wait = [sys.executable, "-c", "import time; time.sleep(60)"]
-    fail = [sys.executable, "-c", "raise SystemExit(3)"]
-    monkeypatch.setattr(gpu, "commands", lambda stage, *_: [fail] if stage == "kernels" else [wait])
-    monkeypatch.setattr(gpu, "LEAST", 1)
-    start = time.monotonic()
-    summary = gpu.run(["kernels", "model", "train", "data"], 4, tmp_path, quick=True)
-    assert time.monotonic() - start < 10
-    states = {row["stage"]: str(row["state"]) for row in summary}
-    assert states["kernels"].startswith("failed with 3")
-    assert states["model"].startswith("cut off by the budget")
-    assert states["data"].startswith(("cut off", "not run: the budget is spent"))
 
 
 def test_needs_no_installed_package(tmp_path: Path) -> None:
