@@ -16,7 +16,7 @@ import torch
 from dtn_fast.bench import bench_kernels, gpu, results, roofline, tables, timm_sweep
 from dtn_fast.bench import run as runner
 from dtn_fast.bench.bench_kernels import attention_cases, gate_cases
-from dtn_fast.bench.bench_train import techniques, train_case
+from dtn_fast.bench.bench_train import techniques, train_cases
 from dtn_fast.bench.machine import DATASHEETS, Machine, measure_machine
 from dtn_fast.bench.measure import Case, Measurement, lines, measure, seconds
 from dtn_fast.bench.roofline import inference, lower_bound, training_lower_bound
@@ -242,7 +242,7 @@ def test_wrong_answers_are_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("dsd", [False, True])
 def test_every_training_technique_learns_the_same(dsd: bool) -> None:
-    case = train_case("tiny", 4, dsd, None, steps=4)
+    case = next(train_cases("tiny", 4, dsd, None, steps=4))
     assert "separate QKV" in case.baseline
     narrow = any("autocast" in name for name in case.errors)
     for name, error in case.errors.items():
@@ -300,7 +300,7 @@ def test_every_case_compiles_anew_and_convolutions_are_stored_one_by_one(
 
     monkeypatch.setattr(roofline, "measure_convolutions", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        gpu.convolutions(tmp_path / "cut", quick=True)
+        gpu.convolutions(tmp_path / "cut", dry=True)
     (file,) = (tmp_path / "cut").glob("*.json")
     assert len(results.load(file)["suites"]["convolutions"]["rows"]) == 2
 
