@@ -155,10 +155,9 @@ def test_an_operator_that_fails_leaves_the_others_their_turn(monkeypatch: pytest
         yield
 
     monkeypatch.setattr(bench_kernels, "gate_cases", fails)
-    seen = []
-    with pytest.raises(DtnError, match="misaligned address; CUDA error: misaligned address$"):
-        for case in bench_kernels.cases(None, quick=True):
-            seen.append(case.title)
+    seen: list[str] = []
+    with pytest.raises(DtnError, match=r"misaligned address; CUDA error: misaligned address$"):
+        seen.extend(case.title for case in bench_kernels.cases(None, quick=True))
     assert any(title.startswith("MAS attention") for title in seen)
     assert any(title.startswith("BN + ReLU") for title in seen)
 
