@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help setup demo screenshots test test-oldest lint format bench gpu gpu-plan gpu-collect clean
+.PHONY: help setup demo screenshots test test-reference lint format bench gpu gpu-plan gpu-collect clean
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -27,11 +27,23 @@ test: setup  ## every test that this machine can run, in two processes
 	@$(PYTEST) --ignore tests/kernels/interpreted $(ARGS)
 	@TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreted $(ARGS)
 
-OLDEST = $(VENV)/triton-3.6.0
-test-oldest: setup  ## the kernels with the oldest Triton that they support
-	@test -d $(OLDEST) || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST) triton==3.6.0
-	@PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreted
-	@PYTHONPATH=$(OLDEST) $(PYTEST) tests/kernels/test_compile_check.py tests/kernels/test_ops.py
+# The oldest torch and Triton that are supported, which the reference GPU machine has, with its Python where there is one.
+# No CPU build of this torch is on the package index: about 5 GB on disk.
+REFERENCE ?= $(VENV)/reference
+PYTHON312 = $(firstword $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null) $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) $(PYTHON))
+INSTALLED = $(REFERENCE)/.ready-torch-2.11.0-triton-3.6.0
+$(INSTALLED):
+	@echo "Installing torch 2.11.0 and Triton 3.6.0 into $(REFERENCE) (about 5 GB, two minutes) ..."
+	@$(PYTHON312) -m venv --clear $(REFERENCE)
+	@grep -v -E '^(torch|triton)==' constraints.txt > $(REFERENCE)/constraints.txt
+	@$(REFERENCE)/bin/pip install --quiet --disable-pip-version-check --constraint $(REFERENCE)/constraints.txt torch==2.11.0 triton==3.6.0 numpy safetensors filelock pillow opencv-python-headless hypothesis pytest pytest-xdist
+	@touch $@
+
+REFERENCE_PYTEST = $(PYTEST:$(BIN)/python=$(REFERENCE)/bin/python)
+test-reference: $(INSTALLED)  ## operators, step, layout and compilation with torch 2.11 and Triton 3.6, the oldest supported
+	@TRITON_INTERPRET=1 $(REFERENCE_PYTEST) tests/kernels/interpreted
+	@$(REFERENCE_PYTEST) tests/kernels/test_compile_check.py tests/kernels/test_ops.py tests/kernels/test_gpu.py tests/train/test_step.py tests/test_layout.py
+	@$(REFERENCE_PYTEST) -m gpu tests/export/test_tensorrt_plugin.py
 
 lint: setup  ## ruff, mypy, and which folder may import which
 	@$(BIN)/ruff check .
