@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import subprocess
 import sys
 import time
@@ -185,6 +186,40 @@ def test_what_was_not_run_is_said(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("no markers")
     with pytest.raises(UsageError, match="markers"):
         tables.write_tables(tmp_path, tmp_path)
+
+
+def markdown_tables(text: str) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Header and rows of every table."""
+    cells = lambda line: [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+    for block in re.findall(r"(?:^\|.*\n?)+", text, re.M):
+        header, _, *rows = block.splitlines()
+        yield cells(header), [cells(row) for row in rows]
+
+
+def test_gpu_figures_are_measured_or_said_not_to_be() -> None:
+    """Where no results file is of a GPU, every cell about one says "not run"; a prediction's column says so, and stands
+    in no table with measurements."""
+    readme = (tables.REPOSITORY / "README.md").read_text(encoding="utf-8")
+    page = (tables.REPOSITORY / "BENCHMARKS.md").read_text(encoding="utf-8")
+    files = [results.load(path) for path in results.machine_files(results.FOLDER)]
+    on_gpu = [data for data in files if any(suite["environment"]["gpu"] for suite in data["suites"].values())]
+    for data in on_gpu:
+        for name, suite in data["suites"].items():
+            assert suite["environment"]["gpu"] == data["machine"]["name"], name
+            assert results._pure(suite["environment"]["commit"]), f"{name}: a figure without its commit"
+    for said, text in (("GPU timings and GPU tests: not run.", readme), ("nothing has been run on a GPU yet", readme),
+                       ("| one NVIDIA GPU | everything | not run |", readme), ("**GPU: not run.**", page)):  # fmt: skip
+        assert (said in text) == (not on_gpu), said
+    if not on_gpu:
+        for header, rows in markdown_tables(readme):
+            for place in [place for place, name in enumerate(header) if name == "on a GPU"]:
+                assert {row[place] for row in rows} == {"not run", ""}
+        assert not re.search(r"NVIDIA|H100|H200", page), "a GPU's figures without its results file"
+    measured, structure = page.split("## Structure of the kernels")
+    assert "predicted" not in measured
+    for header, _ in markdown_tables(structure):  # compiled, not run: a time there can only be predicted
+        for name in header:
+            assert "predicted" in name or not re.search(r"\b(us|ms|s|time|[a-z]+/s)\b", name), name
 
 
 def test_timm_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
