@@ -43,7 +43,7 @@ REFERENCE_PYTEST = $(PYTEST:$(BIN)/python=$(REFERENCE)/bin/python)
 test-reference: $(INSTALLED)  ## operators, step, layout and compilation with torch 2.11 and Triton 3.6, the oldest supported
 	@TRITON_INTERPRET=1 $(REFERENCE_PYTEST) tests/kernels/interpreted
 	@$(REFERENCE_PYTEST) tests/kernels/test_compile_check.py tests/kernels/test_ops.py tests/kernels/test_gpu.py tests/train/test_step.py tests/test_layout.py
-	@$(REFERENCE_PYTEST) -m gpu tests/export/test_tensorrt_plugin.py
+	@$(REFERENCE_PYTEST) -m gpu tests/export/test_tensorrt_plugin.py tests/bench/test_measure.py
 
 lint: setup  ## ruff, mypy, and which folder may import which
 	@$(BIN)/ruff check .

@@ -274,3 +274,24 @@ def test_ceilings_on_a_gpu_are_of_ten_calls(captures: list) -> None:
     made: list[int] = []
     assert machine.best_seconds(lambda: made.append(1), torch.device("cuda"), rounds=2) == pytest.approx(0.0012)
     assert len(made) == 20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_contender_is_captured_on_a_real_gpu(dtype: torch.dtype) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    shapes = (bench_kernels.gate_cases(2, dtype, H200), bench_kernels.attention_cases(2, 64, dtype, H200),
+              bench_kernels.bn_cases(2, 32, 16, True, dtype, H200))  # fmt: skip
+    for operator in shapes:
+        titles = []
+        for case in operator:
+            titles.append(case.title)
+            assert not [name for name in case.contenders if "one by one" in name], case.title
+            assert not [note for note in case.notes if "compile" in note], case.notes
+            rows = {row.contender: row for row in measure.measure(case, 3)}
+            for name, timed in case.contenders.items():
+                assert timed.calls >= measure.CALLS
+                assert 0 < rows[name].median < 0.1
+                assert rows[name].breaks in (None, 0)
+        assert any("cold L2" in title for title in titles)
+        assert any("backward" in title for title in titles)
