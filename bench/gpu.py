@@ -115,15 +115,13 @@ def plan(stages: list[str], minutes: float, commit: str) -> Iterator[str]:
 def commands(stage: str, seconds: float, out: Path, dry: bool) -> list[list[str]]:
     """Commands of a stage, in order."""
     only = [*THIS, "--only", stage, "--out", str(out), "--budget", f"{seconds:.0f}", *(["--dry-run"] if dry else [])]
-    if stage in ("environment", "convolutions") or (stage == "sweep" and dry):
+    if stage in ("environment", "convolutions", "sweep"):
         return [only]
     if stage == "tests":
         return [pytest_command(dry)]
     if stage == "sanitizer":
         checker = shutil.which("compute-sanitizer")
         return [[checker, "--error-exitcode", "9", *only]] if checker and not dry else []
-    if stage == "sweep":
-        return [[sys.executable, "-m", "dtn_fast.kernels.tune", "--budget", f"{seconds:.0f}"]]
     small = ["--quick"] if dry else []
     return [[sys.executable, "-m", "dtn_fast.bench.run", stage, "--budget", f"{seconds:.0f}", "--out", str(out),
              *small]]  # fmt: skip
@@ -193,7 +191,7 @@ def _run_command(command: list[str], limit: float, log: IO[str]) -> int | None:
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if "pytest" in command:  # eight processes share the cores
         env |= {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
-    if "--only" in command and "sweep" in command:
+    if {"--only", "sweep", "--dry-run"} <= set(command):
         env["TRITON_INTERPRET"] = "1"
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env=env, text=True, errors="replace", process_group=0)  # fmt: skip
@@ -296,17 +294,29 @@ def convolutions(out: Path, dry: bool) -> None:
         results.store(out, "convolutions", rows, machine, env, {})  # whatever ends it, this stays
 
 
-def rehearse_sweep(out: Path, budget: float) -> None:
-    """The search for launch values on a CPU, with one small interpreted kernel."""
-    import functools
-
-    from dtn_fast.kernels import tune
+def sweep(out: Path, budget: float, dry: bool) -> None:
+    """Searches launch values kernel by kernel, each with a quarter of the time that is left, and stores each: those
+    furthest from their lower bounds come first and may take long, but not everything.  A dry run tries one small
+    interpreted kernel again and again."""
+    from dtn_fast.kernels import launch_values, ops, tune
     from dtn_fast.timing import seconds_of
 
-    make, values = functools.partial(tune._norm, "cpu", 8, 4, 1), tune.candidates()["bn_apply"][:1]
-    tune.candidates = lambda: {"bn_apply": values}
-    todo = [tune.Case(("bn_apply",), {"C": bound, "bytes": 2}, make) for bound in range(8, 256, 8)]
-    tune.search(todo, budget, lambda make: seconds_of(make()), lambda found: tune.write("rehearsal", found, out))
+    def tiny() -> tune.Call:
+        qkv, scale = torch.randn(1, 16, 3, 1, 32), torch.zeros(1)
+        return lambda: [ops.mas_attention_packed(qkv, scale, path="triton")]
+
+    if dry:
+        todo = [tune.Case(("mas_small_forward",), {"N": n, "bytes": 4}, tiny) for n in range(16, 1040, 16)]
+        timer, name, folder = (lambda make: seconds_of(make())), "rehearsal", out
+    else:
+        todo = [case._replace(kernels=(kernel,)) for case in tune.cases() for kernel in case.kernels]
+        timer, name, folder = tune.measure, torch.cuda.get_device_name(), launch_values.FOLDER
+    end = time.monotonic() + budget
+    for case in todo:
+        share = (end - time.monotonic()) / 4
+        if share < 1:
+            break
+        tune.write(name, tune.search([case], share, timer), folder)
 
 
 def small_shapes() -> None:
@@ -362,7 +372,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.only:
         alone = {"environment": lambda: environment(dry), "convolutions": lambda: convolutions(options.out, dry),
-                 "sweep": lambda: rehearse_sweep(options.out, options.budget), "sanitizer": small_shapes}  # fmt: skip
+                 "sweep": lambda: sweep(options.out, options.budget, dry), "sanitizer": small_shapes}  # fmt: skip
         alone[options.only]()
         return 0
     signal.signal(signal.SIGTERM, _terminated)

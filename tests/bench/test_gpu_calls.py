@@ -21,7 +21,7 @@ import torch
 from dtn_fast.bench import gpu, results, tables
 from dtn_fast.bench.machine import Machine
 from dtn_fast.bench.measure import Measurement
-from dtn_fast.kernels import launch_values
+from dtn_fast.kernels import launch_values, tune
 
 H200 = Machine("NVIDIA H200", 790e12, 4.3e12, "bfloat16")
 
@@ -154,13 +154,41 @@ def test_a_rehearsal_kills_each_stage_and_says_what_it_kept(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(random.Random, "uniform", lambda *_: 3 + 3 * random.random())
-    assert gpu.main(["--rehearse", "1", "--stage", "tests", "sweep", "--out", str(tmp_path)]) == 0
+    assert gpu.main(["--rehearse", "1", "--stage", "sweep", "--out", str(tmp_path)]) == 0
     shown = capfd.readouterr().out
     for row in json.loads((tmp_path / "gpu-run.json").read_text())["stages"]:
         assert row["state"] in ("killed at random", "done")
         assert f"kept: {row['kept'] or 'nothing'}" in shown
     if (tuned := tmp_path / "rehearsal.json").is_file():
-        assert f"kept: {len(json.loads(tuned.read_text())['bn_apply'])} launch values in rehearsal.json" in shown
+        assert (
+            f"kept: {len(json.loads(tuned.read_text())['mas_small_forward'])} launch values in rehearsal.json" in shown
+        )
+
+
+def test_no_kernel_takes_all_of_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    now = [0.0]
+
+    def search(todo: list[tune.Case], share: float, timer: object) -> dict[str, list[dict[str, object]]]:
+        (kernel,) = todo[0].kernels
+        given.append(share)
+        now[0] += share  # uses all that it may
+        return {kernel: [{"when": todo[0].when, "num_warps": len(given)}]}
+
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tune, "search", search)
+    gpu.sweep(tmp_path, 300, dry=True)
+    assert given[:3] == [75, 56.25, 42.1875]
+    assert len(given) > 12
+    assert now[0] <= 300
+    assert len(json.loads((tmp_path / "rehearsal.json").read_text())["mas_small_forward"]) == len(given)
+    order: list[str] = []
+    monkeypatch.setattr(tune, "search", lambda todo, *_: order.extend(todo[0].kernels) or {})
+    monkeypatch.setattr(tune, "write", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    now[0] = 0
+    gpu.sweep(tmp_path, 300, dry=False)
+    assert order == [kernel for case in tune.cases() for kernel in case.kernels]
 
 
 def test_what_tests_had_is_counted_with_and_without_workers(tmp_path: Path) -> None:
