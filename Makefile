@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help setup demo screenshots test test-oldest lint format bench gpu clean
+.PHONY: help setup demo screenshots test test-reference lint format bench gpu gpu-plan gpu-collect clean
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -27,11 +27,23 @@ test: setup  ## every test that this machine can run, in two processes
 	@$(PYTEST) --ignore tests/kernels/interpreted $(ARGS)
 	@TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreted $(ARGS)
 
-OLDEST = $(VENV)/triton-3.6.0
-test-oldest: setup  ## the kernels with the oldest Triton that they support
-	@test -d $(OLDEST) || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST) triton==3.6.0
-	@PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreted
-	@PYTHONPATH=$(OLDEST) $(PYTEST) tests/kernels/test_compile_check.py tests/kernels/test_ops.py
+# The oldest torch and Triton that are supported, which the reference GPU machine has, with its Python where there is one.
+# No CPU build of this torch is on the package index: about 5 GB on disk.
+REFERENCE ?= $(VENV)/reference
+PYTHON312 = $(firstword $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null) $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) $(PYTHON))
+INSTALLED = $(REFERENCE)/.ready-torch-2.11.0-triton-3.6.0
+$(INSTALLED):
+	@echo "Installing torch 2.11.0 and Triton 3.6.0 into $(REFERENCE) (about 5 GB, two minutes) ..."
+	@$(PYTHON312) -m venv --clear $(REFERENCE)
+	@grep -v -E '^(torch|triton)==' constraints.txt > $(REFERENCE)/constraints.txt
+	@$(REFERENCE)/bin/pip install --quiet --disable-pip-version-check --constraint $(REFERENCE)/constraints.txt torch==2.11.0 triton==3.6.0 numpy safetensors filelock pillow opencv-python-headless hypothesis pytest pytest-xdist
+	@touch $@
+
+REFERENCE_PYTEST = $(PYTEST:$(BIN)/python=$(REFERENCE)/bin/python)
+test-reference: $(INSTALLED)  ## operators, step, layout and compilation with torch 2.11 and Triton 3.6, the oldest supported
+	@TRITON_INTERPRET=1 $(REFERENCE_PYTEST) tests/kernels/interpreted
+	@$(REFERENCE_PYTEST) tests/kernels/test_compile_check.py tests/kernels/test_ops.py tests/kernels/test_gpu.py tests/train/test_step.py tests/test_layout.py
+	@$(REFERENCE_PYTEST) -m gpu tests/export/test_tensorrt_plugin.py tests/bench/test_measure.py
 
 lint: setup  ## ruff, mypy, and which folder may import which
 	@$(BIN)/ruff check .
@@ -45,9 +57,20 @@ format: setup  ## let ruff mend what it can
 bench: setup  ## this machine's figures into bench/results, and the tables made of them: minutes
 	@$(BIN)/dtn-fast bench model train data kernels tables --budget 540 $(ARGS)
 
-gpu:  ## test, tune and measure on a GPU within BUDGET seconds (540); STAGE="kernels model" chooses; installs nothing
+GPU = $(PYTHON) -m dtn_fast.bench.gpu
+gpu: torch  ## test, tune and measure on a GPU; STAGE="kernels model" BUDGET=540 OUT=folder; installs nothing
+	@DTN_COMMIT=$(COMMIT) $(GPU) $(if $(STAGE),--stage $(STAGE)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+MINUTES = 30
+gpu-plan: torch  ## the calls of make gpu for a machine that is lent for MINUTES (30)
+	@$(GPU) --plan $(MINUTES) $(if $(STAGE),--stage $(STAGE))
+
+gpu-collect: torch  ## merge what make gpu left in the folder FROM, on any machine, into the checkout
+	@$(GPU) --collect $(FROM)
+
+.PHONY: torch
+torch:
 	@$(PYTHON) -c 'import torch' 2>/dev/null || { echo "make gpu: $(PYTHON) has no torch; name one that has: make gpu PYTHON=$(BIN)/python"; exit 2; }
-	@$(PYTHON) -m dtn_fast.bench.gpu $(if $(STAGE),--stage $(STAGE)) $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

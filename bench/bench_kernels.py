@@ -8,8 +8,11 @@ experts, and BN with ReLU and pooling takes the maps of the paper's backbone.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,44 +21,160 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtn_fast.bench.machine import Machine
-from dtn_fast.bench.measure import Case, captured
+from dtn_fast.bench.measure import (
+    Call,
+    Case,
+    Compiled,
+    Timed,
+    backward_passes,
+    compilations,
+    forward_passes,
+    rotation,
+)
 from dtn_fast.bench.roofline import attention_work, bn_work, gate_work
+from dtn_fast.device import exact_products, tf32_allowed
 from dtn_fast.errors import DtnError
 from dtn_fast.kernels import ops, reference
 
 SUITE = "kernels"
 HEADS, DIM = 8, 64
-GPU_SHAPES = [(1, 64), (32, 64), (256, 64), (1024, 64), (128, 197), (32, 577), (8, 1024), (2, 4096)]
+GPU_SHAPES = [(256, 64), (32, 64), (1, 64), (1024, 64), (128, 197), (32, 577), (8, 1024), (2, 4096)]
 CPU_SHAPES = [(1, 64), (8, 64), (2, 197)]
 BN_SHAPES = [(256, 32, 256), (256, 64, 128), (256, 128, 64), (256, 512, 16), (32, 32, 256)]
 """Batch, channels and side of the backbone's maps."""
+GATE_BATCHES = [256, 32, 1, 1024]
 TOLERANCE = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest error allowed for timing, relative to the largest value; float32 may be TF32 on a GPU."""
-REPLAYED = 2**21
-"""Largest number of elements of q for which the forward pass is timed as the replay of a CUDA graph."""
 
 
 def cases(machine: Machine | None = None, quick: bool = False) -> Iterator[Case]:
-    """Cases of every operator, shape and dtype for this machine."""
+    """Cases of every operator, shape and dtype for this machine: what trains first, because the budget may end.  Raises
+    DtnError at the end if this package's own operators failed or were wrong."""
     gpu = torch.cuda.is_available()
     dtypes = (
-        [torch.bfloat16, torch.float16, torch.float32]  # the one that trains first, because the budget may end
+        [torch.bfloat16, torch.float16, torch.float32]
         if gpu and not quick
         else [torch.bfloat16 if gpu else torch.float32]
     )
     shapes = (GPU_SHAPES if gpu else CPU_SHAPES)[: 2 if quick else None]
+    batches = (GATE_BATCHES if gpu else [1, 8])[: 2 if quick else None]
+    maps = (BN_SHAPES if gpu else [(2, 16, 32)])[: 1 if quick else None]
+    failed: list[str] = []
     for dtype in dtypes:
-        for batch, n in shapes:
-            yield from attention_cases(batch, n, dtype, machine)
-        for batch in ([1, 32, 256, 1024] if gpu else [1, 8])[: 2 if quick else None]:
-            yield from gate_cases(batch, dtype, machine)
-        for shape in (BN_SHAPES if gpu else [(2, 16, 32)])[: 1 if quick else None]:
-            for pool in (False, True):
-                yield from bn_cases(*shape, pool, dtype, machine)
+        for shape, batch, each in itertools.zip_longest(shapes, batches, maps):  # the operators in turns
+            todo = [gate_cases(batch, dtype, machine)] if batch else []
+            todo += [attention_cases(*shape, dtype, machine)] if shape else []
+            todo += [bn_cases(*each, pool, dtype, machine) for pool in (True, False)] if each else []
+            for operator in todo:
+                try:
+                    yield from operator
+                except (DtnError, RuntimeError) as error:  # the others are measured first
+                    failed.append(str(error).splitlines()[0])
+    if failed:
+        raise DtnError("; ".join(failed))
 
 
-def _lower_bound(machine: Machine | None, work: tuple[float, float]) -> float:
-    return max(work[0] / machine.flops, work[1] / machine.bandwidth) if machine else 0.0
+class Operator(NamedTuple):
+    """One operator at one shape, and everything that computes it."""
+
+    title: str
+    shape: str
+    contenders: dict[str, Call]
+    make: Callable[[], list[Tensor]]
+    """Draws a set of inputs."""
+    exact: Call
+    few: int
+    """Number of images to compare: as many as the result of one depends on, or a few."""
+    baselines: tuple[str, ...]
+    """Contenders that ratios are relative to, the first that is right."""
+    work: Callable[[bool], tuple[float, float]]
+    """FLOPs and least bytes, of the forward or the backward pass."""
+    notes: tuple[str, ...] = ()
+    same_backward: bool = False
+    """Whether to compare the input's gradient too: where maxima are taken, 16-bit results may tie."""
+
+
+def cases_of(operator: Operator, dtype: torch.dtype, machine: Machine | None) -> Iterator[Case]:
+    """Cases of the forward pass, with a warm and a cold L2 cache, and of the backward pass.  Contenders that fail or
+    give wrong results are noted, not timed.  Raises DtnError if this package's own is wrong."""
+    torch.manual_seed(0)
+    sets = rotation(operator.make)
+    right, notes, errors, compiled = _right(operator, dtype, sets[0])
+
+    def case(back: bool, inputs: list[list[Tensor]], suffix: str) -> Case:
+        calls: dict[str, Timed] = {}
+        for name, call in right.items():
+            try:
+                with compilations(compiled[back], name) if back else nullcontext():
+                    calls[name] = backward_passes(call, inputs) if back else forward_passes(call, inputs)
+            except RuntimeError as error:
+                if name == "dtn_fast":
+                    raise
+                notes.append(f"{name}{', backward' * back}: failed ({str(error).splitlines()[0][:80]})")
+        shown = {name: name + call.how for name, call in calls.items()}
+        ours, base = "dtn_fast", next((name for name in operator.baselines if name in calls), "dtn_fast")
+        work = operator.work(back)
+        bound = max(work[0] / machine.flops, work[1] / machine.bandwidth) if machine else 0.0
+        return Case(
+            SUITE, f"{operator.title} {'backward ' * back}{operator.shape} {_name(dtype)}{suffix}",
+            {shown[name]: call for name, call in calls.items()}, shown[ours], shown[base], 0, *work, bound,
+            {shown[name]: value for name, value in errors[back].items() if name in shown}, tuple(notes),
+            compiled={shown[name]: value for name, value in compiled[back].items() if name in shown},
+        )  # fmt: skip
+
+    forward = [case(False, sets[:1], "")]
+    if len(sets) > 1:  # one set that fills the cache is cold by itself
+        forward.append(case(False, sets, " cold L2"))
+    while forward:
+        yield forward.pop(0)
+    if torch.cuda.is_available():
+        torch.compiler.reset()  # compiling for gradients is no recompilation
+    yield case(True, sets, "")
+
+
+def _right(
+    operator: Operator, dtype: torch.dtype, inputs: list[Tensor]
+) -> tuple[dict[str, Call], list[str], tuple[dict[str, float], ...], tuple[dict[str, Compiled], ...]]:
+    """The contenders that compute the right thing, notes on the others, and by pass (forward, backward) the errors, and
+    what torch.compile did for the forward one."""
+    right, notes = dict[str, Call](), list(operator.notes)
+    errors, compiled = (dict[str, float](), dict[str, float]()), (dict[str, Compiled](), dict[str, Compiled]())
+    wide = [t.detach()[: operator.few] if t is inputs[0] else t.detach() for t in inputs]
+    wide = [t.double() if operator.same_backward else t.float() for t in wide]
+    wide[0].requires_grad_(operator.same_backward)
+    with exact_products():
+        exact = operator.exact(*wide)
+        slope = torch.randn_like(exact).to(dtype)
+        dexact = torch.autograd.grad(exact, wide[0], slope.to(exact.dtype))[0] if operator.same_backward else exact
+    exact, dexact = exact.detach().double(), dexact.detach().double()
+    for name, call in operator.contenders.items():
+        try:
+            with compilations(compiled[0], name), torch.no_grad():
+                errors[0][name] = _error(call(*inputs)[: operator.few], exact)
+            if operator.same_backward:
+                (got,) = torch.autograd.grad(call(*inputs)[: operator.few], inputs[0], slope)
+                errors[1][name] = _error(got[: operator.few], dexact)
+        except (RuntimeError, ValueError) as error:
+            if name == "dtn_fast":
+                raise
+            notes.append(f"{name}: failed ({str(error).splitlines()[0][:80]})")
+            continue
+        whys = [_wrong(f"{name}{', backward' * back}", errors[back].get(name, 0.0), dtype) for back in (False, True)]
+        if any(whys):
+            notes.append(next(filter(None, whys)))
+            continue
+        right[name] = call
+    return right, notes, errors, compiled
+
+
+def _name(dtype: torch.dtype) -> str:
+    text = str(dtype).removeprefix("torch.")
+    return f"{text} (TF32)" if dtype == torch.float32 and torch.cuda.is_available() and tf32_allowed() else text
+
+
+def _own(operator: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+    """This package's operator; on a GPU always its kernels, never what they fall back to."""
+    return functools.partial(operator, path="triton" if torch.cuda.is_available() else None, **how)
 
 
 def sdpa_gate(qkv: Tensor, scale: Tensor) -> Tensor:
@@ -70,7 +189,7 @@ def _eager(qkv: Tensor, scale: Tensor) -> Tensor:
 
 def attention_contenders() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Attention functions by name: (qkv [B, N, 3, H, D], head_scale [H]) -> [B, N, H, D]."""
-    contenders: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"dtn_fast": ops.mas_attention_packed}
+    contenders: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"dtn_fast": _own(ops.mas_attention_packed)}
     if torch.cuda.is_available():
         backends = [
             SDPBackend.FLASH_ATTENTION,
@@ -102,59 +221,25 @@ def attention_contenders() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 
 
 def attention_cases(batch: int, n: int, dtype: torch.dtype, machine: Machine | None) -> Iterator[Case]:
-    """Cases of one shape, forward and backward; contenders that fail or give wrong results are noted, not timed."""
+    """Cases of MAS attention over packed projections [batch, n, 3, 8, 64]."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    qkv = torch.randn(batch, n, 3, HEADS, DIM, device=device).to(dtype).requires_grad_()
-    scale = torch.randn(HEADS, device=device, requires_grad=True)
-    grad = torch.randn(batch, n, HEADS, DIM, device=device).to(dtype)
-    few = min(batch, 4)  # attention of one image does not depend on the others
-    wide = qkv.detach()[:few].double().requires_grad_()
-    exact = reference.mas_attention(*wide.unbind(2), scale.detach().double())
-    (dexact,) = torch.autograd.grad(exact, wide, grad[:few].double())
-    forward, backward, errors, derrors, notes = {}, {}, {}, {}, []
-    for name, call in attention_contenders().items():
-        if n * n * batch * HEADS * 8 > 8e9 and ("eager" in name or "math" in name):
+
+    def make() -> list[Tensor]:
+        qkv = torch.randn(batch, n, 3, HEADS, DIM, device=device).to(dtype).requires_grad_()
+        return [qkv, torch.randn(HEADS, device=device, requires_grad=True)]
+
+    contenders, notes = attention_contenders(), []
+    for name in [name for name in contenders if "eager" in name or "math" in name]:
+        if n * n * batch * HEADS * 8 > 8e9:
+            del contenders[name]
             notes.append(f"{name}: not run, its scores do not fit in memory")
-            continue
-        try:
-            with torch.no_grad():
-                errors[name] = _error(call(qkv, scale)[:few], exact)
-            out = call(qkv, scale)
-            derrors[name] = _error(torch.autograd.grad(out, (qkv, scale), grad, retain_graph=True)[0][:few], dexact)
-        except (RuntimeError, ValueError) as error:
-            notes.append(f"{name}: failed ({str(error).splitlines()[0][:80]})")
-            continue
-        if why := _wrong(name, errors[name], dtype) or _wrong(f"{name}, backward", derrors[name], dtype):
-            notes.append(why)
-            continue
-        forward[name] = _inference(call, qkv, scale, batch * n * HEADS * DIM <= REPLAYED)
-        backward[name] = lambda out=out: torch.autograd.grad(out, (qkv, scale), grad, retain_graph=True)
-    shape = f"B={batch} N={n} H={HEADS} D={DIM} {str(dtype).removeprefix('torch.')}"
-    baseline = next(
-        (b for b in ("SDPA flash + gate", "SDPA efficient + gate", "SDPA + gate") if b in forward),
-        "eager reference" if "eager reference" in forward else "dtn_fast",
-    )
-    for title, calls, wrong, back in (
-        ("MAS attention", forward, errors, False),
-        ("MAS attention backward", backward, derrors, True),
-    ):
-        work = attention_work(batch, n, HEADS, DIM, qkv.element_size(), back)
-        for cold in (False, True) if device == "cuda" and not back else (False,):
-            yield Case(SUITE, f"{title} {shape}{' cold L2' if cold else ''}", calls, "dtn_fast", baseline, 0, *work,
-                       _lower_bound(machine, work), wrong, tuple(notes), cold=cold)  # fmt: skip
-
-
-def _inference(call: Callable[..., Tensor], qkv: Tensor, scale: Tensor, small: bool) -> Callable[[], Any]:
-    def run() -> Tensor:
-        with torch.no_grad():
-            return call(qkv, scale)
-
-    try:
-        return captured(run) if small else run
-    except RuntimeError:  # not every backend can be captured
-        torch.cuda.synchronize()
-        return run
+    yield from cases_of(
+        Operator(
+            "MAS attention", f"B={batch} N={n} H={HEADS} D={DIM}", contenders, make, _eager,
+            min(batch, 4), ("SDPA flash + gate", "SDPA efficient + gate", "SDPA + gate", "eager reference"),
+            lambda back: attention_work(batch, n, HEADS, DIM, dtype.itemsize, back), tuple(notes), same_backward=True,
+        ), dtype, machine,
+    )  # fmt: skip
 
 
 def _wrong(name: str, error: float, dtype: torch.dtype) -> str:
@@ -173,42 +258,27 @@ def _error(got: Tensor, exact: Tensor) -> float:
 
 
 def gate_cases(batch: int, dtype: torch.dtype, machine: Machine | None) -> Iterator[Case]:
-    """Cases of the expert gate at 64 positions per image, with and without noise, forward and backward."""
+    """Cases of the expert gate at 64 positions per image, with and without noise."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    x = torch.randn(batch, 512, 8, 8, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
-    weights = [torch.randn(s, device=device) * 0.05 for s in ((2, 128, 512), (2, 128), (2, 128), (2,), (2,))]
-    leaves = [t.requires_grad_() for t in (x, weights[0].to(dtype), *weights[1:])]
-    grad = torch.randn_like(x)
     seed = torch.tensor(1, device=device)
-    contenders: dict[str, Any] = {"dtn_fast": ops.moe_gate, "eager reference": reference.moe_gate}
-    if device == "cuda":
-        contenders["torch.compile of the reference"] = torch.compile(reference.moe_gate)
-    few = min(batch, 4)
-    wide = [t.detach()[:few].float() if t is x else t.detach().float() for t in leaves]
-    for std in (0.0, 0.1):
-        drawn = seed if std else None
-        exact = reference.moe_gate(*wide, std, drawn).double()
-        forward, backward, errors, notes = {}, {}, {}, []
-        for name, call in contenders.items():
 
-            def once(call: Any = call, drawn: Tensor | None = drawn, std: float = std) -> Tensor:
-                with torch.no_grad():
-                    return call(*leaves, std, drawn)
+    def make() -> list[Tensor]:
+        x = torch.randn(batch, 512, 8, 8, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+        weights = [torch.randn(s, device=device) * 0.05 for s in ((2, 128, 512), (2, 128), (2, 128), (2,), (2,))]
+        return [t.requires_grad_() for t in (x, weights[0].to(dtype), *weights[1:])]
 
-            errors[name] = _error(once()[:few], exact)
-            if why := _wrong(name, errors[name], dtype):
-                notes.append(why)
-                continue
-            out = call(*leaves, std, drawn)
-            forward[name] = captured(once)
-            backward[name] = lambda out=out: torch.autograd.grad(out, leaves, grad, retain_graph=True)
-        shape = f"B={batch} 512x8x8 E=2 M=128 noise {std} {str(dtype).removeprefix('torch.')}"
-        baseline = "eager reference" if "eager reference" in forward else "dtn_fast"
-        for title, calls, back in (("Expert gate", forward, False), ("Expert gate backward", backward, True)):
-            work = gate_work(batch * 64, 2, 128, 512, x.element_size(), back)
-            yield Case(SUITE, f"{title} {shape}", calls, "dtn_fast", baseline, 0, *work, _lower_bound(machine, work),
-                       {} if back else errors, tuple(notes))  # fmt: skip
+    for std in (0.1, 0.0):
+        noise: dict[str, Any] = {"noise_std": std, "seed": seed if std else None}
+        plain = functools.partial(reference.moe_gate, **noise)
+        contenders: dict[str, Call] = {"dtn_fast": _own(ops.moe_gate, **noise), "eager reference": plain}
+        if device == "cuda":
+            contenders["torch.compile of the reference"] = torch.compile(plain)
+        yield from cases_of(
+            Operator(
+                "Expert gate", f"B={batch} 512x8x8 E=2 M=128 noise {std}", contenders, make, plain, min(batch, 4),
+                ("eager reference",), lambda back: gate_work(batch * 64, 2, 128, 512, dtype.itemsize, back),
+            ), dtype, machine,
+        )  # fmt: skip
 
 
 def _bn_eager(x: Tensor, weight: Tensor, bias: Tensor, pool: bool) -> Tensor:
@@ -219,39 +289,25 @@ def _bn_eager(x: Tensor, weight: Tensor, bias: Tensor, pool: bool) -> Tensor:
 def bn_cases(
     batch: int, channels: int, side: int, pool: bool, dtype: torch.dtype, machine: Machine | None
 ) -> Iterator[Case]:
-    """Cases of BN in training with ReLU and optional pooling on one of the backbone's maps, forward and backward."""
+    """Cases of BN in training with ReLU and optional pooling on one of the backbone's maps."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    x = torch.randn(batch, channels, side, side, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
-    leaves = [x.requires_grad_(), *(torch.randn(channels, device=device).requires_grad_() for _ in range(2))]
-    contenders: dict[str, Any] = {"dtn_fast": lambda *t: ops.bn_relu(*t, 1e-5, pool)[0]}
-    contenders["torch, one operator after another"] = lambda *t: _bn_eager(*t, pool)
+
+    def make() -> list[Tensor]:
+        x = torch.randn(batch, channels, side, side, device=device).to(dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return [x.requires_grad_(), *(torch.randn(channels, device=device).requires_grad_() for _ in range(2))]
+
+    own, plain = _own(ops.bn_relu, eps=1e-5, pool=pool), functools.partial(_bn_eager, pool=pool)
+    contenders: dict[str, Call] = {"dtn_fast": lambda *t: own(*t)[0], "torch, one operator after another": plain}
     if device == "cuda":
-        contenders["torch.compile"] = torch.compile(lambda *t: _bn_eager(*t, pool))
-    exact = _bn_eager(*(t.detach().float() for t in leaves), pool).double()
-    forward, backward, errors, notes = {}, {}, {}, []
-    for name, call in contenders.items():
-
-        def once(call: Any = call) -> Tensor:
-            with torch.no_grad():
-                return call(*leaves)
-
-        errors[name] = _error(once(), exact)
-        if why := _wrong(name, errors[name], dtype):
-            notes.append(why)
-            continue
-        out = call(*leaves)
-        forward[name] = captured(once)
-        grad = torch.ones_like(out)
-        backward[name] = lambda out=out, grad=grad: torch.autograd.grad(out, leaves, grad, retain_graph=True)
-    shape = f"B={batch} {channels}x{side}x{side} {str(dtype).removeprefix('torch.')}"
-    baseline = "torch, one operator after another"
-    baseline = baseline if baseline in forward else "dtn_fast"
-    what = "BN + ReLU + pool" if pool else "BN + ReLU"
-    for title, calls, back in ((what, forward, False), (f"{what} backward", backward, True)):
-        work = bn_work(x.numel(), x.element_size(), pool, back)
-        yield Case(SUITE, f"{title} {shape}", calls, "dtn_fast", baseline, 0, *work, _lower_bound(machine, work),
-                   {} if back else errors, tuple(notes))  # fmt: skip
+        contenders["torch.compile"] = torch.compile(plain)
+    yield from cases_of(
+        Operator(
+            "BN + ReLU + pool" if pool else "BN + ReLU", f"B={batch} {channels}x{side}x{side}", contenders, make, plain,
+            batch, ("torch, one operator after another",),
+            lambda back: bn_work(batch * channels * side * side, dtype.itemsize, pool, back),
+        ), dtype, machine,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("pool", [False, True])

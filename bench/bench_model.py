@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dtn_fast import DTN, DTNConfig
 from dtn_fast.bench.machine import Machine
-from dtn_fast.bench.measure import Case, captured
+from dtn_fast.bench.measure import Case, Compiled, captured, compilations
 from dtn_fast.bench.roofline import inference, lower_bound
 from dtn_fast.device import choose_precision
 from dtn_fast.errors import DtnError, UsageError
@@ -94,17 +94,21 @@ def dtn_case(preset: str, batch: int, machine: Machine | None) -> Case:
         except (ImportError, DtnError) as error:
             notes.append(f"{title}: not run ({error})")
     with torch.inference_mode():
-        errors = {name: float((run()[:4].double().cpu() - exact).abs().max()) for name, run in runs.items()}
+        errors, made = dict[str, float](), dict[str, Compiled]()
+        for name, run in runs.items():
+            with compilations(made, name):
+                errors[name] = float((run()[:4].double().cpu() - exact).abs().max())
         if device.type == "cuda":
             runs[ours + ", CUDA graph"] = captured(runs[ours])
             errors[ours + ", CUDA graph"], ours = errors[ours], ours + ", CUDA graph"
+            notes.append("float32 products and convolutions run in TF32, as in training")
     parts = inference(model.config, batch, 2 if dtype is not None else 4)
     work = sum(p.flops for p in parts), sum(p.bytes for p in parts)
     bound = lower_bound(parts, machine) if machine else 0.0
     calls = {name: _without_gradients(run, batch // part) for name, run in runs.items()}
     rounds = BATCHES.get(batch, 9) * (10 if device.type == "cuda" else 1)
     return Case(SUITE, f"DTN {preset} {side}x{side}, batch {batch}", calls, ours, "eager float32 NCHW", batch, *work,
-                bound, errors, tuple(notes), rounds=rounds, tail=True)  # fmt: skip
+                bound, errors, tuple(notes), made, rounds, tail=True)  # fmt: skip
 
 
 def _onnx(model: DTN, quantized: bool, precision: Literal["fp32", "fp16"], target: Literal["cpu", "gpu"]) -> bytes:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import time
+import functools
+import operator
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from dtn_fast.timing import seconds_of
 
 
 class Machine(NamedTuple):
@@ -58,13 +64,46 @@ def cpu_name() -> str:
 
 
 def best_seconds(call: Callable[[], object], device: torch.device, rounds: int = 12) -> float:
+    """Least seconds of ``call``; on a GPU in tens, so that the host's work for one call hides behind another."""
+    calls = 10 if device.type == "cuda" else 1
     times = []
     for _ in range(rounds):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append(seconds_of(lambda: [call() for _ in range(calls)]) / calls)
     return min(times)
+
+
+class Clocks:
+    """Samples of the GPU's clock, power and temperature by nvidia-smi while a suite runs; nothing without a GPU."""
+
+    FIELDS = "utilization.gpu,clocks.sm,power.draw,temperature.gpu,clocks_event_reasons.active"
+    IDLE = 0x1
+    """Bit of the last field that is no reason for a lower clock."""
+
+    def __enter__(self) -> Clocks:
+        self.file = tempfile.TemporaryFile("w+")
+        tool = shutil.which("nvidia-smi") if torch.cuda.is_available() else None
+        command = [str(tool), f"--query-gpu={self.FIELDS}", "--format=csv,noheader,nounits", "--loop-ms=250"]
+        self.process = subprocess.Popen(command, stdout=self.file, stderr=subprocess.DEVNULL) if tool else None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+        self.file.close()
+
+    def __str__(self) -> str:
+        """Ranges over the samples in which the GPU worked; empty where there are none."""
+        self.file.seek(0)
+        rows = [line.split(", ") for line in self.file.read().splitlines()]
+        self.file.seek(0, 2)
+        try:
+            busy = [[float(cell) for cell in row[:4]] + [int(row[4], 16)] for row in rows if float(row[0]) >= 50]
+        except (ValueError, IndexError):
+            return "unreadable"
+        if not busy:
+            return ""
+        clocks, power, heat = ([row[place] for row in busy] for place in (1, 2, 3))
+        slowed = functools.reduce(operator.or_, (row[4] for row in busy)) & ~self.IDLE
+        text = f"SM {min(clocks):.0f} to {max(clocks):.0f} MHz, at most {max(power):.0f} W and {max(heat):.0f} C"
+        return text + (f", slowed down (event reasons 0x{slowed:x})" if slowed else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import os
 import platform
 import re
 import shutil
@@ -30,6 +31,7 @@ SUITES = ("model", "train", "data", "kernels")
 def environment() -> dict[str, Any]:
     """Origin of a measurement: hardware, versions, commit and date."""
     gpu = torch.cuda.is_available()
+    code = commit((".", ":!bench/results", ":!README.md", ":!BENCHMARKS.md"))
     found: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "cpu": cpu_name(),
@@ -38,7 +40,8 @@ def environment() -> dict[str, Any]:
         "triton": _version("triton"),
         "cuda": torch.version.cuda if gpu else None,
         "python": platform.python_version(),
-        "commit": commit((".", ":!bench/results", ":!README.md", ":!BENCHMARKS.md")),
+        # a machine that is lent for minutes may get the files without git's folder: make gpu-plan names their commit
+        "commit": os.environ.get("DTN_COMMIT") or code if code == "unknown" else code,
         "date": datetime.date.today().isoformat(),
     }
     if gpu and shutil.which("nvidia-smi"):
@@ -90,13 +93,28 @@ def store(
     env: dict[str, Any],
     notes: dict[str, list[str]],
 ) -> Path:
-    """Writes a suite's rows into the machine's results file atomically; other suites in it are kept."""
+    """Writes a suite's rows into the machine's results file atomically.  Other suites in it are kept, and so are the
+    suite's other cases if the same commit measured them: one run may be cut off where another was not."""
     path = folder / file_name(env)
     data: dict[str, Any] = load(path) if path.is_file() else {"suites": {}}
     data["machine"] = machine._asdict()
+    before = data["suites"].get(suite)
+    if before and _origin(before["environment"]) == _origin(env) and _pure(env["commit"]):
+        new = {row.case for row in rows}
+        rows = [*(row for row in before["rows"] if row.case not in new), *rows]
+        notes = {**before["notes"], **notes}
     data["suites"][suite] = {"environment": env, "notes": notes, "rows": rows}
     write_json(path, data)
     return path
+
+
+def _origin(env: dict[str, Any]) -> dict[str, Any]:
+    return {key: env.get(key) for key in ("gpu", "cpu", "threads", "torch", "triton", "cuda", "python", "commit")}
+
+
+def _pure(commit: str) -> bool:
+    """Whether ``commit`` names the code: neither unknown nor with changes beside it."""
+    return commit != "unknown" and not commit.endswith("+")
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -6,6 +6,7 @@ Also ``python -m dtn_fast.bench.run``, which needs only torch and numpy.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import time
 from pathlib import Path
@@ -13,32 +14,44 @@ from pathlib import Path
 import torch
 
 from dtn_fast.bench import results, roofline
+from dtn_fast.bench.machine import Clocks
 from dtn_fast.bench.measure import Measurement, lines, measure, seconds
 from dtn_fast.bench.tables import write_tables
 from dtn_fast.device import choose_precision
 from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.ranges import positive
+from dtn_fast.train.config import Execution
+from dtn_fast.train.step import set_backends
 
 WORDS = (*results.SUITES, "faces", "timm", "roofline", "structure", "tables", "compare")
 
 
 def run_suite(name: str, folder: Path, machine: roofline.Machine, quick: bool, budget: float) -> Path | None:
-    """Measures a suite case by case, storing after each, until ``budget`` seconds are spent."""
+    """Measures a suite case by case, storing after each, until ``budget`` seconds are spent.  Ratios are relative to
+    the first row of a title, which several cases may have."""
     module = importlib.import_module(f"dtn_fast.bench.bench_{name}")
     env, deadline = results.environment(), time.monotonic() + budget
-    rows: list[Measurement] = []
+    rows, bases = list[Measurement](), dict[str, float]()
     notes: dict[str, list[str]] = {}
     path = None
-    for case in module.cases(machine, quick):
-        measured = measure(case, 2 if quick else None)
-        rows += measured
-        notes[case.title] = list(case.notes)
-        print(f"\n{case.title}", *lines(measured), *case.notes, sep="\n  ", flush=True)
-        path = results.store(folder, name, rows, machine, env, notes)
-        torch.compiler.reset()  # past its limit of recompilations a compiled rival would run eagerly, and say nothing
-        if time.monotonic() > deadline:
-            print(f"{name}: the budget of {budget:.0f} s is spent; the other cases are not run")
-            break
+    with Clocks() as clocks:
+        for case in module.cases(machine, quick):
+            measured = measure(case, 2 if quick else None, bases.get(case.title))
+            bases.setdefault(case.title, next(row.median for row in measured if row.contender == case.baseline))
+            rows += measured
+            notes[case.title] = list(case.notes)
+            print(f"\n{case.title}", *lines(measured), *case.notes, sep="\n  ", flush=True)
+            if seen := str(clocks):
+                env["clocks"] = seen
+            path = results.store(folder, name, rows, machine, env, notes)
+            del case, measured  # with the memory that its CUDA graphs hold
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            torch.compiler.reset()  # past its limit of recompilations a compiled rival would run eagerly
+            if time.monotonic() > deadline:
+                print(f"{name}: the budget of {budget:.0f} s is spent; the other cases are not run")
+                break
     return path
 
 
@@ -105,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     suites = [name for name in results.SUITES if name in what]
     if suites:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.backends.cudnn.benchmark = True
+        set_backends(Execution())  # TF32 and cuDNN's search, as in training
         machine = roofline.measure_machine(device, choose_precision("auto", device), options.quick)
         print(machine.ceilings())
         for place, name in enumerate(suites):

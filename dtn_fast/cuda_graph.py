@@ -26,12 +26,14 @@ def warm_up(call: Callable[[], Any], times: int = WARM_UP, stream: torch.cuda.St
     return result
 
 
-def capture(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+def capture(call: Callable[[], Any], pool: Any = None) -> tuple[Callable[[], None], Any]:
     """Captures ``call``, already warmed up; returns the function that replays it and the tensors that a replay fills.
+    pool: memory that it shares with other captures (``torch.cuda.graph_pool_handle()``); None: its own.
 
     Other threads may use the GPU during the capture (a loader copies, a server scores), but one captures at a time.
     """
     graph = torch.cuda.CUDAGraph()
-    with _CAPTURING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    here = torch.cuda.stream(torch.cuda.current_stream())  # a capture that fails would leave its own stream current
+    with _CAPTURING, here, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = call()
     return graph.replay, result

@@ -67,3 +67,7 @@ def exact_products() -> Iterator[None]:
 def tf32_allowed() -> bool:
     """Whether torch lets float32 products on a GPU run in TF32."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# torch.compile reads it once, because torch 2.11 cannot trace the getter, and compiles anew when TF32 changes
+tf32_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]  # importing the public way takes 3 s

@@ -27,16 +27,16 @@ def in_turns(
     calls: Mapping[str, Callable[[], Any]],
     rounds: int,
     warm_up: int,
-    before: Callable[[], object] = lambda: None,
+    before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list[float]]:
     """Seconds of each call, measured ``rounds`` times in turns after ``warm_up`` turns that are not counted.
 
-    ``before`` is called untimed before each call, for example to flush a cache.
+    ``before`` is called with a call's name before each of its calls, untimed.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warm_up + rounds):
         for name, call in calls.items():
-            before()
+            before(name)
             taken = seconds_of(call)
             if turn >= warm_up:
                 times[name].append(taken)

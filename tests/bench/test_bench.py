@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
+import re
 import subprocess
 import sys
 import time
@@ -17,7 +17,7 @@ import torch
 from dtn_fast.bench import bench_kernels, gpu, results, roofline, tables, timm_sweep
 from dtn_fast.bench import run as runner
 from dtn_fast.bench.bench_kernels import attention_cases, gate_cases
-from dtn_fast.bench.bench_train import techniques, train_case
+from dtn_fast.bench.bench_train import techniques, train_cases
 from dtn_fast.bench.machine import DATASHEETS, Machine, measure_machine
 from dtn_fast.bench.measure import Case, Measurement, lines, measure, seconds
 from dtn_fast.bench.roofline import inference, lower_bound, training_lower_bound
@@ -188,6 +188,40 @@ def test_what_was_not_run_is_said(tmp_path: Path) -> None:
         tables.write_tables(tmp_path, tmp_path)
 
 
+def markdown_tables(text: str) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Header and rows of every table."""
+    cells = lambda line: [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+    for block in re.findall(r"(?:^\|.*\n?)+", text, re.M):
+        header, _, *rows = block.splitlines()
+        yield cells(header), [cells(row) for row in rows]
+
+
+def test_gpu_figures_are_measured_or_said_not_to_be() -> None:
+    """Where no results file is of a GPU, every cell about one says "not run"; a prediction's column says so, and stands
+    in no table with measurements."""
+    readme = (tables.REPOSITORY / "README.md").read_text(encoding="utf-8")
+    page = (tables.REPOSITORY / "BENCHMARKS.md").read_text(encoding="utf-8")
+    measured, structure = page.split("## Structure of the kernels")
+    files = [results.load(path) for path in results.machine_files(results.FOLDER)]
+    on_gpu = [data for data in files if any(suite["environment"]["gpu"] for suite in data["suites"].values())]
+    for data in on_gpu:
+        for name, suite in data["suites"].items():
+            assert suite["environment"]["gpu"] == data["machine"]["name"], name
+            assert results._pure(suite["environment"]["commit"]), f"{name}: a figure without its commit"
+    for said, text in (("GPU timings and GPU tests: not run.", readme), ("nothing has been run on a GPU yet", readme),
+                       ("| one NVIDIA GPU | everything | not run |", readme), ("**GPU: not run.**", page)):  # fmt: skip
+        assert (said in text) == (not on_gpu), said
+    if not on_gpu:
+        for header, rows in markdown_tables(readme):
+            for place in [place for place, name in enumerate(header) if name == "on a GPU"]:
+                assert {row[place] for row in rows} == {"not run", ""}
+        assert not re.search(r"NVIDIA|H100|H200", measured), "a GPU's figures without its results file"
+    assert "predicted" not in measured
+    for header, _ in markdown_tables(structure):  # compiled, not run: a time there can only be predicted
+        for name in header:
+            assert "predicted" in name or not re.search(r"\b(us|ms|s|time|[a-z]+/s)\b", name), name
+
+
 def test_timm_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two families through everything; what hangs or is too large is a row."""
     rows = list(timm_sweep.sweep(["starnet", "mambaout"], tmp_path))
@@ -243,7 +277,7 @@ def test_wrong_answers_are_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("dsd", [False, True])
 def test_every_training_technique_learns_the_same(dsd: bool) -> None:
-    case = train_case("tiny", 4, dsd, None, steps=4)
+    case = next(train_cases("tiny", 4, dsd, None, steps=4))
     assert "separate QKV" in case.baseline
     narrow = any("autocast" in name for name in case.errors)
     for name, error in case.errors.items():
@@ -301,41 +335,9 @@ def test_every_case_compiles_anew_and_convolutions_are_stored_one_by_one(
 
     monkeypatch.setattr(roofline, "measure_convolutions", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        gpu.convolutions(tmp_path / "cut", quick=True)
+        gpu.convolutions(tmp_path / "cut", dry=True)
     (file,) = (tmp_path / "cut").glob("*.json")
     assert len(results.load(file)["suites"]["convolutions"]["rows"]) == 2
-
-
-def test_gpu_runner_on_a_machine_without_one(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main([]) == 2
-    assert "sees no GPU" in capfd.readouterr().err
-    stages = ["environment", "tests", "convolutions", "sweep"]
-    assert gpu.main(["--dry-run", "--stage", *stages, "--budget", "1200", "--out", str(tmp_path)]) == 0
-    summary = json.loads((tmp_path / "gpu-run.json").read_text())
-    assert [row["stage"] for row in summary["stages"]] == stages
-    states = {row["stage"]: row["state"] for row in summary["stages"]}
-    assert states == {"environment": "done", "convolutions": "done", "tests": "not run: needs a GPU",
-                      "sweep": "not run: needs a GPU"}  # fmt: skip
-    (file,) = [p for p in tmp_path.glob("*.json") if p.name != "gpu-run.json"]
-    rows = results.load(file)["suites"]["convolutions"]["rows"]
-    assert len(rows) == 3 * 9 - 1, "nine convolutions of the tiny preset; the first needs no input gradient"
-
-
-def test_gpu_runner_holds_its_budget_and_reports_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wait = [sys.executable, "-c", "import time; time.sleep(60)"]
-    fail = [sys.executable, "-c", "raise SystemExit(3)"]
-    monkeypatch.setattr(gpu, "commands", lambda stage, *_: [fail] if stage == "kernels" else [wait])
-    monkeypatch.setattr(gpu, "LEAST", 1)
-    start = time.monotonic()
-    summary = gpu.run(["kernels", "model", "train", "data"], 4, tmp_path, quick=True)
-    assert time.monotonic() - start < 10
-    states = {row["stage"]: str(row["state"]) for row in summary}
-    assert states["kernels"].startswith("failed with 3")
-    assert states["model"].startswith("cut off by the budget")
-    assert states["data"].startswith(("cut off", "not run: the budget is spent"))
 
 
 def test_needs_no_installed_package(tmp_path: Path) -> None:
