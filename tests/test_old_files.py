@@ -17,8 +17,10 @@ from dtn_fast.errors import DtnWarning, UsageError
 from dtn_fast.export.pipeline import export
 from dtn_fast.model.config import CropPolicy, parse_config
 from dtn_fast.runtime.load import load_model, load_scorer
+from dtn_fast.train.config import Recipe
 from dtn_fast.train.distill import distill
 from dtn_fast.train.log_lines import read_lines
+from dtn_fast.train.run_folder import load_run
 
 DATA = Path(__file__).parent / "old_files"
 THEN = json.loads((DATA / "logits.json").read_text(encoding="utf-8"))
@@ -54,6 +56,16 @@ def test_an_old_run_is_resumed(tmp_path: Path) -> None:
     after = read_lines(run / "generation-1" / "metrics.jsonl")
     assert after[:-1] == before
     assert [row["epoch"] for row in after] == [0, 1, 2]
+
+
+def test_an_old_recipe_means_what_it_meant() -> None:
+    """What it does not say is what was done then, not today's default."""
+    recipe, _ = load_run(DATA / "run")
+    now = Recipe()
+    then = {"center_weight_decay": 1e-4, "student_centers": "new", "gain": "any"}
+    assert {name: getattr(recipe, name) for name in then} == then
+    assert all(getattr(now, name) != value for name, value in then.items())
+    assert (recipe.center_lr, recipe.student_lr, recipe.student_warmup) == (None, 1.0, 0.0)
 
 
 def test_what_an_old_file_does_not_say_is_taken_as_dlib_and_told() -> None:

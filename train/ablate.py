@@ -258,7 +258,7 @@ def _generations(variant: Variant, run: Path) -> list[tuple[str, int, PaperValue
     printed = TABLE10.get(variant.name, ())
     return [
         (
-            generation_name(variant.name, g),
+            f"{variant.name}-Round {g}" if variant.untaught and g else generation_name(variant.name, g),
             g,
             printed[g] if g < len(printed) else {},
         )

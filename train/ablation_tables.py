@@ -40,6 +40,8 @@ class Variant:
     """Changed fields of DTNConfig; or ``{"timm": NAME}`` for another detector."""
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Changed fields of Recipe."""
+    untaught: bool = False
+    """Whether students learn without their teacher: the KD term's weight is 0, everything else stays (a control)."""
     distil: bool = False
     """Whether to distil the model too; its best student on validation is measured."""
     every_generation: bool = False
@@ -120,6 +122,8 @@ ABLATIONS: dict[str, Ablation] = {
     )),
     "generations": Ablation("Generations of self-distillation (Table 10)", (
         Variant("DTN", distil=True, every_generation=True, recipe={"min_generations": 4, "generations": 4}),
+        Variant("DTN without a teacher", distil=True, every_generation=True, untaught=True,
+                recipe={"min_generations": 4, "generations": 4}),
         Variant("Xception", {"timm": "legacy_xception"}, distil=True, every_generation=True,
                 recipe={"min_generations": 4, "generations": 4}),
         Variant("EViT", {"timm": "efficient_vit"}, distil=True, every_generation=True,
@@ -153,6 +157,9 @@ distilled if the full model of its table has the distilled DTN's printed values 
 def configure(variant: Variant, model: DTNConfig, recipe: Recipe) -> tuple[DTNConfig | TimmConfig, Recipe]:
     """``model`` and ``recipe`` with the variant's changes.  Raises UsageError when a changed value is invalid."""
     changed = dataclasses.replace(recipe, **variant.recipe)
+    if variant.untaught:
+        ce, _, center = changed.weights
+        changed = dataclasses.replace(changed, weights=(ce, 0.0, center))
     if "timm" in variant.model:
         return TimmConfig(variant.model["timm"], model.image_size, crop=model.crop), changed
     return dataclasses.replace(model, **variant.model), changed

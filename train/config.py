@@ -14,6 +14,8 @@ from dtn_fast.errors import UsageError
 from dtn_fast.model.config import DTNConfig, ModelConfig, TimmConfig, read_config
 from dtn_fast.ranges import Count, Natural, NotNegative, Positive, Range, Seed, check_ranges
 
+GainRule = Literal["interval", "any"]
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -37,8 +39,14 @@ class Recipe:
     """Weights of CE, KD and Ct-c in the DSD loss (Eq. 7; this order is a *choice*)."""
     initial_weights: Annotated[tuple[float, float], Range(0)] = (1.0, 1.0)
     """Weights of CE and Ct-c in the initial training (section 3.1)."""
-    center_on: Literal["logits", "features"] = "logits"
-    """Input of the Ct-c loss: the two logits (low-dimensional Ct-c, the paper's) or a DTN's pooled features."""
+    center_on: Literal["logits", "probabilities", "features"] = "logits"
+    """Input of the Ct-c loss.  "We compute the loss using the low-dimensional logits, i.e., the predicted
+    probabilities": logits or their softmax (*choice*: the paper names both); features: a DTN's pooled features, as in
+    the vanilla Ct-c (Figure 6b)."""
+    center_lr: Positive | None = None
+    """Adam's learning rate of the Ct-c centres, divided when ``lr`` is (*choice*).  Default: ``lr``."""
+    center_weight_decay: NotNegative = 0.0
+    """Adam's weight decay of the Ct-c centres (*choice*: decay would draw them together, to the origin)."""
     temperature: Positive = 2.0
     """Temperature of the softened probabilities (soft labels) in the KD loss (*choice*)."""
     delta: Positive = 1.0
@@ -53,7 +61,18 @@ class Recipe:
     min_generations: Natural = 0
     """Minimum number of students, trained even when validation AUC does not improve."""
     generation_patience: Count = 1
-    """Stop after this many students in a row that do not exceed the best validation AUC so far."""
+    """Stop after this many students in a row without a gain in validation AUC over the best generation before them
+    (*choice*: "until no improvements are observed" leaves the number open)."""
+    gain: GainRule = "interval"
+    """Gain that a student must have to continue the chain and to become the run's best generation.  any: a higher
+    validation AUC, the paper's "improvement"; interval: one whose 95 % interval, by bootstrap over the validation
+    videos, lies above 0 (*choice*: smaller gains did not show on test data)."""
+    student_centers: Literal["teacher", "new"] = "teacher"
+    """Ct-c centres that a student starts with: its teacher's, as its weights are, or new ones (*choice*)."""
+    student_lr: Annotated[float, Range(above=0, high=1)] = 1.0
+    """Learning rate at which each student starts ``lr``'s schedule anew, as a share of ``lr`` (*choice*)."""
+    student_warmup: NotNegative = 0.0
+    """Epochs, or a part of one, over which a student's learning rate rises linearly from 0 (*choice*)."""
     epoch_patience: Natural = 0
     """Stop a generation after this many epochs in a row without a better validation AUC; 0: never."""
     augment: AugmentName = "forensic"

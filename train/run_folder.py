@@ -5,29 +5,40 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.dataclass_json import differences, from_fields, from_json
 from dtn_fast.errors import UsageError, tell
+from dtn_fast.evaluation.config import EvaluateConfig
+from dtn_fast.evaluation.metrics import auc_gain_interval
 from dtn_fast.files import json_text, write_whole
 from dtn_fast.model.config import ModelConfig, TimmConfig, crop_policy, parse_config
 from dtn_fast.model.detector import WEIGHTS
 from dtn_fast.runtime.load import RECIPE, SUMMARY
 from dtn_fast.train import distributed
-from dtn_fast.train.config import Recipe
+from dtn_fast.train.config import GainRule, Recipe
 from dtn_fast.train.log_lines import read_lines
 
 STATE, METRICS, STEPS = "last.pt", "metrics.jsonl", "steps.jsonl"
 NONFINITE, VALIDATION = "nonfinite.jsonl", "validation.npz"
+CENTERS = "centers.safetensors"
 CROPS = "crops.json"
 
 OLD_NAMES = {"patience": "epoch_patience"}
 """Fields of Recipe that had another name in version 0.1: old name -> new name."""
+OLD_VALUES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "center_weight_decay": lambda fields: fields["weight_decay"],
+    "gain": lambda fields: "any",
+    "student_centers": lambda fields: "new",
+}
+"""Fields that earlier versions lacked and whose default is not what they did then: name -> value, from the others."""
 
 
 def generation_folder(run: Path, generation: int) -> Path:
@@ -38,6 +49,34 @@ def best_auc(run: Path, generation: int) -> float:
     """The best validation AUC of a generation so far, -1 before its first epoch."""
     rows = read_lines(generation_folder(run, generation) / METRICS)
     return max((row["val_auc"] for row in rows), default=-1.0)
+
+
+class Gain(NamedTuple):
+    """A student's validation AUC less that of the best generation before it."""
+
+    value: float
+    low: float | None
+    """Lower end of its 95 % interval; None if one of them has no scores by video, as in runs of earlier versions."""
+    high: float | None
+
+    def counts(self, rule: GainRule) -> bool:
+        """Whether it is one by ``rule`` (Recipe.gain)."""
+        return self.value > 0 and (rule == "any" or (self.low is not None and self.low > 0))
+
+
+def gain(run: Path, before: int, after: int) -> Gain:
+    """Gain of generation ``after`` over ``before``, on the same validation crops."""
+    value = best_auc(run, after) - best_auc(run, before)
+    try:
+        old, new = (np.load(generation_folder(run, g) / VALIDATION, allow_pickle=False) for g in (before, after))
+        with old, new:
+            found = auc_gain_interval(
+                new["labels"], old["scores"], new["scores"], new["video"].tolist(), EvaluateConfig.bootstrap_draws,
+                EvaluateConfig.confidence,
+            )  # fmt: skip
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        found = None
+    return Gain(value, *(found or (None, None)))
 
 
 def start_run(run: Path, recipe: Recipe, config: ModelConfig) -> None:
@@ -115,6 +154,7 @@ def load_run(run: Path) -> tuple[Recipe, ModelConfig]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         fields = {OLD_NAMES.get(name, name): value for name, value in stored["recipe"].items()}
+        fields = {name: value(fields) for name, value in OLD_VALUES.items()} | fields
         return from_fields(Recipe, fields, str(path)), parse_config(json_text(stored["model"]), str(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{run}: no training run there ({error}); run dtn-fast train first") from error
@@ -137,20 +177,40 @@ def forget(run: Path, generation: int) -> None:
     distributed.barrier()
 
 
-def summarise(run: Path) -> dict[str, Any]:
-    """Writes and returns summary.json: all generations, and the best one (the earliest if several are equal).
+def judge(run: Path) -> tuple[int | None, list[dict[str, Any]]]:
+    """The best generation of a run, the last with a gain by the recipe's rule, and a row for each; None: none trained.
 
-    Raises UsageError when the run has no metrics.
+    A gain without the interval that the rule asks for does not count.
     """
-    rows = []
-    generation = 0
+    recipe, _ = load_run(run)
+    rows: list[dict[str, Any]] = []
+    best = generation = 0
     while (generation_folder(run, generation) / METRICS).is_file():
         epochs = read_lines(generation_folder(run, generation) / METRICS)
-        rows.append({"generation": generation, "epochs": len(epochs), "val_auc": best_auc(run, generation)})
+        row: dict[str, Any] = {"generation": generation, "epochs": len(epochs), "val_auc": best_auc(run, generation)}
+        if generation and epochs:
+            found = gain(run, best, generation)
+            row |= {"over": best, "gain": found}
+            best = generation if found.counts(recipe.gain) else best
+        rows.append(row)
         generation += 1
-    if not rows:
+    return best if rows else None, rows
+
+
+def summarise(run: Path) -> dict[str, Any]:
+    """Writes and returns summary.json: all generations, and the best one, as :func:`judge` finds them.
+
+    Raises UsageError when the run has no metrics, or a gain cannot be judged.
+    """
+    best, rows = judge(run)
+    if best is None:
         raise UsageError(f"{generation_folder(run, 0) / METRICS}: missing; delete {run} and train it again")
-    best = max(rows, key=lambda row: row["val_auc"])["generation"]
+    for row in rows:
+        if "gain" in row and row["gain"].low is None and load_run(run)[0].gain == "interval":
+            folders = " or ".join(str(generation_folder(run, g)) for g in (row["over"], row["generation"]))
+            raise UsageError(
+                f"{folders}: no validation scores by video, damaged or of an earlier version; use --gain any"
+            )
     summary = {"best": best, "generations": rows}
     if distributed.ranks().main:
         write_whole(run / SUMMARY, json_text(summary, indent=2))

@@ -22,7 +22,7 @@ from dtn_fast.files import write_whole
 from dtn_fast.html_page import data_uri, render
 from dtn_fast.model.detector import WEIGHTS
 from dtn_fast.train.log_lines import read_lines
-from dtn_fast.train.run_folder import METRICS, NONFINITE, STEPS, VALIDATION, generation_folder, load_run
+from dtn_fast.train.run_folder import METRICS, NONFINITE, STEPS, VALIDATION, generation_folder, judge, load_run
 from dtn_fast.version import __version__
 
 PAGE = "report.html"
@@ -91,13 +91,16 @@ def write_run_report(run: Path) -> Path:
     """
     recipe, config = load_run(run)
     generations = list(read_generations(run))
-    best = max((g for g in generations if g.epochs), key=lambda g: g.best["val_auc"], default=None)
+    number, judged = judge(run)
+    best = next((g for g in generations if g.number == number and g.epochs), None)
     page = render(
         Path(__file__).with_name("run_report.html"),
         run=run.resolve().name,
         notice=notice_of(generation_folder(run, best.number) / WEIGHTS) if best else "",
         generations=generations,
         best=best,
+        gains={row["generation"]: (row["over"], row["gain"]) for row in judged if "gain" in row},
+        rule=recipe.gain,
         planned=recipe.epochs,
         plots=list(plots_of(generations)),
         threshold=EvaluateConfig.threshold,

@@ -133,11 +133,19 @@ def print_generations(summary: dict[str, Any]) -> None:
             ("teacher (initial)" if row["generation"] == 0 else f"student {row['generation']}"),
             str(row["epochs"]),
             f"{row['val_auc']:.4f}",
+            _gain_text(row),
             "best" if row["generation"] == summary["best"] else "",
         ]
         for row in summary["generations"]
     ]
-    print_table("Generations", ["generation", "epochs", "validation frame AUC", ""], rows)
+    print_table("Generations", ["generation", "epochs", "validation frame AUC", "gain (95 % interval)", ""], rows)
+
+
+def _gain_text(row: dict[str, Any]) -> str:
+    if "gain" not in row:
+        return ""
+    value, low, high = row["gain"]
+    return f"{value:+.4f}" + ("" if low is None else f" ({low:+.4f} to {high:+.4f})") + f" over {row['over']}"
 
 
 def ablate(

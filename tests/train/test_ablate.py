@@ -115,6 +115,15 @@ def test_variants_differ_as_the_paper_says(name: str) -> None:
     assert all(isinstance(config, TimmConfig) for config, _ in found.values())  # the transformers compared with
 
 
+def test_the_control_of_distillation_lacks_the_teacher_alone() -> None:
+    dtn, control, *_ = ABLATIONS["generations"].variants
+    recipe = Recipe(weights=(3.0, 0.7, 0.2))
+    (model, taught), (same, alone) = configure(dtn, SMALL, recipe), configure(control, SMALL, recipe)
+    assert model == same
+    assert alone == changed(taught, weights=(3.0, 0.0, 0.2))
+    assert taught.weights == recipe.weights
+
+
 def test_the_papers_tables_agree_where_they_repeat_themselves() -> None:
     """A figure typed wrongly would stand alone; the two places where the paper differs from itself are told."""
     printed = lambda name, row: next(v.paper for v in ABLATIONS[name].variants if v.name == row)
@@ -214,8 +223,9 @@ def test_an_ablation_trains_measures_and_resumes(
     made = finish(steps())
     variants = variants_of(name, methods or few.methods)
     if name == "generations":
-        titles = [f"{v.label}-{end}" for v in variants for end in ("Teacher", "Student 1")]
-        assert [(row.name, row.facts["generation"]) for row in made.rows] == list(zip(titles, [0, 1] * 3, strict=True))
+        ends = lambda v: ("Teacher", "Round 1" if v.untaught else "Student 1")
+        titles = [f"{v.label}-{end}" for v in variants for end in ends(v)]
+        assert [(row.name, row.facts["generation"]) for row in made.rows] == list(zip(titles, [0, 1] * 4, strict=True))
         assert made.rows[1].paper["DFD"] == (85.48, 96.34)
     else:
         assert [row.facts["variant"] for row in made.rows] == [v.label for v in variants]
@@ -386,7 +396,7 @@ def test_losses_by_weight_and_by_features(dataset: CropDataset) -> None:
     assert step.centers.shape == (2, 64)
     before = step.centers.detach().clone()
     rows = dataset.select("train")[:8]
-    step.set_epoch(0)
+    step.set_time(0)
     outcome = step(torch.from_numpy(dataset.get(rows)), torch.from_numpy(dataset.labels[rows]))
     assert outcome.values.isfinite().all()
     assert not torch.equal(step.centers, before)
