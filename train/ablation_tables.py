@@ -145,6 +145,14 @@ ABLATIONS: dict[str, Ablation] = {
             Variant(f"{name} + ours", {"backbone": name}),
         )
     )),
+    "limitations": Ablation("Wrong and ambiguous samples (the paper's limitations)", (
+        Variant("DSD", distil=True),
+        *(Variant(f"DSD, {name}", recipe=how, distil=True) for name, how in (
+            ("focal weights", {"error_weights": "focal"}), ("boosted weights", {"error_weights": "boosted"}),
+            ("more of the ambiguous", {"ambiguous": 0.2}),
+            ("focal weights, more of the ambiguous", {"error_weights": "focal", "ambiguous": 0.2}),
+        )),
+    )),
     "experts": Ablation("Number of experts, with and without noise (Figure 6d)", tuple(
         Variant(f"n={experts}{title}", {"num_experts": experts, "noise": noise})
         for noise, title in (("gaussian", ""), ("none", " without noise")) for experts in range(1, 8)

@@ -85,6 +85,21 @@ class Recipe:
     blend_share: Annotated[float, Range(above=0, high=1)] = 1.0
     """Share of the training fakes that --self-blend makes; below 1 the others are the data's own, and validation is on
     the data's own alone."""
+    error_weights: Literal["none", "focal", "boosted"] = "none"
+    """Weights of a student's samples: "increase the weights of incorrectly predicted samples so that the model can
+    iteratively learn more about them" (the paper's limitations).  focal: 1 + (factor - 1) * (the teacher's probability
+    of the wrong class)^gamma; boosted: each teacher multiplies the weights of the crops that it gets wrong by the
+    factor, over the generations; both with a mean of 1 in each class (*choice*: the paper names no formula)."""
+    error_factor: Annotated[float, Range(1, 1000)] = 3.0
+    """Factor of ``error_weights`` (*choice*)."""
+    focal_gamma: NotNegative = 2.0
+    """Exponent gamma of focal weights (*choice*: Lin et al., 2017)."""
+    ambiguous: Annotated[float, Range(0, 0.5)] = 0.0
+    """Largest distance from 0.5 of the teacher's P(fake) that makes a crop ambiguous; 0: none is.  Ambiguous crops get
+    more "rotation, flipping, scaling" in a student's training, "to generate more training instances" (the paper's
+    limitations; *choice* of distance and amounts)."""
+    ambiguous_draws: Annotated[int, Range(1, 100)] = 2
+    """Number of times that an ambiguous crop is drawn where another is drawn once (*choice*)."""
     cache_teacher: Natural = 0
     """Fixed number of augmented views per crop.  The teacher labels each view once and its logits are kept.  0: new
     augmentation in every epoch, nothing kept."""
@@ -105,8 +120,10 @@ class Recipe:
         check_ranges(self)
         if self.blend_share < 1 and not self.self_blend:
             raise UsageError("--blend-share: only with --self-blend")
-        if self.cache_teacher and self.self_blend:
-            raise UsageError("--cache-teacher with --self-blend: blends are new in every epoch; drop one of the two")
+        for option in ("--cache-teacher" * bool(self.cache_teacher), "--error-weights" * (self.error_weights != "none"),
+                       "--ambiguous" * bool(self.ambiguous)):  # fmt: skip
+            if option and self.self_blend:
+                raise UsageError(f"{option} with --self-blend: blends are new in every epoch; drop one of the two")
 
 
 Switch = Literal["auto", "on", "off"]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dtn_fast.data.augment import Augment, DeviceAugment
 from dtn_fast.data.blend import partly_blended, self_blended
-from dtn_fast.data.config import AUGMENTATIONS
+from dtn_fast.data.config import AUGMENTATIONS, NO_AUGMENTATION, turned_more
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.loader import Batch, Loader
 from dtn_fast.data.synthetic_marker import STAMP
@@ -36,9 +36,10 @@ from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train import distributed
 from dtn_fast.train.checkpoint import load_state, save_centers, save_state
 from dtn_fast.train.config import Execution, Recipe
+from dtn_fast.train.hard_samples import emphasis_of
 from dtn_fast.train.log_lines import append_line, cut_lines
 from dtn_fast.train.rehearsal import ENOUGH, rehearse
-from dtn_fast.train.run_folder import CENTERS, METRICS, NONFINITE, STATE, STEPS, VALIDATION
+from dtn_fast.train.run_folder import CENTERS, METRICS, NONFINITE, STATE, STEPS, VALIDATION, generation_folder
 from dtn_fast.train.step import TrainStep, batch_of_rank
 
 LAG = 4
@@ -213,12 +214,20 @@ class _Loop:
         self.step = TrainStep(model, recipe, execution, device, teacher, centers)
         preset = AUGMENTATIONS.get(recipe.augment)
         where = recipe.augment_on if recipe.augment_on != "auto" else "device" if device.type == "cuda" else "cpu"
-        on_cpu = Augment(preset) if preset and where == "cpu" else None
-        self.augment = DeviceAugment(preset) if preset and where == "device" else None
+        emphasis = None
+        if teacher is not None:
+            folders = generation_folder(out.parent, generation - 1), out
+            emphasis = emphasis_of(teacher, dataset, train_rows, recipe, folders, device)
+        strong = None
+        if emphasis is not None and emphasis.strongly.any():
+            preset, strong = preset or NO_AUGMENTATION, turned_more(preset)
+        on_cpu = Augment(preset, strong) if preset and where == "cpu" else None
+        self.augment = DeviceAugment(preset, strong) if preset and where == "device" else None
         batch = batch_of_rank(recipe, self.ranks.world)
         self.loader = Loader(
             dataset, train_rows, batch, (recipe.seed, generation), recipe.real_repeat, *self.ranks, device=device,
             resident=execution.resident, transform=on_cpu, views=recipe.cache_teacher if teacher is not None else 0,
+            emphasis=emphasis,
         )  # fmt: skip
         if self.loader.total < recipe.batch_size and recipe.batch_size > batch // recipe.accumulate:
             raise UsageError(
@@ -270,8 +279,8 @@ class _Loop:
             # the seed depends on the step's position alone, so a resumed run draws the same random numbers
             torch.manual_seed(seed_of(self.recipe.seed, self.generation, epoch, number, self.ranks.rank))
             lr = self.step.set_time(epoch, number, steps)
-            crops = self.augment(batch.crops, batch.seeds) if self.augment else batch.crops
-            outcome = self.step(crops, batch.labels, self.soft.get(batch) if self.soft else None)
+            crops = self.augment(batch.crops, batch.seeds, batch.strongly) if self.augment else batch.crops
+            outcome = self.step(crops, batch.labels, self.soft.get(batch) if self.soft else None, batch.weights)
             if self.soft is not None and outcome.soft is not None:
                 self.soft.put(batch, outcome.soft)
             self.loader.release(batch)
@@ -348,9 +357,10 @@ class _Loop:
             if self.ranks.main:
                 self.step.eval_model().save_pretrained(self.out)
                 save_centers(self.out / CENTERS, self.step.centers)
-                found = {"labels": self.dataset.labels[self.val_rows], "scores": scores}
-                found["video"] = self.dataset.video[self.val_rows]
-                write_whole(self.out / VALIDATION, lambda file: np.savez(file, **found))
+                labels, video = self.dataset.labels[self.val_rows], self.dataset.video[self.val_rows]
+                write_whole(
+                    self.out / VALIDATION, lambda file: np.savez(file, labels=labels, scores=scores, video=video)
+                )
         means = {name: value / max(position.counted, 1) for name, value in position.sums.items() if name != "grad_norm"}
         report = Epoch(
             self.generation, position.epoch, lr, means, metrics.auc, metrics.acc, position.best, *rate, position.skipped

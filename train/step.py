@@ -108,17 +108,19 @@ class TrainStep:
             self._run, self._losses = torch.compile(self._run), torch.compile(self._losses)
             self._ask = torch.compile(self.teacher) if self.teacher is not None else None
 
-    def __call__(self, crops: Tensor, labels: Tensor, soft: Tensor | None = None) -> Outcome:
+    def __call__(
+        self, crops: Tensor, labels: Tensor, soft: Tensor | None = None, samples: Tensor | None = None
+    ) -> Outcome:
         """Trains on one batch, without waiting for the device.
 
         crops: [B, S, S, 3] uint8, labels: [B] int64, both on the device.  soft: the teacher's logits [B, classes] if
-        they are cached; None: compute them.
+        they are cached; None: compute them.  samples: weights [B] float32 of the samples in DSD, in every call or none.
         """
         if not self.captured:
-            return self._compute(crops, labels, soft)
+            return self._compute(crops, labels, soft, samples)
         if (kind := soft is None) not in self._graphs:
             self._graphs[kind] = _Graph(self._compute)
-        return self._graphs[kind](crops, labels, soft)
+        return self._graphs[kind](crops, labels, soft, samples)
 
     def set_time(self, epoch: int, step: int = 0, steps: int = 1) -> float:
         """Sets the learning rates of step ``step`` of the ``steps`` of an epoch; returns the model's.
@@ -187,7 +189,7 @@ class TrainStep:
             return copied
         return self._place(frozen(copied)).to(self.dtype)
 
-    def _compute(self, crops: Tensor, labels: Tensor, soft: Tensor | None) -> Outcome:
+    def _compute(self, crops: Tensor, labels: Tensor, soft: Tensor | None, samples: Tensor | None) -> Outcome:
         self.optimizer.zero_grad(set_to_none=True)
         images = normalise(crops, self.config, self.device)
         if not self.channels_last:
@@ -197,16 +199,16 @@ class TrainStep:
             soft = self._teach(images)
         self._statistics.keep()
         parts = self.recipe.accumulate
-        soft_parts = soft.chunk(parts) if soft is not None else [None] * parts
+        split = [[None] * parts if t is None else t.chunk(parts) for t in (images, labels, soft, samples)]
         total = torch.zeros(len(self._terms), device=self.device)
-        for number, (x, y, s) in enumerate(zip(images.chunk(parts), labels.chunk(parts), soft_parts, strict=True)):
+        for number, (x, y, s, w) in enumerate(zip(*split, strict=True)):
             alone = ranks().world > 1 and number < parts - 1  # gradients are summed over processes once, at the end
             with self._run.no_sync() if alone else nullcontext():  # type: ignore[union-attr, operator]
                 with self._autocast():
                     logits = self._run(x)
                 if teaching and self._stream is not None:
                     torch.cuda.current_stream(self.device).wait_stream(self._stream)
-                terms = self._losses(logits.float(), y, s)
+                terms = self._losses(logits.float(), y, s, w)
                 self.scaler.scale(terms[0] / parts).backward()
             total += terms.detach() / parts
         assert self.centers.grad is not None
@@ -261,7 +263,7 @@ class TrainStep:
             raise UsageError(f"--center-on features: needs a DTN, not {type(model).__name__}; use --center-on logits")
         return model.num_features
 
-    def _stacked_losses(self, given: Tensor, labels: Tensor, soft: Tensor | None) -> Tensor:
+    def _stacked_losses(self, given: Tensor, labels: Tensor, soft: Tensor | None, samples: Tensor | None) -> Tensor:
         r, classes = self.recipe, self.config.num_classes
         logits, points = given[:, :classes], given[:, classes:] if given.shape[1] > classes else None
         if r.center_on == "probabilities":
@@ -269,7 +271,7 @@ class TrainStep:
         if soft is None:
             losses = initial_loss(logits, labels, self.centers, r.delta, r.initial_weights, points)
         else:
-            losses = dsd_loss(logits, labels, soft, self.centers, r.weights, r.temperature, r.delta, points)
+            losses = dsd_loss(logits, labels, soft, self.centers, r.weights, r.temperature, r.delta, points, samples)
         return torch.stack([losses[name] for name in self._terms])
 
     def _update(self, healthy: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -48,6 +48,9 @@ class AugmentPreset:
     """Range of the JPEG quality, both ends included."""
 
 
+NO_AUGMENTATION = AugmentPreset(
+    flip=0.0, shift_scale_rotate=0.0, brightness_contrast=0.0, blur=0.0, noise=0.0, compression=0.0
+)
 AUGMENTATIONS: dict[str, AugmentPreset] = {
     "light": AugmentPreset(
         shift_scale_rotate=0.0, brightness_contrast=0.3, brightness=0.1, contrast=0.1, blur=0.0,
@@ -57,6 +60,12 @@ AUGMENTATIONS: dict[str, AugmentPreset] = {
 }  # fmt: skip
 """Presets by name: ``light`` for small, clean datasets; ``forensic`` adds affine transforms and blur, with more noise
 and stronger JPEG compression."""
+
+
+def turned_more(preset: AugmentPreset | None) -> AugmentPreset:
+    """``preset`` with more "rotation, flipping, scaling", as the paper's conclusion has it, for ambiguous crops
+    (*choice* of the amounts)."""
+    return replace(preset or NO_AUGMENTATION, flip=0.5, shift_scale_rotate=1.0, scale=0.2, rotate=20.0)
 
 
 @dataclass(frozen=True)

@@ -146,9 +146,10 @@ def test_the_trained_model_and_the_losses_are_one_graph() -> None:
     images = normalise(crops, CONFIG)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch._dynamo.explain(step.model)(images).graph_break_count == 0
-    counted = torch._dynamo.explain(step._losses)(torch.randn(8, 2), labels, torch.randn(8, 2))
-    assert counted.graph_break_count == 0
-    assert counted.graph_count == 1
+    for samples in (None, torch.rand(8)):
+        counted = torch._dynamo.explain(step._losses)(torch.randn(8, 2), labels, torch.randn(8, 2), samples)
+        assert counted.graph_break_count == 0
+        assert counted.graph_count == 1
 
 
 def plain_batch_norm(x, mean, var, weight, bias, training, momentum, eps) -> Tensor:
