@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from dtn_fast.train.ablation_tables import (
     printed_rows,
     variants_of,
 )
-from dtn_fast.train.config import Recipe
+from dtn_fast.train.config import STUDENTS, Recipe
 from dtn_fast.train.distill import distill, train_initial
 from dtn_fast.train.loop import Epoch, Step
 from dtn_fast.train.run_folder import best_auc, claim_crops, for_crops, generation_folder, start_run
@@ -65,7 +66,8 @@ def ablate(
     """Trains the variants of ABLATIONS[name] in ``out`` and measures each on the test split of ``tests``.
 
     Yields progress, then the table of all variants so far, which is also in ``out``/<name>.json, .md, .tex and .svg.
-    Trained variants are not trained again, and variants measured on the same crops are not measured again.  ``only``:
+    Trained variants are not trained again, and variants measured on the same crops are not measured again; variants
+    that differ in their students alone share the initial training.  ``only``:
     labels of the variants to train; default: all.  ``how``: device, execution and stop of ``fit``.  In a process group
     every process makes the same call, and they share the scoring.  Raises UsageError on unknown names, a damaged table,
     runs of another recipe or on other crops in ``out``, and recipes or data that the table does not allow.
@@ -93,6 +95,7 @@ def ablate(
         with locked(run := folder_of(out / name, variant)):
             start_run(run, changed, config)
             claim_crops(run, changed, data)
+    teachers: dict[str, Path] = {}
     for number, variant in enumerate(shown):
         run = folder_of(out / name, variant)
         working = lambda event, label=variant.label, number=number: Working(label, number, len(shown), event)
@@ -100,6 +103,11 @@ def ablate(
             with locked(run):
                 if distributed.ranks().main:
                     record(run)
+                config, changed = configure(variant, model, recipe)
+                initial = {k: v for k, v in dataclasses.asdict(changed).items() if k not in STUDENTS}
+                teacher = teachers.setdefault(repr((config, initial)), run)
+                if teacher != run:  # the same initial training, done already
+                    _copy_whole(generation_folder(teacher, 0), generation_folder(run, 0))
                 for event in train_initial(run, data, **how):
                     yield working(event)
                 if variant.distil:
@@ -110,6 +118,16 @@ def ablate(
         if distributed.ranks().main and (renewed or number == len(shown) - 1):
             found.table(variants).write(out / name)
     yield found.table(variants)
+
+
+def _copy_whole(source: Path, target: Path) -> None:
+    """Copies a folder unless ``target`` is there; it appears whole or not at all."""
+    if distributed.ranks().main and not target.exists():
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial)
+        partial.rename(target)
+    distributed.barrier()
 
 
 def ablate_folders(

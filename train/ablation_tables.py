@@ -129,12 +129,15 @@ ABLATIONS: dict[str, Ablation] = {
         Variant("EViT", {"timm": "efficient_vit"}, distil=True, every_generation=True,
                 recipe={"min_generations": 4, "generations": 4}),
     )),
-    "noise": Ablation("Noise on the gate's input (Figure 6a)", tuple(
+    "noise": Ablation("Noise on the gate's input (Figure 6a)", (*(
         Variant(name, {"noise": kind}) for name, kind in (
             ("Gaussian noise", "gaussian"), ("Gaussian blur", "blur"), ("compression", "compression"),
             ("contrast", "contrast"), ("none", "none"),
         )
-    )),
+    ), *(
+        Variant(f"Gaussian noise of std {std:g}", {"noise": "gaussian", "noise_std": std})
+        for std in (0.1, 0.3, 3.0, 10.0)
+    ))),
     "center-dimension": Ablation("Input of Ct-c (Figure 6b)", (
         Variant("vanilla Ct-c", recipe={"center_on": "features"}),
         Variant("low-dimensional Ct-c"),

@@ -71,8 +71,9 @@ class Recipe:
     """Ct-c centres that a student starts with: its teacher's, as its weights are, or new ones (*choice*)."""
     student_lr: Annotated[float, Range(above=0, high=1)] = 1.0
     """Learning rate at which each student starts ``lr``'s schedule anew, as a share of ``lr`` (*choice*)."""
-    student_warmup: NotNegative = 0.0
-    """Epochs, or a part of one, over which a student's learning rate rises linearly from 0 (*choice*)."""
+    student_warmup: NotNegative = 1.0
+    """Epochs, or a part of one, over which a student's learning rate rises linearly from 0 (*choice*: Adam's moments
+    are new, so that its first step at the full rate moves every weight by ``lr``, whatever its gradient)."""
     epoch_patience: Natural = 0
     """Stop a generation after this many epochs in a row without a better validation AUC; 0: never."""
     augment: AugmentName = "forensic"
@@ -126,6 +127,13 @@ class Recipe:
                 raise UsageError(f"{option} with --self-blend: blends are new in every epoch; drop one of the two")
 
 
+CHAIN = ("generations", "min_generations", "generation_patience", "gain")
+"""Fields of Recipe that say when the chain of students ends, and which generation is the best."""
+STUDENTS = (
+    *CHAIN, "weights", "temperature", "student_centers", "student_lr", "student_warmup", "error_weights",
+    "error_factor", "focal_gamma", "ambiguous", "ambiguous_draws", "cache_teacher",
+)  # fmt: skip
+"""Fields of Recipe that the initial training does not depend on."""
 Switch = Literal["auto", "on", "off"]
 
 
@@ -191,7 +199,14 @@ PRESETS: dict[RunPreset, Preset] = {
     "paper": Preset("paper", Recipe()),
     "tiny": Preset("tiny", Recipe()),
     "ffpp-c23": Preset(
-        "paper", Recipe(real_repeat=4, methods=("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures"))
+        "paper",
+        Recipe(
+            real_repeat=4,
+            methods=("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures"),
+            generations=3,
+            min_generations=3,
+            gain="any",
+        ),
     ),
     "cross-manipulation": Preset("paper", Recipe(methods=("Deepfakes",))),
     "demo": Preset(
@@ -208,8 +223,9 @@ PRESETS: dict[RunPreset, Preset] = {
     ),
 }
 """Presets by name.  paper, tiny: that model with the paper's recipe, on every forgery in the data.  ffpp-c23: the
-paper's training on FaceForensics++.  cross-manipulation: training on a single forgery (choose it by --methods), to be
-tested on each forgery.  demo: the training of ``dtn-fast demo``."""
+paper's training on FaceForensics++, to its student 3 ("so we chose student 3 as our model").  cross-manipulation:
+training on a single forgery (choose it by --methods), to be tested on each forgery.  demo: the training of ``dtn-fast
+demo``."""
 DEFAULT_PRESET: RunPreset = "paper"
 
 

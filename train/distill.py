@@ -17,7 +17,16 @@ from dtn_fast.model.detector import WEIGHTS
 from dtn_fast.train.checkpoint import load_centers
 from dtn_fast.train.config import Recipe
 from dtn_fast.train.loop import Epoch, Step, fit
-from dtn_fast.train.run_folder import CENTERS, claim_crops, forget, generation_folder, load_run, summarise
+from dtn_fast.train.run_folder import (
+    CENTERS,
+    claim_crops,
+    claim_students,
+    forget,
+    generation_folder,
+    load_run,
+    record_student,
+    summarise,
+)
 from dtn_fast.train.run_lock import locked
 
 
@@ -35,25 +44,28 @@ def train_initial(run: Path, dataset: CropDataset, **how: Any) -> Generator[Step
 
 
 def distill(
-    run: Path, dataset: CropDataset, restart: int | None = None, **how: Any
+    run: Path, dataset: CropDataset, restart: int | None = None, recipe: Recipe | None = None, **how: Any
 ) -> Generator[Step | Epoch, None, None]:
     """Trains generations 1, 2, ... by DSD, each started from its frozen teacher, until ``generation_patience``
     generations in a row have shown no gain in validation AUC.
 
     Finished generations are kept, an unfinished one is resumed; ``restart`` first deletes that generation and the later
-    ones.  ``how`` as in :func:`train_initial`.  Raises UsageError when generation 0 is not trained, or was on other
-    crops, or another process trains the run.
+    ones.  recipe: the students' recipe, which is stored with them; default: the run's.  ``how`` as in
+    :func:`train_initial`.  Raises UsageError when generation 0 is not trained, or was on other crops, or the students
+    were begun by another recipe, or another process trains the run.
     """
-    recipe, _ = load_run(run)
+    recipe = recipe or load_run(run)[0]
     if not (generation_folder(run, 0) / WEIGHTS).is_file():
         raise UsageError(f"{run}: generation 0 is not trained; run dtn-fast train first")
     with locked(run):
         claim_crops(run, recipe, dataset)
         if restart is not None:
             forget(run, restart)
+        claim_students(run, recipe)
         for generation in range(1, recipe.generations + 1):
             teacher = load_detector(generation_folder(run, generation - 1)).requires_grad_(False)
             student = copy.deepcopy(teacher).requires_grad_(True)
+            record_student(run, generation, recipe)
             own = {**how, "centers": _centers(generation_folder(run, generation - 1), recipe)}
             yield from fit(student, dataset, recipe, generation_folder(run, generation), teacher, generation, **own)
             without_gain = generation - summarise(run)["best"]

@@ -21,9 +21,9 @@ from dtn_fast.evaluation.metrics import auc_gain_interval
 from dtn_fast.files import json_text, write_whole
 from dtn_fast.model.config import ModelConfig, TimmConfig, crop_policy, parse_config
 from dtn_fast.model.detector import WEIGHTS
-from dtn_fast.runtime.load import RECIPE, SUMMARY
+from dtn_fast.runtime.load import RECIPE, STUDENT, SUMMARY
 from dtn_fast.train import distributed
-from dtn_fast.train.config import GainRule, Recipe
+from dtn_fast.train.config import CHAIN, GainRule, Recipe
 from dtn_fast.train.log_lines import read_lines
 
 STATE, METRICS, STEPS = "last.pt", "metrics.jsonl", "steps.jsonl"
@@ -37,6 +37,7 @@ OLD_VALUES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "center_weight_decay": lambda fields: fields["weight_decay"],
     "gain": lambda fields: "any",
     "student_centers": lambda fields: "new",
+    "student_warmup": lambda fields: 0.0,
 }
 """Fields that earlier versions lacked and whose default is not what they did then: name -> value, from the others."""
 
@@ -160,6 +161,46 @@ def load_run(run: Path) -> tuple[Recipe, ModelConfig]:
         raise UsageError(f"{run}: no training run there ({error}); run dtn-fast train first") from error
 
 
+def student_recipe(run: Path, generation: int) -> Recipe:
+    """The recipe that a student was distilled by: its own, or the run's, as always in earlier versions."""
+    path = generation_folder(run, generation) / STUDENT
+    if not path.is_file():
+        return load_run(run)[0]
+    try:
+        return from_fields(Recipe, json.loads(path.read_text(encoding="utf-8"))["recipe"], str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: damaged ({error}); distil generation {generation} again with --restart") from error
+
+
+def claim_students(run: Path, recipe: Recipe) -> None:
+    """Records ``recipe`` as the one that the students begun so far go on by.
+
+    Raises UsageError when one of them was begun by another, except for the fields that only end the chain.
+    """
+    generation = 1
+    begun = []
+    while any(generation_folder(run, generation).glob("*")):
+        known = student_recipe(run, generation)
+        chain = {name: getattr(recipe, name) for name in CHAIN}
+        if differ := differences(dataclasses.asdict(dataclasses.replace(known, **chain)), dataclasses.asdict(recipe)):
+            raise UsageError(
+                f"{generation_folder(run, generation)}: distilled with {differ}; repeat these, or add --restart "
+                f"{generation}"
+            )
+        begun.append(generation)
+        generation += 1
+    distributed.barrier()
+    for generation in begun:
+        record_student(run, generation, recipe)
+
+
+def record_student(run: Path, generation: int, recipe: Recipe) -> None:
+    """Writes the recipe that a student is distilled by."""
+    if distributed.ranks().main:
+        text = json_text({"recipe": dataclasses.asdict(recipe)}, indent=2)
+        write_whole(generation_folder(run, generation) / STUDENT, text)
+
+
 def forget(run: Path, generation: int) -> None:
     """Deletes a generation and the later ones.  Raises UsageError unless its teacher is trained."""
     if generation < 1:
@@ -177,12 +218,20 @@ def forget(run: Path, generation: int) -> None:
     distributed.barrier()
 
 
+def _rule(run: Path) -> GainRule:
+    """The rule of gains that the run was last distilled by."""
+    count = 0
+    while (generation_folder(run, count + 1) / METRICS).is_file():
+        count += 1
+    return student_recipe(run, count).gain
+
+
 def judge(run: Path) -> tuple[int | None, list[dict[str, Any]]]:
     """The best generation of a run, the last with a gain by the recipe's rule, and a row for each; None: none trained.
 
     A gain without the interval that the rule asks for does not count.
     """
-    recipe, _ = load_run(run)
+    rule = _rule(run)
     rows: list[dict[str, Any]] = []
     best = generation = 0
     while (generation_folder(run, generation) / METRICS).is_file():
@@ -191,7 +240,7 @@ def judge(run: Path) -> tuple[int | None, list[dict[str, Any]]]:
         if generation and epochs:
             found = gain(run, best, generation)
             row |= {"over": best, "gain": found}
-            best = generation if found.counts(recipe.gain) else best
+            best = generation if found.counts(rule) else best
         rows.append(row)
         generation += 1
     return best if rows else None, rows
@@ -206,7 +255,7 @@ def summarise(run: Path) -> dict[str, Any]:
     if best is None:
         raise UsageError(f"{generation_folder(run, 0) / METRICS}: missing; delete {run} and train it again")
     for row in rows:
-        if "gain" in row and row["gain"].low is None and load_run(run)[0].gain == "interval":
+        if "gain" in row and row["gain"].low is None and _rule(run) == "interval":
             folders = " or ".join(str(generation_folder(run, g)) for g in (row["over"], row["generation"]))
             raise UsageError(
                 f"{folders}: no validation scores by video, damaged or of an earlier version; use --gain any"

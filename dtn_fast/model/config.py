@@ -90,8 +90,11 @@ class DTNConfig:
     noise: str = "gaussian"
     """Disturbance of the map before each expert, in training only: gaussian (Eq. 10), blur, contrast, compression or
     none (Figure 6a; *choice*: the paper defines gaussian alone)."""
-    noise_std: float = 0.1
-    """Standard deviation of the Gaussian noise, or strength of another disturbance (*choice*)."""
+    noise_std: float = 1.0
+    """Standard deviation of the Gaussian noise, in units of the map (*choice*: the map's own, after BN and ReLU, is
+    about 0.74; 0.1 left the gate as it was, see ``dtn-fast ablate noise``)."""
+    noise_strength: float = 0.1
+    """Strength of a disturbance other than Gaussian noise (*choice*)."""
     depth: int = 6
     """Number of transformer blocks L."""
     num_heads: int = 8
@@ -143,6 +146,7 @@ class DTNConfig:
             ),
             (self.expert_kernel in (1, 3), "expert_kernel", "1 or 3"),
             (self.noise_std >= 0, "noise_std", ">= 0"),
+            (self.noise_strength >= 0, "noise_strength", ">= 0"),
             (self.gate in ("max", "vanilla"), "gate", "max or vanilla"),
             (self.noise in NOISES, "noise", " or ".join(NOISES)),
             (isinstance(self.backbone, str) and bool(self.backbone), "backbone", "vgg or a model of timm"),
@@ -229,7 +233,8 @@ def crop_policy(config: ModelConfig) -> CropPolicy:
 
 def _parsed(kind: Any, text: str, where: str) -> Any:
     """A configuration from JSON.  Earlier versions stored a margin, for dlib's boxes, in place of the crop policy; the
-    usual margin counts as none, because it was also stored when another program had cut the crops."""
+    usual margin counts as none, because it was also stored when another program had cut the crops.  ``noise_std`` was
+    the strength of every disturbance."""
     try:
         fields = json.loads(text)
     except ValueError as error:
@@ -237,6 +242,8 @@ def _parsed(kind: Any, text: str, where: str) -> Any:
     if isinstance(fields, dict) and "margin" in fields and "crop" not in fields:
         margin = fields.pop("margin")
         fields["crop"] = None if margin == CropPolicy.margin else {"margin": margin}
+    if isinstance(fields, dict) and "noise_std" in fields:
+        fields.setdefault("noise_strength", fields["noise_std"])
     return from_fields(kind, fields, where)
 
 

@@ -31,7 +31,8 @@ class MoEGate(nn.Module):
             config.expert_kernel,
         )
         window = () if kernel == 1 else (kernel, kernel)
-        self.noise, self.noise_std = config.noise, config.noise_std
+        self.noise = config.noise
+        self.noise_std = config.noise_std if config.noise == "gaussian" else config.noise_strength
         self.w1 = nn.Parameter(torch.empty(experts, hidden, width, *window))
         self.b1 = nn.Parameter(torch.empty(experts, hidden))
         self.w2 = nn.Parameter(torch.empty(experts, hidden, *window))

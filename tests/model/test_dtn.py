@@ -16,7 +16,9 @@ from torch import nn
 from dtn_fast import DTN, DTNConfig
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.mac_count import count
+from dtn_fast.kernels.ops import moe_gate
 from dtn_fast.model.backbone import Backbone
+from dtn_fast.model.moe_gate import MoEGate
 
 PAPER = [  # depth, local connection, M parameters, GMAC at 256x256 (Tables 7 and 8)
     (4, True, "23.590", 9.393),
@@ -72,6 +74,19 @@ def test_noise_only_in_training(small: DTN) -> None:
     assert torch.equal(small.gate(x), small.gate(x))
     small.gate.train()
     assert not torch.equal(small.gate(x), small.gate(x))
+
+
+def test_the_noise_does_something() -> None:
+    """By default it moves the gate's map by more than half of the map's own spread, five times as far as 0.1 did."""
+    torch.manual_seed(0)
+    config = DTNConfig()
+    features = torch.nn.functional.max_pool2d(torch.randn(4, config.channels[-1], 16, 16).relu(), 2)
+    gate = MoEGate(config)
+    weights = [w.detach() for w in (gate.w1, gate.b1, gate.w2, gate.b2, gate.expert_scale)]
+    scale = lambda noise: moe_gate(features, *weights, noise_std=noise, seed=1).mean(1) / features.mean(1)
+    moved = lambda noise: float((scale(noise) - scale(0.0)).std() / scale(0.0).std())
+    assert moved(config.noise_std) > 0.5
+    assert moved(config.noise_std) > 5 * moved(0.1)
 
 
 def test_mas_is_a_scale_per_head(small: DTN) -> None:

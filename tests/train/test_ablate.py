@@ -28,7 +28,7 @@ from dtn_fast.model.build import build_detector
 from dtn_fast.model.config import NOISES, TimmConfig
 from dtn_fast.model.moe_gate import MoEGate, disturb
 from dtn_fast.train import ablate as ablations
-from dtn_fast.train.ablate import ablate, folder_of
+from dtn_fast.train.ablate import Working, ablate, folder_of
 from dtn_fast.train.ablation_tables import ABLATIONS, configure, printed_rows, variants_of
 from dtn_fast.train.config import PRESETS, Execution, Recipe
 from dtn_fast.train.losses import contrastive_center, initial_loss
@@ -84,6 +84,8 @@ CHANGES: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
         "Gaussian noise": ({"noise": "gaussian"}, {}), "Gaussian blur": ({"noise": "blur"}, {}),
         "compression": ({"noise": "compression"}, {}), "contrast": ({"noise": "contrast"}, {}),
         "none": ({"noise": "none"}, {}),
+        **{f"Gaussian noise of std {std}": ({"noise": "gaussian", "noise_std": float(std)}, {})
+           for std in ("0.1", "0.3", "3", "10")},
     },
     "center-dimension": {
         "vanilla Ct-c": ({}, {"center_on": "features"}), "low-dimensional Ct-c": ({}, {"center_on": "logits"}),
@@ -297,6 +299,17 @@ def test_only_some_variants_and_what_the_table_keeps(few: CropDataset, tmp_path:
             run(())
 
 
+def test_variants_that_differ_in_their_students_share_a_teacher(few: CropDataset, tmp_path: Path) -> None:
+    steps = ablate("soft-labels", few, {"a": few}, tmp_path, SMALL, QUICK)
+    events = [(s.variant, s.event.generation) for s in steps if isinstance(s, Working) and s.event is not None]
+    assert set(events) == {("DTN w/o STG", 0), ("DTN w/ STG", 1)}
+    one, two = (folder_of(tmp_path / "soft-labels", v) / "generation-0" for v in ABLATIONS["soft-labels"].variants)
+    assert {p.name: p.read_bytes() for p in one.iterdir()} == {p.name: p.read_bytes() for p in two.iterdir()}
+    steps = ablate("losses", few, {"a": few}, tmp_path, SMALL, QUICK)
+    trained = {s.variant for s in steps if isinstance(s, Working) and s.event and not s.event.generation}
+    assert trained == {"CE loss", "Ct-c + CE loss"}, "another initial loss is another teacher"
+
+
 def test_wrong_names_are_told(few: CropDataset, tmp_path: Path) -> None:
     real = dataclasses.replace(few, videos=[v._replace(label=0, method="") for v in few.videos])
     with pytest.raises(UsageError, match="holds no forgery to train on"):
@@ -378,7 +391,10 @@ def test_disturbances_disturb_and_pass_gradients(kind: str) -> None:
     y.sum().backward()
     assert x.grad is not None
     assert x.grad.abs().sum() > 0
-    gate = MoEGate(dataclasses.replace(SMALL, noise=kind, noise_std=0.1)).train()
+    other = "noise_strength" if kind == "gaussian" else "noise_std"  # is no strength of this noise
+    still = MoEGate(dataclasses.replace(SMALL, noise=kind, noise_std=0.0, noise_strength=0.0)).train()
+    assert torch.equal(still(torch.ones(1, 64, 2, 2)), still(torch.ones(1, 64, 2, 2)))
+    gate = MoEGate(dataclasses.replace(SMALL, noise=kind, **{other: 0.0})).train()
     features = torch.randn(2, 64, 2, 2)
     assert not torch.equal(gate(features), gate(features))
     assert torch.equal(gate.eval()(features), gate(features))

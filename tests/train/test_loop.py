@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,15 +24,16 @@ from dtn_fast.device import choose_precision
 from dtn_fast.errors import DtnError, DtnWarning, UsageError
 from dtn_fast.evaluation.metrics import evaluate_scores
 from dtn_fast.model.config import CropPolicy, TimmConfig
-from dtn_fast.runtime.load import best_checkpoint, load_model
+from dtn_fast.runtime.load import STUDENT, best_checkpoint, load_model, read_recipe
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train import distill as chain
 from dtn_fast.train import loop, run_folder
 from dtn_fast.train import step as step_module
 from dtn_fast.train.checkpoint import load_centers, load_state, save_state
-from dtn_fast.train.config import PRESETS, Execution, Recipe
+from dtn_fast.train.config import CHAIN, PRESETS, STUDENTS, Execution, Recipe
 from dtn_fast.train.log_lines import append_line, cut_lines, read_lines
 from dtn_fast.train.loop import Epoch, Step, Stopped, fit
+from dtn_fast.train.run_report import write_run_report
 
 
 def train(
@@ -363,6 +365,47 @@ def test_a_gain_inside_its_interval_is_none(trained: Path, tmp_path: Path) -> No
     (run / run_folder.RECIPE).write_text(json.dumps(stored))
     with pytest.raises(UsageError, match=r"generation-0.* no validation scores by video, .* use --gain any"):
         run_folder.summarise(run)
+
+
+def test_students_have_a_recipe_of_their_own(trained: Path, dataset: CropDataset, tmp_path: Path) -> None:
+    """distill changes it without a new generation 0; what is begun goes on by what it was begun with."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    initial = {p.name: p.read_bytes() for p in (run / "generation-0").iterdir()}
+    own = changed(RECIPE, epochs=1, temperature=4.0, weights=(2.0, 1.0, 0.5), generations=1)
+    events = list(chain.distill(run, dataset, recipe=own))
+    assert {e.generation for e in events} == {1}
+    assert [e.epoch for e in events if isinstance(e, Epoch)] == [0]
+    first = next(e for e in events if isinstance(e, Step)).losses
+    total = 2 * first["ce"] + first["kd"] + 0.5 * first["center"]
+    assert first["loss"] == pytest.approx(total, rel=1e-4)
+    assert {p.name: p.read_bytes() for p in (run / "generation-0").iterdir()} == initial
+    assert run_folder.load_run(run)[0] == RECIPE
+    assert run_folder.student_recipe(run, 1) == own
+    assert read_recipe(run / "generation-1")["temperature"] == 4.0
+    assert read_recipe(run / "generation-0")["temperature"] == RECIPE.temperature
+    text = write_run_report(run).read_text()
+    assert re.search(r"Generation 1</th>.*<th>temperature</th><td>4.0</td><td>2.0</td>", text, re.DOTALL)
+    assert "1 of 1" in text
+    with pytest.raises(UsageError, match=r"generation-1: distilled with .*temperature 4.0 \(now 2.0\).*--restart 1"):
+        next(chain.distill(run, dataset))
+    later = changed(own, generations=2, min_generations=2, gain="interval")
+    assert {e.generation for e in chain.distill(run, dataset, recipe=later)} == {2}, "the chain may become longer"
+    assert [run_folder.student_recipe(run, g) for g in (1, 2)] == [later] * 2
+    again = changed(later, temperature=1.0, generations=1)
+    assert {e.generation for e in chain.distill(run, dataset, 1, again)} == {1}
+    assert not (run / "generation-2").exists()
+    (run / "generation-1" / STUDENT).write_text("{")
+    with pytest.raises(UsageError, match=r"student\.json: damaged .*--restart"):
+        next(chain.distill(run, dataset))
+
+
+def test_the_papers_preset_ends_with_student_3() -> None:
+    recipe = PRESETS["ffpp-c23"].recipe
+    assert (recipe.generations, recipe.min_generations, recipe.gain) == (3, 3, "any")
+    names = {f.name for f in dataclasses.fields(Recipe)}
+    assert set(STUDENTS) < names
+    assert set(CHAIN) < set(STUDENTS)
 
 
 def test_run_folders_are_checked(trained: Path, dataset: CropDataset, tmp_path: Path) -> None:
