@@ -38,11 +38,13 @@ class Recipe:
     weights: Annotated[tuple[float, float, float], Range(0)] = (4.0, 0.4, 0.6)
     """Weights of CE, KD and Ct-c in the DSD loss (Eq. 7; this order is a *choice*)."""
     initial_weights: Annotated[tuple[float, float], Range(0)] = (1.0, 1.0)
-    """Weights of CE and Ct-c in the initial training (section 3.1)."""
+    """Weights of CE and Ct-c in the initial training, "supervised by" both (section 3.1; *choice*: equal)."""
     center_on: Literal["logits", "probabilities", "features"] = "logits"
     """Input of the Ct-c loss.  "We compute the loss using the low-dimensional logits, i.e., the predicted
     probabilities": logits or their softmax (*choice*: the paper names both); features: a DTN's pooled features, as in
     the vanilla Ct-c (Figure 6b)."""
+    center_init: Literal["one-hot", "random"] = "one-hot"
+    """Ct-c centres at the start: each class's own logit at 1 and the rest 0, or normal random numbers (*choice*)."""
     center_lr: Positive | None = None
     """Adam's learning rate of the Ct-c centres, divided when ``lr`` is (*choice*).  Default: ``lr``."""
     center_weight_decay: NotNegative = 0.0
@@ -50,14 +52,15 @@ class Recipe:
     temperature: Positive = 2.0
     """Temperature of the softened probabilities (soft labels) in the KD loss (*choice*)."""
     delta: Positive = 1.0
-    """Constant added to the denominator of Ct-c (Eq. 3)."""
+    """Constant added to the denominator of Ct-c, "a constant to avoid zero denominators" (Eq. 3; *choice*: Qi and Su's
+    1)."""
     real_repeat: Natural = 0
     """Repeats of each real crop per epoch, with new augmentation.  The paper uses 4; 0 chooses the number that balances
     the classes."""
     methods: tuple[str, ...] = ()
     """Forgeries to train and validate on.  Default: all in the data."""
     generations: Natural = 5
-    """Maximum number of students, trained one after another."""
+    """Maximum number of students, trained one after another (*choice*: the paper tried four and chose the third)."""
     min_generations: Natural = 0
     """Minimum number of students, trained even when validation AUC does not improve."""
     generation_patience: Count = 1
@@ -75,9 +78,10 @@ class Recipe:
     """Epochs, or a part of one, over which a student's learning rate rises linearly from 0 (*choice*: Adam's moments
     are new, so that its first step at the full rate moves every weight by ``lr``, whatever its gradient)."""
     epoch_patience: Natural = 0
-    """Stop a generation after this many epochs in a row without a better validation AUC; 0: never."""
+    """Stop a generation after this many epochs in a row without a better validation AUC; 0: never (*choice*)."""
     augment: AugmentName = "forensic"
-    """Augmentation.  forensic: geometry, lighting, blur, noise and JPEG; light: for small, clean datasets."""
+    """Augmentation.  forensic: geometry, lighting, blur, noise and JPEG; light: for small, clean datasets (*choice*:
+    the paper names the library alone)."""
     augment_on: Literal["auto", "device", "cpu"] = "auto"
     """Place of augmentation.  device: batched, on the model's device; cpu: albumentations, as in the paper; auto:
     device on a GPU, else cpu."""

@@ -82,6 +82,8 @@ def dsd_loss(
     }
 
 
-def initial_centers(classes: int, width: int | None = None) -> Tensor:
-    """One-hot starting centres [classes, width]: each class's own logit at 1 (*choice*)."""
-    return torch.eye(classes, width or classes)
+def initial_centers(classes: int, width: int, kind: str, seed: int) -> Tensor:
+    """Starting centres [classes, width] by Recipe.center_init: one-hot, or random, the same for a seed."""
+    if kind == "one-hot":
+        return torch.eye(classes, width)
+    return torch.randn(classes, width, generator=torch.Generator().manual_seed(seed))

@@ -67,7 +67,9 @@ class TrainStep:
         if here.world > 1 and recipe.sync_bn:
             self.model = synchronise_bn(self.model, device)  # type: ignore[assignment]
         width = self._center_width(model)
-        self.centers = nn.Parameter(initial_centers(model.config.num_classes, width).to(device))
+        classes = model.config.num_classes
+        first = initial_centers(classes, width or classes, recipe.center_init, recipe.seed)
+        self.centers = nn.Parameter(first.to(device))
         if centers is not None:
             if centers.shape != self.centers.shape:
                 raise UsageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import re
 import shlex
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from skimage import data
-from small import SMALL
+from small import RECIPE, SMALL, changed
 
 from dtn_fast import DTN, DTNConfig
 from dtn_fast.cli import main as cli
@@ -60,6 +61,15 @@ def test_the_earlier_spelling_of_people_still_works() -> None:
         ("detect x --faces=yunet --out=y", "detect x --faces yunet --out=y"),
     ):
         assert cli.renamed(given.split()) == read.split()
+
+
+def test_distill_starts_from_the_recipe_of_its_run(trained: Path) -> None:
+    """Options change it; the last --run counts, as it does for the verb."""
+    words = ["distill", "crops", "--run", "none", f"--run={trained}", "--temperature", "4", "--epochs", "9"]
+    call = cli._parsed(words)
+    assert isinstance(call, functools.partial)
+    assert call.keywords["recipe"] == changed(RECIPE, temperature=4.0, epochs=9)
+    assert call.keywords["run"] == trained
 
 
 def test_usage_errors_exit_2(run, tmp_path: Path) -> None:

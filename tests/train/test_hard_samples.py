@@ -147,7 +147,7 @@ def test_only_ambiguous_crops_are_turned(
 
     monkeypatch.setattr(Loader, "epoch", watched)
     list(fit(load_model(trained), dataset, recipe, tmp_path / "generation-1", load_model(trained), 1))
-    same = {kind: [] for kind in (True, False)}
+    same: dict[bool, list[bool]] = {True: [], False: []}
     for crops, batch in zip(seen, taken, strict=True):
         own = dataset.get(batch.rows)
         for mine, given, kind in zip(crops.numpy(), own, batch.strongly.tolist(), strict=True):

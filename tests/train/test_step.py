@@ -22,7 +22,7 @@ from dtn_fast.model.fold import frozen
 from dtn_fast.model.preprocess import normalise
 from dtn_fast.train import step as step_module
 from dtn_fast.train.config import Execution, Recipe
-from dtn_fast.train.losses import dsd_loss, initial_centers, initial_loss
+from dtn_fast.train.losses import dsd_loss, initial_loss
 from dtn_fast.train.step import TrainStep, set_backends
 
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def losses(step: TrainStep, steps: int = 4) -> Tensor:
 
 def by_hand(recipe: Recipe, teacher: Detector | None, steps: int = 4) -> tuple[Tensor, DTN, Tensor]:
     """The same steps in the plainest torch."""
-    model, centers = detector().train(), nn.Parameter(initial_centers(2))
+    model, centers = detector().train(), nn.Parameter(torch.eye(2))
     optimizer = torch.optim.Adam([
         {"params": model.parameters(), "weight_decay": recipe.weight_decay},
         {"params": [centers], "lr": recipe.center_lr or recipe.lr, "weight_decay": recipe.center_weight_decay},
@@ -90,7 +90,7 @@ def test_the_step_is_what_its_formula_says(dsd: bool, accumulate: int) -> None:
     got = losses(step)
     expected, model, centers = by_hand(recipe, copy.deepcopy(teacher) if teacher else None)
     torch.testing.assert_close(step.centers, centers, rtol=1e-3, atol=1e-3)
-    assert (step.centers - initial_centers(2)).abs().max() > 0.1, "their own learning rate moves them far"
+    assert (step.centers - torch.eye(2)).abs().max() > 0.1, "their own learning rate moves them far"
     torch.testing.assert_close(got[:, 0], expected, rtol=1e-4, atol=1e-4)
     for name, parameter in step.model.named_parameters():
         if parameter.dim() > 1:  # biases before BN have no gradient but rounding, which Adam makes a whole step
@@ -280,6 +280,13 @@ def test_a_student_warms_up_to_its_share_of_the_learning_rate() -> None:
     assert [float(lr) for lr in held] == pytest.approx([0.5 * 4 / 6 * recipe.lr, 0.5 * 4 / 6 * 0.02])
     first = make(recipe)
     assert first.set_time(0, 0, 4) == recipe.lr, "the teacher's training is the paper's"
+
+
+def test_centres_start_as_asked() -> None:
+    random = [make(changed(RECIPE, center_init="random", seed=seed)).centers for seed in (3, 3, 4)]
+    assert torch.equal(random[0], random[1])
+    assert not torch.equal(random[0], random[2])
+    assert torch.equal(make().centers, torch.eye(2))
 
 
 def test_centres_are_handed_over_if_they_fit() -> None:
