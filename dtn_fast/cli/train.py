@@ -87,7 +87,7 @@ def distill(
     With another recipe, without training generation 0 again: dtn-fast distill data/crops --run runs/first --restart 1
     --temperature 4 --weights 2 1 0.6 --epochs 10 --generations 3 --min-generations 3
 
-    On 8 GPUs: torchrun --nproc-per-node 8 -m dtn_fast distill data/crops --run runs/first
+    On 8 GPUs: torchrun --nproc-per-node 8 -m -- dtn_fast distill data/crops --run runs/first
 
     Args:
         data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.

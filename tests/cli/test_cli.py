@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from skimage import data
 from small import RECIPE, SMALL, changed
+from torch.distributed.run import get_args_parser
 
 from dtn_fast import DTN, DTNConfig
 from dtn_fast.cli import main as cli
@@ -70,6 +71,16 @@ def test_distill_starts_from_the_recipe_of_its_run(trained: Path) -> None:
     assert isinstance(call, functools.partial)
     assert call.keywords["recipe"] == changed(RECIPE, temperature=4.0, epochs=9)
     assert call.keywords["run"] == trained
+
+
+@pytest.mark.parametrize("verb", ["train", "distill", "ablate"])
+def test_torchrun_takes_the_command_shown(verb: str) -> None:
+    """It takes the start of one of its own options, such as --run, for its own."""
+    (line,) = re.findall(r"On 8 GPUs: torchrun (.*)", cli.VERBS[verb].__doc__ or "")
+    given = get_args_parser().parse_args(shlex.split(line))
+    assert (given.module, given.nproc_per_node, given.training_script) == (True, "8", "dtn_fast")
+    assert given.training_script_args[0] == verb
+    assert cli._parsed(given.training_script_args)
 
 
 def test_usage_errors_exit_2(run, tmp_path: Path) -> None:
