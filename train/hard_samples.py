@@ -22,7 +22,7 @@ from dtn_fast.train import distributed
 from dtn_fast.train.config import Recipe
 
 SAMPLES = "samples.npz"
-"""File of a student's folder: the teacher's P(fake) of every training crop without augmentation, and its weight."""
+"""File of a student's folder: every training crop's label, the teacher's P(fake) without augmentation, its weight."""
 
 
 def weights_of(
@@ -71,12 +71,28 @@ def emphasis_of(
         scores = distributed.interleave(distributed.gather(mine))
         weights = weights_of(labels, scores, recipe, _read(before, rows)[1] if before.is_file() else None)
         if here.main:
-            write_whole(path, lambda file: np.savez(file, rows=rows, scores=scores, weights=weights))
+            write_whole(path, lambda file: np.savez(file, rows=rows, labels=labels, scores=scores, weights=weights))
     every = np.ones(len(dataset.labels), np.float32)
     every[rows] = weights
     strongly = np.zeros(len(every), np.bool_)
     strongly[rows] = is_ambiguous(scores, recipe)
     return Emphasis(every, strongly, recipe.ambiguous_draws)
+
+
+def told(folder: Path, recipe: Recipe) -> str:
+    """What a student trains on more, in a sentence; empty: nothing, or its file cannot be read."""
+    try:
+        with np.load(folder / SAMPLES, allow_pickle=False) as file:
+            labels, scores, weights = file["labels"], file["scores"], file["weights"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return ""
+    wrong, near = (scores >= EvaluateConfig.threshold) != labels, is_ambiguous(scores, recipe)
+    parts = [f"its teacher got {wrong.sum():,} of {len(labels):,} training crops wrong"]
+    if recipe.error_weights != "none" and wrong.any():
+        parts.append(f"they weigh {weights[wrong].mean():.2f} on average")
+    if recipe.ambiguous:
+        parts.append(f"{near.sum():,} are ambiguous, drawn {recipe.ambiguous_draws} times and augmented more")
+    return "; ".join(parts)
 
 
 def _read(path: Path, rows: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

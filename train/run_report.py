@@ -22,6 +22,7 @@ from dtn_fast.files import write_whole
 from dtn_fast.html_page import data_uri, render
 from dtn_fast.model.detector import WEIGHTS
 from dtn_fast.train.config import Recipe
+from dtn_fast.train.hard_samples import told
 from dtn_fast.train.log_lines import read_lines
 from dtn_fast.train.run_folder import (
     METRICS,
@@ -110,6 +111,7 @@ def write_run_report(run: Path) -> Path:
         generations=generations,
         best=best,
         gains={row["generation"]: (row["over"], row["gain"]) for row in judged if "gain" in row},
+        stressed={g.number: told(generation_folder(run, g.number), student_recipe(run, g.number)) for g in generations},
         rule=student_recipe(run, max((g.number for g in generations), default=0)).gain,
         planned={g.number: student_recipe(run, g.number).epochs for g in generations},
         plots=list(plots_of(generations)),

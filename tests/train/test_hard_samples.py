@@ -21,7 +21,7 @@ from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train import hard_samples, loop, losses
 from dtn_fast.train.checkpoint import load_state
 from dtn_fast.train.config import Execution
-from dtn_fast.train.hard_samples import SAMPLES, emphasis_of, is_ambiguous, weights_of
+from dtn_fast.train.hard_samples import SAMPLES, emphasis_of, is_ambiguous, told, weights_of
 from dtn_fast.train.loop import Step, Stopped, fit
 from dtn_fast.train.step import TrainStep
 
@@ -108,6 +108,10 @@ def test_the_teachers_errors_are_found_and_drawn(
     assert found is not None
     assert np.flatnonzero(found.strongly).tolist() == near.tolist()
     wrong = (scores >= 0.5) != dataset.labels[rows]
+    text = told(tmp_path / "1", recipe)
+    assert f"{wrong.sum()} of {len(rows)} training crops wrong; they weigh " in text
+    assert f"; {len(near)} are ambiguous, drawn 3 times" in text
+    assert told(tmp_path / "0", recipe) == ""
     for label in (0, 1):
         own = dataset.labels[rows] == label
         heavy, light = found.weights[rows[own & wrong]], found.weights[rows[own & ~wrong]]
