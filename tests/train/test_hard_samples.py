@@ -134,13 +134,18 @@ def test_the_teachers_errors_are_found_and_drawn(
 def test_only_ambiguous_crops_are_turned(
     trained: Path, dataset: CropDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, band: float
 ) -> None:
-    """With no other augmentation, the crops that reach the step are the data's own except the ambiguous ones."""
+    """With no other augmentation, the crops that reach the step are the data's own except the ambiguous ones; the step
+    gets the weight of each."""
     recipe = changed(RECIPE, epochs=1, ambiguous=band, ambiguous_draws=1, augment="none", augment_on=where)
-    seen: list[Tensor] = []
+    recipe = changed(recipe, error_weights="focal", focal_gamma=1.0)
+    seen: list[tuple[Tensor, Tensor]] = []
     real = TrainStep.__call__
-    monkeypatch.setattr(
-        TrainStep, "__call__", lambda self, crops, *a: seen.append(crops.clone()) or real(self, crops, *a)
-    )
+
+    def spy(self, crops, labels, soft, samples):
+        seen.append((crops.clone(), samples.clone()))
+        return real(self, crops, labels, soft, samples)
+
+    monkeypatch.setattr(TrainStep, "__call__", spy)
     taken = []
     epoch = Loader.epoch
 
@@ -152,7 +157,11 @@ def test_only_ambiguous_crops_are_turned(
     monkeypatch.setattr(Loader, "epoch", watched)
     list(fit(load_model(trained), dataset, recipe, tmp_path / "generation-1", load_model(trained), 1))
     same: dict[bool, list[bool]] = {True: [], False: []}
-    for crops, batch in zip(seen, taken, strict=True):
+    with np.load(tmp_path / "generation-1" / SAMPLES) as file:
+        weight = dict(zip(file["rows"].tolist(), file["weights"].tolist(), strict=True))
+    assert len(set(weight.values())) > 2
+    for (crops, samples), batch in zip(seen, taken, strict=True):
+        assert samples.tolist() == pytest.approx([weight[row] for row in batch.rows.tolist()])
         own = dataset.get(batch.rows)
         for mine, given, kind in zip(crops.numpy(), own, batch.strongly.tolist(), strict=True):
             same[kind].append(np.array_equal(mine, given))
