@@ -94,7 +94,7 @@ class Recipe:
     """Weights of a student's samples: "increase the weights of incorrectly predicted samples so that the model can
     iteratively learn more about them" (the paper's limitations).  focal: 1 + (factor - 1) * (the teacher's probability
     of the wrong class)^gamma; boosted: each teacher multiplies the weights of the crops that it gets wrong by the
-    factor, over the generations; both with a mean of 1 in each class (*choice*: the paper names no formula)."""
+    factor, over the generations; both with a mean of 1 over balanced classes (*choice*: the paper names no formula)."""
     error_factor: Annotated[float, Range(1, 1000)] = 3.0
     """Factor of ``error_weights`` (*choice*)."""
     focal_gamma: NotNegative = 2.0

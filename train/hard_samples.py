@@ -30,7 +30,8 @@ def weights_of(
 ) -> NDArray[np.float64]:
     """Weights [n] of crops with ``labels`` and the teacher's P(fake) ``scores``, by ``recipe.error_weights``.
 
-    before: the weights that the teacher was trained with.  The mean is 1 in each class, so that their balance stays.
+    before: the weights that the teacher was trained with.  The mean is 1 where the classes are balanced; a class that
+    the teacher gets wrong as a whole weighs more.
     """
     weights = np.ones(len(labels))
     if recipe.error_weights == "focal":
@@ -38,9 +39,7 @@ def weights_of(
     elif recipe.error_weights == "boosted":
         wrong = (scores >= EvaluateConfig.threshold) != labels
         weights = np.where(wrong, recipe.error_factor, 1.0) * (1.0 if before is None else before)
-    for label in (0, 1):
-        weights[labels == label] /= weights[labels == label].mean()
-    return weights
+    return weights / np.mean([weights[labels == label].mean() for label in (0, 1)])
 
 
 def is_ambiguous(scores: NDArray[np.float64], recipe: Recipe) -> NDArray[np.bool_]:

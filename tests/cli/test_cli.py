@@ -80,7 +80,7 @@ def test_torchrun_takes_the_command_shown(verb: str) -> None:
     given = get_args_parser().parse_args(shlex.split(line))
     assert (given.module, given.nproc_per_node, given.training_script) == (True, "8", "dtn_fast")
     assert given.training_script_args[0] == verb
-    assert cli._parsed(given.training_script_args)
+    assert cli._parsed(given.training_script_args) is not None
 
 
 def test_usage_errors_exit_2(run, tmp_path: Path) -> None:
