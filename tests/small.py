@@ -16,7 +16,7 @@ SMALL = DTNConfig(
     mlp_ratio=1,
 )
 """The smallest DTN with every part."""
-RECIPE = Recipe(epochs=2, batch_size=8, lr=1e-3, generations=2, precision="fp32")
+RECIPE = Recipe(epochs=2, batch_size=8, lr=1e-3, generations=2, gain="any", precision="fp32")
 SET = SyntheticConfig(train=4, val=2, test=2, frames=3, seed=5)  # dlib finds every face of seed 5
 
 

@@ -113,6 +113,32 @@ def test_no_constant_repeats_a_setting() -> None:
     assert not second
 
 
+SILENT = {
+    "train/config.py": (
+        "epochs weights initial_weights center_on center_init center_lr center_weight_decay temperature delta "
+        "generations generation_patience gain epoch_patience student_centers student_lr student_warmup augment "
+        "self_blend error_weights error_factor focal_gamma ambiguous ambiguous_draws"
+    ),
+    "dtn_fast/model/config.py": (
+        "margin channels convs expert_hidden expert_activation expert_kernel gate noise noise_std noise_strength "
+        "partition mlp_ratio mas_init mean std"
+    ),
+}
+"""Fields about which the paper is silent or leaves a choice."""
+
+
+def test_choices_are_marked() -> None:
+    """ARCHITECTURE.md: where the paper is silent, our choice is a field marked *choice*."""
+    for name, fields in SILENT.items():
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+        marked = set()
+        for node in (n for n in tree.body if isinstance(n, ast.ClassDef)):
+            for line, text in zip(node.body, node.body[1:], strict=False):
+                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(text, ast.Expr):
+                    marked |= {line.target.id} if "*choice*" in ast.unparse(text) else set()
+        assert marked == set(fields.split()), name
+
+
 def test_a_second_default_would_be_seen() -> None:
     tree = ast.parse(
         "def judge(score, threshold=0.5, *, frames=-1, config=DetectConfig(), rate=DetectConfig.rate): ..."

@@ -15,10 +15,12 @@ from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.pipeline import finder_of
 from dtn_fast.errors import DtnWarning, UsageError
 from dtn_fast.export.pipeline import export
-from dtn_fast.model.config import CropPolicy, parse_config
+from dtn_fast.model.config import CropPolicy, DTNConfig, parse_config
 from dtn_fast.runtime.load import load_model, load_scorer
+from dtn_fast.train.config import Recipe
 from dtn_fast.train.distill import distill
 from dtn_fast.train.log_lines import read_lines
+from dtn_fast.train.run_folder import load_run
 
 DATA = Path(__file__).parent / "old_files"
 THEN = json.loads((DATA / "logits.json").read_text(encoding="utf-8"))
@@ -54,6 +56,27 @@ def test_an_old_run_is_resumed(tmp_path: Path) -> None:
     after = read_lines(run / "generation-1" / "metrics.jsonl")
     assert after[:-1] == before
     assert [row["epoch"] for row in after] == [0, 1, 2]
+
+
+def test_an_old_recipe_means_what_it_meant() -> None:
+    """What it does not say is what was done then, not today's default."""
+    recipe, _ = load_run(DATA / "run")
+    now = Recipe()
+    then = {"center_weight_decay": 1e-4, "student_centers": "new", "gain": "any", "student_warmup": 0.0}
+    assert {name: getattr(recipe, name) for name in then} == then
+    assert all(getattr(now, name) != value for name, value in then.items())
+    assert (recipe.center_lr, recipe.student_lr) == (None, 1.0)
+
+
+def test_an_old_noise_is_as_strong_as_it_was() -> None:
+    """One field was the strength of every noise."""
+    config = parse_config((DATA / "run" / "generation-0" / "config.json").read_text(), "x")
+    assert isinstance(config, DTNConfig)
+    assert (config.noise_std, config.noise_strength) == (0.1, 0.1)
+    assert DTNConfig().noise_std != 0.1
+    blur = parse_config(json.dumps({"noise": "blur", "noise_std": 0.3}), "x")
+    assert isinstance(blur, DTNConfig)
+    assert blur.noise_strength == 0.3
 
 
 def test_what_an_old_file_does_not_say_is_taken_as_dlib_and_told() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ from dtn_fast.train.ablation_tables import (
     printed_rows,
     variants_of,
 )
-from dtn_fast.train.config import BaselineConfig, Recipe
+from dtn_fast.train.config import STUDENTS, BaselineConfig, Recipe
 from dtn_fast.train.distill import distill, train_initial
 from dtn_fast.train.loop import Epoch, Step
 from dtn_fast.train.run_folder import (
@@ -75,11 +76,12 @@ def ablate(
     """Trains the variants of ABLATIONS[name] in ``out`` and measures each on the test split of ``tests``.
 
     Yields progress, then the table of all variants so far, which is also in ``out``/<name>.json, .md, .tex and .svg.
-    Trained variants are not trained again, and variants measured on the same crops are not measured again.  ``only``:
-    labels of the variants to train; default: all.  The others that are there stay in the table, whatever their recipe;
-    a column says each row's.  ``how``: device, execution and stop of ``fit``.  In a process group every process makes
-    the same call, and they share the scoring.  Raises UsageError on unknown names, a damaged table, runs to train of
-    another recipe or on other crops in ``out``, and recipes or data that the table does not allow.
+    Trained variants are not trained again, and variants measured on the same crops are not measured again; variants
+    that differ in their students alone share the initial training.  ``only``: labels of the variants to train; default:
+    all.  The others that are there stay in the table, whatever their recipe; a column says each row's.  ``how``:
+    device, execution and stop of ``fit``.  In a process group every process makes the same call, and they share the
+    scoring.  Raises UsageError on unknown names, a damaged table, runs to train of another recipe or on other crops in
+    ``out``, and recipes or data that the table does not allow.
     """
     variants = variants_of(name, recipe.methods or data.methods)
     if recipe.self_blend and ABLATIONS[name].by_forgery:
@@ -107,6 +109,7 @@ def ablate(
             recipes[variant.label] = load_run(run)[0]
             claim_crops(run, recipes[variant.label], data)
     found.on(tests, data, recipes)
+    teachers: dict[str, Path] = {}
     for number, variant in enumerate(shown):
         run = folder_of(out / name, variant)
         working = lambda event, label=variant.label, number=number: Working(label, number, len(shown), event)
@@ -114,6 +117,11 @@ def ablate(
             with locked(run):
                 if distributed.ranks().main:
                     record(run)
+                config, changed = configure(variant, model, recipe, baselines)
+                initial = {k: v for k, v in dataclasses.asdict(changed).items() if k not in STUDENTS}
+                teacher = teachers.setdefault(repr((config, initial)), run)
+                if teacher != run:  # the same initial training, done already
+                    _copy_whole(generation_folder(teacher, 0), generation_folder(run, 0))
                 for event in train_initial(run, data, **how):
                     yield working(event)
                 if variant.distil:
@@ -135,6 +143,16 @@ def _check_weights(name: str, variants: Sequence[Variant], recipe: Recipe) -> No
     if unused := set(files_of(recipe.pretrained_from)) - used:
         raise UsageError(f"--pretrained-from {' '.join(sorted(unused))}: no model of {name} begins with such weights; "
                          f"there are {', '.join(sorted(used))}")  # fmt: skip
+
+
+def _copy_whole(source: Path, target: Path) -> None:
+    """Copies a folder unless ``target`` is there; it appears whole or not at all."""
+    if distributed.ranks().main and not target.exists():
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial)
+        partial.rename(target)
+    distributed.barrier()
 
 
 def ablate_folders(
@@ -309,7 +327,7 @@ def _generations(variant: Variant, run: Path) -> list[tuple[str, int, PaperValue
     printed = TABLE10.get(variant.name, ())
     return [
         (
-            generation_name(variant.name, g),
+            f"{variant.name}-Round {g}" if variant.untaught and g else generation_name(variant.name, g),
             g,
             printed[g] if g < len(printed) else {},
         )

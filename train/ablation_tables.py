@@ -42,6 +42,8 @@ class Variant:
     """Changed fields of DTNConfig; or ``{"timm": NAME}`` for another detector."""
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Changed fields of Recipe."""
+    untaught: bool = False
+    """Whether students learn without their teacher: the KD term's weight is 0, everything else stays (a control)."""
     distil: bool = False
     """Whether to distil the model too; its best student on validation is measured."""
     every_generation: bool = False
@@ -122,17 +124,22 @@ ABLATIONS: dict[str, Ablation] = {
     )),
     "generations": Ablation("Generations of self-distillation (Table 10)", (
         Variant("DTN", distil=True, every_generation=True, recipe={"min_generations": 4, "generations": 4}),
+        Variant("DTN without a teacher", distil=True, every_generation=True, untaught=True,
+                recipe={"min_generations": 4, "generations": 4}),
         Variant("Xception", {"timm": "legacy_xception"}, distil=True, every_generation=True,
                 recipe={"min_generations": 4, "generations": 4}),
         Variant("EViT", {"timm": "efficient_vit"}, distil=True, every_generation=True,
                 recipe={"min_generations": 4, "generations": 4}),
     )),
-    "noise": Ablation("Noise on the gate's input (Figure 6a)", tuple(
+    "noise": Ablation("Noise on the gate's input (Figure 6a)", (*(
         Variant(name, {"noise": kind}) for name, kind in (
             ("Gaussian noise", "gaussian"), ("Gaussian blur", "blur"), ("compression", "compression"),
             ("contrast", "contrast"), ("none", "none"),
         )
-    )),
+    ), *(
+        Variant(f"Gaussian noise of std {std:g}", {"noise": "gaussian", "noise_std": std})
+        for std in (0.1, 0.3, 3.0, 10.0)
+    ))),
     "center-dimension": Ablation("Input of Ct-c (Figure 6b)", (
         Variant("vanilla Ct-c", recipe={"center_on": "features"}),
         Variant("low-dimensional Ct-c"),
@@ -142,6 +149,14 @@ ABLATIONS: dict[str, Ablation] = {
             Variant(name, {"backbone": name, "depth": 0, **PLAIN}),
             Variant(f"{name} + ours", {"backbone": name}),
         )
+    )),
+    "limitations": Ablation("Wrong and ambiguous samples (the paper's limitations)", (
+        Variant("DSD", distil=True),
+        *(Variant(f"DSD, {name}", recipe=how, distil=True) for name, how in (
+            ("focal weights", {"error_weights": "focal"}), ("boosted weights", {"error_weights": "boosted"}),
+            ("more of the ambiguous", {"ambiguous": 0.2}),
+            ("focal weights, more of the ambiguous", {"error_weights": "focal", "ambiguous": 0.2}),
+        )),
     )),
     "experts": Ablation("Number of experts, with and without noise (Figure 6d)", tuple(
         Variant(f"n={experts}{title}", {"num_experts": experts, "noise": noise})
@@ -166,6 +181,9 @@ def configure(
     losses = {"initial_weights": CE} if name and baselines.baseline_losses == "published" else {}
     begin = {"pretrained": published, "pretrained_from": pairs}
     changed = dataclasses.replace(recipe, **{**losses, **begin, **variant.recipe})
+    if variant.untaught:
+        ce, _, center = changed.weights
+        changed = dataclasses.replace(changed, weights=(ce, 0.0, center))
     if name:
         return timm_config(name, model.image_size, model.crop), changed
     return dataclasses.replace(model, **variant.model), changed

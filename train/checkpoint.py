@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
 
 from dtn_fast.errors import UsageError
 from dtn_fast.files import write_whole
@@ -16,6 +19,19 @@ from dtn_fast.files import write_whole
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Writes tensors, numbers and strings to ``path`` atomically (write, fsync, rename)."""
     write_whole(path, lambda file: torch.save(state, file))
+
+
+def save_centers(path: Path, centers: Tensor) -> None:
+    """Writes Ct-c centres [classes, D] to ``path`` as safetensors, atomically."""
+    write_whole(path, save({"centers": centers.detach().cpu().contiguous()}))
+
+
+def load_centers(path: Path) -> Tensor:
+    """Reads centres written by :func:`save_centers`.  Raises UsageError on any other file."""
+    try:
+        return load(path.read_bytes())["centers"]
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UsageError(f"{path}: not Ct-c centres ({error}); --student-centers new starts from new ones") from error
 
 
 def load_state(path: Path) -> dict[str, Any]:

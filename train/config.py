@@ -17,6 +17,8 @@ from dtn_fast.model.config import DTNConfig, ModelConfig, TimmConfig, read_confi
 from dtn_fast.model.pretrained import files_of
 from dtn_fast.ranges import Count, Natural, NotNegative, Positive, Range, Seed, check_ranges
 
+GainRule = Literal["interval", "any"]
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -39,26 +41,47 @@ class Recipe:
     weights: Annotated[tuple[float, float, float], Range(0)] = (4.0, 0.4, 0.6)
     """Weights of CE, KD and Ct-c in the DSD loss (Eq. 7; this order is a *choice*)."""
     initial_weights: Annotated[tuple[float, float], Range(0)] = (1.0, 1.0)
-    """Weights of CE and Ct-c in the initial training (section 3.1)."""
-    center_on: Literal["logits", "features"] = "logits"
-    """Input of the Ct-c loss: the two logits (low-dimensional Ct-c, the paper's) or a DTN's pooled features."""
+    """Weights of CE and Ct-c in the initial training, "supervised by" both (section 3.1; *choice*: equal)."""
+    center_on: Literal["logits", "probabilities", "features"] = "logits"
+    """Input of the Ct-c loss.  "We compute the loss using the low-dimensional logits, i.e., the predicted
+    probabilities": logits or their softmax (*choice*: the paper names both); features: a DTN's pooled features, as in
+    the vanilla Ct-c (Figure 6b)."""
+    center_init: Literal["one-hot", "random"] = "one-hot"
+    """Ct-c centres at the start: each class's own logit at 1 and the rest 0, or normal random numbers (*choice*)."""
+    center_lr: Positive | None = None
+    """Adam's learning rate of the Ct-c centres, divided when ``lr`` is (*choice*).  Default: ``lr``."""
+    center_weight_decay: NotNegative = 0.0
+    """Adam's weight decay of the Ct-c centres (*choice*: decay would draw them together, to the origin)."""
     temperature: Positive = 2.0
     """Temperature of the softened probabilities (soft labels) in the KD loss (*choice*)."""
     delta: Positive = 1.0
-    """Constant added to the denominator of Ct-c (Eq. 3)."""
+    """Constant added to the denominator of Ct-c, "a constant to avoid zero denominators" (Eq. 3; *choice*: Qi and Su's
+    1)."""
     real_repeat: Natural = 0
     """Repeats of each real crop per epoch, with new augmentation.  The paper uses 4; 0 chooses the number that balances
     the classes."""
     methods: tuple[str, ...] = ()
     """Forgeries to train and validate on.  Default: all in the data."""
     generations: Natural = 5
-    """Maximum number of students, trained one after another."""
+    """Maximum number of students, trained one after another (*choice*: the paper tried four and chose the third)."""
     min_generations: Natural = 0
     """Minimum number of students, trained even when validation AUC does not improve."""
     generation_patience: Count = 1
-    """Stop after this many students in a row that do not exceed the best validation AUC so far."""
+    """Stop after this many students in a row without a gain in validation AUC over the best generation before them
+    (*choice*: "until no improvements are observed" leaves the number open)."""
+    gain: GainRule = "interval"
+    """Gain that a student must have to continue the chain and to become the run's best generation.  any: a higher
+    validation AUC, the paper's "improvement"; interval: one whose 95 % interval, by bootstrap over the validation
+    videos, lies above 0 (*choice*: smaller gains did not show on test data)."""
+    student_centers: Literal["teacher", "new"] = "teacher"
+    """Ct-c centres that a student starts with: its teacher's, as its weights are, or new ones (*choice*)."""
+    student_lr: Annotated[float, Range(above=0, high=1)] = 1.0
+    """Learning rate at which each student starts ``lr``'s schedule anew, as a share of ``lr`` (*choice*)."""
+    student_warmup: NotNegative = 1.0
+    """Epochs, or a part of one, over which a student's learning rate rises linearly from 0 (*choice*: Adam's moments
+    are new, so that its first step at the full rate moves every weight by ``lr``, whatever its gradient)."""
     epoch_patience: Natural = 0
-    """Stop a generation after this many epochs in a row without a better validation AUC; 0: never."""
+    """Stop a generation after this many epochs in a row without a better validation AUC; 0: never (*choice*)."""
     augment: AugmentName = "forensic"
     """Augmentation (*choice*: the paper names only the library, Albumentations).  forensic: geometry, lighting, blur,
     noise and JPEG; light: for small, clean datasets; geometry: flips, shifts, scales and rotations alone, which leave
@@ -71,6 +94,21 @@ class Recipe:
     blend_share: Annotated[float, Range(above=0, high=1)] = 1.0
     """Share of the training fakes that --self-blend makes; below 1 the others are the data's own, and validation is on
     the data's own alone."""
+    error_weights: Literal["none", "focal", "boosted"] = "none"
+    """Weights of a student's samples: "increase the weights of incorrectly predicted samples so that the model can
+    iteratively learn more about them" (the paper's limitations).  focal: 1 + (factor - 1) * (the teacher's probability
+    of the wrong class)^gamma; boosted: each teacher multiplies the weights of the crops that it gets wrong by the
+    factor, over the generations; both with a mean of 1 over balanced classes (*choice*: the paper names no formula)."""
+    error_factor: Annotated[float, Range(1, 1000)] = 3.0
+    """Factor of ``error_weights`` (*choice*)."""
+    focal_gamma: NotNegative = 2.0
+    """Exponent gamma of focal weights (*choice*: Lin et al., 2017)."""
+    ambiguous: Annotated[float, Range(0, 0.5)] = 0.0
+    """Largest distance from 0.5 of the teacher's P(fake) that makes a crop ambiguous; 0: none is.  Ambiguous crops get
+    more "rotation, flipping, scaling" in a student's training, "to generate more training instances" (the paper's
+    limitations; *choice* of distance and amounts)."""
+    ambiguous_draws: Annotated[int, Range(1, 100)] = 2
+    """Number of times that an ambiguous crop is drawn where another is drawn once (*choice*)."""
     cache_teacher: Natural = 0
     """Fixed number of augmented views per crop.  The teacher labels each view once and its logits are kept.  0: new
     augmentation in every epoch, nothing kept."""
@@ -95,8 +133,10 @@ class Recipe:
         check_ranges(self)
         if self.blend_share < 1 and not self.self_blend:
             raise UsageError("--blend-share: only with --self-blend")
-        if self.cache_teacher and self.self_blend:
-            raise UsageError("--cache-teacher with --self-blend: blends are new in every epoch; drop one of the two")
+        for option in ("--cache-teacher" * bool(self.cache_teacher), "--error-weights" * (self.error_weights != "none"),
+                       "--ambiguous" * bool(self.ambiguous)):  # fmt: skip
+            if option and self.self_blend:
+                raise UsageError(f"{option} with --self-blend: blends are new in every epoch; drop one of the two")
         if self.pretrained_from and not self.pretrained:
             raise UsageError("--pretrained-from: only with --pretrained")
         files_of(self.pretrained_from)
@@ -122,6 +162,13 @@ class BaselineConfig:
     by the recipe's losses, CE + Ct-c unless changed."""
 
 
+CHAIN = ("generations", "min_generations", "generation_patience", "gain")
+"""Fields of Recipe that say when the chain of students ends, and which generation is the best."""
+STUDENTS = (
+    *CHAIN, "weights", "temperature", "student_centers", "student_lr", "student_warmup", "error_weights",
+    "error_factor", "focal_gamma", "ambiguous", "ambiguous_draws", "cache_teacher",
+)  # fmt: skip
+"""Fields of Recipe that the initial training does not depend on."""
 Switch = Literal["auto", "on", "off"]
 
 
@@ -182,7 +229,13 @@ class Preset(NamedTuple):
     recipe: Recipe
 
 
-FFPP = Recipe(real_repeat=4, methods=("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures"))
+FFPP = Recipe(
+    real_repeat=4,
+    methods=("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures"),
+    generations=3,
+    min_generations=3,
+    gain="any",
+)
 RunPreset = Literal["paper", "tiny", "ffpp-c23", "robustness", "cross-manipulation", "demo"]
 PRESETS: dict[RunPreset, Preset] = {
     "paper": Preset("paper", Recipe()),
@@ -204,9 +257,10 @@ PRESETS: dict[RunPreset, Preset] = {
     ),
 }
 """Presets by name.  paper, tiny: that model with the paper's recipe, on every forgery in the data.  ffpp-c23: the
-paper's training on FaceForensics++.  robustness: the same for Figure 5, which measures "various unseen corruptions",
-with an augmentation that holds none of them.  cross-manipulation: training on a single forgery (choose it by
---methods), to be tested on each forgery.  demo: the training of ``dtn-fast demo``."""
+paper's training on FaceForensics++, to its student 3 ("so we chose student 3 as our model").  robustness: the same for
+Figure 5, which measures "various unseen corruptions", with an augmentation that holds none of them.
+cross-manipulation: training on a single forgery (choose it by --methods), to be tested on each forgery.  demo: the
+training of ``dtn-fast demo``."""
 DEFAULT_PRESET: RunPreset = "paper"
 
 

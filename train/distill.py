@@ -8,14 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import UsageError
 from dtn_fast.model.build import build_detector, load_detector
 from dtn_fast.model.detector import WEIGHTS
 from dtn_fast.model.pretrained import files_of
+from dtn_fast.train.checkpoint import load_centers
+from dtn_fast.train.config import Recipe
 from dtn_fast.train.loop import Epoch, Step, fit
-from dtn_fast.train.run_folder import STATE, best_auc, claim_crops, forget, generation_folder, load_run, summarise
+from dtn_fast.train.run_folder import (
+    CENTERS,
+    STATE,
+    claim_crops,
+    claim_students,
+    forget,
+    generation_folder,
+    load_run,
+    record_student,
+    summarise,
+)
 from dtn_fast.train.run_lock import locked
 
 
@@ -35,28 +48,35 @@ def train_initial(run: Path, dataset: CropDataset, **how: Any) -> Generator[Step
 
 
 def distill(
-    run: Path, dataset: CropDataset, restart: int | None = None, **how: Any
+    run: Path, dataset: CropDataset, restart: int | None = None, recipe: Recipe | None = None, **how: Any
 ) -> Generator[Step | Epoch, None, None]:
-    """Trains generations 1, 2, ... by DSD, each started from its frozen teacher, until validation AUC has not improved
-    for ``generation_patience`` generations.
+    """Trains generations 1, 2, ... by DSD, each started from its frozen teacher, until ``generation_patience``
+    generations in a row have shown no gain in validation AUC.
 
     Finished generations are kept, an unfinished one is resumed; ``restart`` first deletes that generation and the later
-    ones.  ``how`` as in :func:`train_initial`.  Raises UsageError when generation 0 is not trained, or was on other
-    crops, or another process trains the run.
+    ones.  recipe: the students' recipe, which is stored with them; default: the run's.  ``how`` as in
+    :func:`train_initial`.  Raises UsageError when generation 0 is not trained, or was on other crops, or the students
+    were begun by another recipe, or another process trains the run.
     """
-    recipe, _ = load_run(run)
+    recipe = recipe or load_run(run)[0]
     if not (generation_folder(run, 0) / WEIGHTS).is_file():
         raise UsageError(f"{run}: generation 0 is not trained; run dtn-fast train first")
     with locked(run):
         claim_crops(run, recipe, dataset)
         if restart is not None:
             forget(run, restart)
+        claim_students(run, recipe)
         for generation in range(1, recipe.generations + 1):
             teacher = load_detector(generation_folder(run, generation - 1)).requires_grad_(False)
             student = copy.deepcopy(teacher).requires_grad_(True)
-            yield from fit(student, dataset, recipe, generation_folder(run, generation), teacher, generation, **how)
-            summarise(run)
-            aucs = [best_auc(run, number) for number in range(generation + 1)]
-            without_gain = generation - aucs.index(max(aucs))
+            record_student(run, generation, recipe)
+            own = {**how, "centers": _centers(generation_folder(run, generation - 1), recipe)}
+            yield from fit(student, dataset, recipe, generation_folder(run, generation), teacher, generation, **own)
+            without_gain = generation - summarise(run)["best"]
             if without_gain >= recipe.generation_patience and generation >= recipe.min_generations:
                 break
+
+
+def _centers(teacher: Path, recipe: Recipe) -> Tensor | None:
+    """The Ct-c centres that a student starts with; None: new ones."""
+    return load_centers(teacher / CENTERS) if recipe.student_centers == "teacher" else None

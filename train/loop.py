@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dtn_fast.data.augment import Augment, DeviceAugment
 from dtn_fast.data.blend import partly_blended, self_blended
-from dtn_fast.data.config import AUGMENTATIONS
+from dtn_fast.data.config import AUGMENTATIONS, NO_AUGMENTATION, turned_more
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.loader import Batch, Loader
 from dtn_fast.data.synthetic_marker import STAMP
@@ -34,11 +34,21 @@ from dtn_fast.model.detector import Detector, check_state
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train import distributed
-from dtn_fast.train.checkpoint import load_state, save_state
+from dtn_fast.train.checkpoint import load_state, save_centers, save_state
 from dtn_fast.train.config import Execution, Recipe
+from dtn_fast.train.hard_samples import emphasis_of
 from dtn_fast.train.log_lines import append_line, cut_lines
 from dtn_fast.train.rehearsal import ENOUGH, rehearse
-from dtn_fast.train.run_folder import METRICS, NONFINITE, STATE, STEPS, VALIDATION, trained_on
+from dtn_fast.train.run_folder import (
+    CENTERS,
+    METRICS,
+    NONFINITE,
+    STATE,
+    STEPS,
+    VALIDATION,
+    generation_folder,
+    trained_on,
+)
 from dtn_fast.train.step import TrainStep, batch_of_rank
 
 LAG = 4
@@ -172,16 +182,18 @@ def fit(
     device: str | torch.device = "cpu",
     execution: Execution = Execution(),
     stop: Callable[[], int] = lambda: 0,
+    centers: Tensor | None = None,
 ) -> Generator[Step | Epoch, None, None]:
     """Trains ``model`` and yields progress; with a ``teacher`` by DSD, else by CE + Ct-c.
 
-    ``out`` receives the weights of the epoch with the best validation AUC and its validation scores, metrics.jsonl,
-    steps.jsonl and the training state: a call on a folder with an unfinished run resumes it, with the same result as
-    without the pause.  ``stop`` is called after every step; when it returns the number of a signal, the state is saved
-    and Stopped is raised.  In a process group every process makes the same call and the first one writes.  Raises
-    UsageError when the image size does not fit or a split lacks a class, DtnError when too many steps were not finite.
+    ``out`` receives the weights of the epoch with the best validation AUC, its Ct-c centres and validation scores,
+    metrics.jsonl, steps.jsonl and the training state: a call on a folder with an unfinished run resumes it, with the
+    same result as without the pause.  ``stop`` is called after every step; when it returns the number of a signal, the
+    state is saved and Stopped is raised.  centers: as in TrainStep.  In a process group every process makes the same
+    call and the first one writes.  Raises UsageError when the image size does not fit or a split lacks a class,
+    DtnError when too many steps were not finite.
     """
-    loop = _Loop(model, dataset, recipe, out, teacher, generation, torch.device(device), execution, stop)
+    loop = _Loop(model, dataset, recipe, out, teacher, generation, torch.device(device), execution, stop, centers)
     yield from loop.run()
 
 
@@ -197,6 +209,7 @@ class _Loop:
         device: torch.device,
         execution: Execution,
         stop: Callable[[], int],
+        centers: Tensor | None,
     ) -> None:
         self.recipe, self.execution, self.out, self.stop = recipe, execution, out, stop
         self.generation, self.device, self.ranks = generation, device, distributed.ranks()
@@ -208,15 +221,23 @@ class _Loop:
         self.dataset = dataset
         train_rows, self.val_rows = splits(dataset, recipe, model)
         model.notice = STAMP if dataset.synthetic else ""
-        self.step = TrainStep(model, recipe, execution, device, teacher)
+        self.step = TrainStep(model, recipe, execution, device, teacher, centers)
         preset = AUGMENTATIONS.get(recipe.augment)
         where = recipe.augment_on if recipe.augment_on != "auto" else "device" if device.type == "cuda" else "cpu"
-        on_cpu = Augment(preset) if preset and where == "cpu" else None
-        self.augment = DeviceAugment(preset) if preset and where == "device" else None
+        emphasis = None
+        if teacher is not None:
+            folders = generation_folder(out.parent, generation - 1), out
+            emphasis = emphasis_of(teacher, dataset, train_rows, recipe, folders, device)
+        strong = None
+        if emphasis is not None and emphasis.strongly.any():
+            preset, strong = preset or NO_AUGMENTATION, turned_more(preset)
+        on_cpu = Augment(preset, strong) if preset and where == "cpu" else None
+        self.augment = DeviceAugment(preset, strong) if preset and where == "device" else None
         batch = batch_of_rank(recipe, self.ranks.world)
         self.loader = Loader(
             dataset, train_rows, batch, (recipe.seed, generation), recipe.real_repeat, *self.ranks, device=device,
             resident=execution.resident, transform=on_cpu, views=recipe.cache_teacher if teacher is not None else 0,
+            emphasis=emphasis,
         )  # fmt: skip
         if self.loader.total < recipe.batch_size and recipe.batch_size > batch // recipe.accumulate:
             raise UsageError(
@@ -258,7 +279,8 @@ class _Loop:
 
     def _epoch(self) -> Generator[Step | Epoch, None, None]:
         position, epoch = self.position, self.position.epoch
-        lr, steps = self.step.set_epoch(epoch), len(self.loader)
+        steps = len(self.loader)
+        lr = self.step.set_time(epoch, steps - 1, steps)  # of a run that was stopped after the epoch's last step
         self.step.model.train()
         readback = Readback(LAG if self.device.type == "cuda" else 0)
         clock = _Clock(self.loader, self.recipe.batch_size, self.device)
@@ -266,28 +288,29 @@ class _Loop:
         for number, batch in enumerate(self.loader.epoch(epoch, first), first):
             # the seed depends on the step's position alone, so a resumed run draws the same random numbers
             torch.manual_seed(seed_of(self.recipe.seed, self.generation, epoch, number, self.ranks.rank))
-            crops = self.augment(batch.crops, batch.seeds) if self.augment else batch.crops
-            outcome = self.step(crops, batch.labels, self.soft.get(batch) if self.soft else None)
+            lr = self.step.set_time(epoch, number, steps)
+            crops = self.augment(batch.crops, batch.seeds, batch.strongly) if self.augment else batch.crops
+            outcome = self.step(crops, batch.labels, self.soft.get(batch) if self.soft else None, batch.weights)
             if self.soft is not None and outcome.soft is not None:
                 self.soft.put(batch, outcome.soft)
             self.loader.release(batch)
             stop_signal = torch.full((1,), float(self.stop()), device=self.device)
-            readback.push((number, batch.rows), torch.cat((outcome.values, distributed.largest(stop_signal))))
+            readback.push((number, batch.rows, lr), torch.cat((outcome.values, distributed.largest(stop_signal))))
             save = self.execution.save_every and (number + 1) % self.execution.save_every == 0 and number + 1 < steps
             signalled = 0
-            for (done, rows), (*values, flag) in readback.pop(everything=bool(save)):
-                yield self._account(done, steps, rows, values, lr, clock)
+            for (done, rows, rate), (*values, flag) in readback.pop(everything=bool(save)):
+                yield self._account(done, steps, rows, values, rate, clock)
                 signalled = signalled or int(flag)
             if signalled:
-                for (done, rows), (*values, _) in readback.pop(everything=True):
-                    yield self._account(done, steps, rows, values, lr, clock)
+                for (done, rows, rate), (*values, _) in readback.pop(everything=True):
+                    yield self._account(done, steps, rows, values, rate, clock)
             if save or signalled:
                 position.step = number + 1
                 self._save()
             if signalled:
                 raise Stopped(signalled, f"generation {self.generation}, epoch {epoch + 1}, step {number + 1}")
-        for (done, rows), (*values, _) in readback.pop(everything=True):
-            yield self._account(done, steps, rows, values, lr, clock)
+        for (done, rows, rate), (*values, _) in readback.pop(everything=True):
+            yield self._account(done, steps, rows, values, rate, clock)
         yield self._close(lr, clock)
 
     def _account(
@@ -343,8 +366,11 @@ class _Loop:
             position.best, position.stale = metrics.auc, 0
             if self.ranks.main:
                 self.step.eval_model().save_pretrained(self.out)
-                labels = self.dataset.labels[self.val_rows]
-                write_whole(self.out / VALIDATION, lambda file: np.savez(file, labels=labels, scores=scores))
+                save_centers(self.out / CENTERS, self.step.centers)
+                labels, video = self.dataset.labels[self.val_rows], self.dataset.video[self.val_rows]
+                write_whole(
+                    self.out / VALIDATION, lambda file: np.savez(file, labels=labels, scores=scores, video=video)
+                )
         means = {name: value / max(position.counted, 1) for name, value in position.sums.items() if name != "grad_norm"}
         report = Epoch(
             self.generation, position.epoch, lr, means, metrics.auc, metrics.acc, position.best, *rate, position.skipped

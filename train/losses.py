@@ -6,19 +6,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-cross_entropy = F.cross_entropy  # Eq. 2
+
+def cross_entropy(logits: Tensor, labels: Tensor, samples: Tensor | None = None) -> Tensor:
+    """Cross-entropy with the labels (Eq. 2), a scalar; samples: weight of each sample [B], of mean 1 over the data."""
+    if samples is None:
+        return F.cross_entropy(logits, labels)
+    return (F.cross_entropy(logits, labels, reduction="none") * samples).mean()
 
 
-def contrastive_center(logits: Tensor, labels: Tensor, centers: Tensor, delta: float) -> Tensor:
+def contrastive_center(
+    logits: Tensor, labels: Tensor, centers: Tensor, delta: float, samples: Tensor | None = None
+) -> Tensor:
     """Low-dimensional contrastive-center loss on the logits (Eq. 3; Qi and Su, 2017), a scalar.
 
     1/2 * mean_i ||z_i - c_yi||^2 / (sum_{j != yi} ||z_i - c_j||^2 + delta).  logits: [B, D], the logits (D = classes)
     or other points; centers: [classes, D], learnable.
     The mean over the batch in place of the sum keeps the balance with the other losses at any batch size (*choice*).
+    samples as in :func:`cross_entropy`.
     """
     distance = (logits[:, None] - centers[None]).square().sum(2)  # [B, classes]
     own = distance.gather(1, labels[:, None]).squeeze(1)
-    return 0.5 * (own / (distance.sum(1) - own + delta)).mean()
+    each = own / (distance.sum(1) - own + delta)
+    return 0.5 * (each if samples is None else each * samples).mean()
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -54,15 +63,17 @@ def dsd_loss(
     temperature: float,
     delta: float,
     points: Tensor | None = None,
+    samples: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Deepfake self-distillation (Eq. 7): w0 * CE + w1 * KD + w2 * Ct-c.  Returns each term and the ``loss``.
 
     The paper gives the weights 4, 0.4, 0.6; assigning them to CE, KD, Ct-c in this order is a *choice*.
-    points as in :func:`initial_loss`.
+    points as in :func:`initial_loss`.  samples: weight of each sample [B] in CE and Ct-c, the terms of its label; KD
+    does not get them, as it would repeat the teacher's error (*choice*).
     """
-    ce = cross_entropy(logits, labels)
+    ce = cross_entropy(logits, labels, samples)
     kd = distillation(logits, teacher_logits.detach(), temperature)
-    center = contrastive_center(logits if points is None else points, labels, centers, delta)
+    center = contrastive_center(logits if points is None else points, labels, centers, delta, samples)
     return {
         "loss": weights[0] * ce + weights[1] * kd + weights[2] * center,
         "ce": ce,
@@ -71,6 +82,8 @@ def dsd_loss(
     }
 
 
-def initial_centers(classes: int, width: int | None = None) -> Tensor:
-    """One-hot starting centres [classes, width]: each class's own logit at 1 (*choice*)."""
-    return torch.eye(classes, width or classes)
+def initial_centers(classes: int, width: int, kind: str, seed: int) -> Tensor:
+    """Starting centres [classes, width] by Recipe.center_init: one-hot, or random, the same for a seed."""
+    if kind == "one-hot":
+        return torch.eye(classes, width)
+    return torch.randn(classes, width, generator=torch.Generator().manual_seed(seed))

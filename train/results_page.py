@@ -12,7 +12,7 @@ from dtn_fast.files import write_whole
 from dtn_fast.html_page import data_uri, render
 from dtn_fast.model.detector import WEIGHTS
 from dtn_fast.provenance import commands
-from dtn_fast.train.run_folder import RECIPE, generation_folder
+from dtn_fast.train.run_folder import RECIPE, generation_folder, judge
 from dtn_fast.train.run_report import Plot, notice_of, plots_of, read_generations
 from dtn_fast.version import __version__
 
@@ -67,7 +67,8 @@ def section(path: Path) -> Section:
         read = list(read_generations(path))
         done = [g for g in read if g.epochs]
         plots = list(plots_of(read))
-        best = max(done, key=lambda g: g.best["val_auc"], default=None)
+        number, _ = judge(path)
+        best = next((g for g in done if g.number == number), None)
         for g in done:
             mark = "best" if g is best else ""
             generations.append([g.name, f"{g.best['val_auc']:.4f}", str(len(g.epochs)), mark])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,21 +18,31 @@ from dtn_fast.data.config import trained_corruptions
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.dataclass_json import differences, from_fields, from_json
 from dtn_fast.errors import UsageError, tell
+from dtn_fast.evaluation.config import EvaluateConfig
+from dtn_fast.evaluation.metrics import auc_gain_interval
 from dtn_fast.files import json_text, write_whole
 from dtn_fast.model.build import timm_config
 from dtn_fast.model.config import ModelConfig, TimmConfig, TrainedOn, crop_policy, parse_config
 from dtn_fast.model.detector import WEIGHTS
-from dtn_fast.runtime.load import RECIPE, SUMMARY
+from dtn_fast.runtime.load import RECIPE, STUDENT, SUMMARY
 from dtn_fast.train import distributed
-from dtn_fast.train.config import Recipe
+from dtn_fast.train.config import CHAIN, GainRule, Recipe
 from dtn_fast.train.log_lines import read_lines
 
 STATE, METRICS, STEPS = "last.pt", "metrics.jsonl", "steps.jsonl"
 NONFINITE, VALIDATION = "nonfinite.jsonl", "validation.npz"
+CENTERS = "centers.safetensors"
 CROPS = "crops.json"
 
 OLD_NAMES = {"patience": "epoch_patience"}
 """Fields of Recipe that had another name in version 0.1: old name -> new name."""
+OLD_VALUES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "center_weight_decay": lambda fields: fields["weight_decay"],
+    "gain": lambda fields: "any",
+    "student_centers": lambda fields: "new",
+    "student_warmup": lambda fields: 0.0,
+}
+"""Fields that earlier versions lacked and whose default is not what they did then: name -> value, from the others."""
 
 
 def generation_folder(run: Path, generation: int) -> Path:
@@ -41,6 +53,34 @@ def best_auc(run: Path, generation: int) -> float:
     """The best validation AUC of a generation so far, -1 before its first epoch."""
     rows = read_lines(generation_folder(run, generation) / METRICS)
     return max((row["val_auc"] for row in rows), default=-1.0)
+
+
+class Gain(NamedTuple):
+    """A student's validation AUC less that of the best generation before it."""
+
+    value: float
+    low: float | None
+    """Lower end of its 95 % interval; None if one of them has no scores by video, as in runs of earlier versions."""
+    high: float | None
+
+    def counts(self, rule: GainRule) -> bool:
+        """Whether it is one by ``rule`` (Recipe.gain)."""
+        return self.value > 0 and (rule == "any" or (self.low is not None and self.low > 0))
+
+
+def gain(run: Path, before: int, after: int) -> Gain:
+    """Gain of generation ``after`` over ``before``, on the same validation crops."""
+    value = best_auc(run, after) - best_auc(run, before)
+    try:
+        old, new = (np.load(generation_folder(run, g) / VALIDATION, allow_pickle=False) for g in (before, after))
+        with old, new:
+            found = auc_gain_interval(
+                new["labels"], old["scores"], new["scores"], new["video"].tolist(), EvaluateConfig.bootstrap_draws,
+                EvaluateConfig.confidence,
+            )  # fmt: skip
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        found = None
+    return Gain(value, *(found or (None, None)))
 
 
 def start_run(run: Path, recipe: Recipe, config: ModelConfig) -> None:
@@ -143,9 +183,50 @@ def load_run(run: Path) -> tuple[Recipe, ModelConfig]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         fields = {OLD_NAMES.get(name, name): value for name, value in stored["recipe"].items()}
+        fields = {name: value(fields) for name, value in OLD_VALUES.items()} | fields
         return from_fields(Recipe, fields, str(path)), parse_config(json_text(stored["model"]), str(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{run}: no training run there ({error}); run dtn-fast train first") from error
+
+
+def student_recipe(run: Path, generation: int) -> Recipe:
+    """The recipe that a student was distilled by: its own, or the run's, as always in earlier versions."""
+    path = generation_folder(run, generation) / STUDENT
+    if not path.is_file():
+        return load_run(run)[0]
+    try:
+        return from_fields(Recipe, json.loads(path.read_text(encoding="utf-8"))["recipe"], str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: damaged ({error}); distil generation {generation} again with --restart") from error
+
+
+def claim_students(run: Path, recipe: Recipe) -> None:
+    """Records ``recipe`` as the one that the students begun so far go on by.
+
+    Raises UsageError when one of them was begun by another, except for the fields that only end the chain.
+    """
+    generation = 1
+    begun = []
+    while any(generation_folder(run, generation).glob("*")):
+        known = student_recipe(run, generation)
+        chain = {name: getattr(recipe, name) for name in CHAIN}
+        if differ := differences(dataclasses.asdict(dataclasses.replace(known, **chain)), dataclasses.asdict(recipe)):
+            raise UsageError(
+                f"{generation_folder(run, generation)}: distilled with {differ}; repeat these, or add --restart "
+                f"{generation}"
+            )
+        begun.append(generation)
+        generation += 1
+    distributed.barrier()
+    for generation in begun:
+        record_student(run, generation, recipe)
+
+
+def record_student(run: Path, generation: int, recipe: Recipe) -> None:
+    """Writes the recipe that a student is distilled by."""
+    if distributed.ranks().main:
+        text = json_text({"recipe": dataclasses.asdict(recipe)}, indent=2)
+        write_whole(generation_folder(run, generation) / STUDENT, text)
 
 
 def forget(run: Path, generation: int) -> None:
@@ -165,20 +246,48 @@ def forget(run: Path, generation: int) -> None:
     distributed.barrier()
 
 
-def summarise(run: Path) -> dict[str, Any]:
-    """Writes and returns summary.json: all generations, and the best one (the earliest if several are equal).
+def _rule(run: Path) -> GainRule:
+    """The rule of gains that the run was last distilled by."""
+    count = 0
+    while (generation_folder(run, count + 1) / METRICS).is_file():
+        count += 1
+    return student_recipe(run, count).gain
 
-    Raises UsageError when the run has no metrics.
+
+def judge(run: Path) -> tuple[int | None, list[dict[str, Any]]]:
+    """The best generation of a run, the last with a gain by the recipe's rule, and a row for each; None: none trained.
+
+    A gain without the interval that the rule asks for does not count.
     """
-    rows = []
-    generation = 0
+    rule = _rule(run)
+    rows: list[dict[str, Any]] = []
+    best = generation = 0
     while (generation_folder(run, generation) / METRICS).is_file():
         epochs = read_lines(generation_folder(run, generation) / METRICS)
-        rows.append({"generation": generation, "epochs": len(epochs), "val_auc": best_auc(run, generation)})
+        row: dict[str, Any] = {"generation": generation, "epochs": len(epochs), "val_auc": best_auc(run, generation)}
+        if generation and epochs:
+            found = gain(run, best, generation)
+            row |= {"over": best, "gain": found}
+            best = generation if found.counts(rule) else best
+        rows.append(row)
         generation += 1
-    if not rows:
+    return best if rows else None, rows
+
+
+def summarise(run: Path) -> dict[str, Any]:
+    """Writes and returns summary.json: all generations, and the best one, as :func:`judge` finds them.
+
+    Raises UsageError when the run has no metrics, or a gain cannot be judged.
+    """
+    best, rows = judge(run)
+    if best is None:
         raise UsageError(f"{generation_folder(run, 0) / METRICS}: missing; delete {run} and train it again")
-    best = max(rows, key=lambda row: row["val_auc"])["generation"]
+    for row in rows:
+        if "gain" in row and row["gain"].low is None and _rule(run) == "interval":
+            folders = " or ".join(str(generation_folder(run, g)) for g in (row["over"], row["generation"]))
+            raise UsageError(
+                f"{folders}: no validation scores by video, damaged or of an earlier version; use --gain any"
+            )
     summary = {"best": best, "generations": rows}
     if distributed.ranks().main:
         write_whole(run / SUMMARY, json_text(summary, indent=2))

@@ -21,8 +21,19 @@ from dtn_fast.evaluation.plotting import DASHES, drawing, svg_text
 from dtn_fast.files import write_whole
 from dtn_fast.html_page import data_uri, render
 from dtn_fast.model.detector import WEIGHTS
+from dtn_fast.train.config import Recipe
+from dtn_fast.train.hard_samples import told
 from dtn_fast.train.log_lines import read_lines
-from dtn_fast.train.run_folder import METRICS, NONFINITE, STEPS, VALIDATION, generation_folder, load_run
+from dtn_fast.train.run_folder import (
+    METRICS,
+    NONFINITE,
+    STEPS,
+    VALIDATION,
+    generation_folder,
+    judge,
+    load_run,
+    student_recipe,
+)
 from dtn_fast.version import __version__
 
 PAGE = "report.html"
@@ -91,17 +102,25 @@ def write_run_report(run: Path) -> Path:
     """
     recipe, config = load_run(run)
     generations = list(read_generations(run))
-    best = max((g for g in generations if g.epochs), key=lambda g: g.best["val_auc"], default=None)
+    number, judged = judge(run)
+    best = next((g for g in generations if g.number == number and g.epochs), None)
     page = render(
         Path(__file__).with_name("run_report.html"),
         run=run.resolve().name,
         notice=notice_of(generation_folder(run, best.number) / WEIGHTS) if best else "",
         generations=generations,
         best=best,
-        planned=recipe.epochs,
+        gains={row["generation"]: (row["over"], row["gain"]) for row in judged if "gain" in row},
+        stressed={g.number: told(generation_folder(run, g.number), student_recipe(run, g.number)) for g in generations},
+        rule=student_recipe(run, max((g.number for g in generations), default=0)).gain,
+        planned={g.number: student_recipe(run, g.number).epochs for g in generations},
         plots=list(plots_of(generations)),
         threshold=EvaluateConfig.threshold,
-        settings={"Recipe": list(_settings(recipe)), "Model": list(_settings(config))},
+        settings={
+            "Recipe": list(_settings(recipe)),
+            "Model": list(_settings(config)),
+            **{f"Generation {g.number}": rows for g in generations if (rows := _changes(run, g.number, recipe))},
+        },
         versions=f"dtn_fast {__version__}, torch {torch.__version__}",
     )
     write_whole(run / PAGE, page)
@@ -149,6 +168,13 @@ def _settings(config: Any) -> Iterator[tuple[str, str, str | None]]:
         value = getattr(config, field.name)
         same = field.default in (dataclasses.MISSING, value)
         yield field.name, text(value), None if same else text(field.default)
+
+
+def _changes(run: Path, generation: int, recipe: Recipe) -> list[tuple[str, str, str | None]]:
+    """Name and value of every field of a student's recipe that is not the run's, and the run's value."""
+    own = list(_settings(student_recipe(run, generation)))
+    return [(name, value, before) for (name, value, _), (_, before, _) in zip(own, _settings(recipe), strict=True)
+            if value != before]  # fmt: skip
 
 
 def plots_of(generations: list[Generation]) -> Iterator[Plot]:

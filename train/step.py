@@ -40,7 +40,8 @@ class TrainStep:
 
     A step whose loss or gradient is not finite changes nothing: neither weights, nor their average, nor Adam's moments,
     nor BN statistics.  (In fp16 a gradient that overflows its loss scale leaves only weights and moments unchanged.)
-    Raises UsageError when ``execution`` requests something that this machine or ``recipe`` does not allow.
+    centers: Ct-c centres [classes, D] to start with; None: new ones.  Raises UsageError when ``execution`` requests
+    something that this machine or ``recipe`` does not allow, or the centres are of another width.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class TrainStep:
         execution: Execution,
         device: torch.device,
         teacher: Detector | None = None,
+        centers: Tensor | None = None,
     ) -> None:
         set_backends(execution)
         here, cuda = ranks(), device.type == "cuda"
@@ -65,7 +67,16 @@ class TrainStep:
         if here.world > 1 and recipe.sync_bn:
             self.model = synchronise_bn(self.model, device)  # type: ignore[assignment]
         width = self._center_width(model)
-        self.centers = nn.Parameter(initial_centers(model.config.num_classes, width).to(device))
+        classes = model.config.num_classes
+        first = initial_centers(classes, width or classes, recipe.center_init, recipe.seed)
+        self.centers = nn.Parameter(first.to(device))
+        if centers is not None:
+            if centers.shape != self.centers.shape:
+                raise UsageError(
+                    f"--center-on {recipe.center_on}: takes centres {list(self.centers.shape)}, the teacher's are "
+                    f"{list(centers.shape)}; use the teacher's --center-on, or --student-centers new"
+                )
+            self.centers.data.copy_(centers)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False) if recipe.ema else None
         self.teacher = self._freeze(teacher, execution.fold_teacher) if teacher is not None else None
         names = ("loss", "ce", "kd", "center") if teacher is not None else ("loss", "ce", "center")
@@ -74,12 +85,17 @@ class TrainStep:
         self._terms = names
 
         self.captured = execution.captured(device, here.world)
-        self.lr = torch.tensor(recipe.lr, device=device) if self.captured else recipe.lr
         self._how: dict[str, Any] = {
             "fused": self.fused or None, "foreach": None if self.fused else True, "capturable": self.captured,
         }  # fmt: skip
         self._parameters = [*self.model.parameters(), self.centers]
-        self.optimizer = torch.optim.Adam(self._parameters, lr=self.lr, weight_decay=recipe.weight_decay, **self._how)
+        self._rates = recipe.lr, recipe.center_lr or recipe.lr
+        groups = (list(self.model.parameters()), recipe.weight_decay), ([self.centers], recipe.center_weight_decay)
+        self.optimizer = torch.optim.Adam([
+            {"params": chosen, "weight_decay": decay, "lr": torch.tensor(lr, device=device) if self.captured else lr}
+            for (chosen, decay), lr in zip(groups, self._rates, strict=True)
+        ], **self._how)  # fmt: skip
+        self._scale = 1.0
         norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         self._statistics = _Kept([b for m in norms for b in m.buffers(recurse=False)])
 
@@ -94,26 +110,42 @@ class TrainStep:
             self._run, self._losses = torch.compile(self._run), torch.compile(self._losses)
             self._ask = torch.compile(self.teacher) if self.teacher is not None else None
 
-    def __call__(self, crops: Tensor, labels: Tensor, soft: Tensor | None = None) -> Outcome:
+    def __call__(
+        self, crops: Tensor, labels: Tensor, soft: Tensor | None = None, samples: Tensor | None = None
+    ) -> Outcome:
         """Trains on one batch, without waiting for the device.
 
         crops: [B, S, S, 3] uint8, labels: [B] int64, both on the device.  soft: the teacher's logits [B, classes] if
-        they are cached; None: compute them.
+        they are cached; None: compute them.  samples: weights [B] float32 of the samples in DSD, in every call or none.
         """
         if not self.captured:
-            return self._compute(crops, labels, soft)
+            return self._compute(crops, labels, soft, samples)
         if (kind := soft is None) not in self._graphs:
             self._graphs[kind] = _Graph(self._compute)
-        return self._graphs[kind](crops, labels, soft)
+        return self._graphs[kind](crops, labels, soft, samples)
 
-    def set_epoch(self, epoch: int) -> float:
-        """Sets and returns the epoch's learning rate, which is divided by ten after every ``lr_step`` epochs."""
-        lr = self.recipe.lr * 0.1 ** (epoch // self.recipe.lr_step)
-        if isinstance(self.lr, Tensor):
-            self.lr.fill_(lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr if isinstance(self.lr, Tensor) else lr
-        return lr
+    def set_time(self, epoch: int, step: int = 0, steps: int = 1) -> float:
+        """Sets the learning rates of step ``step`` of the ``steps`` of an epoch; returns the model's.
+
+        They are divided by ten after every ``lr_step`` epochs; a student's are ``student_lr`` of that, and rise over
+        ``student_warmup`` epochs.
+        """
+        scale = 0.1 ** (epoch // self.recipe.lr_step)
+        if self.teacher is not None:
+            scale *= self.recipe.student_lr
+            if self.recipe.student_warmup:
+                scale *= min((epoch + (step + 1) / steps) / self.recipe.student_warmup, 1.0)
+        if scale != self._scale:
+            self._scale = scale
+            self._set_rates()
+        return self._rates[0] * scale
+
+    def _set_rates(self) -> None:
+        for group, lr in zip(self.optimizer.param_groups, self._rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr * self._scale)  # in place: a captured step reads this tensor
+            else:
+                group["lr"] = lr * self._scale
 
     def eval_model(self) -> Detector:
         """The eval model, to validate and save: the moving average of the weights if there is one, else the model."""
@@ -134,11 +166,13 @@ class TrainStep:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restores a training state made by :meth:`state`; call ``set_epoch`` afterwards."""
+        """Restores a training state made by :meth:`state`; call ``set_time`` afterwards."""
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # this run's choice of Adam implementation, not the saved one's
-            group.update(self._how)
+        own = [(group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(_with_groups(state["optimizer"]))
+        for group, (lr, decay) in zip(self.optimizer.param_groups, own, strict=True):
+            # this run's choice of Adam implementation, and its learning rates, which a captured step may read
+            group.update(self._how, lr=lr, weight_decay=decay)
         for moments in self.optimizer.state.values():
             moments["step"] = moments["step"].to(self.device if self.fused or self.captured else "cpu")
         self.scaler.load_state_dict(state["scaler"])
@@ -157,7 +191,7 @@ class TrainStep:
             return copied
         return self._place(frozen(copied)).to(self.dtype)
 
-    def _compute(self, crops: Tensor, labels: Tensor, soft: Tensor | None) -> Outcome:
+    def _compute(self, crops: Tensor, labels: Tensor, soft: Tensor | None, samples: Tensor | None) -> Outcome:
         self.optimizer.zero_grad(set_to_none=True)
         images = normalise(crops, self.config, self.device)
         if not self.channels_last:
@@ -167,16 +201,16 @@ class TrainStep:
             soft = self._teach(images)
         self._statistics.keep()
         parts = self.recipe.accumulate
-        soft_parts = soft.chunk(parts) if soft is not None else [None] * parts
+        split = [[None] * parts if t is None else t.chunk(parts) for t in (images, labels, soft, samples)]
         total = torch.zeros(len(self._terms), device=self.device)
-        for number, (x, y, s) in enumerate(zip(images.chunk(parts), labels.chunk(parts), soft_parts, strict=True)):
+        for number, (x, y, s, w) in enumerate(zip(*split, strict=True)):
             alone = ranks().world > 1 and number < parts - 1  # gradients are summed over processes once, at the end
             with self._run.no_sync() if alone else nullcontext():  # type: ignore[union-attr, operator]
                 with self._autocast():
                     logits = self._run(x)
                 if teaching and self._stream is not None:
                     torch.cuda.current_stream(self.device).wait_stream(self._stream)
-                terms = self._losses(logits.float(), y, s)
+                terms = self._losses(logits.float(), y, s, w)
                 self.scaler.scale(terms[0] / parts).backward()
             total += terms.detach() / parts
         assert self.centers.grad is not None
@@ -225,19 +259,21 @@ class TrainStep:
 
     def _center_width(self, model: Detector) -> int | None:
         """Number of features that Ct-c takes as input; None: it takes the logits."""
-        if self.recipe.center_on == "logits":
+        if self.recipe.center_on != "features":
             return None
         if not isinstance(model, DTN):
             raise UsageError(f"--center-on features: needs a DTN, not {type(model).__name__}; use --center-on logits")
         return model.num_features
 
-    def _stacked_losses(self, given: Tensor, labels: Tensor, soft: Tensor | None) -> Tensor:
+    def _stacked_losses(self, given: Tensor, labels: Tensor, soft: Tensor | None, samples: Tensor | None) -> Tensor:
         r, classes = self.recipe, self.config.num_classes
         logits, points = given[:, :classes], given[:, classes:] if given.shape[1] > classes else None
+        if r.center_on == "probabilities":
+            points = logits.softmax(1)
         if soft is None:
             losses = initial_loss(logits, labels, self.centers, r.delta, r.initial_weights, points)
         else:
-            losses = dsd_loss(logits, labels, soft, self.centers, r.weights, r.temperature, r.delta, points)
+            losses = dsd_loss(logits, labels, soft, self.centers, r.weights, r.temperature, r.delta, points, samples)
         return torch.stack([losses[name] for name in self._terms])
 
     def _update(self, healthy: Tensor) -> None:
@@ -249,6 +285,15 @@ class TrainStep:
             self.optimizer.step()
         elif bool(healthy):
             self.optimizer.step()
+
+
+def _with_groups(saved: dict[str, Any]) -> dict[str, Any]:
+    """Adam's state with a group for the centres; earlier versions had one group for all, the centres last."""
+    if len(saved["param_groups"]) > 1:
+        return saved
+    (group,) = saved["param_groups"]
+    *weights, centers = group["params"]
+    return {**saved, "param_groups": [{**group, "params": weights}, {**group, "params": [centers]}]}
 
 
 class WithFeatures(nn.Module):

@@ -63,7 +63,7 @@ def run(out: Path, workers: int, size: SyntheticConfig = SyntheticConfig(), reci
     with _stage(3, "Training the teacher (CE + Ct-c)"):
         train(crops, training, recipe, preset="demo")
     with _stage(4, "Distilling students (DSD)"):
-        distill(crops, training)
+        distill(crops, training, recipe=recipe)
     summary = summarise(training)
     with _stage(5, f"Evaluating on unseen identities; {HELD_OUT} was never trained on"):
         quality = _evaluate(training, crops, recipe, summary)

@@ -13,6 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -26,6 +27,7 @@ from dtn_fast.cli.prepare import corrupt, prepare, synthesize
 from dtn_fast.cli.train import ablate, distill, train
 from dtn_fast.errors import DtnError, DtnWarning, UsageError
 from dtn_fast.ranges import checked
+from dtn_fast.runtime.load import RECIPE
 from dtn_fast.train.config import PRESETS
 
 
@@ -60,6 +62,17 @@ def with_preset(verb: Callable[..., None], arguments: list[str]) -> Callable[...
     if not names or names[-1] not in PRESETS:
         return verb
     return functools.partial(verb, recipe=PRESETS[names[-1]].recipe)
+
+
+def with_run(verb: Callable[..., None], arguments: list[str]) -> Callable[..., None]:
+    """``verb`` with the recipe of the last --run in ``arguments`` as its default, which other options then change."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    runs = [value for option, value in itertools.pairwise(words) if option == "--run"]
+    if not runs or not (Path(runs[-1]) / RECIPE).is_file():
+        return verb
+    from dtn_fast.train.run_folder import load_run
+
+    return functools.partial(verb, recipe=load_run(Path(runs[-1]))[0])
 
 
 def renamed(arguments: list[str]) -> list[str]:
@@ -102,6 +115,8 @@ def main() -> None:
 def _parsed(arguments: list[str]) -> Callable[[], int | None]:
     """The verb with its options, ready to run.  Raises UsageError, in one line, when an option is unknown or wrong."""
     verbs = {**VERBS, **{verb.__name__: with_preset(verb, arguments) for verb in (train, ablate)}}
+    if arguments[:1] == [distill.__name__]:
+        verbs[distill.__name__] = with_run(distill, arguments)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):

@@ -75,6 +75,7 @@ def distill(
     data: Annotated[Path, tyro.conf.Positional],
     run: Path,
     restart: Natural | None = None,
+    recipe: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = Recipe(),
     execution: Annotated[Execution, tyro.conf.OmitArgPrefixes] = Execution(),
     wandb: str = "",
     device: Device = Runtime.device,
@@ -83,12 +84,16 @@ def distill(
 
     Example: dtn-fast distill data/crops --run runs/first
 
-    On 8 GPUs: torchrun --nproc-per-node 8 -m dtn_fast distill data/crops --run runs/first
+    With another recipe, without training generation 0 again: dtn-fast distill data/crops --run runs/first --restart 1
+    --temperature 4 --weights 2 1 0.6 --epochs 10 --generations 3 --min-generations 3
+
+    On 8 GPUs: torchrun --nproc-per-node 8 -m -- dtn_fast distill data/crops --run runs/first
 
     Args:
         data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
-        run: A folder written by dtn-fast train; its recipe sets the maximum number of generations.
+        run: A folder written by dtn-fast train.
         restart: Delete this generation and the later ones, and distil them again.
+        recipe: The students' recipe.  Default: the run's.
         execution: Options of speed and safety.
         wandb: A Weights & Biases project to log to as well.
         device: Device to train on.
@@ -97,12 +102,12 @@ def distill(
     from dtn_fast.train.run_folder import load_run, summarise
     from dtn_fast.train.run_lock import locked
 
-    recipe, model = load_run(run)
+    _, model = load_run(run)
     with connect(choose_device(device)) as where, locked(run):
         _record(run)
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun repeats the command after a crash
         dataset = open_data(data, model.image_size)
-        events = lambda **how: chain(run, dataset, None if again else restart, **how)
+        events = lambda **how: chain(run, dataset, None if again else restart, recipe, **how)
         _run_training(events, run, recipe, execution, where, wandb)
         if ranks().main:
             print_generations(summarise(run))
@@ -133,11 +138,19 @@ def print_generations(summary: dict[str, Any]) -> None:
             ("teacher (initial)" if row["generation"] == 0 else f"student {row['generation']}"),
             str(row["epochs"]),
             f"{row['val_auc']:.4f}",
+            _gain_text(row),
             "best" if row["generation"] == summary["best"] else "",
         ]
         for row in summary["generations"]
     ]
-    print_table("Generations", ["generation", "epochs", "validation frame AUC", ""], rows)
+    print_table("Generations", ["generation", "epochs", "validation frame AUC", "gain (95 % interval)", ""], rows)
+
+
+def _gain_text(row: dict[str, Any]) -> str:
+    if "gain" not in row:
+        return ""
+    value, low, high = row["gain"]
+    return f"{value:+.4f}" + ("" if low is None else f" ({low:+.4f} to {high:+.4f})") + f" over {row['over']}"
 
 
 def ablate(
@@ -168,7 +181,8 @@ def ablate(
 
     Args:
         name: cross-dataset and cross-manipulation (Tables 1 and 2); components, soft-labels, losses, local-connection,
-            moe, mas, depth, generations (3 to 10); noise, center-dimension, backbones or experts (Figure 6).
+            moe, mas, depth, generations (3 to 10); noise, center-dimension, backbones or experts (Figure 6);
+            limitations (section 6).
         data: Crops to train on, written by dtn-fast prepare.
         tests: Crops whose test split is measured.  Default: the crops of --data.
         test_names: Names of the tests in the table; the paper's are FF++, Celeb-DF, DFDC, DF-1.0, DFD.

@@ -28,14 +28,18 @@ class Augment:
     """A preset on the CPU, by albumentations.
 
     A call takes uint8 crops [n, S, S, 3] and a seed per crop and returns the augmented crops; a seed gives the same
-    result in any batch.  Raises UsageError when albumentations is not installed.
+    result in any batch.  Crops that are marked in ``strongly`` [n] get ``strong`` in place of ``preset``.  Raises
+    UsageError when albumentations is not installed.
     """
 
-    def __init__(self, preset: AugmentPreset) -> None:
+    def __init__(self, preset: AugmentPreset, strong: AugmentPreset | None = None) -> None:
+        self._pipelines = [self._pipeline(p) for p in (preset, strong or preset)]
+
+    def _pipeline(self, preset: AugmentPreset) -> Any:
         os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or its import looks for a newer version online
         A = require("albumentations", "albumentations==2.0.8")
         p = preset
-        self._pipeline = A.Compose(
+        return A.Compose(
             [
                 A.HorizontalFlip(p=p.flip),
                 A.Affine(
@@ -50,11 +54,15 @@ class Augment:
             ]
         )  # fmt: skip
 
-    def __call__(self, crops: NDArray[np.uint8], seeds: NDArray[np.uint64]) -> NDArray[np.uint8]:
+    def __call__(
+        self, crops: NDArray[np.uint8], seeds: NDArray[np.uint64], strongly: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.uint8]:
         out = np.empty_like(crops)
-        for place, (crop, seed) in enumerate(zip(crops, seeds.tolist(), strict=True)):
-            self._pipeline.set_random_seed(seed % 2**32)
-            out[place] = self._pipeline(image=crop)["image"]
+        kinds = [0] * len(crops) if strongly is None else strongly.tolist()
+        for place, (crop, seed, kind) in enumerate(zip(crops, seeds.tolist(), kinds, strict=True)):
+            pipeline = self._pipelines[kind]
+            pipeline.set_random_seed(seed % 2**32)
+            out[place] = pipeline(image=crop)["image"]
         return out
 
 
@@ -63,18 +71,29 @@ class DeviceAugment:
 
     A call takes uint8 crops [n, S, S, 3] on any device (S a multiple of 16) and a seed per crop and returns uint8 crops
     there.  The samples that a transform changes are drawn on the host, so only those are computed and the device never
-    waits.  A seed gives the same result in any batch, on one kind of device, up to rounding.
+    waits.  A seed gives the same result in any batch, on one kind of device, up to rounding.  ``strong`` and
+    ``strongly`` as in :class:`Augment`.
     """
 
-    def __init__(self, preset: AugmentPreset) -> None:
-        self.preset = preset
+    def __init__(self, preset: AugmentPreset, strong: AugmentPreset | None = None) -> None:
+        self.preset, self.strong = preset, strong or preset
+
+    def __call__(self, crops: Tensor, seeds: NDArray[np.uint64], strongly: NDArray[np.bool_] | None = None) -> Tensor:
+        if strongly is None or not strongly.any():
+            return self._augmented(crops, seeds, self.preset)
+        out = torch.empty_like(crops, memory_format=torch.contiguous_format)
+        for preset, rows in ((self.preset, np.flatnonzero(~strongly)), (self.strong, np.flatnonzero(strongly))):
+            if len(rows):
+                index = to_device(rows, crops.device)
+                out.index_copy_(0, index, self._augmented(crops.index_select(0, index), seeds[rows], preset))
+        return out
 
     @exact_products()
-    def __call__(self, crops: Tensor, seeds: NDArray[np.uint64]) -> Tensor:
+    def _augmented(self, crops: Tensor, seeds: NDArray[np.uint64], preset: AugmentPreset) -> Tensor:
         if crops.shape[1] % 16 or crops.shape[1] != crops.shape[2]:
             side = "x".join(map(str, crops.shape[1:3]))
             raise UsageError(f"crops of {side} pixels: the device's augmentation needs squares of a multiple of 16")
-        p, draw = self.preset, uniform(seeds, 16)
+        p, draw = preset, uniform(seeds, 16)
         x = crops.permute(0, 3, 1, 2).to(torch.float32)  # [n, 3, S, S], 0..255; a new tensor, changed in place below
 
         def chosen(column: int, probability: float) -> NDArray[np.int64]:

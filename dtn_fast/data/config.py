@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -60,6 +60,9 @@ class AugmentPreset:
         return tuple(kind for probability, kinds in shared if probability for kind in kinds)
 
 
+NO_AUGMENTATION = AugmentPreset(
+    flip=0.0, shift_scale_rotate=0.0, brightness_contrast=0.0, blur=0.0, noise=0.0, compression=0.0
+)
 AUGMENTATIONS: dict[str, AugmentPreset] = {
     "light": AugmentPreset(
         shift_scale_rotate=0.0, brightness_contrast=0.3, brightness=0.1, contrast=0.1, blur=0.0,
@@ -82,6 +85,12 @@ def trained_corruptions(augment: str, self_blend: bool) -> set[str]:
     """Kinds of corruption that training with these options shows to a model."""
     kinds = {*AUGMENTATIONS[augment].corruptions} if augment in AUGMENTATIONS else set()
     return kinds | {*SELF_BLEND_CORRUPTIONS} if self_blend else kinds
+
+
+def turned_more(preset: AugmentPreset | None) -> AugmentPreset:
+    """``preset`` with more "rotation, flipping, scaling", as the paper's conclusion has it, for ambiguous crops
+    (*choice* of the amounts)."""
+    return replace(preset or NO_AUGMENTATION, flip=0.5, shift_scale_rotate=1.0, scale=0.2, rotate=20.0)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,19 @@ from dtn_fast.device import to_device
 from dtn_fast.errors import UsageError
 from dtn_fast.producer_thread import produced
 
-Transform = Callable[[NDArray[np.uint8], NDArray[np.uint64]], NDArray[np.uint8]]
-"""Augmentation on the CPU, in the loader's thread: crops [n, S, S, 3] and a seed per crop -> augmented crops."""
+Transform = Callable[[NDArray[np.uint8], NDArray[np.uint64], NDArray[np.bool_] | None], NDArray[np.uint8]]
+"""Augmentation on the CPU, in the loader's thread: crops [n, S, S, 3], a seed per crop, and which crops to augment
+strongly (None: none) -> augmented crops."""
+
+
+class Emphasis(NamedTuple):
+    """Crops to train on more than on others; arrays by crop number, over the whole dataset."""
+
+    weights: NDArray[np.float32]
+    """Weight of each crop in the losses of its label."""
+    strongly: NDArray[np.bool_]
+    """Crops to augment strongly and to draw ``draws`` times in an epoch."""
+    draws: int
 
 
 class Batch(NamedTuple):
@@ -33,12 +44,24 @@ class Batch(NamedTuple):
     """[n] seed of each sample, from (seed, epoch, position in the epoch), for augmentation on the device."""
     views: NDArray[np.int64]
     """[n] number of each sample's augmented view, below the loader's ``views``; 0 when every view is new."""
+    weights: Tensor | None = None
+    """[n] float32 weight of each sample on the loader's device; None: all count alike."""
+    strongly: NDArray[np.bool_] | None = None
+    """[n] samples to augment strongly; None: none."""
     buffer: Tensor | None = None
     """Host memory that holds ``crops``; :meth:`Loader.release` gives it back."""
 
 
-def epoch_order(labels: NDArray[np.int64], rows: NDArray[np.int64], real_repeat: int, seed: int) -> NDArray[np.int64]:
+def epoch_order(
+    labels: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    real_repeat: int,
+    seed: int,
+    emphasis: Emphasis | None = None,
+) -> NDArray[np.int64]:
     """The rows of one epoch in random order, each real ``real_repeat`` times (0: as many as balance the classes)."""
+    if emphasis is not None:
+        rows = np.repeat(rows, np.where(emphasis.strongly[rows], emphasis.draws, 1))
     fake = labels[rows] == 1
     repeat = real_repeat or max(1, round(int(fake.sum()) / max(int((~fake).sum()), 1)))
     return np.random.default_rng(seed).permutation(np.concatenate([rows[fake], np.tile(rows[~fake], repeat)]))
@@ -56,8 +79,8 @@ class Loader:
     same samples as one process would.  ``resident`` keeps the crops of ``rows`` in the device's memory.  ``transform``
     runs in the loader's thread.  ``prefetch`` batches are made in advance; for a GPU they are copied from pinned memory
     on a separate stream.  ``views``: number of fixed seeds per crop, whose augmented views recur in every epoch; 0:
-    every view is new.  Raises UsageError when there are fewer ``rows`` than ``world``, or the crops do not fit the
-    device's memory.
+    every view is new.  ``emphasis``: crops that are drawn, weighted and augmented more.  Raises UsageError when there
+    are fewer ``rows`` than ``world``, or the crops do not fit the device's memory.
     """
 
     def __init__(
@@ -74,18 +97,19 @@ class Loader:
         transform: Transform | None = None,
         prefetch: int = 2,
         views: int = 0,
+        emphasis: Emphasis | None = None,
     ) -> None:
         if len(rows) < world:
             raise UsageError(f"{len(rows)} crops cannot be shared by {world} processes; use fewer")
         self.dataset, self.rows, self.batch_size, self.seed, self.repeat = dataset, rows, batch_size, seed, real_repeat
         self.rank, self.world, self.device = rank, world, torch.device(device)
-        self.transform, self.prefetch, self.views = transform, max(prefetch, 1), views
+        self.transform, self.prefetch, self.views, self.emphasis = transform, max(prefetch, 1), views, emphasis
         self.waited = 0.0
         """Seconds that the consumer has waited for data so far."""
         self._labels = dataset.labels
         self._free: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] = queue.SimpleQueue()
         self._view_seed = int(np.random.SeedSequence((*seed, 1 << 32)).generate_state(1, np.uint64)[0])
-        self.total = len(epoch_order(self._labels, rows, real_repeat, 0))
+        self.total = len(epoch_order(self._labels, rows, real_repeat, 0, emphasis))
         """Number of samples in an epoch, over all ranks."""
         self._resident = self._upload() if resident else None
         self._stream: torch.cuda.Stream | None = None
@@ -99,7 +123,7 @@ class Loader:
         order_seed, sample_seed = (
             int(s) for s in np.random.SeedSequence((*self.seed, epoch)).generate_state(2, np.uint64)
         )
-        order = epoch_order(self._labels, self.rows, self.repeat, order_seed)
+        order = epoch_order(self._labels, self.rows, self.repeat, order_seed, self.emphasis)
         plan = []
         for step in range(start, len(self)):
             places = np.arange(step * self.batch_size * self.world, (step + 1) * self.batch_size * self.world)
@@ -112,14 +136,20 @@ class Loader:
         if self._resident is not None and self.transform is None:
             for rows, seeds, views in plan:
                 crops = self._resident.index_select(0, self._place_of(rows))
-                yield Batch(crops, to_device(self._labels[rows], self.device), rows, seeds, views)
+                yield Batch(crops, to_device(self._labels[rows], self.device), rows, seeds, views, *self._stress(rows))
         else:
             yield from self._prefetched(plan, epoch)
 
     def _read(self, rows: NDArray[np.int64], seeds: NDArray[np.uint64], epoch: int, out: NDArray[np.uint8]) -> None:
         self.dataset.crops.fill(rows, out, epoch)
         if self.transform is not None:
-            out[...] = self.transform(out, seeds)
+            out[...] = self.transform(out, seeds, None if self.emphasis is None else self.emphasis.strongly[rows])
+
+    def _stress(self, rows: NDArray[np.int64]) -> tuple[Tensor | None, NDArray[np.bool_] | None]:
+        """Weights of a batch's samples on the device, and which to augment strongly."""
+        if self.emphasis is None:
+            return None, None
+        return to_device(self.emphasis.weights[rows], self.device), self.emphasis.strongly[rows]
 
     def release(self, batch: Batch) -> None:
         """Gives the host memory of ``batch`` back for reuse; without this call the memory is simply freed."""
@@ -138,7 +168,7 @@ class Loader:
                 batch, event = item
                 if event is not None:
                     torch.cuda.current_stream(self.device).wait_event(event)
-                    for tensor in (batch.crops, batch.labels):
+                    for tensor in filter(torch.is_tensor, (batch.crops, batch.labels, batch.weights)):
                         tensor.record_stream(torch.cuda.current_stream(self.device))
                 yield batch
         finally:
@@ -154,14 +184,15 @@ class Loader:
             crops = buffer[: len(rows)]
             self._read(rows, seeds, epoch, crops.numpy())
             if stream is None:
-                yield Batch(crops, to_device(self._labels[rows], self.device), rows, seeds, views, buffer), None
+                labels = to_device(self._labels[rows], self.device)
+                yield Batch(crops, labels, rows, seeds, views, *self._stress(rows), buffer), None
                 continue
             with torch.cuda.stream(stream):
                 crops = crops.to(self.device, non_blocking=True)
-                labels = to_device(self._labels[rows], self.device)
+                labels, stress = to_device(self._labels[rows], self.device), self._stress(rows)
                 event = stream.record_event()
             self._free.put((buffer, event))  # reused once the copy from it has ended
-            yield Batch(crops, labels, rows, seeds, views), event
+            yield Batch(crops, labels, rows, seeds, views, *stress), event
 
     def _buffer(self) -> Tensor:
         """Unused host memory for a batch, pinned for a GPU.  Buffers are reused because page faults in fresh memory

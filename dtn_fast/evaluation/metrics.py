@@ -83,6 +83,28 @@ def auc_interval(
     both are in every draw.  labels and scores as in :func:`evaluate_scores`, videos as in :func:`by_video`; draws:
     number of bootstrap draws; confidence: level of the interval, such as 0.95.
     """
+    values = _drawn_aucs(labels, scores, videos, draws)
+    return None if values is None else _interval(values, confidence)
+
+
+def auc_gain_interval(
+    labels: ArrayLike, before: ArrayLike, after: ArrayLike, videos: Sequence[str], draws: int, confidence: float
+) -> tuple[float, float] | None:
+    """Confidence interval of the AUC of the scores ``after`` minus that of ``before``, both of the same frames.
+
+    As :func:`auc_interval`, each draw of videos serving both, so that what is hard about a video cancels.
+    """
+    old, new = (_drawn_aucs(labels, scores, videos, draws) for scores in (before, after))
+    return None if old is None or new is None else _interval(new - old, confidence)
+
+
+def _interval(values: NDArray, confidence: float) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _drawn_aucs(labels: ArrayLike, scores: ArrayLike, videos: Sequence[str], draws: int) -> NDArray | None:
+    """AUC in each bootstrap draw [draws], the same draws for all scores; None with a single class."""
     y, s = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     names, video = np.unique(np.asarray(videos), return_inverse=True)
     kinds = np.zeros(len(names), np.int64)
@@ -100,8 +122,7 @@ def auc_interval(
         real, fake = (np.bincount(rank, weight * (y == kind)) for kind in (0, 1))
         below = np.cumsum(real) - real / 2  # reals under each score, ties by half
         values[draw] = (fake * below).sum() / (real.sum() * fake.sum())
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    return values
 
 
 def by_video(videos: Sequence[str], labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray, NDArray]:

@@ -14,6 +14,7 @@ from dtn_fast.dataclass_json import from_fields
 from dtn_fast.errors import UsageError
 
 NOISES = ("gaussian", "blur", "contrast", "compression", "none")
+ACTIVATIONS = ("relu", "gelu", "none")
 MAX_MARGIN = 10.0
 STRIDE = 32  # the backbone halves the resolution five times
 
@@ -93,13 +94,17 @@ class DTNConfig:
     """vgg (the paper's convolutions), or a model of timm whose last map is 1/32 of the input, such as resnet34 or
     efficientnet_b0, projected to C channels by a 1x1 convolution (Figure 6c)."""
     channels: tuple[int, ...] = (32, 64, 128, 256, 512)
-    """Width of the five convolution groups; the last is the transformer's width C."""
+    """Width of the five convolution groups; the last is the transformer's width C (*choice*: "we take VGG"; CViT's,
+    which reproduces Table 9)."""
     convs: tuple[int, ...] = (3, 3, 3, 4, 4)
-    """Convolutions per group, each 3x3 + BN + ReLU; a 2x2 max-pool closes the group."""
+    """Convolutions per group, each 3x3 + BN + ReLU; a 2x2 max-pool closes the group (*choice*, as ``channels``)."""
     num_experts: int = 2
     """Number of experts in the MoE gate (Eq. 10); 0: no gate."""
     expert_hidden: int = 128
-    """Hidden width M of an expert: conv C->M, ReLU, conv M->1, sigmoid."""
+    """Hidden width M of an expert, "two convolutional layers and a sigmoid function" (Eq. 10): conv C->M, activation,
+    conv M->1, sigmoid (*choice*: 128 reproduces Table 9)."""
+    expert_activation: str = "relu"
+    """Activation between an expert's convolutions: relu, gelu or none (*choice*; relu alone is in the kernels)."""
     expert_kernel: int = 1
     """Kernel size of the experts' convolutions, 1 or 3 (*choice*: 1 reproduces the parameter table)."""
     expert_scales: bool = True
@@ -111,14 +116,22 @@ class DTNConfig:
     noise: str = "gaussian"
     """Disturbance of the map before each expert, in training only: gaussian (Eq. 10), blur, contrast, compression or
     none (Figure 6a; *choice*: the paper defines gaussian alone)."""
-    noise_std: float = 0.1
-    """Standard deviation of the Gaussian noise, or strength of another disturbance (*choice*)."""
+    noise_std: float = 1.0
+    """Standard deviation of the Gaussian noise, in units of the map (*choice*: the map's own, after BN and ReLU, is
+    about 0.74; 0.1 left the gate as it was, see ``dtn-fast ablate noise``)."""
+    noise_strength: float = 0.1
+    """Strength of a disturbance other than Gaussian noise (*choice*)."""
     depth: int = 6
     """Number of transformer blocks L."""
     num_heads: int = 8
     """Number of attention heads per block."""
+    partition: str = "after"
+    """Place of Eq. 16's partition into heads: after the projections, which are C x C, as in any transformer; or before
+    them, so that each head projects its own C / heads channels by Eq. 17-19's "three learnable weight matrices"
+    (*choice*: Table 9 adds 3.161 M parameters per block, which ``after`` gives to the digit; ``before`` gives 2.473 M,
+    or 2.387 M if the heads shared the matrices)."""
     mlp_ratio: int = 4
-    """Hidden width of the block's MLP divided by C."""
+    """Hidden width of the block's MLP divided by C (*choice*: 4 reproduces Table 9)."""
     mas: bool = True
     """Scale each head by a learnable sigmoid (Eq. 20); False is plain multi-head attention."""
     mas_init: float = 0.0
@@ -166,10 +179,14 @@ class DTNConfig:
             ),
             (self.expert_kernel in (1, 3), "expert_kernel", "1 or 3"),
             (self.noise_std >= 0, "noise_std", ">= 0"),
+            (self.noise_strength >= 0, "noise_strength", ">= 0"),
             (self.gate in ("max", "vanilla"), "gate", "max or vanilla"),
             (self.noise in NOISES, "noise", " or ".join(NOISES)),
             (isinstance(self.backbone, str) and bool(self.backbone), "backbone", "vgg or a model of timm"),
+            (self.expert_activation in ACTIVATIONS, "expert_activation", " or ".join(ACTIVATIONS)),
+            (self.partition in ("after", "before"), "partition", "after or before"),
             (self.gate == "max" or self.expert_kernel == 1, "expert_kernel", "1 with the vanilla gate"),
+            (self.expert_activation == "relu" or self.expert_kernel == 1, "expert_kernel", "1 with this activation"),
             (self.noise in ("gaussian", "none") or self.expert_kernel == 1, "expert_kernel", "1 with this noise"),
             (not (self.mas and self.reattention), "reattention", "False with MAS, which it replaces"),
             (0 <= self.depth <= 1000, "depth", "0 to 1000"),
@@ -254,7 +271,8 @@ def crop_policy(config: ModelConfig) -> CropPolicy:
 
 def _parsed(kind: Any, text: str, where: str) -> Any:
     """A configuration from JSON.  Earlier versions stored a margin, for dlib's boxes, in place of the crop policy; the
-    usual margin counts as none, because it was also stored when another program had cut the crops."""
+    usual margin counts as none, because it was also stored when another program had cut the crops.  ``noise_std`` was
+    the strength of every disturbance."""
     try:
         fields = json.loads(text)
     except ValueError as error:
@@ -262,6 +280,8 @@ def _parsed(kind: Any, text: str, where: str) -> Any:
     if isinstance(fields, dict) and "margin" in fields and "crop" not in fields:
         margin = fields.pop("margin")
         fields["crop"] = None if margin == CropPolicy.margin else {"margin": margin}
+    if isinstance(fields, dict) and "noise_std" in fields:
+        fields.setdefault("noise_strength", fields["noise_std"])
     return from_fields(kind, fields, where)
 
 

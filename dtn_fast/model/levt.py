@@ -15,13 +15,16 @@ from dtn_fast.model.norm import update_statistics
 class ScaledAttention(nn.Module):
     """Multi-head attention whose heads are scaled by sigmoid(head_scale) (MAS): [B, N, C] -> [B, N, C].
 
-    reattention: mix the attention maps across heads instead of scaling them (Table 8), in plain torch.
+    reattention: mix the attention maps across heads instead of scaling them (Table 8), in plain torch.  headwise:
+    project each head's own channels (DTNConfig.partition "before").
     """
 
-    def __init__(self, width: int, num_heads: int, mas: bool, mas_init: float, reattention: bool = False) -> None:
+    def __init__(
+        self, width: int, num_heads: int, mas: bool, mas_init: float, reattention: bool = False, headwise: bool = False
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = HeadwiseLinear(width, num_heads) if headwise else nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width)
         self.mix = head_mixer(num_heads) if reattention else None
         if mas:
@@ -48,6 +51,25 @@ class ScaledAttention(nn.Module):
         return self.out(reattend(q, k, v, self.mix, q.shape[3] ** -0.5).transpose(1, 2).flatten(2))
 
 
+class HeadwiseLinear(nn.Module):
+    """Queries, keys and values of every head from its own channels alone, without bias: [B, N, C] -> [B, N, 3 C]."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        size = width // num_heads
+        bound = size**-0.5  # as in nn.Linear
+        self.matrices = nn.Parameter(torch.empty(3, num_heads, size, size).uniform_(-bound, bound))
+
+    @property
+    def weight(self) -> Tensor:
+        """The same as one product's weight [3 C, C]: a block for each head."""
+        return torch.cat([torch.block_diag(*heads) for heads in self.matrices])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        parts = tokens.unflatten(2, self.matrices.shape[1:3])  # [B, N, H, D]
+        return torch.einsum("bnhd,khed->bnkhe", parts, self.matrices.to(parts.dtype)).flatten(2)
+
+
 class LEVTBlock(nn.Module):
     """One block on a map [B, C, H, W]: X + LC(Attention(BN(X))), then X + MLP(BN(X))."""
 
@@ -58,7 +80,8 @@ class LEVTBlock(nn.Module):
         width = config.channels[-1]
         hidden = width * config.mlp_ratio
         self.norm1 = nn.BatchNorm2d(width)
-        self.attention = ScaledAttention(width, config.num_heads, config.mas, config.mas_init, config.reattention)
+        self.attention = ScaledAttention(width, config.num_heads, config.mas, config.mas_init, config.reattention,
+                                         config.partition == "before")  # fmt: skip
         self.local: nn.Module = nn.Identity()
         if config.local_connection:
             self.local = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, groups=width), nn.BatchNorm2d(width))

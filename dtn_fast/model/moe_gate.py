@@ -19,7 +19,8 @@ class MoEGate(nn.Module):
     """Scales a map [B, C, H, W] by one attention value per position, the largest of E noisy experts.
 
     The experts' weights are stacked (w1 [E, M, C(, K, K)], w2 [E, M(, K, K)]), as the fused kernel reads them.
-    Disturbances other than Gaussian noise and the vanilla gate are for ablations, in plain torch.
+    Disturbances other than Gaussian noise, activations other than ReLU and the vanilla gate are for ablations, in plain
+    torch.
     """
 
     def __init__(self, config: DTNConfig) -> None:
@@ -31,7 +32,8 @@ class MoEGate(nn.Module):
             config.expert_kernel,
         )
         window = () if kernel == 1 else (kernel, kernel)
-        self.noise, self.noise_std = config.noise, config.noise_std
+        self.noise, self.activation = config.noise, config.expert_activation
+        self.noise_std = config.noise_std if config.noise == "gaussian" else config.noise_strength
         self.w1 = nn.Parameter(torch.empty(experts, hidden, width, *window))
         self.b1 = nn.Parameter(torch.empty(experts, hidden))
         self.w2 = nn.Parameter(torch.empty(experts, hidden, *window))
@@ -48,7 +50,8 @@ class MoEGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, H, W]
         disturbed = self.training and self.noise != "none" and self.noise_std > 0
-        if self.router is None and not (disturbed and self.noise != "gaussian"):
+        fused = self.activation == "relu" and not (disturbed and self.noise != "gaussian")
+        if self.router is None and fused:
             std = self.noise_std if disturbed else 0.0
             return moe_gate(x, self.w1, self.b1, self.w2, self.b2, self.expert_scale, noise_std=std)
         maps = torch.stack(
@@ -61,7 +64,8 @@ class MoEGate(nn.Module):
         return x * torch.einsum("be,ebhw->bhw", weights.to(maps.dtype), maps).sigmoid()[:, None]
 
     def _expert(self, e: int, x: Tensor) -> Tensor:  # -> [B, H, W]
-        hidden = F.conv2d(x, self.w1[e, :, :, None, None].to(x.dtype), self.b1[e].to(x.dtype)).relu()
+        hidden = F.conv2d(x, self.w1[e, :, :, None, None].to(x.dtype), self.b1[e].to(x.dtype))
+        hidden = hidden.relu() if self.activation == "relu" else F.gelu(hidden) if self.activation == "gelu" else hidden
         weight, bias = self.w2[e, None, :, None, None], self.b2[e, None]
         return F.conv2d(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype)).sigmoid()[:, 0]
 

@@ -22,6 +22,9 @@ SUMMARY = "summary.json"
 RECIPE = "recipe.json"
 """File of a training run that holds its recipe and model configuration, as requested."""
 
+STUDENT = "student.json"
+"""File of a student's folder that holds the recipe it was distilled by."""
+
 
 def load_scorer(path: str | Path, runtime: Runtime = Runtime()) -> Scorer:
     """A scorer for ``path``: .onnx, .mnn, .engine, .rtx, a checkpoint folder, or a training run (its best generation).
@@ -81,13 +84,14 @@ def best_checkpoint(run: Path) -> Path:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe fields of a training run, or of the run that a generation's folder belongs to; empty: no recipe.
+    """The recipe fields that the best generation of a run, or that of a generation's folder, was trained by; empty: no
+    recipe.
 
     For callers that must not depend on training; ``dtn_fast.train.run_folder.load_run`` reads and checks it.
     """
-    for folder in (path, path.parent):
+    for file in (best_checkpoint(path) / STUDENT, path / RECIPE, path.parent / RECIPE):
         try:
-            recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))["recipe"]
+            recipe = json.loads(file.read_text(encoding="utf-8"))["recipe"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if isinstance(recipe, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import re
 import shlex
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from skimage import data
-from small import SMALL
+from small import RECIPE, SMALL, changed
+from torch.distributed.run import get_args_parser
 
 from dtn_fast import DTN, DTNConfig
 from dtn_fast.cli import main as cli
@@ -60,6 +62,25 @@ def test_the_earlier_spelling_of_people_still_works() -> None:
         ("detect x --faces=yunet --out=y", "detect x --faces yunet --out=y"),
     ):
         assert cli.renamed(given.split()) == read.split()
+
+
+def test_distill_starts_from_the_recipe_of_its_run(trained: Path) -> None:
+    """Options change it; the last --run counts, as it does for the verb."""
+    words = ["distill", "crops", "--run", "none", f"--run={trained}", "--temperature", "4", "--epochs", "9"]
+    call = cli._parsed(words)
+    assert isinstance(call, functools.partial)
+    assert call.keywords["recipe"] == changed(RECIPE, temperature=4.0, epochs=9)
+    assert call.keywords["run"] == trained
+
+
+@pytest.mark.parametrize("verb", ["train", "distill", "ablate"])
+def test_torchrun_takes_the_command_shown(verb: str) -> None:
+    """It takes the start of one of its own options, such as --run, for its own."""
+    (line,) = re.findall(r"On 8 GPUs: torchrun (.*)", cli.VERBS[verb].__doc__ or "")
+    given = get_args_parser().parse_args(shlex.split(line))
+    assert (given.module, given.nproc_per_node, given.training_script) == (True, "8", "dtn_fast")
+    assert given.training_script_args[0] == verb
+    assert cli._parsed(given.training_script_args) is not None
 
 
 def test_usage_errors_exit_2(run, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_ranks_share_the_global_batch_without_overlap(count, fakes, size, world,
 def test_the_rest_of_an_epoch_is_the_same_after_resuming() -> None:
     dataset = numbered()
 
-    def mark(crops: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+    def mark(crops: np.ndarray, seeds: np.ndarray, strongly: np.ndarray | None) -> np.ndarray:
         return crops ^ (seeds & np.uint64(255)).astype(np.uint8)[:, None, None, None]
 
     loader = load(dataset, np.arange(40), 7, transform=mark)

@@ -10,7 +10,7 @@ from sklearn import metrics as sk
 
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
-from dtn_fast.evaluation.metrics import UNDEFINED, auc_interval, by_video, evaluate_scores
+from dtn_fast.evaluation.metrics import UNDEFINED, auc_gain_interval, auc_interval, by_video, evaluate_scores
 
 ROWS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 8)), min_size=1, max_size=60)
 
@@ -81,6 +81,24 @@ def test_interval_of_auc() -> None:
     assert auc_interval(np.ones(3, int), np.zeros(3), list("abc"), 1000, 0.95) is None
     assert auc_interval([0, 1, 0, 1], [0.5] * 4, list("abcd"), 1000, 0.95) == (0.5, 0.5)
     assert auc_interval([0, 1], [0.1, 0.9], list("ab"), 1000, 0.95) == (1.0, 1.0)
+
+
+def test_the_interval_of_a_gain_is_paired() -> None:
+    """What is hard about a video is in both models' scores and cancels; the draws are those of the AUC's interval."""
+    rng = np.random.default_rng(1)
+    videos = np.repeat(np.arange(30), 8)
+    labels = (videos % 2).astype(int)
+    before = labels + 2 * rng.normal(size=30)[videos]
+    after = before + 0.3 * labels
+    names = [f"v{n}" for n in videos]
+    low, high = auc_gain_interval(labels, before, after, names, 500, 0.95)
+    gained = evaluate_scores(labels, after, 0.5).auc - evaluate_scores(labels, before, 0.5).auc
+    assert 0 < low < gained < high
+    alone = auc_interval(labels, before, names, 500, 0.95)
+    assert alone[0] < evaluate_scores(labels, after, 0.5).auc < alone[1], "unpaired, the gain would not show"
+    assert auc_gain_interval(labels, after, before, names, 500, 0.95) == pytest.approx((-high, -low))
+    assert auc_gain_interval(labels, before, before, names, 500, 0.95) == (0, 0)
+    assert auc_gain_interval(np.ones(3, int), np.zeros(3), np.zeros(3), list("abc"), 10, 0.95) is None
 
 
 @pytest.mark.parametrize(

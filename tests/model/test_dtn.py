@@ -16,7 +16,10 @@ from torch import nn
 from dtn_fast import DTN, DTNConfig
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.mac_count import count
+from dtn_fast.kernels.ops import moe_gate
 from dtn_fast.model.backbone import Backbone
+from dtn_fast.model.fold import fold
+from dtn_fast.model.moe_gate import MoEGate
 
 PAPER = [  # depth, local connection, M parameters, GMAC at 256x256 (Tables 7 and 8)
     (4, True, "23.590", 9.393),
@@ -74,6 +77,52 @@ def test_noise_only_in_training(small: DTN) -> None:
     assert not torch.equal(small.gate(x), small.gate(x))
 
 
+def test_heads_may_be_parted_before_their_projections() -> None:
+    """Eq. 16-19 to the letter: each head sees its own channels alone, and Table 9's 3.161 M per block are missed."""
+    torch.manual_seed(0)
+    model = DTN(dataclasses.replace(SMALL, partition="before")).eval()
+    tokens, attention = torch.randn(2, 4, 64), model.blocks[0].attention
+    packed = attention.project(tokens)  # [B, N, 3, H, D]
+    for part in range(3):
+        for head in range(2):
+            own = tokens[..., 32 * head : 32 * (head + 1)] @ attention.qkv.matrices[part, head].T
+            torch.testing.assert_close(packed[:, :, part, head], own, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(packed.flatten(2), tokens @ attention.qkv.weight.T, rtol=1e-4, atol=1e-5)
+    image = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(fold(model)(image), model(image), rtol=1e-4, atol=1e-5)
+    with torch.device("meta"):
+        block = DTN(DTNConfig(partition="before", depth=1)).blocks[0]
+    assert sum(p.numel() for p in block.parameters()) == 2_472_960 + 8  # a head's scale each
+    assert 2_472_960 - 7 * 3 * 64**2 == 2_386_944, "with matrices that the heads share"
+
+
+@pytest.mark.parametrize("kind", ["relu", "gelu", "none"])
+def test_an_experts_activation(kind: str) -> None:
+    torch.manual_seed(0)
+    gate, x = MoEGate(dataclasses.replace(SMALL, expert_activation=kind)).eval(), torch.randn(2, 64, 3, 3)
+    act = {"relu": torch.relu, "gelu": torch.nn.functional.gelu, "none": lambda h: h}[kind]
+    maps = []
+    for e in range(2):
+        hidden = act(torch.einsum("mc,bchw->bmhw", gate.w1[e], x) + gate.b1[e][:, None, None])
+        maps.append((torch.einsum("m,bmhw->bhw", gate.w2[e], hidden) + gate.b2[e]).sigmoid())
+    scaled = [a * gate.expert_scale[e].sigmoid() for e, a in enumerate(maps)]
+    torch.testing.assert_close(gate(x), x * torch.maximum(*scaled).sigmoid()[:, None], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(gate.train()(x), gate(x)), "noise, whichever path computes it"
+
+
+def test_the_noise_does_something() -> None:
+    """By default it moves the gate's map by more than half of the map's own spread, five times as far as 0.1 did."""
+    torch.manual_seed(0)
+    config = DTNConfig()
+    features = torch.nn.functional.max_pool2d(torch.randn(4, config.channels[-1], 16, 16).relu(), 2)
+    gate = MoEGate(config)
+    weights = [w.detach() for w in (gate.w1, gate.b1, gate.w2, gate.b2, gate.expert_scale)]
+    scale = lambda noise: moe_gate(features, *weights, noise_std=noise, seed=1).mean(1) / features.mean(1)
+    moved = lambda noise: float((scale(noise) - scale(0.0)).std() / scale(0.0).std())
+    assert moved(config.noise_std) > 0.5
+    assert moved(config.noise_std) > 5 * moved(0.1)
+
+
 def test_mas_is_a_scale_per_head(small: DTN) -> None:
     """Gate by gate: a closed head adds nothing, and without MAS the gates are exactly one."""
     attention = small.blocks[0].attention
@@ -90,7 +139,15 @@ def test_mas_is_a_scale_per_head(small: DTN) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"num_experts": 0}, {"expert_kernel": 3}, {"depth": 0}, {"local_connection": False}]
+    "change",
+    [
+        {"num_experts": 0},
+        {"expert_kernel": 3},
+        {"depth": 0},
+        {"local_connection": False},
+        {"partition": "before"},
+        {"expert_activation": "gelu"},
+    ],
 )
 def test_every_variant_trains(change: dict[str, int]) -> None:
     model = DTN(dataclasses.replace(SMALL, **change)).train()
@@ -100,7 +157,16 @@ def test_every_variant_trains(change: dict[str, int]) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"image_size": 100}, {"num_heads": 3}, {"channels": (1, 2)}, {"expert_hidden": 20}, {"noise_std": -1.0}],
+    [
+        {"image_size": 100},
+        {"num_heads": 3},
+        {"channels": (1, 2)},
+        {"expert_hidden": 20},
+        {"noise_std": -1.0},
+        {"noise_strength": -1.0},
+        {"expert_activation": "x"},
+        {"partition": "x"},
+    ],
 )
 def test_wrong_configuration_is_named(change: dict) -> None:
     with pytest.raises(UsageError, match=next(iter(change))):

@@ -28,7 +28,7 @@ from dtn_fast.model.build import build_detector
 from dtn_fast.model.config import NOISES, TimmConfig
 from dtn_fast.model.moe_gate import MoEGate, disturb
 from dtn_fast.train import ablate as ablations
-from dtn_fast.train.ablate import ablate, folder_of
+from dtn_fast.train.ablate import Working, ablate, folder_of
 from dtn_fast.train.ablation_tables import ABLATIONS, configure, printed_rows, variants_of
 from dtn_fast.train.config import PRESETS, BaselineConfig, Execution, Recipe
 from dtn_fast.train.losses import contrastive_center, initial_loss
@@ -84,6 +84,8 @@ CHANGES: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
         "Gaussian noise": ({"noise": "gaussian"}, {}), "Gaussian blur": ({"noise": "blur"}, {}),
         "compression": ({"noise": "compression"}, {}), "contrast": ({"noise": "contrast"}, {}),
         "none": ({"noise": "none"}, {}),
+        **{f"Gaussian noise of std {std}": ({"noise": "gaussian", "noise_std": float(std)}, {})
+           for std in ("0.1", "0.3", "3", "10")},
     },
     "center-dimension": {
         "vanilla Ct-c": ({}, {"center_on": "features"}), "low-dimensional Ct-c": ({}, {"center_on": "logits"}),
@@ -113,6 +115,15 @@ def test_variants_differ_as_the_paper_says(name: str) -> None:
         assert {k: getattr(config, k) for k in model} == model, variant
         assert {k: getattr(changed_recipe, k) for k in recipe} == recipe, variant
     assert all(isinstance(config, TimmConfig) for config, _ in found.values())  # the transformers compared with
+
+
+def test_the_control_of_distillation_lacks_the_teacher_alone() -> None:
+    dtn, control, *_ = ABLATIONS["generations"].variants
+    recipe = Recipe(weights=(3.0, 0.7, 0.2))
+    (model, taught), (same, alone) = configure(dtn, SMALL, recipe), configure(control, SMALL, recipe)
+    assert model == same
+    assert alone == changed(taught, weights=(3.0, 0.0, 0.2))
+    assert taught.weights == recipe.weights
 
 
 def test_the_papers_tables_agree_where_they_repeat_themselves() -> None:
@@ -214,8 +225,9 @@ def test_an_ablation_trains_measures_and_resumes(
     made = finish(steps())
     variants = variants_of(name, methods or few.methods)
     if name == "generations":
-        titles = [f"{v.label}-{end}" for v in variants for end in ("Teacher", "Student 1")]
-        assert [(row.name, row.facts["generation"]) for row in made.rows] == list(zip(titles, [0, 1] * 3, strict=True))
+        ends = lambda v: ("Teacher", "Round 1" if v.untaught else "Student 1")
+        titles = [f"{v.label}-{end}" for v in variants for end in ends(v)]
+        assert [(row.name, row.facts["generation"]) for row in made.rows] == list(zip(titles, [0, 1] * 4, strict=True))
         assert made.rows[1].paper["DFD"] == (85.48, 96.34)
     else:
         assert [row.facts["variant"] for row in made.rows] == [v.label for v in variants]
@@ -329,6 +341,17 @@ def test_baselines_have_their_own_losses_and_weights() -> None:
         assert (configure(variant, SMALL, Recipe())[1].initial_weights == (1.0, 1.0)) == ours
 
 
+def test_variants_that_differ_in_their_students_share_a_teacher(few: CropDataset, tmp_path: Path) -> None:
+    steps = ablate("soft-labels", few, {"a": few}, tmp_path, SMALL, QUICK)
+    events = [(s.variant, s.event.generation) for s in steps if isinstance(s, Working) and s.event is not None]
+    assert set(events) == {("DTN w/o STG", 0), ("DTN w/ STG", 1)}
+    one, two = (folder_of(tmp_path / "soft-labels", v) / "generation-0" for v in ABLATIONS["soft-labels"].variants)
+    assert {p.name: p.read_bytes() for p in one.iterdir()} == {p.name: p.read_bytes() for p in two.iterdir()}
+    steps = ablate("losses", few, {"a": few}, tmp_path, SMALL, QUICK)
+    trained = {s.variant for s in steps if isinstance(s, Working) and s.event and not s.event.generation}
+    assert trained == {"CE loss", "Ct-c + CE loss"}, "another initial loss is another teacher"
+
+
 def test_wrong_names_are_told(few: CropDataset, tmp_path: Path) -> None:
     real = dataclasses.replace(few, videos=[v._replace(label=0, method="") for v in few.videos])
     with pytest.raises(UsageError, match="holds no forgery to train on"):
@@ -415,7 +438,10 @@ def test_disturbances_disturb_and_pass_gradients(kind: str) -> None:
     y.sum().backward()
     assert x.grad is not None
     assert x.grad.abs().sum() > 0
-    gate = MoEGate(dataclasses.replace(SMALL, noise=kind, noise_std=0.1)).train()
+    other = "noise_strength" if kind == "gaussian" else "noise_std"  # is no strength of this noise
+    still = MoEGate(dataclasses.replace(SMALL, noise=kind, noise_std=0.0, noise_strength=0.0)).train()
+    assert torch.equal(still(torch.ones(1, 64, 2, 2)), still(torch.ones(1, 64, 2, 2)))
+    gate = MoEGate(dataclasses.replace(SMALL, noise=kind, **{other: 0.0})).train()
     features = torch.randn(2, 64, 2, 2)
     assert not torch.equal(gate(features), gate(features))
     assert torch.equal(gate.eval()(features), gate(features))
@@ -433,7 +459,7 @@ def test_losses_by_weight_and_by_features(dataset: CropDataset) -> None:
     assert step.centers.shape == (2, 64)
     before = step.centers.detach().clone()
     rows = dataset.select("train")[:8]
-    step.set_epoch(0)
+    step.set_time(0)
     outcome = step(torch.from_numpy(dataset.get(rows)), torch.from_numpy(dataset.labels[rows]))
     assert outcome.values.isfinite().all()
     assert not torch.equal(step.centers, before)

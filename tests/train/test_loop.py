@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,16 +22,18 @@ from dtn_fast.data.loader import epoch_order
 from dtn_fast.data.video_table import Video
 from dtn_fast.device import choose_precision
 from dtn_fast.errors import DtnError, DtnWarning, UsageError
+from dtn_fast.evaluation.metrics import evaluate_scores
 from dtn_fast.model.config import CropPolicy, TimmConfig
-from dtn_fast.runtime.load import best_checkpoint, load_model
+from dtn_fast.runtime.load import STUDENT, best_checkpoint, load_model, read_recipe
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train import distill as chain
 from dtn_fast.train import loop, run_folder
 from dtn_fast.train import step as step_module
-from dtn_fast.train.checkpoint import load_state, save_state
-from dtn_fast.train.config import PRESETS, Execution, Recipe
+from dtn_fast.train.checkpoint import load_centers, load_state, save_state
+from dtn_fast.train.config import CHAIN, PRESETS, STUDENTS, Execution, Recipe
 from dtn_fast.train.log_lines import append_line, cut_lines, read_lines
 from dtn_fast.train.loop import Epoch, Step, Stopped, fit
+from dtn_fast.train.run_report import write_run_report
 
 
 def train(
@@ -224,15 +227,17 @@ def test_algorithm_1(trained: Path, dataset: CropDataset, tmp_path: Path, monkey
     shutil.copytree(trained, run)
     seen = []
 
-    def spy(model, shards_, recipe, out, teacher=None, generation=0, device="cpu"):
+    def spy(model, shards_, recipe, out, teacher=None, generation=0, device="cpu", centers=None):
         seen.append((generation, teacher))
         assert teacher is not None
+        assert torch.equal(centers, load_centers(run / f"generation-{generation - 1}" / run_folder.CENTERS))
+        assert not torch.equal(centers, torch.eye(2))
         expected = weights(run / f"generation-{generation - 1}")
         for part in (model, teacher):
             state = part.state_dict()
             assert all(torch.equal(state[k], expected[k]) for k in expected)
         before = {k: v.clone() for k, v in teacher.state_dict().items()}
-        for event in fit(model, shards_, recipe, out, teacher, generation, device):
+        for event in fit(model, shards_, recipe, out, teacher, generation, device, centers=centers):
             if isinstance(event, Step):
                 assert set(event.losses) == {"loss", "ce", "kd", "center"}
                 total = 4 * event.losses["ce"] + 0.4 * event.losses["kd"] + 0.6 * event.losses["center"]
@@ -246,8 +251,7 @@ def test_algorithm_1(trained: Path, dataset: CropDataset, tmp_path: Path, monkey
 
     monkeypatch.setattr(chain, "fit", spy)
     aucs = {0: 0.8, 1: 0.9, 2: 0.9}
-    for module in (chain, run_folder):
-        monkeypatch.setattr(module, "best_auc", lambda run_, generation: aucs[generation])
+    monkeypatch.setattr(run_folder, "best_auc", lambda run_, generation: aucs[generation])
     list(chain.distill(run, dataset))
     assert [g for g, _ in seen] == [1, 2]
     assert json.loads((run / "summary.json").read_text())["best"] == 1
@@ -270,8 +274,7 @@ def test_the_chain_stops_without_improvement(
     (run / run_folder.RECIPE).unlink()
     recipe = changed(RECIPE, epochs=1, generations=4, min_generations=minimum, generation_patience=patience)
     run_folder.start_run(run, recipe, SMALL)
-    for module in (chain, run_folder):
-        monkeypatch.setattr(module, "best_auc", lambda run_, generation: 0.9 - generation / 100)
+    monkeypatch.setattr(run_folder, "best_auc", lambda run_, generation: 0.9 - generation / 100)
     done = [e.generation for e in chain.distill(run, dataset) if isinstance(e, Epoch)]
     assert done == expected
     assert best_checkpoint(run) == run / "generation-0"
@@ -280,8 +283,7 @@ def test_the_chain_stops_without_improvement(
 def test_the_chain_resumes(
     trained: Path, dataset: CropDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (chain, run_folder):
-        monkeypatch.setattr(module, "best_auc", lambda run_, generation: generation / 10)
+    monkeypatch.setattr(run_folder, "best_auc", lambda run_, generation: generation / 10)
     for name in ("whole", "paused"):
         shutil.copytree(trained, tmp_path / name)
     list(chain.distill(tmp_path / "whole", dataset))
@@ -294,6 +296,116 @@ def test_the_chain_resumes(
     for generation in (1, 2):
         a, b = (load_state(tmp_path / n / f"generation-{generation}" / loop.STATE) for n in ("whole", "paused"))
         assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+        assert torch.equal(a["centers"], b["centers"])
+
+
+def test_centres_of_the_best_epoch_live_on(
+    dataset: CropDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are stored with the weights of the best epoch, and the first Ct-c of a student is its teacher's."""
+    aucs = itertools.chain([0.6, 0.9, 0.8], itertools.repeat(0.5))
+    real = loop.evaluate_scores
+    monkeypatch.setattr(loop, "evaluate_scores", lambda *given: real(*given)._replace(auc=next(aucs)))
+    recipe = changed(RECIPE, epochs=3, generations=1, lr=0.01, student_warmup=1.0)
+    run_folder.start_run(tmp_path / "run", recipe, SMALL)
+    seen = []
+    for event in chain.train_initial(tmp_path / "run", dataset):
+        if isinstance(event, Epoch):
+            seen.append(load_centers(tmp_path / "run" / "generation-0" / run_folder.CENTERS))
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[1], seen[2])
+    assert not torch.equal(seen[2], load_state(tmp_path / "run" / "generation-0" / loop.STATE)["centers"])
+    first = {}
+    for start in ("teacher", "new"):
+        run = tmp_path / start
+        shutil.copytree(tmp_path / "run", run)
+        stored = json.loads((run / run_folder.RECIPE).read_text())
+        stored["recipe"]["student_centers"] = start
+        (run / run_folder.RECIPE).write_text(json.dumps(stored))
+        first[start] = next(e for e in chain.distill(run, dataset) if isinstance(e, Step)).losses["center"]
+    assert first["teacher"] < 0.9 * first["new"]
+    for content in (b"", b"x" * 99):
+        (tmp_path / "new" / "generation-0" / run_folder.CENTERS).write_bytes(content)
+        with pytest.raises(UsageError, match=r"not Ct-c centres .*--student-centers new starts from new ones"):
+            load_centers(tmp_path / "new" / "generation-0" / run_folder.CENTERS)
+
+
+def test_a_gain_inside_its_interval_is_none(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    rng = np.random.default_rng(0)
+    video = np.repeat(np.arange(40), 3)
+    labels = (video % 2).astype(np.int64)
+    noise = rng.normal(size=120)
+    scores = {0: labels + 0.9 * noise, 1: labels + 0.88 * noise + 0.1 * rng.normal(size=120), 2: labels + 0.2 * noise}
+    (run / "generation-0" / run_folder.METRICS).unlink()
+    for generation, values in scores.items():
+        folder = run / f"generation-{generation}"
+        folder.mkdir(exist_ok=True)
+        np.savez(folder / loop.VALIDATION, labels=labels, scores=values, video=video)
+        append_line(folder / run_folder.METRICS, {"val_auc": evaluate_scores(labels, values, 0.5).auc})
+    stored = json.loads((run / run_folder.RECIPE).read_text())
+    stored["recipe"]["gain"] = Recipe().gain
+    (run / run_folder.RECIPE).write_text(json.dumps(stored))
+    found = run_folder.summarise(run)
+    small, large = (row["gain"] for row in found["generations"][1:])
+    assert small.value > 0 > small.low, "the case is a gain inside its interval"
+    assert 0 < large.low < large.value < large.high
+    assert [row.get("over") for row in found["generations"]] == [None, 0, 0]
+    assert found["best"] == 2
+    shutil.rmtree(run / "generation-2")
+    assert run_folder.summarise(run)["best"] == 0
+    assert best_checkpoint(run) == run / "generation-0"
+    stored["recipe"]["gain"] = "any"
+    (run / run_folder.RECIPE).write_text(json.dumps(stored))
+    assert run_folder.summarise(run)["best"] == 1
+    (run / "generation-0" / loop.VALIDATION).unlink()  # as in runs of earlier versions
+    assert run_folder.summarise(run)["generations"][1]["gain"] == (small.value, None, None)
+    stored["recipe"]["gain"] = "interval"
+    (run / run_folder.RECIPE).write_text(json.dumps(stored))
+    with pytest.raises(UsageError, match=r"generation-0.* no validation scores by video, .* use --gain any"):
+        run_folder.summarise(run)
+
+
+def test_students_have_a_recipe_of_their_own(trained: Path, dataset: CropDataset, tmp_path: Path) -> None:
+    """distill changes it without a new generation 0; what is begun goes on by what it was begun with."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    initial = {p.name: p.read_bytes() for p in (run / "generation-0").iterdir()}
+    own = changed(RECIPE, epochs=1, temperature=4.0, weights=(2.0, 1.0, 0.5), generations=1)
+    events = list(chain.distill(run, dataset, recipe=own))
+    assert {e.generation for e in events} == {1}
+    assert [e.epoch for e in events if isinstance(e, Epoch)] == [0]
+    first = next(e for e in events if isinstance(e, Step)).losses
+    total = 2 * first["ce"] + first["kd"] + 0.5 * first["center"]
+    assert first["loss"] == pytest.approx(total, rel=1e-4)
+    assert {p.name: p.read_bytes() for p in (run / "generation-0").iterdir()} == initial
+    assert run_folder.load_run(run)[0] == RECIPE
+    assert run_folder.student_recipe(run, 1) == own
+    assert read_recipe(run / "generation-1")["temperature"] == 4.0
+    assert read_recipe(run / "generation-0")["temperature"] == RECIPE.temperature
+    text = write_run_report(run).read_text()
+    assert re.search(r"Generation 1</th>.*<th>temperature</th><td>4.0</td><td>2.0</td>", text, re.DOTALL)
+    assert "1 of 1" in text
+    with pytest.raises(UsageError, match=r"generation-1: distilled with .*temperature 4.0 \(now 2.0\).*--restart 1"):
+        next(chain.distill(run, dataset))
+    later = changed(own, generations=2, min_generations=2, gain="interval")
+    assert {e.generation for e in chain.distill(run, dataset, recipe=later)} == {2}, "the chain may become longer"
+    assert [run_folder.student_recipe(run, g) for g in (1, 2)] == [later] * 2
+    again = changed(later, temperature=1.0, generations=1)
+    assert {e.generation for e in chain.distill(run, dataset, 1, again)} == {1}
+    assert not (run / "generation-2").exists()
+    (run / "generation-1" / STUDENT).write_text("{")
+    with pytest.raises(UsageError, match=r"student\.json: damaged .*--restart"):
+        next(chain.distill(run, dataset))
+
+
+def test_the_papers_preset_ends_with_student_3() -> None:
+    recipe = PRESETS["ffpp-c23"].recipe
+    assert (recipe.generations, recipe.min_generations, recipe.gain) == (3, 3, "any")
+    names = {f.name for f in dataclasses.fields(Recipe)}
+    assert set(STUDENTS) < names
+    assert set(CHAIN) < set(STUDENTS)
 
 
 def test_run_folders_are_checked(trained: Path, dataset: CropDataset, tmp_path: Path) -> None:

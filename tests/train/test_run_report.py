@@ -19,6 +19,7 @@ from small import RECIPE, SMALL
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.metrics import evaluate_scores
 from dtn_fast.model.detector import WEIGHTS
+from dtn_fast.runtime.load import RECIPE as RUN_RECIPE
 from dtn_fast.train.run_folder import METRICS, NONFINITE, STEPS, VALIDATION
 from dtn_fast.train.run_report import write_run_report
 
@@ -67,7 +68,7 @@ def test_says_what_the_run_did(run: Path) -> None:
     first = json.loads((run / "summary.json").read_text())["generations"][0]["val_auc"]
     assert "AUC <strong>0.9900</strong> on 9 validation crops" in text
     assert "This model was trained on synthetic faces: no claim about real deepfakes." in text
-    assert cells(text, "1 (student)") == ["0.9900", f"{0.99 - first:+.4f}", "2", "3 of 2", "7", "1,234"]
+    assert cells(text, "1 (student)") == ["0.9900", f"{0.99 - first:+.4f} over 0", "2", "3 of 2", "7", "1,234"]
     assert cells(text, "0 (teacher)")[:2] == [f"{first:.4f}", ""]
     assert cells(text, "epochs") == ["2", "30"]
     assert cells(text, "weights") == ["4.0, 0.4, 0.6", ""]
@@ -75,6 +76,19 @@ def test_says_what_the_run_did(run: Path) -> None:
     changed = [f.name for asked in (RECIPE, SMALL) for f in fields(asked) if getattr(asked, f.name) != f.default]
     assert text.count('class="mark"') == len(["the best generation", *changed])
     assert torch.__version__ in text
+
+
+def test_the_best_is_the_last_with_a_gain_by_the_rule(run: Path) -> None:
+    """The student's higher AUC is one of other crops, then one inside its interval."""
+    stored = json.loads((run / RUN_RECIPE).read_text())
+    stored["recipe"]["gain"] = "interval"
+    (run / RUN_RECIPE).write_text(json.dumps(stored))
+    assert "The best is generation 0 (teacher)" in page(run)
+    shutil.copy(run / "generation-0" / VALIDATION, run / "generation-1" / VALIDATION)
+    text = page(run)
+    assert "The best is generation 0 (teacher)" in text
+    first = json.loads((run / "summary.json").read_text())["generations"][0]["val_auc"]
+    assert cells(text, "1 (student)")[1] == f"{0.99 - first:+.4f} (+0.0000 to +0.0000) over 0"
 
 
 def test_curves_and_confusion_are_those_of_the_validation_scores(run: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from small import RECIPE, SMALL, changed
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtn_fast import DTN
 from dtn_fast.device import PRECISIONS
@@ -22,7 +23,7 @@ from dtn_fast.model.fold import frozen
 from dtn_fast.model.preprocess import normalise
 from dtn_fast.train import step as step_module
 from dtn_fast.train.config import Execution, Recipe
-from dtn_fast.train.losses import dsd_loss, initial_centers, initial_loss
+from dtn_fast.train.losses import dsd_loss, initial_loss
 from dtn_fast.train.step import TrainStep, set_backends
 
 CPU = torch.device("cpu")
@@ -52,10 +53,13 @@ def losses(step: TrainStep, steps: int = 4) -> Tensor:
     return torch.stack([step(*(t.to(device) for t in batch(n))).values.cpu() for n in range(steps)])
 
 
-def by_hand(recipe: Recipe, teacher: Detector | None, steps: int = 4) -> tuple[Tensor, DTN]:
+def by_hand(recipe: Recipe, teacher: Detector | None, steps: int = 4) -> tuple[Tensor, DTN, Tensor]:
     """The same steps in the plainest torch."""
-    model, centers = detector().train(), nn.Parameter(initial_centers(2))
-    optimizer = torch.optim.Adam([*model.parameters(), centers], lr=recipe.lr, weight_decay=recipe.weight_decay)
+    model, centers = detector().train(), nn.Parameter(torch.eye(2))
+    optimizer = torch.optim.Adam([
+        {"params": model.parameters(), "weight_decay": recipe.weight_decay},
+        {"params": [centers], "lr": recipe.center_lr or recipe.lr, "weight_decay": recipe.center_weight_decay},
+    ], lr=recipe.lr)  # fmt: skip
     values = []
     for n in range(steps):
         crops, labels = batch(n)
@@ -63,26 +67,31 @@ def by_hand(recipe: Recipe, teacher: Detector | None, steps: int = 4) -> tuple[T
         optimizer.zero_grad()
         parts = []
         for x, y in zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True):
+            logits = model(x)
+            points = logits.softmax(1) if recipe.center_on == "probabilities" else logits
             if teacher is None:
-                terms = initial_loss(model(x), y, centers, recipe.delta, recipe.initial_weights)
+                terms = initial_loss(logits, y, centers, recipe.delta, recipe.initial_weights, points)
             else:
                 how = (recipe.weights, recipe.temperature, recipe.delta)
-                terms = dsd_loss(model(x), y, teacher.eval()(x), centers, *how)
+                terms = dsd_loss(logits, y, teacher.eval()(x), centers, *how, points)
             (terms["loss"] / recipe.accumulate).backward()
             parts.append(terms["loss"].detach())
         optimizer.step()
         values.append(torch.stack(parts).mean())
-    return torch.stack(values), model
+    return torch.stack(values), model, centers
 
 
 @pytest.mark.parametrize("dsd", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_step_is_what_its_formula_says(dsd: bool, accumulate: int) -> None:
     own = {"weights": (1.0, 2.0, 0.5), "temperature": 3.0, "delta": 0.5, "weight_decay": 0.1}
+    own |= {"center_lr": 0.05, "center_weight_decay": 0.02, "center_on": "probabilities" if dsd else "logits"}
     recipe, teacher = changed(RECIPE, accumulate=accumulate, **own), detector(9) if dsd else None
     step = make(recipe, teacher)
     got = losses(step)
-    expected, model = by_hand(recipe, copy.deepcopy(teacher) if teacher else None)
+    expected, model, centers = by_hand(recipe, copy.deepcopy(teacher) if teacher else None)
+    torch.testing.assert_close(step.centers, centers, rtol=1e-3, atol=1e-3)
+    assert (step.centers - torch.eye(2)).abs().max() > 0.1, "their own learning rate moves them far"
     torch.testing.assert_close(got[:, 0], expected, rtol=1e-4, atol=1e-4)
     for name, parameter in step.model.named_parameters():
         if parameter.dim() > 1:  # biases before BN have no gradient but rounding, which Adam makes a whole step
@@ -138,9 +147,10 @@ def test_the_trained_model_and_the_losses_are_one_graph() -> None:
     images = normalise(crops, CONFIG)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch._dynamo.explain(step.model)(images).graph_break_count == 0
-    counted = torch._dynamo.explain(step._losses)(torch.randn(8, 2), labels, torch.randn(8, 2))
-    assert counted.graph_break_count == 0
-    assert counted.graph_count == 1
+    for samples in (None, torch.rand(8)):
+        counted = torch._dynamo.explain(step._losses)(torch.randn(8, 2), labels, torch.randn(8, 2), samples)
+        assert counted.graph_break_count == 0
+        assert counted.graph_count == 1
 
 
 def plain_batch_norm(x, mean, var, weight, bias, training, momentum, eps) -> Tensor:
@@ -245,14 +255,64 @@ def test_half_precision_lowers_its_scale_and_goes_on() -> None:
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_learning_rate_reaches_the_update(fused: bool) -> None:
     step = make(fused_adam=fused)
-    assert step.set_epoch(0) == RECIPE.lr
+    assert step.set_time(0) == RECIPE.lr
     before = step.model.head.weight.detach().clone()
     step(*batch())
     assert (step.model.head.weight - before).abs().max() > 0.5 * RECIPE.lr
     before = step.model.head.weight.detach().clone()
-    assert step.set_epoch(RECIPE.lr_step * 30) == pytest.approx(RECIPE.lr * 1e-30)
+    assert step.set_time(RECIPE.lr_step * 30) == pytest.approx(RECIPE.lr * 1e-30)
     step(*batch())
     assert torch.equal(step.model.head.weight, before)
+
+
+def test_a_student_warms_up_to_its_share_of_the_learning_rate() -> None:
+    recipe = changed(RECIPE, lr_step=2, student_lr=0.5, student_warmup=1.5, center_lr=0.02)
+    step = make(recipe, detector(9))
+    rates = lambda: [group["lr"] for group in step.optimizer.param_groups]
+    expected = {(0, 0): 1 / 6, (0, 3): 4 / 6, (1, 1): 1, (1, 3): 1, (2, 0): 0.1, (40, 0): 1e-20}
+    for (epoch, number), share in expected.items():
+        assert step.set_time(epoch, number, 4) == pytest.approx(0.5 * share * recipe.lr)
+        assert rates() == pytest.approx([0.5 * share * recipe.lr, 0.5 * share * 0.02])
+    for group in step.optimizer.param_groups:  # as a captured step holds them
+        group["lr"] = torch.tensor(group["lr"])
+    held = rates()
+    step.set_time(0, 3, 4)
+    assert all(a is b for a, b in zip(rates(), held, strict=True))
+    assert [float(lr) for lr in held] == pytest.approx([0.5 * 4 / 6 * recipe.lr, 0.5 * 4 / 6 * 0.02])
+    first = make(recipe)
+    assert first.set_time(0, 0, 4) == recipe.lr, "the teacher's training is the paper's"
+
+
+def test_centres_start_as_asked() -> None:
+    random = [make(changed(RECIPE, center_init="random", seed=seed)).centers for seed in (3, 3, 4)]
+    assert torch.equal(random[0], random[1])
+    assert not torch.equal(random[0], random[2])
+    assert torch.equal(make().centers, torch.eye(2))
+
+
+def test_centres_are_handed_over_if_they_fit() -> None:
+    given = torch.tensor([[3.0, -1.0], [0.5, 2.0]])
+    step = TrainStep(detector(), RECIPE, Execution(), CPU, detector(9), given)
+    assert torch.equal(step.centers, given)
+    step.model.train()
+    step(*batch())
+    assert not torch.equal(step.centers, given)
+    assert given[0, 0] == 3, "the teacher's stay"
+    with pytest.raises(UsageError, match=r"features: takes centres \[2, 64\], the teacher's are \[2, 2\].*new"):
+        TrainStep(detector(), changed(RECIPE, center_on="features"), Execution(), CPU, detector(9), given)
+
+
+def test_a_state_of_one_group_is_read() -> None:
+    """Earlier versions kept the centres in the group of the weights."""
+    step = make(changed(RECIPE, center_weight_decay=RECIPE.weight_decay))
+    losses(step, 2)
+    state = copy.deepcopy(step.state())
+    first, second = state["optimizer"]["param_groups"]
+    state["optimizer"]["param_groups"] = [{**first, "params": first["params"] + second["params"]}]
+    other = make(step.recipe)
+    other.load(state)
+    assert torch.equal(losses(other, 2), losses(step, 2))
+    assert torch.equal(other.centers, step.centers)
 
 
 def test_a_state_goes_on_however_it_is_computed() -> None:
@@ -299,22 +359,48 @@ def test_any_detector_trains(name: str) -> None:
     assert outcome.soft.shape == (8, 2)
 
 
+def test_the_host_waits_for_no_step() -> None:
+    """Weights of samples and the warm-up's rates are values on the device: none is read back."""
+
+    class NoWait(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert "_local_scalar_dense" not in str(func)
+            return func(*args, **(kwargs or {}))
+
+    step = make(changed(RECIPE, student_warmup=2.0, ema=0.9), detector(9))
+    with NoWait():
+        with pytest.raises(AssertionError):
+            torch.ones(1).item()
+        step.set_time(0, 0, 4)
+        step(*batch(), None, torch.rand(8))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dsd", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_captured_step_is_the_eager_step(dsd: bool, precision: str) -> None:
-    recipe, device = changed(RECIPE, precision=precision), torch.device("cuda")
+    recipe, device = changed(RECIPE, precision=precision, student_warmup=2.0), torch.device("cuda")
     teacher: Callable[[], DTN | None] = lambda: detector(9) if dsd else None
     eager = make(recipe, teacher(), device, compile="off", cuda_graph="off")
     graph = make(recipe, teacher(), device, compile="off", cuda_graph="on")
     both = make(recipe, teacher(), device, compile="on", cuda_graph="on")
-    # five steps, the last two replayed, and no norm of the gradient: rounding of 16 bits grows from step to step, and
-    # how fast depends on the GPU
-    expected = losses(eager, 5)[:, : len(eager._terms)]
-    torch.testing.assert_close(losses(graph, 5)[:, : len(eager._terms)], expected, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(losses(both, 5)[:, : len(eager._terms)], expected, rtol=5e-2, atol=5e-2)
-    assert graph._graphs[True]._graph is not None
+
+    def warming(step: TrainStep, steps: int = 5, drops: int = 0) -> Tensor:
+        """Loss terms of steps whose rate rises, their samples weighted if there is a teacher: five steps, the last two
+        replayed, and no norm of the gradient, because rounding of 16 bits grows from step to step, and how fast depends
+        on the GPU."""
+        values = []
+        for n in range(steps):
+            step.set_time(recipe.lr_step * drops, n, 8)
+            samples = (torch.arange(8) % 3).float().to(device) if dsd else None
+            values.append(step(*(t.to(device) for t in batch(n)), None, samples).values.cpu())
+        return torch.stack(values)[:, : len(step._terms)]
+
+    expected = warming(eager)
+    torch.testing.assert_close(warming(graph), expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(warming(both), expected, rtol=5e-2, atol=5e-2)
+    assert graph._graphs[True]._replay is not None
     before = graph.model.head.weight.detach().clone()
-    graph.set_epoch(recipe.lr_step * 40)  # a learning rate of nothing reaches the captured update
-    losses(graph, 1)
+    # a learning rate of nothing reaches the captured update
+    warming(graph, 1, 40)
     torch.testing.assert_close(graph.model.head.weight, before, rtol=0, atol=1e-9)
