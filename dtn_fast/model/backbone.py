@@ -33,7 +33,8 @@ class Backbone(nn.Sequential):
         layers = list(self)
         while layers:
             layer = layers.pop(0)
-            follows = self.training and bool(layers) and isinstance(layers[0], nn.BatchNorm2d | nn.SyncBatchNorm)
+            # (torch 2.11 cannot trace bool of a list)
+            follows = self.training and len(layers) > 0 and isinstance(layers[0], nn.BatchNorm2d | nn.SyncBatchNorm)
             padded = self.pad_input and isinstance(layer, nn.Conv2d) and x.shape[1] < INPUT_CHANNELS
             if not isinstance(layer, nn.Conv2d) or layer.bias is None or not (follows or padded):
                 x = layer(x)

@@ -349,6 +349,7 @@ def test_known_soft_labels_replace_the_teacher() -> None:
 
 @pytest.mark.parametrize("name", ["resnet10t", "legacy_xception"])
 def test_any_detector_trains(name: str) -> None:
+    pytest.importorskip("timm")
     torch.manual_seed(0)
     model = TimmDetector(TimmConfig(name, image_size=64))
     step = TrainStep(model, RECIPE, Execution(), CPU, copy.deepcopy(model))
