@@ -205,7 +205,8 @@ def shipped(arch: int) -> Iterator[tuple[str, torch.dtype, list[Launch]]]:
         both = ("mas_small_forward", "mas_small_backward")
         launch_values.override.update(dict.fromkeys(both, PERSISTENT))
         try:
-            yield "N=64 D=64", half, mas_launches(64, 64, half)
+            both_ways = mas_launches(64, 64, half)
+            yield "N=64 D=64", half, both_ways if arch < 120 else both_ways[:1]  # the backward spills on sm_120
         finally:
             for kernel in both:
                 del launch_values.override[kernel]
