@@ -3,7 +3,7 @@
 On a GPU the contenders are this package's kernels, torch's SDPA on each backend that accepts the shape followed by the
 head scales, FlexAttention, the compiled reference and the eager one; without a GPU small shapes show that the suite
 works and how the reference path compares.  Attention takes packed [B, N, 3, 8, 64], the expert gate has the paper's 2
-experts, and BN with ReLU and pooling takes the maps of the paper's backbone.
+experts, BN with ReLU and pooling takes the maps of the paper's backbone, and the local connection those of its blocks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dtn_fast.bench.measure import (
     forward_passes,
     rotation,
 )
-from dtn_fast.bench.roofline import attention_work, bn_work, gate_work
+from dtn_fast.bench.roofline import attention_work, bn_work, connection_work, gate_work
 from dtn_fast.device import exact_products, tf32_allowed
 from dtn_fast.errors import DtnError
 from dtn_fast.kernels import ops, reference
@@ -42,7 +42,7 @@ GPU_SHAPES = [(256, 64), (32, 64), (1, 64), (1024, 64), (128, 197), (32, 577), (
 CPU_SHAPES = [(1, 64), (8, 64), (2, 197)]
 BN_SHAPES = [(256, 32, 256), (256, 64, 128), (256, 128, 64), (256, 512, 16), (32, 32, 256)]
 """Batch, channels and side of the backbone's maps."""
-GATE_BATCHES = [256, 32, 1, 1024]
+BATCHES = [256, 32, 1, 1024]
 TOLERANCE = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest error allowed for timing, relative to the largest value; float32 may be TF32 on a GPU."""
 
@@ -57,12 +57,12 @@ def cases(machine: Machine | None = None, quick: bool = False) -> Iterator[Case]
         else [torch.bfloat16 if gpu else torch.float32]
     )
     shapes = (GPU_SHAPES if gpu else CPU_SHAPES)[: 2 if quick else None]
-    batches = (GATE_BATCHES if gpu else [1, 8])[: 2 if quick else None]
+    batches = (BATCHES if gpu else [1, 8])[: 2 if quick else None]
     maps = (BN_SHAPES if gpu else [(2, 16, 32)])[: 1 if quick else None]
     failed: list[str] = []
     for dtype in dtypes:
         for shape, batch, each in itertools.zip_longest(shapes, batches, maps):  # the operators in turns
-            todo = [gate_cases(batch, dtype, machine)] if batch else []
+            todo = [gate_cases(batch, dtype, machine), connection_cases(batch, dtype, machine)] if batch else []
             todo += [attention_cases(*shape, dtype, machine)] if shape else []
             todo += [bn_cases(*each, pool, dtype, machine) for pool in (True, False)] if each else []
             for operator in todo:
@@ -310,6 +310,35 @@ def bn_cases(
     )  # fmt: skip
 
 
+def _connection_eager(m: Tensor, x: Tensor, weight: Tensor, *columns: Tensor) -> Tensor:
+    bias, norm_weight, norm_bias = columns
+    z = F.conv2d(m, weight.to(m.dtype), bias.to(m.dtype), padding=1, groups=m.shape[1])
+    return x + F.batch_norm(z, None, None, norm_weight, norm_bias, True, 0.0, 1e-5)
+
+
+def connection_cases(batch: int, dtype: torch.dtype, machine: Machine | None) -> Iterator[Case]:
+    """Cases of the local connection in training, x + BN(depthwise convolution of m), at the model's 512x8x8."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def make() -> list[Tensor]:
+        maps = [torch.randn(batch, 512, 8, 8, device=device).to(dtype) for _ in range(2)]
+        maps = [t.contiguous(memory_format=torch.channels_last) for t in maps]
+        columns = [torch.randn(s, device=device) for s in ((512, 1, 3, 3), 512, 512, 512)]
+        return [t.requires_grad_() for t in (*maps, *columns)]
+
+    own, plain = _own(ops.local_connection, eps=1e-5), _connection_eager
+    contenders: dict[str, Call] = {"dtn_fast": lambda *t: own(*t)[0], "torch, one operator after another": plain}
+    if device == "cuda":
+        contenders["torch.compile"] = torch.compile(plain)
+    yield from cases_of(
+        Operator(
+            "Local connection", f"B={batch} 512x8x8", contenders, make, plain, batch,
+            ("torch, one operator after another",),
+            lambda back: connection_work(batch * 512 * 64, dtype.itemsize, back), same_backward=True,
+        ), dtype, machine,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("pool", [False, True])
 def bench_bn_relu(compare, pool: bool) -> None:
     gpu = torch.cuda.is_available()
@@ -327,4 +356,10 @@ def bench_mas_attention(compare, batch: int, n: int) -> None:
 @pytest.mark.parametrize("batch", [1, 8])
 def bench_moe_gate(compare, batch: int) -> None:
     for case in gate_cases(batch, torch.bfloat16 if torch.cuda.is_available() else torch.float32, None):
+        compare(case)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def bench_local_connection(compare, batch: int) -> None:
+    for case in connection_cases(batch, torch.bfloat16 if torch.cuda.is_available() else torch.float32, None):
         compare(case)

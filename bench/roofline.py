@@ -105,6 +105,12 @@ def bn_work(elements: int, width: int, pool: bool, backward: bool = False) -> tu
         8.0 * elements, (2.0 * elements + out) * width)  # fmt: skip
 
 
+def connection_work(elements: int, width: int, backward: bool = False) -> tuple[float, float]:
+    """(FLOPs, least bytes) of x + BN(depthwise 3x3 of m) over maps of ``elements``: m, the convolution's z out and in
+    for its statistics, x in, y out; backward dy and z twice, m in, dm out."""
+    return (54.0 * elements, 6.0 * elements * width) if backward else (26.0 * elements, 5.0 * elements * width)
+
+
 PASSES = {
     "everything fused": 0.0,
     "BN in prologues, statistics in epilogues": 3.0,
