@@ -16,10 +16,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from dtn_fast.bench.machine import Machine, best_seconds, measure_machine
 from dtn_fast.evaluation.plotting import drawing, save
 from dtn_fast.files import write_whole
+from dtn_fast.model.backbone import INPUT_CHANNELS
 from dtn_fast.model.config import STRIDE, DTNConfig
 
 
@@ -180,35 +182,30 @@ class Conv(NamedTuple):
 def measure_convolutions(
     config: DTNConfig, batch: int, machine: Machine, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Conv]:
-    """Times each convolution in channels_last, forward and both gradients, without bias and activation."""
+    """Times each convolution in channels_last, forward and both gradients, without bias and activation; the first one
+    also with its input padded to eight channels (``Execution.pad_input``), against the same lower bound."""
     side, channels = config.image_size, 3
     for out, convs in zip(config.channels, config.convs, strict=True):
         for _ in range(convs):
-            x = (
-                torch.randn(batch, channels, side, side, device=device)
-                .to(dtype)
-                .contiguous(memory_format=torch.channels_last)
-            )
-            w = torch.randn(out, channels, 3, 3, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
-            dy = (
-                torch.randn(batch, out, side, side, device=device)
-                .to(dtype)
-                .contiguous(memory_format=torch.channels_last)
-            )
-
-            def gradient(mask: list[bool], x=x, w=w, dy=dy) -> Callable[[], object]:
-                return lambda: torch.ops.aten.convolution_backward(
-                    dy, x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
+            for given in (3, INPUT_CHANNELS) if channels == 3 else (channels,):
+                x, w, dy = (
+                    torch.randn(size, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+                    for size in ((batch, given, side, side), (out, given, 3, 3), (batch, out, side, side))
                 )
 
-            rounds = 12 if device.type == "cuda" else 3
-            forward = best_seconds(lambda x=x, w=w: F.conv2d(x, w, padding=1), device, rounds)
-            dgrad = best_seconds(gradient([True, False, False]), device, rounds) if channels > 3 else 0.0
-            wgrad = best_seconds(gradient([False, True, False]), device, rounds)
-            part = Part(
-                "", "", 18.0 * channels * out * side * side * batch, float((x.numel() + dy.numel()) * x.element_size())
-            )
-            yield Conv(f"conv {channels}->{out} at {side}", forward, dgrad, wgrad, seconds(part, machine))
+                def gradient(mask: list[bool], x: Tensor = x, w: Tensor = w, dy: Tensor = dy) -> Callable[[], object]:
+                    return lambda: torch.ops.aten.convolution_backward(
+                        dy, x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
+                    )
+
+                rounds = 12 if device.type == "cuda" else 3
+                forward = best_seconds(lambda x=x, w=w: F.conv2d(x, w, padding=1), device, rounds)
+                dgrad = best_seconds(gradient([True, False, False]), device, rounds) if channels > 3 else 0.0
+                wgrad = best_seconds(gradient([False, True, False]), device, rounds)
+                pixels = batch * side * side
+                part = Part("", "", 18.0 * channels * out * pixels, float((channels + out) * pixels * x.element_size()))
+                name = f"conv {channels}->{out} at {side}{', padded to 8 channels' if given > channels else ''}"
+                yield Conv(name, forward, dgrad, wgrad, seconds(part, machine))
             channels = out
         side //= 2
 
