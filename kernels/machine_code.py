@@ -71,8 +71,9 @@ class Work(NamedTuple):
     flops: float
     """Floating-point operations of the products."""
     loaded: float
+    """Bytes of global loads, those that a cache serves included."""
     stored: float
-    """Bytes of global loads and stores, those that a cache serves included."""
+    """Bytes of global stores."""
     in_flight: float
     """Bytes of loads that a program has under way at once."""
 
