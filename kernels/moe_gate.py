@@ -89,8 +89,11 @@ def _moe_backward(grad, x, w1, b1, w2, b2, expert_scale, seed, noise_std, attent
     launches, partial, dw1 = kernels.backward(*rows, *weights, seed, noise_std, attention, winner, hidden, rows_of(dx))
     for launch in launches:
         launch.run()
-    small = (w1, b1, w2, b2, expert_scale)
-    return dx, *(g.to(p.dtype).contiguous() for g, p in zip(kernels.finish(partial, dw1), small, strict=True))
+    first, *others = kernels.finish(partial, dw1)
+    small = zip(others, (b1, w2, b2, expert_scale), strict=True)
+    # copied, as an operator's outputs may not share memory
+    others = [g.to(p.dtype, copy=True, memory_format=torch.contiguous_format) for g, p in small]
+    return dx, first.to(w1.dtype), *others
 
 
 def _hidden_like(x: Tensor, w1: Tensor, keep: bool) -> Tensor:

@@ -135,6 +135,15 @@ def test_no_noise_draws_nothing_and_noise_differs_between_experts(monkeypatch: p
         assert launch.constants["NOISE"] is noise
 
 
+@pytest.mark.parametrize("experts", [1, 2])
+def test_the_operator_is_registered_as_torch_expects(experts: int) -> None:
+    """Among others, outputs that share no memory: with one expert all small gradients are slices of one row."""
+    tensors, grad = inputs(experts, 16, 16, (1, 2, 2), FULL)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    _, *kept = torch.ops.dtn_fast.moe_forward(*tensors, None, 0.0, True, "triton")
+    torch.library.opcheck(torch.ops.dtn_fast.moe_backward.default, (grad, *tensors, None, 0.0, *kept, "triton"))
+
+
 def test_any_layout_gives_the_same() -> None:
     tensors, _ = inputs(2, 16, 32, (2, 3, 4), FULL)
     x = tensors[0]
