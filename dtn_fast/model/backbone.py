@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dtn_fast.errors import UsageError
 from dtn_fast.kernels.ops import bn_relu, fuses_bn
 from dtn_fast.model.config import STRIDE, DTNConfig
-from dtn_fast.model.norm import update_statistics
+from dtn_fast.model.norm import trains, update_statistics
 from dtn_fast.model.timm_compat import import_timm
 
 INPUT_CHANNELS = 8
@@ -34,7 +34,7 @@ class Backbone(nn.Sequential):
         while layers:
             layer = layers.pop(0)
             # (torch 2.11 cannot trace bool of a list)
-            follows = self.training and len(layers) > 0 and isinstance(layers[0], nn.BatchNorm2d | nn.SyncBatchNorm)
+            follows = self.training and len(layers) > 0 and trains(layers[0])
             padded = self.pad_input and isinstance(layer, nn.Conv2d) and x.shape[1] < INPUT_CHANNELS
             if not isinstance(layer, nn.Conv2d) or layer.bias is None or not (follows or padded):
                 x = layer(x)

@@ -9,7 +9,7 @@ from dtn_fast.kernels import reference
 from dtn_fast.kernels.ops import fuses_local_connection, local_connection, mas_attention_packed
 from dtn_fast.model.config import DTNConfig
 from dtn_fast.model.mas import head_mixer, reattend
-from dtn_fast.model.norm import update_statistics
+from dtn_fast.model.norm import trains, update_statistics
 
 
 class ScaledAttention(nn.Module):
@@ -104,8 +104,8 @@ class LEVTBlock(nn.Module):
         conv, norm = self.local
         assert isinstance(conv, nn.Conv2d)
         assert conv.bias is not None
-        if type(norm) is not nn.BatchNorm2d or not fuses_local_connection(mixed):  # not SyncBatchNorm
-            return x + self.local(mixed)
+        if type(norm) is not nn.BatchNorm2d or not (trains(norm) and fuses_local_connection(mixed)):
+            return x + self.local(mixed)  # SyncBatchNorm, a frozen BN, or no kernels here
         y, mean, var = local_connection(mixed, x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
         update_statistics(norm, mean, var, x.numel() // x.shape[1])
         return y

@@ -255,6 +255,24 @@ def test_equal_weights_are_equal_files(small: DTN, tmp_path: Path) -> None:
     assert load_file(tmp_path / "model.safetensors").keys() == small.state_dict().keys()
 
 
+@pytest.mark.parametrize("change", ["frozen", "momentum None", "momentum 1", "no running statistics"])
+def test_a_bn_that_was_changed_is_computed_as_torch_computes_it(change: str) -> None:
+    torch.manual_seed(0)
+    plain = DTN(DTNConfig.preset("tiny", image_size=64)).backbone.train()
+    for norm in (layer for layer in plain if isinstance(layer, nn.BatchNorm2d)):
+        nn.init.normal_(norm.running_mean)
+        if change == "frozen":
+            norm.eval()
+        elif change.startswith("momentum"):
+            norm.momentum = None if change.endswith("None") else 1.0
+        else:
+            norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    ours, images = copy.deepcopy(plain), torch.randn(4, 3, 64, 64)
+    for _ in range(2):
+        assert torch.equal(Backbone.forward(ours, images), nn.Sequential.forward(plain, images))
+    assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), plain.buffers(), strict=True))
+
+
 @pytest.mark.parametrize("pad", [False, True])
 def test_training_leaves_the_convolutions_bias_out_and_changes_nothing_else(pad: bool, monkeypatch) -> None:
     """Against the same layers called one after another, in float64: values, gradients, running statistics."""

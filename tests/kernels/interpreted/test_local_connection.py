@@ -110,6 +110,15 @@ def test_a_block_trains_as_its_layers_do(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.testing.assert_close(b, a, rtol=2e-3, atol=2e-3)
 
 
+def test_a_frozen_bn_is_not_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DTN_FAST_KERNELS", "triton")
+    block = DTN(DTNConfig.preset("tiny", image_size=64)).blocks[0].train()
+    block.local[1].eval()
+    x, mixed = torch.randn(2, 2, 128, 2, 2)
+    assert torch.equal(block._connected(x, mixed), x + block.local(mixed))
+    assert not block.local[1].running_mean.any()
+
+
 def test_the_operator_is_registered_as_torch_expects() -> None:
     tensors, _ = inputs((2, 16, 3, 4), torch.float32)
     torch.library.opcheck(torch.ops.dtn_fast.lc_forward.default, (*tensors, EPS))
