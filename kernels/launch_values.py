@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent / "tuned"
 OPTIONS = ("num_warps", "num_stages")
+SIZES = {"T", "POOL"}
+"""Bounds of rows by which values differ within one model: its number of positions, and whether a map is pooled."""
 SMALL = 128
 """Largest N (tokens) that one attention program holds whole; up to it the backward needs no saved forward values."""
 
@@ -35,14 +38,26 @@ def settings(kernel: str, like: Tensor, **shape: int) -> tuple[dict[str, int], d
 
 @functools.lru_cache(maxsize=4096)
 def _lookup(kernel: str, gpu: tuple[str, int], width: int, *shape: tuple[str, int]) -> dict[str, int]:
-    """Values of the first row that fits, in file order; a row's "when" gives upper bounds of shape values and bytes."""
+    """Values of the first row that fits, in file order; a row's "when" gives upper bounds of shape values and bytes.
+
+    A row measured on this GPU without a bound of ``SIZES`` was measured at other sizes than a family's row that has one
+    and fits: a search that its budget ended has found values for large batches alone, or for pooled maps.
+    """
     name, capability = gpu
     given = {**dict(shape), "bytes": width}
+    found: list[dict[str, Any]] = []
     for file in (f"{name}.json", f"sm{capability}.json", "default.json"):
-        for row in _read(file).get(kernel, ()):
-            if all(given.get(key, 0) <= bound for key, bound in row.get("when", {}).items()):
-                return {k: v for k, v in row.items() if k != "when"}
-    raise KeyError(f"{kernel}: no launch values for {given} in {FOLDER / 'default.json'}; add a row there")
+        fits = (r for r in _read(file).get(kernel, ()) if all(given.get(k, 0) <= b for k, b in _when(r).items()))
+        found += itertools.islice(fits, 1)
+    if not found:
+        raise KeyError(f"{kernel}: no launch values for {given} in {FOLDER / 'default.json'}; add a row there")
+    sizes = (SIZES & given.keys()) - _when(found[0]).keys()
+    row = next((r for r in found[1:] if sizes & _when(r).keys()), found[0])
+    return {k: v for k, v in row.items() if k != "when"}
+
+
+def _when(row: dict[str, Any]) -> dict[str, int]:
+    return row.get("when", {})
 
 
 @functools.cache

@@ -127,6 +127,17 @@ def test_launch_values_cover_every_kernel_and_prefer_the_measured(
             assert launch_values._lookup("k", gpu, 2, ("N", n))["num_warps"] == expected
         with pytest.raises(KeyError, match="no launch values"):
             launch_values._lookup("k", ("other", 80), 2, ("N", 65))
+        # what was measured at a large batch, or for pooled maps, serves no small batch and no other map
+        for size, bound in (("T", 2112), ("POOL", 0)):
+            family = [{"when": {size: bound}, "num_warps": 4, "num_stages": 1}, {"num_warps": 2, "num_stages": 1}]
+            (tmp_path / "sm90.json").write_text(json.dumps({"k": family}))
+            measured = [{"when": {"bytes": 2}, "num_warps": 8, "num_stages": 1}]
+            for rows, at, expected in ((measured, bound, 4), (measured, bound + 1, 8),
+                                       ([{**measured[0], "when": {size: bound}}, *measured], bound, 8)):  # fmt: skip
+                (tmp_path / "nvidia-h200.json").write_text(json.dumps({"k": rows}))
+                launch_values._read.cache_clear()
+                launch_values._lookup.cache_clear()
+                assert launch_values._lookup("k", ("nvidia-h200", 90), 2, (size, at))["num_warps"] == expected
     finally:
         launch_values._read.cache_clear()
         launch_values._lookup.cache_clear()
