@@ -350,7 +350,8 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--stage", nargs="+", choices=list(STAGES), default=list(STAGES), help="stages; default: all")
     parser.add_argument("--budget", type=positive, default=LIMIT, help=f"seconds for this call ({LIMIT:.0f})")
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for results and the log")
+    parser.add_argument("--out", type=Path, help="folder for results and the log (gpu-results; without a real run "
+                        "gpu-results/rehearsal, as its figures are none)")  # fmt: skip
     parser.add_argument("--plan", type=positive, metavar="MINUTES", help="print the commands that fit, and run nothing")
     parser.add_argument("--collect", type=Path, metavar="FOLDER", help="merge results made elsewhere into the checkout")
     parser.add_argument("--dry-run", action="store_true", help="small shapes on this CPU, to check that stages work")
@@ -359,6 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     stages = [name for name in STAGES if name in options.stage]
     dry = options.dry_run or options.rehearse is not None
+    options.out = options.out or Path("gpu-results", *(["rehearsal"] if dry else []))
     if options.plan:
         print(*plan(stages, options.plan, results.environment()["commit"]), sep="\n")
         return 0

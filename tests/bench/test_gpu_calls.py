@@ -165,6 +165,17 @@ def test_a_rehearsal_kills_each_stage_and_says_what_it_kept(
         )
 
 
+def test_a_rehearsal_leaves_no_figures_among_the_real_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[tuple[Path, bool]] = []
+    monkeypatch.setattr(gpu, "run", lambda stages, budget, out, dry, dice: used.append((out, dry)) or [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.chdir(tmp_path)
+    Path("gpu-results/rehearsal").mkdir(parents=True)
+    for how in ([], ["--dry-run"], ["--rehearse", "1"]):
+        assert gpu.main([*how, "--stage", "data"]) == 0
+    assert used == [(Path("gpu-results"), False), *[(Path("gpu-results/rehearsal"), True)] * 2]
+
+
 def test_no_kernel_takes_all_of_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[float] = []
     now = [0.0]
