@@ -78,9 +78,11 @@ def test_without_a_gpu_only_a_dry_run_runs(
     assert [row["stage"] for row in summary] == ["environment", "convolutions", "sanitizer"]
     assert [row["state"] for row in summary[:2]] == ["done", "done"]
     assert summary[2]["state"].startswith("not run")
-    assert summary[1]["kept"].startswith("26 rows of 1 cases"), "nine convolutions; the first needs no input gradient"
+    assert summary[1]["kept"].startswith("28 rows of 1 cases"), (
+        "nine convolutions, the first twice and with no input gradient"
+    )
     (file,) = [path for path in tmp_path.glob("*.json") if path.name != "gpu-run.json"]
-    assert len(results.load(file)["suites"]["convolutions"]["rows"]) == 26
+    assert len(results.load(file)["suites"]["convolutions"]["rows"]) == 28
     log = (tmp_path / "gpu-run.log").read_text()
     assert "TFLOP/s float32" in log
     assert "of the lower bound" in log
