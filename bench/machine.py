@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import os
 import shutil
 import subprocess
 import tempfile
@@ -94,9 +95,9 @@ class Clocks:
 
     def __str__(self) -> str:
         """Ranges over the samples in which the GPU worked; empty where there are none."""
-        self.file.seek(0)
-        rows = [line.split(", ") for line in self.file.read().splitlines()]
-        self.file.seek(0, 2)
+        file = self.file.fileno()  # nvidia-smi shares its place, from where it writes on: reading must not move it
+        text = os.pread(file, os.fstat(file).st_size, 0).decode()
+        rows = [line.split(", ") for line in text.splitlines()]
         try:
             busy = [[float(cell) for cell in row[:4]] + [int(row[4], 16)] for row in rows if float(row[0]) >= 50]
         except (ValueError, IndexError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import time
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -220,6 +222,25 @@ def test_clocks_and_power_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         while not (tmp_path / "done").exists():
             pass
         assert str(clocks) == "unreadable"
+
+
+def test_reading_the_clocks_disturbs_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample may come at any moment; nvidia-smi writes through the same open file."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\nwhile :; do i=$((i+1)); echo "97, 1755, $i, 61, 0x1"; done')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with Clocks() as clocks:
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            str(clocks)
+        clocks.process.kill()
+        clocks.process.wait()
+        text = os.pread(clocks.file.fileno(), 2**30, 0).decode()
+    numbers = [line.split(", ")[2] for line in text.splitlines()[:-1]]
+    assert len(numbers) > 10
+    assert numbers == [str(number) for number in range(1, len(numbers) + 1)]
 
 
 def test_rows_of_one_title_share_a_baseline_and_each_is_freed_before_the_next(
