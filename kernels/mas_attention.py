@@ -45,11 +45,7 @@ def unsupported(q: Tensor) -> str | None:
     """Reason why these kernels cannot take inputs like ``q`` [B, N, H, D], or None if they can."""
     if q.dtype not in DTYPES:
         return f"dtype {q.dtype}"
-    if refusal := unsupported_head_dim(q.shape[3]):
-        return refusal
-    if q.shape[0] * q.shape[2] > 65535 and q.shape[1] > SMALL:
-        return f"{q.shape[0] * q.shape[2]} (batch, head) pairs at N > {SMALL} (a CUDA grid allows 65,535)"
-    return None
+    return unsupported_head_dim(q.shape[3])
 
 
 def _log_sum(q: Tensor) -> Tensor:

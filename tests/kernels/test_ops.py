@@ -66,6 +66,10 @@ def test_reference_backward_is_autograds(dtype: torch.dtype) -> None:
 # ------------------------------------------------------------------------------------------------ torch.library
 
 
+def test_attention_has_no_limit_of_pairs() -> None:
+    assert mas_attention.unsupported(torch.empty(8192, 197, 9, 64, dtype=torch.bfloat16, device="meta")) is None
+
+
 @pytest.mark.parametrize("n", [5, 130])
 def test_opcheck_attention(n: int) -> None:
     q, k, v, scale = attention(n, torch.float32, grad=False)
