@@ -140,13 +140,13 @@ def test_own_kernels_are_timed_and_never_what_they_fall_back_to(monkeypatch: pyt
 def test_the_models_shapes_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every operator, in bfloat16, before any other shape or dtype: the budget may end."""
     seen: list[tuple] = []
-    for name in ("attention_cases", "gate_cases", "bn_cases"):
+    for name in ("attention_cases", "gate_cases", "connection_cases", "bn_cases"):
         monkeypatch.setattr(bench_kernels, name, lambda *a, name=name: seen.append((name, *a[:-1])) or iter(()))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert list(bench_kernels.cases()) == []
     first = {name: next(entry for entry in seen if entry[0] == name)[1] for name, *_ in seen}
     assert set(first.values()) == {256}
-    assert {entry[0] for entry in seen[:3]} == set(first)
+    assert {entry[0] for entry in seen[:4]} == set(first)
     dtypes = [entry[-1] for entry in seen]
     assert dtypes == sorted(dtypes, key=[torch.bfloat16, torch.float16, torch.float32].index)
 
