@@ -21,6 +21,7 @@ from dtn_fast.model.config import TimmConfig
 from dtn_fast.model.detector import Detector
 from dtn_fast.model.fold import frozen
 from dtn_fast.model.preprocess import normalise
+from dtn_fast.model.timm_compat import import_timm
 from dtn_fast.train import step as step_module
 from dtn_fast.train.config import Execution, Recipe
 from dtn_fast.train.losses import dsd_loss, initial_loss
@@ -349,7 +350,7 @@ def test_known_soft_labels_replace_the_teacher() -> None:
 
 @pytest.mark.parametrize("name", ["resnet10t", "legacy_xception"])
 def test_any_detector_trains(name: str) -> None:
-    pytest.importorskip("timm")
+    import_timm()
     torch.manual_seed(0)
     model = TimmDetector(TimmConfig(name, image_size=64))
     step = TrainStep(model, RECIPE, Execution(), CPU, copy.deepcopy(model))
