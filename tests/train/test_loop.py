@@ -227,7 +227,7 @@ def test_algorithm_1(trained: Path, dataset: CropDataset, tmp_path: Path, monkey
     shutil.copytree(trained, run)
     seen = []
 
-    def spy(model, shards_, recipe, out, teacher=None, generation=0, device="cpu", centers=None):
+    def spy(model, shards_, recipe, out, teacher=None, generation=0, device="cpu", centers=None, initial=None):
         seen.append((generation, teacher))
         assert teacher is not None
         assert torch.equal(centers, load_centers(run / f"generation-{generation - 1}" / run_folder.CENTERS))
@@ -237,7 +237,7 @@ def test_algorithm_1(trained: Path, dataset: CropDataset, tmp_path: Path, monkey
             state = part.state_dict()
             assert all(torch.equal(state[k], expected[k]) for k in expected)
         before = {k: v.clone() for k, v in teacher.state_dict().items()}
-        for event in fit(model, shards_, recipe, out, teacher, generation, device, centers=centers):
+        for event in fit(model, shards_, recipe, out, teacher, generation, device, centers=centers, initial=initial):
             if isinstance(event, Step):
                 assert set(event.losses) == {"loss", "ce", "kd", "center"}
                 total = 4 * event.losses["ce"] + 0.4 * event.losses["kd"] + 0.6 * event.losses["center"]
