@@ -214,7 +214,7 @@ class _Rows:
         """Chooses the crops of the table, and its columns by the training of all its rows, whose recipes by variant are
         ``recipes``, on ``data``."""
         self._tests, self._recipes, self._crops = tests, recipes, dict[str, str]()
-        trained = self._trained = [trained_on(recipe, data, False) for recipe in recipes.values()]
+        trained = self._trained = [trained_on(recipe, data) for recipe in recipes.values()]
         for column, dataset in tests.items():
             rows = dataset.select("test")
             _, others = forgeries_of(dataset, trained)
@@ -264,7 +264,9 @@ class _Rows:
         names = [field.name for field in dataclasses.fields(Recipe) if field.name not in told]
         varied = [n for n in names if len({getattr(recipe, n) for recipe in self._recipes.values()}) > 1]
         text = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        return "; ".join([mine.described(generation > 0), *(f"{n} {text(getattr(mine, n))}" for n in varied)])
+        return "; ".join(
+            [mine.described(mine if generation else None), *(f"{n} {text(getattr(mine, n))}" for n in varied)]
+        )
 
     def table(self, variants: tuple[Variant, ...]) -> ResultTable:
         """Table of the rows measured on these tests, in the order of ``variants``."""

@@ -141,16 +141,20 @@ class Recipe:
             raise UsageError("--pretrained-from: only with --pretrained")
         files_of(self.pretrained_from)
 
-    def described(self, distilled: bool) -> str:
-        """Losses, initial weights and augmentation in words, for tables of models with different recipes."""
-        center = "Ct-c" if self.center_on == "logits" else f"Ct-c on {self.center_on}"
+    def described(self, student: Recipe | None = None) -> str:
+        """Losses, initial weights and augmentation in words, for tables of models with different recipes.
+
+        student: the recipe of a student of this initial training; None: it is not distilled.
+        """
+        center = lambda of: "Ct-c" if of.center_on == "logits" else f"Ct-c on {of.center_on}"
         joined = lambda weights, names: " + ".join(n for n, weight in zip(names, weights, strict=True) if weight)
-        losses = joined(self.initial_weights, ("CE", center))
-        if distilled:
-            losses += f", then {joined(self.weights, ('CE', 'KD', center))}"
-        blend = ", self-blended fakes" if self.self_blend else ""
+        augmented = lambda of: of.augment + (", self-blended fakes" if of.self_blend else "")
+        losses, augmentation = joined(self.initial_weights, ("CE", center(self))), augmented(self)
+        if student is not None:
+            losses += f", then {joined(student.weights, ('CE', 'KD', center(student)))}"
+            augmentation = ", then ".join(dict.fromkeys((augmentation, augmented(student))))
         begin = "published weights" if self.pretrained else "from scratch"
-        return f"{losses}; {begin}; augmentation {self.augment}{blend}"
+        return f"{losses}; {begin}; augmentation {augmentation}"
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,8 @@ STUDENTS = (
     "error_factor", "focal_gamma", "ambiguous", "ambiguous_draws", "cache_teacher",
 )  # fmt: skip
 """Fields of Recipe that the initial training does not depend on."""
+INITIAL = ("initial_weights", "pretrained", "pretrained_from")
+"""Fields of Recipe that the initial training alone depends on."""
 Switch = Literal["auto", "on", "off"]
 
 

@@ -21,6 +21,7 @@ from dtn_fast.train.loop import Epoch, Step, fit
 from dtn_fast.train.run_folder import (
     CENTERS,
     STATE,
+    check_restart,
     claim_crops,
     claim_students,
     forget,
@@ -30,6 +31,7 @@ from dtn_fast.train.run_folder import (
     summarise,
 )
 from dtn_fast.train.run_lock import locked
+from dtn_fast.train.step import check_centers
 
 
 def train_initial(run: Path, dataset: CropDataset, **how: Any) -> Generator[Step | Epoch, None, None]:
@@ -58,19 +60,23 @@ def distill(
     :func:`train_initial`.  Raises UsageError when generation 0 is not trained, or was on other crops, or the students
     were begun by another recipe, or another process trains the run.
     """
-    recipe = recipe or load_run(run)[0]
+    initial = load_run(run)[0]
+    recipe = recipe or initial
     if not (generation_folder(run, 0) / WEIGHTS).is_file():
         raise UsageError(f"{run}: generation 0 is not trained; run dtn-fast train first")
     with locked(run):
         claim_crops(run, recipe, dataset)
         if restart is not None:
+            check_restart(run, restart)
+        claim_students(run, recipe, restart)
+        if restart is not None:
+            _centers(generation_folder(run, restart - 1), recipe)  # refused before anything is deleted
             forget(run, restart)
-        claim_students(run, recipe)
         for generation in range(1, recipe.generations + 1):
             teacher = load_detector(generation_folder(run, generation - 1)).requires_grad_(False)
             student = copy.deepcopy(teacher).requires_grad_(True)
             record_student(run, generation, recipe)
-            own = {**how, "centers": _centers(generation_folder(run, generation - 1), recipe)}
+            own = {**how, "initial": initial, "centers": _centers(generation_folder(run, generation - 1), recipe)}
             yield from fit(student, dataset, recipe, generation_folder(run, generation), teacher, generation, **own)
             without_gain = generation - summarise(run)["best"]
             if without_gain >= recipe.generation_patience and generation >= recipe.min_generations:
@@ -78,5 +84,9 @@ def distill(
 
 
 def _centers(teacher: Path, recipe: Recipe) -> Tensor | None:
-    """The Ct-c centres that a student starts with; None: new ones."""
-    return load_centers(teacher / CENTERS) if recipe.student_centers == "teacher" else None
+    """The Ct-c centres that a student starts with; None: new ones.  Raises UsageError when they do not fit."""
+    if recipe.student_centers == "new":
+        return None
+    centers = load_centers(teacher / CENTERS)
+    check_centers(centers, load_detector(teacher), recipe)
+    return centers

@@ -183,16 +183,20 @@ def fit(
     execution: Execution = Execution(),
     stop: Callable[[], int] = lambda: 0,
     centers: Tensor | None = None,
+    initial: Recipe | None = None,
 ) -> Generator[Step | Epoch, None, None]:
     """Trains ``model`` and yields progress; with a ``teacher`` by DSD, else by CE + Ct-c.
 
     ``out`` receives the weights of the epoch with the best validation AUC, its Ct-c centres and validation scores,
     metrics.jsonl, steps.jsonl and the training state: a call on a folder with an unfinished run resumes it, with the
     same result as without the pause.  ``stop`` is called after every step; when it returns the number of a signal, the
-    state is saved and Stopped is raised.  centers: as in TrainStep.  In a process group every process makes the same
+    state is saved and Stopped is raised.  centers: as in TrainStep.  initial: the recipe that the first
+    teacher was trained by; default: ``recipe``.  In a process group every process makes the same
     call and the first one writes.  Raises UsageError when the image size does not fit or a split lacks a class,
     DtnError when too many steps were not finite.
     """
+    facts = trained_on(initial or recipe, dataset, None if teacher is None else recipe)
+    model.config = dataclasses.replace(model.config, trained_on=facts)
     loop = _Loop(model, dataset, recipe, out, teacher, generation, torch.device(device), execution, stop, centers)
     yield from loop.run()
 
@@ -213,7 +217,6 @@ class _Loop:
     ) -> None:
         self.recipe, self.execution, self.out, self.stop = recipe, execution, out, stop
         self.generation, self.device, self.ranks = generation, device, distributed.ranks()
-        model.config = dataclasses.replace(model.config, trained_on=trained_on(recipe, dataset, teacher is not None))
         if recipe.self_blend and recipe.blend_share < 1:
             dataset = partly_blended(dataset, recipe.blend_share, recipe.seed)
         elif recipe.self_blend:

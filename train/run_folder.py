@@ -26,7 +26,7 @@ from dtn_fast.model.config import ModelConfig, TimmConfig, TrainedOn, crop_polic
 from dtn_fast.model.detector import WEIGHTS
 from dtn_fast.runtime.load import RECIPE, STUDENT, SUMMARY
 from dtn_fast.train import distributed
-from dtn_fast.train.config import CHAIN, GainRule, Recipe
+from dtn_fast.train.config import CHAIN, INITIAL, GainRule, Recipe
 from dtn_fast.train.log_lines import read_lines
 
 STATE, METRICS, STEPS = "last.pt", "metrics.jsonl", "steps.jsonl"
@@ -167,14 +167,17 @@ def for_crops(config: ModelConfig, dataset: CropDataset) -> ModelConfig:
     return config if dataset.crop is None else dataclasses.replace(config, crop=dataset.crop)
 
 
-def trained_on(recipe: Recipe, dataset: CropDataset, distilled: bool) -> TrainedOn:
-    """Facts of a training by ``recipe`` on ``dataset``, the data as prepared."""
+def trained_on(initial: Recipe, dataset: CropDataset, student: Recipe | None = None) -> TrainedOn:
+    """Facts of a training by ``initial`` on ``dataset``, the data as prepared, and of a distillation by ``student``,
+    which begins with the weights of that training."""
     used = [video for video in dataset.videos if video.split == "train"]
-    forgeries = {v.method for v in used if v.label and (not recipe.methods or v.method in recipe.methods)}
-    if recipe.self_blend:
-        forgeries = (forgeries if recipe.blend_share < 1 else set()) | {METHOD}
-    kinds = trained_corruptions(recipe.augment, recipe.self_blend) | {k for v in used for k, _ in v.corruptions}
-    return TrainedOn(tuple(sorted(forgeries)), tuple(sorted(kinds)), recipe.described(distilled))
+    forgeries, kinds = set[str](), {kind for video in used for kind, _ in video.corruptions}
+    for recipe in (initial, student or initial):
+        if not recipe.self_blend or recipe.blend_share < 1:
+            forgeries |= {v.method for v in used if v.label and (not recipe.methods or v.method in recipe.methods)}
+        forgeries |= {METHOD} if recipe.self_blend else set()
+        kinds |= trained_corruptions(recipe.augment, recipe.self_blend)
+    return TrainedOn(tuple(sorted(forgeries)), tuple(sorted(kinds)), initial.described(student))
 
 
 def load_run(run: Path) -> tuple[Recipe, ModelConfig]:
@@ -200,14 +203,18 @@ def student_recipe(run: Path, generation: int) -> Recipe:
         raise UsageError(f"{path}: damaged ({error}); distil generation {generation} again with --restart") from error
 
 
-def claim_students(run: Path, recipe: Recipe) -> None:
-    """Records ``recipe`` as the one that the students begun so far go on by.
+def claim_students(run: Path, recipe: Recipe, restart: int | None = None) -> None:
+    """Records ``recipe`` as the one that the students begun so far, below generation ``restart``, go on by.
 
-    Raises UsageError when one of them was begun by another, except for the fields that only end the chain.
+    Raises UsageError when one of them was begun by another, except for the fields that only end the chain, or when it
+    changes fields of the initial training, or judges by intervals that the finished generations cannot give.
     """
+    differ = differences(*({name: getattr(of, name) for name in INITIAL} for of in (load_run(run)[0], recipe)))
+    if differ:
+        raise UsageError(f"{run}: generation 0 was trained with {differ}; leave these to dtn-fast train")
     generation = 1
     begun = []
-    while any(generation_folder(run, generation).glob("*")):
+    while generation != restart and any(f.name != STUDENT for f in generation_folder(run, generation).glob("*")):
         known = student_recipe(run, generation)
         chain = {name: getattr(recipe, name) for name in CHAIN}
         if differ := differences(dataclasses.asdict(dataclasses.replace(known, **chain)), dataclasses.asdict(recipe)):
@@ -217,6 +224,9 @@ def claim_students(run: Path, recipe: Recipe) -> None:
             )
         begun.append(generation)
         generation += 1
+    for folder in (generation_folder(run, g) for g in range(generation)) if recipe.gain == "interval" else ():
+        if (folder / WEIGHTS).is_file() and not (folder / VALIDATION).is_file():
+            raise _no_interval(folder)
     distributed.barrier()
     for generation in begun:
         record_student(run, generation, recipe)
@@ -229,14 +239,23 @@ def record_student(run: Path, generation: int, recipe: Recipe) -> None:
         write_whole(generation_folder(run, generation) / STUDENT, text)
 
 
-def forget(run: Path, generation: int) -> None:
-    """Deletes a generation and the later ones.  Raises UsageError unless its teacher is trained."""
+def _no_interval(*folders: Path) -> UsageError:
+    where = " or ".join(map(str, folders))
+    return UsageError(f"{where}: no validation scores by video, damaged or of an earlier version; use --gain any")
+
+
+def check_restart(run: Path, generation: int) -> None:
+    """Raises UsageError unless the teacher of a generation is trained."""
     if generation < 1:
         raise UsageError(
             f"--restart {generation}: students are numbered from 1; delete {run} to train the teacher anew"
         )
     if not (generation_folder(run, generation - 1) / WEIGHTS).is_file():
         raise UsageError(f"--restart {generation}: {run} has no generation {generation - 1} to teach it")
+
+
+def forget(run: Path, generation: int) -> None:
+    """Deletes a generation and the later ones."""
     distributed.barrier()
     if distributed.ranks().main:
         for folder in run.glob("generation-*"):
@@ -284,10 +303,7 @@ def summarise(run: Path) -> dict[str, Any]:
         raise UsageError(f"{generation_folder(run, 0) / METRICS}: missing; delete {run} and train it again")
     for row in rows:
         if "gain" in row and row["gain"].low is None and _rule(run) == "interval":
-            folders = " or ".join(str(generation_folder(run, g)) for g in (row["over"], row["generation"]))
-            raise UsageError(
-                f"{folders}: no validation scores by video, damaged or of an earlier version; use --gain any"
-            )
+            raise _no_interval(*(generation_folder(run, g) for g in (row["over"], row["generation"])))
     summary = {"best": best, "generations": rows}
     if distributed.ranks().main:
         write_whole(run / SUMMARY, json_text(summary, indent=2))

@@ -66,17 +66,10 @@ class TrainStep:
         self.model = self._place(model)
         if here.world > 1 and recipe.sync_bn:
             self.model = synchronise_bn(self.model, device)  # type: ignore[assignment]
-        width = self._center_width(model)
-        classes = model.config.num_classes
-        first = initial_centers(classes, width or classes, recipe.center_init, recipe.seed)
-        self.centers = nn.Parameter(first.to(device))
-        if centers is not None:
-            if centers.shape != self.centers.shape:
-                raise UsageError(
-                    f"--center-on {recipe.center_on}: takes centres {list(self.centers.shape)}, the teacher's are "
-                    f"{list(centers.shape)}; use the teacher's --center-on, or --student-centers new"
-                )
-            self.centers.data.copy_(centers)
+        if centers is None:
+            centers = initial_centers(*center_shape(model, recipe), recipe.center_init, recipe.seed)
+        check_centers(centers, model, recipe)
+        self.centers = nn.Parameter(centers.to(device, copy=True))
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False) if recipe.ema else None
         self.teacher = self._freeze(teacher, execution.fold_teacher) if teacher is not None else None
         names = ("loss", "ce", "kd", "center") if teacher is not None else ("loss", "ce", "center")
@@ -101,7 +94,9 @@ class TrainStep:
 
         self._stream = torch.cuda.Stream(device) if cuda and self.teacher and execution.teacher_stream else None
         self._graphs: dict[bool, _Graph] = {}
-        self._run: nn.Module | Callable[..., Tensor] = self.model if width is None else WithFeatures(self.model)
+        self._run: nn.Module | Callable[..., Tensor] = (
+            WithFeatures(self.model) if recipe.center_on == "features" else self.model
+        )
         self._losses: Callable[..., Tensor] = self._stacked_losses
         self._ask: nn.Module | Callable[..., Tensor] | None = self.teacher
         if here.world > 1:
@@ -257,14 +252,6 @@ class TrainStep:
         with torch.no_grad(), self._autocast() if cast == torch.float32 else nullcontext():
             return self._ask(images.to(cast)).float()
 
-    def _center_width(self, model: Detector) -> int | None:
-        """Number of features that Ct-c takes as input; None: it takes the logits."""
-        if self.recipe.center_on != "features":
-            return None
-        if not isinstance(model, DTN):
-            raise UsageError(f"--center-on features: needs a DTN, not {type(model).__name__}; use --center-on logits")
-        return model.num_features
-
     def _stacked_losses(self, given: Tensor, labels: Tensor, soft: Tensor | None, samples: Tensor | None) -> Tensor:
         r, classes = self.recipe, self.config.num_classes
         logits, points = given[:, :classes], given[:, classes:] if given.shape[1] > classes else None
@@ -285,6 +272,25 @@ class TrainStep:
             self.optimizer.step()
         elif bool(healthy):
             self.optimizer.step()
+
+
+def center_shape(model: Detector, recipe: Recipe) -> tuple[int, int]:
+    """Shape [classes, D] of the Ct-c centres.  Raises UsageError when the model has no features for them."""
+    classes = model.config.num_classes
+    if recipe.center_on != "features":
+        return classes, classes
+    if not isinstance(model, DTN):
+        raise UsageError(f"--center-on features: needs a DTN, not {type(model).__name__}; use --center-on logits")
+    return classes, model.num_features
+
+
+def check_centers(centers: Tensor, model: Detector, recipe: Recipe) -> None:
+    """Raises UsageError when a teacher's Ct-c centres are not those that ``recipe`` takes."""
+    if (wanted := center_shape(model, recipe)) != centers.shape:
+        raise UsageError(
+            f"--center-on {recipe.center_on}: takes centres {list(wanted)}, the teacher's are {list(centers.shape)}; "
+            "use the teacher's --center-on, or --student-centers new"
+        )
 
 
 def _with_groups(saved: dict[str, Any]) -> dict[str, Any]:

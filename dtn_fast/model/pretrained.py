@@ -38,8 +38,8 @@ def weights_of(name: str) -> str:
 def create_model(timm: Any, name: str, pretrained: bool, files: Files, **how: Any) -> Any:
     """``timm.create_model`` with weights from ``files``, if it has the model's, or else from timm's hub.
 
-    Raises UsageError naming the file when it holds no weights, or not those of every layer but the classifier; a file
-    is read without executing code from it.
+    Raises UsageError naming the file when it holds no weights, or not those of every layer but the classifier, or
+    values that are not finite; a file is read without executing code from it.
     """
     if not pretrained or name not in files:
         return timm.create_model(name, pretrained=pretrained, **how)
@@ -51,6 +51,8 @@ def create_model(timm: Any, name: str, pretrained: bool, files: Files, **how: An
     except Exception as error:  # of safetensors, of torch, or of unpickling
         why = reason(error)[:200]
         raise UsageError(f"--pretrained-from {name}={path}: cannot be read as weights ({why})") from error
+    if broken := [key for key, v in state.items() if isinstance(v, torch.Tensor) and not v.isfinite().all()]:
+        raise UsageError(f"--pretrained-from {name}={path}: {broken[0]} is not finite; fetch the file again")
     begin = torch.get_rng_state()
     fresh = timm.create_model(name, pretrained=False, **how)
     torch.set_rng_state(begin)  # the same initial values: those that stay were not in the file

@@ -128,18 +128,18 @@ def test_training_writes_what_it_was_on(dataset: CropDataset, trained: Path, tmp
     assert load_scorer(OLD / "run").config.trained_on == TrainedOn((), forensic)
     assert load_scorer(OLD / "model.onnx").config.trained_on is None
     one = changed(RECIPE, augment="geometry", methods=dataset.methods[:1])
-    assert run_folder.trained_on(one, dataset, False) == TrainedOn(
+    assert run_folder.trained_on(one, dataset) == TrainedOn(
         dataset.methods[:1], (), said.replace("forensic", "geometry")
     )
     videos = [v._replace(corruptions=(("blocks", 2),)) if v.split == "train" else v for v in dataset.videos]
     perturbed = dataclasses.replace(dataset, videos=videos)
-    assert run_folder.trained_on(one, perturbed, False).corruptions == ("blocks",)
+    assert run_folder.trained_on(one, perturbed).corruptions == ("blocks",)
     blend = changed(RECIPE, augment="none", self_blend=True)
     recoloured, blends = ("contrast", "pixelation", "saturation"), "none, self-blended fakes"
     expected = TrainedOn(("SelfBlended",), recoloured, said.replace("forensic", blends))
-    assert run_folder.trained_on(blend, dataset, False) == expected
+    assert run_folder.trained_on(blend, dataset) == expected
     half = changed(blend, blend_share=0.5, methods=dataset.methods[:1])
-    assert run_folder.trained_on(half, dataset, False).forgeries == tuple(sorted((dataset.methods[0], "SelfBlended")))
+    assert run_folder.trained_on(half, dataset).forgeries == tuple(sorted((dataset.methods[0], "SelfBlended")))
 
 
 def test_what_is_there_is_not_measured_again(scorers: dict, dataset: CropDataset, tmp_path: Path) -> None:

@@ -71,11 +71,14 @@ def test_other_files_are_refused(files: dict[str, Path], tmp_path: Path, monkeyp
     state = torch.load(files["resnet10t"].with_suffix(".pth"), weights_only=True)["state_dict"]
     save_file({k: v for k, v in state.items() if "layer4" not in k}, tmp_path / "half.safetensors")
     save_file({**state, "module.conv1.0.weight": torch.ones(3)}, tmp_path / "shape.safetensors")
+    save_file({**state, "module.conv1.0.weight": torch.full_like(state["module.conv1.0.weight"], torch.nan)},
+              tmp_path / "nan.safetensors")  # fmt: skip
     torch.save(Runs(), tmp_path / "code.pth")
     (tmp_path / "text.pth").write_text("no weights")
     for name, said in (
         ("half.safetensors", r"not weights of resnet10t: it lacks layer4\.0\.conv1\.weight and \d+ more"),
         ("shape.safetensors", "not weights of resnet10t"),
+        ("nan.safetensors", r"conv1\.0\.weight is not finite; fetch the file again"),
         ("code.pth", "cannot be read as weights"),
         ("text.pth", "cannot be read as weights"),
         ("none.pth", "no such file"),

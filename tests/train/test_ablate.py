@@ -332,8 +332,8 @@ def test_baselines_have_their_own_losses_and_weights() -> None:
         "CrossEfficientViT": ((1.0, 0.0), True, ("efficientnet_b0=e.pth",)),
         "DTN": ((1.0, 1.0), False, ()),
     }
-    assert rows["Xception"].described(False) == "CE; published weights; augmentation forensic"
-    assert rows["CViT"].described(True) == "CE, then CE + KD + Ct-c; from scratch; augmentation forensic"
+    assert rows["Xception"].described() == "CE; published weights; augmentation forensic"
+    assert rows["CViT"].described(rows["CViT"]) == "CE, then CE + KD + Ct-c; from scratch; augmentation forensic"
     by_recipe = BaselineConfig("recipe")
     for variant in ABLATIONS["mas"].variants:
         assert configure(variant, SMALL, Recipe(), by_recipe)[1].initial_weights == (1.0, 1.0)

@@ -227,7 +227,7 @@ def test_algorithm_1(trained: Path, dataset: CropDataset, tmp_path: Path, monkey
     shutil.copytree(trained, run)
     seen = []
 
-    def spy(model, shards_, recipe, out, teacher=None, generation=0, device="cpu", centers=None):
+    def spy(model, shards_, recipe, out, teacher=None, generation=0, device="cpu", centers=None, initial=None):
         seen.append((generation, teacher))
         assert teacher is not None
         assert torch.equal(centers, load_centers(run / f"generation-{generation - 1}" / run_folder.CENTERS))
@@ -237,7 +237,7 @@ def test_algorithm_1(trained: Path, dataset: CropDataset, tmp_path: Path, monkey
             state = part.state_dict()
             assert all(torch.equal(state[k], expected[k]) for k in expected)
         before = {k: v.clone() for k, v in teacher.state_dict().items()}
-        for event in fit(model, shards_, recipe, out, teacher, generation, device, centers=centers):
+        for event in fit(model, shards_, recipe, out, teacher, generation, device, centers=centers, initial=initial):
             if isinstance(event, Step):
                 assert set(event.losses) == {"loss", "ce", "kd", "center"}
                 total = 4 * event.losses["ce"] + 0.4 * event.losses["kd"] + 0.6 * event.losses["center"]
@@ -435,7 +435,7 @@ def test_run_folders_are_checked(trained: Path, dataset: CropDataset, tmp_path: 
             changed(RECIPE, **{name: value})
     for restart in (0, -1, 7):
         with pytest.raises(UsageError, match=f"--restart {restart}"):
-            run_folder.forget(trained, restart)
+            run_folder.check_restart(trained, restart)
     model = load_model(trained)
     assert model.notice.startswith("synthetic")
     rows = dataset.select("val")
@@ -489,6 +489,48 @@ def test_restarting_forgets_that_generation_and_the_later_ones(
     assert sorted(p.name for p in run.glob("generation-*")) == ["generation-0", "generation-1", "generation-notes"]
     done = [e.generation for e in chain.distill(run, dataset, restart=1) if isinstance(e, Epoch)]
     assert done[0] == 1
+
+
+def test_a_refused_distillation_deletes_nothing(trained: Path, dataset: CropDataset, tmp_path: Path) -> None:
+    run, recipe = tmp_path / "run", run_folder.load_run(trained)[0]
+    shutil.copytree(trained, run)
+    for generation in (1, 2):
+        shutil.copytree(run / "generation-0", run / f"generation-{generation}")
+        run_folder.record_student(run, generation, recipe)
+    for restart, fields, match in (
+        (2, {"temperature": 9.0}, r"generation-1: distilled with temperature .* add --restart 1"),
+        (1, {"center_on": "features"}, r"--center-on features: takes centres \[2, 64\], the teacher's are \[2, 2\]"),
+        (1, {"initial_weights": (1.0, 0.0)}, r"generation 0 was trained with initial_weights .* leave these to"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            next(chain.distill(run, dataset, restart, changed(recipe, **fields)))
+        assert all((run / f"generation-{g}" / "model.safetensors").is_file() for g in (1, 2)), fields
+    shutil.rmtree(run / "generation-1")
+    shutil.rmtree(run / "generation-2")
+    with pytest.raises(UsageError, match="centres"):
+        next(chain.distill(run, dataset, None, changed(recipe, center_on="features")))
+    (run / "generation-0" / "validation.npz").unlink()
+    with pytest.raises(UsageError, match=r"generation-0: no validation scores by video.*--gain any"):
+        next(chain.distill(run, dataset, None, changed(recipe, gain="interval")))
+    assert next(chain.distill(run, dataset, None, changed(recipe, gain="any"))), "a refused recipe binds nobody"
+
+
+def test_a_student_was_trained_on_its_teachers_corruptions_too(
+    trained: Path, dataset: CropDataset, tmp_path: Path
+) -> None:
+    run, recipe = tmp_path / "run", run_folder.load_run(trained)[0]
+    shutil.copytree(trained, run)
+    initial = load_model(run).config.trained_on
+    assert initial is not None
+    assert "jpeg" in initial.corruptions
+    geometry = changed(recipe, augment="geometry", generations=1, epochs=1, center_on="probabilities")
+    list(chain.distill(run, dataset, None, geometry))
+    student = load_model(run / "generation-1").config.trained_on
+    assert student is not None
+    assert (student.forgeries, student.corruptions) == (initial.forgeries, initial.corruptions)
+    assert student.recipe == (
+        "CE + Ct-c, then CE + KD + Ct-c on probabilities; from scratch; augmentation forensic, then geometry"
+    )
 
 
 def test_published_weights_are_asked_for(dataset: CropDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
