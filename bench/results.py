@@ -31,7 +31,8 @@ SUITES = ("model", "train", "data", "kernels")
 def environment() -> dict[str, Any]:
     """Origin of a measurement: hardware, versions, commit and date."""
     gpu = torch.cuda.is_available()
-    code = commit((".", ":!bench/results", ":!README.md", ":!BENCHMARKS.md"))
+    # a machine that is lent for minutes gets files without their history: make gpu-plan names their commit
+    code = os.environ.get("DTN_COMMIT") or commit((".", ":!bench/results", ":!README.md", ":!BENCHMARKS.md"))
     found: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "cpu": cpu_name(),
@@ -40,8 +41,7 @@ def environment() -> dict[str, Any]:
         "triton": _version("triton"),
         "cuda": torch.version.cuda if gpu else None,
         "python": platform.python_version(),
-        # a machine that is lent for minutes may get the files without git's folder: make gpu-plan names their commit
-        "commit": os.environ.get("DTN_COMMIT") or code if code == "unknown" else code,
+        "commit": code,
         "date": datetime.date.today().isoformat(),
     }
     if gpu and shutil.which("nvidia-smi"):

@@ -149,10 +149,10 @@ def structure_table(folder: Path) -> list[str]:
     return [STRUCTURE_NOTE.format(triton=data["triton"]), "", *markdown_table([*names, "occupancy"], rows)]
 
 
-PREDICTED_NOTE = """**Predicted, not measured** (on GPUs: {not_run}): the least time of each kernel in training on
-{batch} images in bfloat16, by the slowest of its instructions, its pipes, the tensor cores, the caches, memory and the
-latency of its loads, counted in its machine code (`kernels/machine_code.py`).  A100, H200 and B200 are assumed, with
-the rates named there.  "Of memory" is the time that memory alone needs, divided by the prediction."""
+PREDICTED_NOTE = """**Predicted, not measured**: the least time of each kernel in training on {batch} images in
+bfloat16, by the slowest of its instructions, its pipes, the tensor cores, the caches, memory and the latency of its
+loads, counted in its machine code (`kernels/machine_code.py`).  A100, H200 and B200 are assumed, with the rates named
+there.  "Of memory" is the time that memory alone needs, divided by the prediction."""
 
 
 def predicted_table(folder: Path) -> list[str]:
@@ -166,7 +166,7 @@ def predicted_table(folder: Path) -> list[str]:
              f"{r['floor'] / r['seconds']:.0%}")] for r in data["predicted"] if r["kernel"] != "bn_merge"]  # fmt: skip
     names = ["arch", "operator", "kernel", "programs", "on a multiprocessor", "MB", "instructions per element",
              "predicted us", "limit", "of memory"]  # fmt: skip
-    return [PREDICTED_NOTE.format(batch=data["batch"], not_run=NOT_RUN), "", *markdown_table(names, rows)]
+    return [PREDICTED_NOTE.format(batch=data["batch"]), "", *markdown_table(names, rows)]
 
 
 BEGIN, END = "<!-- made by dtn-fast bench tables -->", "<!-- end -->"
