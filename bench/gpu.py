@@ -47,7 +47,7 @@ GRACE = 5.0
 
 
 class Stage(NamedTuple):
-    """What a stage does, and its seconds, estimated for an H100 with 16 cores and no compiled kernel in any cache."""
+    """What a stage does, and its seconds, on a machine with 16 cores and no compiled kernel in any cache."""
 
     least: float
     """Below this it is not begun."""
@@ -57,15 +57,14 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    # an estimated 600 s of compiling and running one after another, in eight processes, and their start
-    "environment": Stage(20, 30, "versions and the measured ceilings of arithmetic and memory"),
-    "tests": Stage(150, 240, "every test that needs a GPU, in eight processes; failures at once, earlier ones first"),
-    "sweep": Stage(120, 300, "launch values, the kernels furthest from their lower bounds first"),
-    # about 12 s to compile and measure a case; 30 cases in bfloat16, the model's own shapes first
+    # seconds that an H200 took: environment 4, tests 61, sweep 200 for its 22 rows, kernels 187 for the model's shapes
+    # in bfloat16, train 182 for two batch sizes, model 112 for all; the others are estimated
+    "environment": Stage(10, 20, "versions and the measured ceilings of arithmetic and memory"),
+    "tests": Stage(80, 120, "every test that needs a GPU, in eight processes; failures at once, earlier ones first"),
+    "sweep": Stage(120, 240, "launch values, the kernels furthest from their lower bounds first"),
     "kernels": Stage(180, 400, "every operator and its rivals, bfloat16 and the model's shapes first"),
-    # about 120 s a case: two compilations of the model, and 40 steps of each technique
-    "train": Stage(150, 480, "training steps with each technique, batch 256 first"),
-    "model": Stage(100, 240, "inference at each batch size, eager, compiled and captured"),
+    "train": Stage(150, 300, "training steps with each technique, batch 256 first"),
+    "model": Stage(120, 200, "inference at each batch size, eager, compiled and captured"),
     "convolutions": Stage(30, 60, "the backbone's convolutions alone, each direction"),
     "data": Stage(40, 60, "the data path, augmentation on the GPU"),
     "sanitizer": Stage(60, 180, "compute-sanitizer on every kernel at small and odd shapes"),
