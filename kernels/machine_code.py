@@ -100,43 +100,31 @@ class Prediction(NamedTuple):
 def count(compiled: Any, launch: Launch) -> Work:
     """Counts the work of one program of ``launch``.  Raises ValueError when loops cannot be told apart."""
     code = disassemble(compiled.asm["cubin"])
-    loops = [(a, b) for a, b in _loops(code) if a != b]
+    loops = _loops(code)
     trips, flops = _trips(compiled.asm["ttir"], launch)
     while len(trips) > len(loops):  # the compiler unrolls the shortest
         trips.remove(min(trips))
     if len(loops) > len(trips):
         raise ValueError(f"{launch.name}: {len(loops)} loops in the machine code, {len(trips)} in Triton's")
-    weight = [1.0] * len(code)
-    for (first, last), times in zip(loops, trips, strict=True):
-        for place in range(first, last + 1):
-            weight[place] *= times
-    warps = launch.options["num_warps"]
-    kinds = {
-        "special": _SPECIAL,
-        "float32": _FLOAT,
-        "integer": _INTEGER,
-        "shared": _SHARED,
-        "barriers": re.compile("BAR"),
-    }
+    warps, ahead = launch.options["num_warps"], launch.options["num_stages"] - 1
+    kinds = {"special": _SPECIAL, "float32": _FLOAT, "integer": _INTEGER, "shared": _SHARED}
     sums = dict.fromkeys(kinds, 0.0)
-    for times, (name, _) in zip(weight, code, strict=True):
-        for kind, pattern in kinds.items():
-            if pattern.match(name):
-                sums[kind] += times
-                break
     tiles, _ = _described(compiled.asm["ttir"], launch)
-    loads = list(weight)  # a pipelined loop's last copies ahead are masked out
-    for (first, last), times in zip(loops, trips, strict=True):
-        for place in range(first, last + 1):
-            if code[place][0].startswith("LDGSTS"):
-                loads[place] *= max(times - launch.options["num_stages"] + 1, 0) / times
     moved = {"LDG": tiles * max([1.0, *trips]), "STG": 0.0}
-    for times, (name, _) in zip(loads, code, strict=True):
+    total = 0.0
+    for place, (name, _) in enumerate(code):
+        around = [times for (first, last), times in zip(loops, trips, strict=True) if first <= place <= last]
+        times = math.prod(around)
+        total += times
+        if kind := next((kind for kind, pattern in kinds.items() if pattern.match(name)), None):
+            sums[kind] += times
+        if name.startswith("LDGSTS"):  # a pipelined loop's last copies ahead are masked out
+            times = math.prod(max(each - ahead, 0) for each in around)
         if name[:3] in moved:
             moved[name[:3]] += times * _width(name) * warps * 32
     return Work(
-        sum(weight) * warps, *(sums[k] * warps for k in ("special", "float32", "integer", "shared")),
-        flops, moved["LDG"], moved["STG"], _in_flight(code, loops, compiled.asm["ttir"], launch),
+        total * warps, *(sums[kind] * warps for kind in kinds), flops, moved["LDG"], moved["STG"],
+        _in_flight(code, loops, compiled.asm["ttir"], launch),
     )  # fmt: skip
 
 
