@@ -25,6 +25,9 @@ MOVING = ("AVIF", "GIF", "PNG", "WEBP")
 """Formats whose several pictures are one moving picture; in MPO and TIFF they are other views or pages."""
 MAX_PIXELS = 64_000_000
 """Pixel limit per picture; a larger one is refused before it is decoded (a decompression bomb or a mistake)."""
+STRIP = 4_000_000
+"""Number of pixels whose colours are converted at a time, so that a large picture is in memory twice and not five
+times: as its file has it, and as RGB."""
 TICK, SHORTEST = 0.1, 0.01
 """Seconds for which browsers show a frame of a moving picture that states none, or none above the second."""
 
@@ -40,6 +43,20 @@ def read_image(path: Path) -> NDArray[np.uint8]:
 def decode_image(data: bytes, name: str) -> NDArray[np.uint8]:
     """Decodes the bytes of a picture like :func:`read_image`.  Raises MediaError naming ``name`` otherwise."""
     return _read(io.BytesIO(data), name)
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture as its header states them; (0, 0) of a form that only OpenCV reads.
+
+    Raises MediaError when it is damaged, or over MAX_PIXELS.
+    """
+    try:
+        with _opened(path, str(path)) as image:
+            return int(image.width), int(image.height)
+    except MediaError as error:
+        if _unknown(error):
+            return 0, 0
+        raise
 
 
 def count_pictures(path: Path) -> tuple[int, bool]:
@@ -153,8 +170,6 @@ def _unknown(error: MediaError) -> bool:
 
 def _upright_rgb(image: Any) -> NDArray[np.uint8]:
     """The current frame of a Pillow image as a viewer shows it: turned, in sRGB, on white where it is transparent."""
-    from PIL import Image
-
     image.load()
     try:
         orientation = image.getexif().get(0x0112, 1)
@@ -164,13 +179,29 @@ def _upright_rgb(image: Any) -> NDArray[np.uint8]:
     _refuse_misread(tags)
     if image.mode == "F" or image.mode.startswith("I"):
         return turned(_shown(*_values(image, tags)), orientation)
+    rgb = np.empty((image.height, image.width, 3), np.uint8)
+    for rows in _strips(*rgb.shape[:2]):
+        rgb[rows] = np.asarray(_rgb_on_white(image.crop((0, rows.start, image.width, rows.stop))))
+    return turned(rgb, orientation)
+
+
+def _strips(height: int, width: int) -> list[slice]:
+    """The rows of a picture in strips of about STRIP pixels."""
+    step = max(STRIP // max(width, 1), 1)
+    return [slice(top, min(top + step, height)) for top in range(0, height, step)]
+
+
+def _rgb_on_white(image: Any) -> Any:
+    """A Pillow image of 8 bits in sRGB, on white where it is transparent."""
+    from PIL import Image
+
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     if image.mode in ("P", "PA", "RGBA", "LA"):
         image = image.convert("L" if image.mode == "LA" else "RGB")
     image = _in_srgb(image).convert("RGB")
     if alpha is not None:
         image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
-    return turned(np.asarray(image), orientation)
+    return image
 
 
 def _refuse_misread(tags: Mapping[int, Any]) -> None:
@@ -228,19 +259,29 @@ def _shown(values: NDArray[Any], white: float = 0.0, linear: bool = False) -> ND
     needs more than 16; floats are from 0 to 1 or, if most of those above 0 are larger, from 0 to 255 or 65535.  Floats
     from 0 to 1 with brighter highlights are linear light.
     """
-    values = np.nan_to_num(values.astype(np.float32 if values.dtype.kind == "f" else np.float64), nan=0, neginf=0)
-    some = values[:: max(values.shape[0] // 512, 1), :: max(values.shape[1] // 512, 1)]
-    largest, middle = float(values.max(initial=0)), float(np.median(some[some > 0])) if (some > 0).any() else 0.0
+    parts = [values[rows] for rows in _strips(*values.shape[:2])]
+    largest = max((float(_finite(part).max(initial=0)) for part in parts), default=0.0)
+    some = _finite(values[:: max(values.shape[0] // 512, 1), :: max(values.shape[1] // 512, 1)])
+    middle = float(np.median(some[some > 0])) if (some > 0).any() else 0.0
+    floats = values.dtype.kind == "f"
     if white:
-        unit = values.clip(0, white) / white
-    elif linear or (values.dtype == np.float32 and middle <= 1):
+        unit = lambda part: part.clip(0, white) / white
+    elif linear or (floats and middle <= 1):
         linear = linear or largest > 1
-        unit = (values / (max(2 * middle, 1) if linear else 1)).clip(0, 1)
-        unit = _encoded(unit) if linear else unit
+        plain = lambda part: (part / (max(2 * middle, 1) if linear else 1)).clip(0, 1)
+        unit = (lambda part: _encoded(plain(part))) if linear else plain
     else:
-        unit = values.clip(0) / next((full for full in (255, 65535) if largest <= full), largest)
-    image = (unit * 255 + 0.5).astype(np.uint8)
-    return np.repeat(image[:, :, None], 3, 2) if image.ndim == 2 else np.ascontiguousarray(image)
+        full = next((full for full in (255, 65535) if largest <= full), largest)
+        unit = lambda part: part.clip(0) / full
+    image = np.empty(values.shape, np.uint8)
+    for rows, part in zip(_strips(*values.shape[:2]), parts, strict=True):
+        image[rows] = unit(_finite(part)) * 255 + 0.5
+    return np.repeat(image[:, :, None], 3, 2) if image.ndim == 2 else image
+
+
+def _finite(values: NDArray[Any]) -> NDArray[Any]:
+    """Values as floats, without NaN and infinity."""
+    return np.nan_to_num(values.astype(np.float32 if values.dtype.kind == "f" else np.float64), nan=0, neginf=0)
 
 
 def _encoded(linear: NDArray[Any]) -> NDArray[Any]:
