@@ -13,9 +13,10 @@ from dtn_fast.detect.batch import BatchResult, detect_many
 from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.verdict import RULE, Result, short_names
 from dtn_fast.errors import one_line
+from dtn_fast.packages import require
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.load import load_scorer
-from dtn_fast.serve.config import ServeConfig
+from dtn_fast.serve.config import EXTRA, ServeConfig
 
 SPANS, FILES = 4, 8
 """Maximum number of forged spans per input, and of annotated videos, to print; the report has all spans."""
@@ -96,7 +97,13 @@ def serve(
 
     Example: dtn-fast serve runs/first --port 8000
 
-    For programs: curl -T clip.mp4 "http://127.0.0.1:8000/v1/detect?name=clip.mp4"; also /healthz, /readyz, /metrics.
+    For programs: curl -T clip.mp4 "http://127.0.0.1:8000/v1/detect?name=clip.mp4", or a form, curl -F file=@clip.mp4
+    http://127.0.0.1:8000/v1/detect; long videos as a job, with progress, at /v1/jobs.  /openapi.json describes all
+    routes; also /healthz, /readyz, /metrics.
+
+    Ctrl-C or SIGTERM: new uploads are refused with status 503, accepted uploads are answered, and accepted jobs are
+    finished and their results kept for ten seconds, for up to --timeout seconds; then the exit code is 0.  A second
+    signal ends at once.  Connections that send no request for ten seconds are closed.
 
     Args:
         model: A run, a checkpoint folder, or an .onnx, .mnn, .engine or .rtx file.
@@ -104,6 +111,14 @@ def serve(
         detection: Frames to analyse, threshold of the verdict, and how faces are found.
         runtime: Device and precision that the model runs with.
     """
-    from dtn_fast.serve.app import run
+    require("uvicorn", EXTRA)
+    from dtn_fast.serve.app import Service
+    from dtn_fast.serve.server import Server, listen
 
-    run(load_scorer(model, runtime), config, detection)
+    listening, address = listen(config)
+    with listening:
+        scorer = load_scorer(model, runtime)
+        server = Server(Service(scorer, config, detection))
+        print(f"{scorer.name} on {address} (web page at /, API at /v1/detect and /v1/jobs; Ctrl-C stops)"
+              + (f"\n{scorer.notice}" if scorer.notice else ""), flush=True)  # fmt: skip
+        server.run(sockets=[listening])

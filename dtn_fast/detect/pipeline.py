@@ -22,7 +22,7 @@ from dtn_fast.data.face_tracker import FaceTracker, Tracked
 from dtn_fast.data.faces import crop_face, cut_of
 from dtn_fast.data.finder_base import FaceFinder
 from dtn_fast.data.media_frames import frames_of
-from dtn_fast.data.video import Frame
+from dtn_fast.data.video import Frame, Reading
 from dtn_fast.data.video_index import Check
 from dtn_fast.detect.annotate import framed
 from dtn_fast.detect.config import DetectConfig
@@ -52,17 +52,19 @@ def detect(
     finder: FaceFinder | None = None,
     watch: Callable[[int], object] = lambda _: None,
     model: Detector | None = None,
+    reading: Reading | None = None,
 ) -> Result:
     """The verdict on one image or video; an unreadable input gives a result with an error, it does not raise.
 
     finder: face finder to reuse over many inputs; default: a new one, of the model's crop policy unless ``config``
     names another.  watch: called with the number of frames read so far, also while waiting for a frame; an exception
-    raised by it ends the work.  model: model for the heat maps; default: the scorer's, if it is a torch model.  Raises
-    UsageError when a package is missing.
+    raised by it ends the work.  model: model for the heat maps; default: the scorer's, if it is a torch model.
+    reading: count of frames to fill while they are read; default: a new one.  Raises UsageError when a package is
+    missing.
     """
     policy, side = crop_policy(scorer.config), scorer.config.image_size
     path, tracker = Path(path), FaceTracker(finder or finder_of(scorer, config), config.every)
-    result, kept = Result(path), list[Picture]()
+    result, kept = Result(path, reading=reading or Reading()), list[Picture]()
     begin = time.perf_counter()
     wanted = PerSecond(config.rate) if config.rate else config.frames or None
     source = lambda check: frames_of(path, wanted, check=check, reading=result.reading)

@@ -1,7 +1,7 @@
 """``dtn-fast serve``: a web page and an HTTP API in front of one scorer.
 
 An upload is streamed into a private temporary file, waits in a bounded queue for one of a few workers, and is deleted
-when its verdict is sent.  Only the routes below exist: nothing is ever read from a path that a client names.
+when its verdict is known.  Only the routes below exist: nothing is ever read from a path that a client names.
 """
 
 from __future__ import annotations
@@ -9,109 +9,204 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import hashlib
-import logging
+import html
 import re
-import socket
-import tempfile
 import time
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 from dtn_fast.detect.config import DetectConfig
-from dtn_fast.detect.pipeline import finder_of
-from dtn_fast.errors import DtnError, UsageError
-from dtn_fast.files import json_text
 from dtn_fast.packages import require
 from dtn_fast.runtime.scorer import Scorer
-from dtn_fast.serve.batching import MicroBatcher
-from dtn_fast.serve.config import ServeConfig
+from dtn_fast.serve.config import EXTRA, ServeConfig
+from dtn_fast.serve.edge import Edge, Receive, Refused
+from dtn_fast.serve.jobs import Jobs, refusal
+from dtn_fast.serve.judging import Judge, Progress
+from dtn_fast.serve.openapi import document
+from dtn_fast.serve.uploads import Upload
 from dtn_fast.version import __version__
 
-EXTRA = "dtn-fast[serve]"
-DRAIN = 32_000_000
-"""Maximum number of bytes of a refused upload that are still read."""
 
+class Service:
+    """The ASGI application ``app`` and what stands behind it.  Raises UsageError when its packages are missing."""
 
-class Refused(DtnError):
-    """A request that gets no verdict, with the HTTP status and the reason."""
+    def __init__(self, scorer: Scorer, config: ServeConfig, detection: DetectConfig = DetectConfig()) -> None:
+        for package in ("starlette", "uvicorn", "python_multipart"):
+            require(package, EXTRA)
+        self.config, self.detection, self.scorer = config, detection, scorer
+        self.judge = Judge(scorer, config, detection)
+        self.jobs = Jobs(self.judge)
+        self.ending = 0.0
+        """Clock (monotonic) at which the end was asked for: no further upload is accepted; 0: not yet."""
+        page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+        self._page = page.replace("{{root}}", html.escape(f"{config.root_path}/" if config.root_path else ""))
+        self.app = self._app()
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to wait for: uploads are answered; jobs are done and fetched, or out of time."""
+        late = time.monotonic() - self.ending > self.config.timeout
+        return bool(self.ending) and not self.judge.direct.inside and (late or not self._jobs_left)
 
+    @property
+    def _jobs_left(self) -> bool:
+        return self.jobs.awaited or self.judge.jobs.inside > 0
 
-def create_app(scorer: Scorer, config: ServeConfig = ServeConfig(), detection: DetectConfig = DetectConfig()) -> Any:
-    """The ASGI application.  Raises UsageError when its packages are not installed."""
-    require("starlette", EXTRA)
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-    from starlette.routing import Route
+    def _app(self) -> Any:
+        from starlette.applications import Starlette
+        from starlette.exceptions import HTTPException
+        from starlette.middleware import Middleware
+        from starlette.middleware.cors import CORSMiddleware
+        from starlette.routing import Route
 
-    judge = Judge(scorer, config, detection)
-    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    headers = _headers(page)
-
-    async def home(_: Request) -> Response:
-        return HTMLResponse(page, headers=headers)
-
-    async def about(_: Request) -> Response:
-        limits = {"max_mb": config.max_mb, "analysed": detection.analysed, "threshold": detection.threshold}
-        facts = {"version": __version__, "runtime": scorer.name, "notice": scorer.notice}
-        return JSONResponse({**facts, **limits, "formats": sorted(judge.formats)}, headers=headers)
-
-    async def detect(request: Request) -> Response:
-        try:
-            with judge.admitted():
-                found = await judge.upload(request)
-        except Exception as error:
-            if not isinstance(error, Refused):
-                logging.getLogger(__name__).exception("detection on an upload failed")
-            reason = str(error) if isinstance(error, DtnError) else "the server failed on this upload; see its log"
-            refused = error if isinstance(error, Refused) else Refused(500, reason)
-            judge.metrics.requests.labels(str(refused.status)).inc()
-            await _drain(request)
-            again = {"Retry-After": "5"} if refused.status == 503 else {}
-            return JSONResponse({"error": str(refused)}, refused.status, {**headers, **again, "Connection": "close"})
-        judge.metrics.requests.labels("200").inc()
-        return Response(json_text(found), headers=headers, media_type="application/json")
-
-    async def healthy(_: Request) -> Response:
-        return PlainTextResponse("ok\n", headers=headers)
-
-    async def ready(_: Request) -> Response:
-        full = judge.inside >= config.workers + config.waiting
-        return PlainTextResponse("busy\n" if full else "ready\n", 503 if full else 200, headers)
-
-    async def metrics(_: Request) -> Response:
-        return Response(judge.metrics.text(), headers={**headers, "Content-Type": "text/plain; version=0.0.4"})
+        routes = [
+            Route("/", self.page),
+            Route("/openapi.json", self.openapi),
+            Route("/v1/about", self.about),
+            Route("/v1/detect", self.detect, methods=["POST", "PUT"]),
+            Route("/v1/jobs", self.add_job, methods=["POST", "PUT"]),
+            Route("/v1/jobs/{id}", self.job, methods=["GET", "DELETE"]),
+            Route("/v1/jobs/{id}/result", self.result),
+            Route("/healthz", self.healthy),
+            Route("/readyz", self.ready),
+            Route("/metrics", self.metrics),
+        ]
+        cors = Middleware(
+            CORSMiddleware, allow_origins=self.config.allow_origin, allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=["*"], expose_headers=["Location", "Retry-After"],
+        )  # fmt: skip
+        app = Starlette(
+            routes=routes, lifespan=self._lifespan, middleware=[cors] if self.config.allow_origin else [],
+            exception_handlers={Refused: self._refuse, HTTPException: self._no_route, 500: self._broken},
+        )  # fmt: skip
+        app.router.redirect_slashes = False
+        return Edge(app, self.config.root_path, _headers(self._page))
 
     @contextlib.asynccontextmanager
-    async def lifespan(_: Any) -> AsyncIterator[None]:
+    async def _lifespan(self, _: Any) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(judge.close)
+        await self.jobs.close()
+        await asyncio.to_thread(self.judge.close)
 
-    routes = [
-        Route("/", home), Route("/v1/about", about), Route("/v1/detect", detect, methods=["POST", "PUT"]),
-        Route("/healthz", healthy), Route("/readyz", ready), Route("/metrics", metrics),
-    ]  # fmt: skip
-    return Starlette(routes=routes, lifespan=lifespan)
+    # -------------------------------------------------------------------------------------------- refusals
+
+    async def _refuse(self, _: Any, error: Refused) -> Any:
+        return _json({"error": str(error)}, error.status, error.headers)
+
+    async def _broken(self, _: Any, error: Exception) -> Any:
+        return _json({"error": "the server failed on this request; see its log"}, 500)
+
+    async def _no_route(self, request: Any, error: Any) -> Any:
+        """The answer to a path or method that does not exist, and to OPTIONS."""
+        headers = dict(error.headers or {})
+        if error.status_code != 405:
+            return _json({"error": f"{request.url.path[:64]}: no such page; see openapi.json"}, error.status_code)
+        headers["Allow"] = ", ".join(sorted({*headers["Allow"].split(", "), "OPTIONS"}))
+        if request.method == "OPTIONS":
+            return _json(None, 204, headers)
+        return _json({"error": f"{request.method}: this page takes {headers['Allow']}"}, 405, headers)
+
+    # -------------------------------------------------------------------------------------------- routes
+
+    async def page(self, _: Any) -> Any:
+        from starlette.responses import HTMLResponse
+
+        return HTMLResponse(self._page)
+
+    async def openapi(self, _: Any) -> Any:
+        return _json(document(self.config.root_path))
+
+    async def about(self, _: Any) -> Any:
+        limits = {"max_mb": self.config.max_mb, "analysed": self.detection.analysed}
+        facts = {"version": __version__, "runtime": self.scorer.name, "notice": self.scorer.notice}
+        formats = {"formats": sorted(self.judge.formats), "videos": sorted(self.judge.videos)}
+        return _json({**facts, **limits, "threshold": self.detection.threshold, **formats})
+
+    async def detect(self, request: Any) -> Any:
+        with self._counted(200), self.judge.direct.place():
+            upload = await self.judge.uploads.receive(request)
+            try:
+                return _json(await self._verdict(upload, request.receive))
+            finally:
+                upload.path.unlink(missing_ok=True)
+
+    async def _verdict(self, upload: Upload, receive: Receive) -> bytes:
+        """The verdict of a worker; its work ends when the client leaves."""
+        judge, progress = self.judge, Progress(self.config.timeout)
+        progress.begin = time.monotonic()
+        verdict = functools.partial(judge.verdict, upload, progress, judge.direct)
+        work = asyncio.get_running_loop().run_in_executor(judge.direct.pool, verdict)
+        gone = asyncio.ensure_future(_left(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                progress.stopped.set()
+            return await work
+        finally:
+            gone.cancel()
+
+    async def add_job(self, request: Any) -> Any:
+        with self._counted(202), contextlib.ExitStack() as place:
+            place.enter_context(self.judge.jobs.place())
+            upload = await self.judge.uploads.receive(request)
+            job = self.jobs.add(upload, place.pop_all())
+            return _json(job.to_json(), 202, {"Location": f"{self.config.root_path}/v1/jobs/{job.id}"})
+
+    async def job(self, request: Any) -> Any:
+        number = request.path_params["id"]
+        found = self.jobs.remove(number) if request.method == "DELETE" else self.jobs.get(number)
+        return _json(found.to_json())
+
+    async def result(self, request: Any) -> Any:
+        return _json(self.jobs.result(request.path_params["id"]))
+
+    async def healthy(self, _: Any) -> Any:
+        return _text(b"ok\n")
+
+    async def ready(self, _: Any) -> Any:
+        state = "ending" if self.ending else "busy" if self.judge.direct.full else "ready"
+        return _text(f"{state}\n".encode(), 200 if state == "ready" else 503)
+
+    async def metrics(self, _: Any) -> Any:
+        return _text(self.judge.metrics.text(), kind="text/plain; version=0.0.4; charset=utf-8")
+
+    @contextlib.contextmanager
+    def _counted(self, status: int) -> Iterator[None]:
+        """Counts an upload by the status of its answer: ``status``, or that of the refusal that every error becomes."""
+        try:
+            if self.ending:
+                raise Refused(503, "the server is ending; try again in a few seconds", retry_after="5")
+            yield
+        except Exception as error:
+            refused = refusal(error)
+            status = refused.status
+            raise refused from None
+        finally:
+            self.judge.metrics.requests.labels(str(status)).inc()
 
 
-async def _drain(request: Any) -> None:
-    """Reads the rest of a refused upload for a while, since a client cut off while sending does not see the answer."""
-    from starlette.requests import ClientDisconnect
+async def _left(receive: Receive) -> None:
+    """Ends when the client leaves; called once the request's body is read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
-    left = DRAIN
-    with contextlib.suppress(TimeoutError, ClientDisconnect, RuntimeError):
-        async with asyncio.timeout(5):
-            async for chunk in request.stream():
-                left -= len(chunk)
-                if left < 0:
-                    return
+
+def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Any:
+    """An answer of JSON; ``content``: a value, or JSON as bytes, or None for no body."""
+    from starlette.responses import JSONResponse, Response
+
+    if isinstance(content, bytes):
+        return Response(content, status, headers, "application/json")
+    return Response(None, status, headers) if content is None else JSONResponse(content, status, headers)
+
+
+def _text(content: bytes, status: int = 200, kind: str = "text/plain; charset=utf-8") -> Any:
+    from starlette.responses import Response
+
+    return Response(content, status, {"Content-Type": kind})
 
 
 def _headers(page: str) -> dict[str, str]:
@@ -126,152 +221,3 @@ def _headers(page: str) -> dict[str, str]:
         "frame-ancestors 'none'",
         "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store",
     }  # fmt: skip
-
-
-class Metrics:
-    """Prometheus counters of one application."""
-
-    def __init__(self, judge: Judge) -> None:
-        prometheus = require("prometheus_client", EXTRA)
-
-        self._registry = prometheus.CollectorRegistry()
-        where = {"registry": self._registry}
-        self.requests = prometheus.Counter("dtn_requests", "Uploads by the HTTP status of the answer",
-                                           ["status"], **where)  # fmt: skip
-        self.frames = prometheus.Counter("dtn_frames", "Frames analysed", **where)
-        self.faces = prometheus.Counter("dtn_faces", "Faces scored", **where)
-        self.verdicts = prometheus.Counter("dtn_verdicts", "Verdicts", ["verdict"], **where)
-        buckets = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-        help_text = "Seconds from the upload's end to its verdict"
-        self.seconds = prometheus.Histogram("dtn_judge_seconds", help_text, buckets=buckets, **where)
-        for name, text, value in (
-            ("dtn_uploads_inside", "Uploads arriving, waiting or being judged", lambda: judge.inside),
-            ("dtn_batches", "Batches run", lambda: judge.batcher.batches),
-        ):
-            prometheus.Gauge(name, text, **where).set_function(value)
-        self._write = prometheus.generate_latest
-
-    def text(self) -> bytes:
-        return self._write(self._registry)
-
-
-class Judge:
-    """Admits uploads, stores and judges them."""
-
-    def __init__(self, scorer: Scorer, config: ServeConfig, detection: DetectConfig) -> None:
-        from dtn_fast.data.media import PICTURES, VIDEOS
-
-        self.config, self.detection = config, detection
-        self.formats = PICTURES | VIDEOS
-        self.batcher = MicroBatcher(scorer)
-        self.inside = 0
-        self._pool = ThreadPoolExecutor(config.workers, "judging")
-        self._finder = finder_of(scorer, detection)
-        self._folder = tempfile.TemporaryDirectory(prefix="dtn-fast-")
-        self._model = getattr(scorer, "model", None)
-        self.metrics = Metrics(self)
-
-    @contextlib.contextmanager
-    def admitted(self) -> Any:
-        """Holds a place for an upload.  Raises Refused when all are taken; call it only on the event loop."""
-        if self.inside >= self.config.workers + self.config.waiting:
-            raise Refused(503, "busy: all places are taken; try again in a few seconds")
-        self.inside += 1
-        try:
-            yield
-        finally:
-            self.inside -= 1
-
-    async def upload(self, request: Any) -> dict[str, Any]:
-        """The verdict on a request's body.  Raises Refused when there is none."""
-        name = request.query_params.get("name", "")
-        suffix = Path(name[-64:]).suffix.lower()
-        if suffix not in self.formats:
-            raise Refused(415, f"?name={name[:64]}: give the file's name with one of {' '.join(sorted(self.formats))}")
-        if request.headers.get("content-type", "").startswith("multipart/"):
-            raise Refused(415, "send the file itself as the body (curl -T FILE), not a form")
-        limit = int(self.config.max_mb * 1e6)
-        length = request.headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > limit:
-            raise Refused(413, f"larger than the limit of {self.config.max_mb:g} MB")
-        with tempfile.NamedTemporaryFile(dir=self._folder.name, suffix=suffix, buffering=0) as file:
-            try:
-                async with asyncio.timeout(self.config.timeout):
-                    size = await self._receive(request, file, limit)
-            except TimeoutError:
-                raise Refused(408, f"the upload took longer than {self.config.timeout:g} s") from None
-            except OSError as error:
-                raise Refused(507, f"the upload cannot be stored ({error.strerror})") from error
-            if not size:
-                raise Refused(400, "the body is empty; send the file itself (curl -T FILE)")
-            begin = time.monotonic()
-            loop = asyncio.get_running_loop()
-            found = await loop.run_in_executor(self._pool, self._judge, Path(file.name), name, begin)
-            self.metrics.seconds.observe(time.monotonic() - begin)
-            return found
-
-    async def _receive(self, request: Any, file: Any, limit: int) -> int:
-        from starlette.requests import ClientDisconnect
-
-        size = 0
-        try:
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    raise Refused(413, f"larger than the limit of {self.config.max_mb:g} MB")
-                file.write(chunk)
-        except ClientDisconnect:
-            raise Refused(400, "the upload was interrupted") from None
-        return size
-
-    def _judge(self, path: Path, name: str, begin: float) -> dict[str, Any]:
-        from dtn_fast.detect.pipeline import detect
-        from dtn_fast.detect.report import heat_uri, jpeg_uri
-        from dtn_fast.detect.verdict import RULE
-
-        def watch(_: int) -> None:
-            if time.monotonic() - begin > self.config.timeout:
-                raise Refused(504, f"no verdict within {self.config.timeout:g} s; send a shorter video")
-
-        watch(0)  # the upload may have waited too long
-        result = detect(path, self.batcher, self.detection, self._finder, watch, self._model)
-        self.metrics.frames.inc(result.frames_read)
-        self.metrics.faces.inc(sum(len(frame.faces) for frame in result.frames))
-        if result.verdict == "failed":
-            raise Refused(422, (result.error or "").replace(str(path), name))
-        self.metrics.verdicts.labels(result.verdict).inc()
-        pictures = [
-            {"number": p.number, "seconds": p.seconds, "score": p.score, "face": jpeg_uri(p.crop),
-             "heat": None if p.heat is None else heat_uri(p)}
-            for p in result.pictures
-        ]  # fmt: skip
-        facts = {"path": name, "rule": RULE, "threshold": self.detection.threshold, "notice": self.batcher.notice}
-        error = result.error and result.error.replace(str(path), name)
-        return {**result.to_json(), **facts, "error": error, "pictures": pictures}
-
-    def close(self) -> None:
-        self._pool.shutdown()
-        self.batcher.close()
-        self._folder.cleanup()
-
-
-def run(scorer: Scorer, config: ServeConfig, detection: DetectConfig) -> None:
-    """Serves until interrupted; uploads already accepted are still answered."""
-    app = create_app(scorer, config, detection)
-    uvicorn = require("uvicorn", EXTRA)
-    try:
-        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        listening = socket.create_server((config.host, config.port), family=family)
-    except OSError as error:
-        reason = (error.strerror or str(error)).split(" (while")[0]
-        raise UsageError(f"--host {config.host} --port {config.port}: {reason}; choose another") from error
-    host, port = listening.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    print(f"{scorer.name} on http://{host}:{port} (web page at /, API at /v1/detect; Ctrl-C stops)"
-          + (f"\n{scorer.notice}" if scorer.notice else ""), flush=True)  # fmt: skip
-    with listening:
-        server = uvicorn.Server(uvicorn.Config(
-            app, log_level="warning", timeout_keep_alive=5, limit_concurrency=256,
-            timeout_graceful_shutdown=int(config.timeout) + 5,
-        ))  # fmt: skip
-        server.run(sockets=[listening])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import http.client
 import json
 import os
@@ -20,102 +19,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
-from PIL import Image
-from skimage import data
-from small import SMALL
+from serving import Slow, ask, judge, metric, serving
 
 from dtn_fast import DTN
 from dtn_fast.data.crop_dataset import CropDataset
-from dtn_fast.data.video_writer import write_video
-from dtn_fast.detect.config import DetectConfig
 from dtn_fast.errors import UsageError
 from dtn_fast.runtime.torch_scorer import TorchScorer
-from dtn_fast.serve.app import Judge, create_app
 from dtn_fast.serve.batching import MicroBatcher
 from dtn_fast.serve.config import ServeConfig
+from dtn_fast.serve.uploads import LOCK
 
 CHROMIUM = shutil.which("chromium")
-
-
-class Slow(TorchScorer):
-    """Takes its time, and counts."""
-
-    wait = 0.0
-
-    def score(self, crops: np.ndarray) -> np.ndarray:
-        time.sleep(self.wait)
-        return super().score(crops)
-
-    def _logits(self, crops: np.ndarray) -> np.ndarray:
-        time.sleep(self.wait)
-        return super()._logits(crops)
-
-
-@contextlib.contextmanager
-def serving(scorer: TorchScorer, **limits: Any) -> Iterator[int]:
-    """The port of a server in a thread; limits: fields of ServeConfig and DetectConfig."""
-    looked = DetectConfig(**{name: limits.pop(name) for name in ("frames", "threshold") if name in limits})
-    app = create_app(scorer, ServeConfig(**limits), looked)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    listening = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield listening.getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join()
-        listening.close()
-
-
-def ask(
-    port: int, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
-) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    try:
-        connection.request(method, path, body, headers or {})
-        answer = connection.getresponse()
-        return answer.status, answer.read()
-    finally:
-        connection.close()
-
-
-def judge(port: int, name: str, body: bytes) -> tuple[int, dict[str, Any]]:
-    status, text = ask(port, "POST", f"/v1/detect?name={name}", body)
-    return status, json.loads(text)
-
-
-def metric(port: int, name: str) -> float:
-    lines = ask(port, "GET", "/metrics")[1].decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Good and bad uploads by name."""
-    folder = tmp_path_factory.mktemp("uploads")
-    face = data.astronaut()[:256, 96:352]
-    write_video(folder / "clip.mp4", [face, np.hstack([face, face])[:, :256], face], fps=2)
-    Image.fromarray(face).save(folder / "face.jpg")
-    Image.fromarray(np.zeros((90, 70, 3), np.uint8)).save(folder / "blank.png")
-    made = {p.name: p.read_bytes() for p in folder.iterdir()}
-    made |= {"cut.mp4": made["clip.mp4"][:200], "text.png": b"hello", "empty.jpg": b""}
-    made["list.mp4"] = b"#EXTM3U\n#EXTINF:1,\n/etc/passwd\n#EXT-X-ENDLIST\n"
-    return made
-
-
-@pytest.fixture(scope="module")
-def model() -> DTN:
-    return DTN(SMALL).eval()
-
-
-@pytest.fixture(scope="module")
-def port(model: DTN) -> Iterator[int]:
-    with serving(TorchScorer(model), max_mb=1.0) as number:
-        yield number
 
 
 def test_a_video_gets_verdict_people_frames_and_pictures(port: int, files: dict[str, bytes], model: DTN) -> None:
@@ -139,7 +53,7 @@ def test_a_video_gets_verdict_people_frames_and_pictures(port: int, files: dict[
         ("text.png", 422, "text.png: cannot read this image"),
         ("cut.mp4", 422, "cut.mp4: cannot read this video"),
         ("list.mp4", 422, "list.mp4: cannot read this video"),
-        ("empty.jpg", 400, "the body is empty"),
+        ("empty.jpg", 400, "the upload is empty"),
         ("blank.png", 200, "blank.png: no face in 1 frame"),
     ],
 )
@@ -159,10 +73,6 @@ def test_limits_of_what_is_sent(port: int, files: dict[str, bytes]) -> None:
         status, found = judge(port, name, b"x")
         assert status == 415
         assert "give the file's name with one of" in found["error"]
-    form = {"Content-Type": "multipart/form-data; boundary=x"}
-    status, text = ask(port, "POST", "/v1/detect?name=a.jpg", b"--x--", form)
-    assert status == 415
-    assert b"curl -T" in text
     assert ask(port, "GET", "/v1/detect")[0] == 405
 
 
@@ -275,7 +185,7 @@ def test_uploads_leave_nothing_behind(model: DTN, files: dict[str, bytes], tmp_p
         for name in ("clip.mp4", "text.png", "face.jpg"):
             judge(port, name, files[name])
         (folder,) = tmp_path.iterdir()
-        assert list(folder.iterdir()) == []
+        assert [path.name for path in folder.iterdir()] == [LOCK]
         assert oct(folder.stat().st_mode & 0o777) == "0o700"
     assert list(tmp_path.iterdir()) == []
 
@@ -299,7 +209,12 @@ def test_the_command_serves_and_ends_on_a_signal(trained: Path, files: dict[str,
 
 
 def test_settings_out_of_range() -> None:
-    for fields, word in (({"workers": 0}, "--workers"), ({"port": 70000}, "--port 70000"), ({"max_mb": 0}, "--max-mb")):
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"workers": 0}, "--workers"), ({"port": 70000}, "--port 70000"), ({"max_mb": 0}, "--max-mb"),
+        ({"root_path": "x"}, "--root-path x"), ({"root_path": "/x/"}, "--root-path /x/"),
+        ({"allow_origin": ("https://a.org/",)}, "--allow-origin https://a.org/"),
+    )  # fmt: skip
+    for fields, word in wrong:
         with pytest.raises(UsageError, match=word):
             ServeConfig(**fields)
 
@@ -337,14 +252,6 @@ def test_an_error_reaches_every_caller_of_its_batch_and_no_other(model: DTN, dat
         with pytest.raises(RuntimeError, match="seven"):
             batcher.score(np.full_like(crops, 7))
         assert batcher.score(crops).shape == (2,)
-
-
-def test_a_judge_closes_clean(model: DTN) -> None:
-    judge_ = Judge(TorchScorer(model), ServeConfig(), DetectConfig())
-    folder = Path(judge_._folder.name)
-    assert folder.is_dir()
-    judge_.close()
-    assert not folder.exists()
 
 
 # ------------------------------------------------------------------------------------------------ the page
