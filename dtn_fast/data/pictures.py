@@ -28,6 +28,8 @@ MAX_PIXELS = 64_000_000
 STRIP = 4_000_000
 """Number of pixels whose colours are converted at a time, so that a large picture is in memory twice and not five
 times: as its file has it, and as RGB."""
+PIXEL_BYTES = 8
+"""Bytes that a pixel takes while it is decoded: four as its file has it, three as RGB, and strips in between."""
 TICK, SHORTEST = 0.1, 0.01
 """Seconds for which browsers show a frame of a moving picture that states none, or none above the second."""
 
@@ -45,18 +47,20 @@ def decode_image(data: bytes, name: str) -> NDArray[np.uint8]:
     return _read(io.BytesIO(data), name)
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """Width and height of a picture as its header states them; (0, 0) of a form that only OpenCV reads.
+def decoded_bytes(path: Path) -> int:
+    """Most bytes that a picture takes while it is decoded, by the size that its header states; 0: it cannot be read.
 
     Raises MediaError when it is damaged, or over MAX_PIXELS.
     """
     try:
         with _opened(path, str(path)) as image:
-            return int(image.width), int(image.height)
+            return PIXEL_BYTES * int(image.width) * int(image.height)
     except MediaError as error:
-        if _unknown(error):
-            return 0, 0
-        raise
+        if not _unknown(error):
+            raise
+        width, height, _ = _stated(path.read_bytes())
+        _check_size(width, height, str(path))
+        return 2 * PIXEL_BYTES * width * height  # OpenCV decodes to 32-bit floats
 
 
 def count_pictures(path: Path) -> tuple[int, bool]:
@@ -291,23 +295,26 @@ def _encoded(linear: NDArray[Any]) -> NDArray[Any]:
 
 def _by_opencv(data: bytes, name: str) -> NDArray[np.uint8] | None:
     """A picture of a form that Pillow does not know: Radiance HDR, TIFF of floats; None: OpenCV does not know it."""
-    linear = data.startswith((b"#?RADIANCE", b"#?RGBE"))
-    if linear:
-        size = re.search(rb"\n[-+][XY] (\d{1,9}) [-+][XY] (\d{1,9})\n", data[:4096])
-        height, width = (int(size[1]), int(size[2])) if size else (0, 0)
-    elif data[:4] in (b"II*\0", b"MM\0*"):
-        width, height = _tiff_size(data)
-    else:
+    width, height, linear = _stated(data)
+    if not width * height:
         return None
     _check_size(width, height, name)
     try:  # it turns a TIFF file as its orientation says
-        values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if width * height else None
+        values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:
         values = None
     if values is None or (values.ndim == 3 and values.shape[2] not in (3, 4)):
         return None
     values = values if values.ndim == 2 else values[:, :, 2::-1]
     return _shown(values, 255.0 if values.dtype == np.uint8 else 0.0, linear)
+
+
+def _stated(data: bytes) -> tuple[int, int, bool]:
+    """Width and height that a picture which only OpenCV reads states, or 0, and whether its values are linear light."""
+    if data.startswith((b"#?RADIANCE", b"#?RGBE")):
+        size = re.search(rb"\n[-+][XY] (\d{1,9}) [-+][XY] (\d{1,9})\n", data[:4096])
+        return (int(size[2]), int(size[1]), True) if size else (0, 0, True)
+    return (*(_tiff_size(data) if data[:4] in (b"II*\0", b"MM\0*") else (0, 0)), False)
 
 
 def _tiff_size(data: bytes) -> tuple[int, int]:

@@ -55,9 +55,7 @@ class ServeConfig:
         if not self.host:
             raise UsageError("--host: empty, which means all networks; name 0.0.0.0 if that is wanted")
         if not re.fullmatch(r"(/[\w.~-]+)*", self.root_path, re.ASCII):
-            raise UsageError(
-                f"--root-path {self.root_path}: must begin with a slash and end without, like /detector"
-            )
+            raise UsageError(f"--root-path {self.root_path}: must begin with a slash and end without, like /detector")
         for origin in self.allow_origin:
             if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#]+", origin):
                 raise UsageError(f"--allow-origin {origin}: must be * or like https://example.org, without a path")

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dtn_fast.data.media import kind_of
-from dtn_fast.data.pictures import count_pictures, picture_size
+from dtn_fast.data.pictures import PIXEL_BYTES, count_pictures
+from dtn_fast.data.pictures import decoded_bytes as picture_bytes
 from dtn_fast.data.video_index import open_video, video_stream
 from dtn_fast.detect.pipeline import AHEAD
 from dtn_fast.errors import MediaError
 
-PICTURE, FRAME, REFERENCES = 8, 3, 12
-"""Bytes per pixel of a picture (as its file has it, as RGB, and strips in between), of a decoded frame, and of the
-decoder's own frames of a video, eight of 1.5 bytes."""
+FRAME, REFERENCES = 3, 12
+"""Bytes per pixel of a decoded frame, and of the decoder's own frames of a video, eight of 1.5 bytes."""
 POLL = 0.2
 """Seconds between two checks whether a waiting upload is still wanted."""
 
 
 def decoded_bytes(path: Path) -> float:
-    """Most bytes that the decoded pixels of a picture or video take at once, by its header; infinity: unknown before
-    it is decoded; 0: it cannot be decoded."""
+    """Most bytes that the decoded pixels of a picture or video take at once, by its header; 0: it cannot be
+    decoded."""
     import av
 
     try:
         kind = kind_of(path)
         if kind == "picture":
-            width, height = picture_size(path)
-            return width * height * (PICTURE + FRAME * (AHEAD + 1) * count_pictures(path)[1]) or math.inf
+            frames = FRAME * (AHEAD + 1) / PIXEL_BYTES if count_pictures(path)[1] else 0.0
+            return picture_bytes(path) * (1 + frames)
         if kind == "video":
             with open_video(path) as container:
                 stream = video_stream(container, path)

@@ -42,13 +42,18 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait()
-        if len(self.connections) > CONNECTIONS:
-            idle = [other for other in self.connections if isinstance(other, Connection) and other.idle]
+        opened = [other for other in self.connections if not other.transport.is_closing()]
+        if len(opened) > CONNECTIONS:
+            idle = [other for other in opened if isinstance(other, Connection) and other.idle]
             min(idle, key=lambda other: other.since).transport.abort()
 
     def on_response_complete(self) -> None:
         self._wait()
         super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        self._wait()
+        super().pause_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
@@ -77,12 +82,10 @@ class Connection(H11Protocol):
         self._timer = self.loop.call_later(IDLE, self._look)
 
     def _look(self) -> None:
-        if not self.idle:
-            return
         unsent = self.transport.get_write_buffer_size()
-        if unsent and unsent < self._unsent:
+        if 0 < unsent < self._unsent:
             self._wait()  # a slow reader
-        else:
+        elif unsent or self.idle:
             self.transport.abort()
 
 

@@ -1,0 +1,55 @@
+"""The OpenAPI document: every route is in it, and what it promises is what is answered."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+
+from dtn_fast import DTN
+from dtn_fast.runtime.torch_scorer import TorchScorer
+from dtn_fast.serve.app import Service
+from dtn_fast.serve.config import ServeConfig
+from dtn_fast.serve.openapi import document
+
+CHECKS = [not_a_server_error, content_type_conformance, response_schema_conformance, status_code_conformance,
+          unsupported_method]  # fmt: skip
+
+
+def test_answers_are_as_the_document_says(port: int) -> None:
+    """Requests that follow the document, and others that do not, to every operation."""
+    schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{port}/openapi.json")
+    statuses: dict[str, set[int]] = {}
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+
+            @given(case=operation.as_strategy(generation_mode=mode))
+            @settings(max_examples=4, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+            def run(case: Any) -> None:
+                answer = case.call_and_validate(checks=CHECKS)
+                statuses.setdefault(case.operation.label, set()).add(answer.status_code)
+
+            with contextlib.suppress(Unsatisfiable):  # nothing can be wrong with an operation without parameters
+                run()
+    assert set(statuses) == {found.ok().label for found in schema.get_all_operations()}
+    assert statuses["POST /v1/detect"] >= {415}
+
+
+def test_every_route_is_in_the_document(model: DTN) -> None:
+    routes = {}
+    for route in Service(TorchScorer(model), ServeConfig()).app.app.routes:
+        routes[route.path] = {method.lower() for method in route.methods} - {"head"}
+    paths = document("")["paths"]
+    assert {path: set(operations) - {"parameters"} for path, operations in paths.items()} == routes
