@@ -79,13 +79,13 @@ def measure_faces(model: Path | None = None, photos: Path | None = None, quick: 
         path, true = film(Path(folder), 24 if quick else 96)
         frames = [frame.image for frame in read_frames(path, 8 if quick else 24, threads=1)]
         boxes = [true[round(n)] for n in np.linspace(0, len(true) - 1, len(frames))]
-        nearly = [_nearly(_portrait(320), seed) for seed in range(NEARLY)]
+        nearly = [_nearly(portrait(320), seed) for seed in range(NEARLY)]
         blank = np.full((1080, 1920, 3), 120, np.uint8)
         rows: dict[str, Callable[[FaceFinder], str]] = {
             "smallest face at 1920x1080, alone": lambda f: _smallest(f, 0),
             "the same beside a face of 400 pixels": lambda f: _smallest(f, 400),
             "heads turned in the picture": _largest_turn,
-            "largest step of the side over equal frames": lambda f: _shaking(f, [_portrait(320)] * 6),
+            "largest step of the side over equal frames": lambda f: _shaking(f, [portrait(320)] * 6),
             f"over {NEARLY} nearly equal frames": lambda f: _shaking(f, nearly),
             "least overlap with the true box of a moving face": lambda f: _following(f, frames, boxes),
             "ms a frame, whole search, 1920x1080": lambda f: _ms(lambda: f([_frame(110, 400)]), 1),
@@ -107,7 +107,7 @@ def write_faces(folder: Path, model: Path | None, photos: Path | None, quick: bo
     return folder / FACES
 
 
-def _portrait(side: int) -> Image:
+def portrait(side: int) -> Image:
     """Head and shoulders; the face's box is 91/320 of the side, its middle at (0.51, 0.39)."""
     photo = require("skimage.data", "dtn-fast[demo]").astronaut()[:320, 60:380]
     shrinks = side < 320
@@ -119,7 +119,7 @@ def _frame(side: int, beside: int) -> Image:
     frame = np.full((1080, 1920, 3), (150, 160, 170), np.uint8)
     for pixels, right in ((side, False), (beside, True)):
         if pixels:
-            face = _portrait(round(320 * pixels / 91))
+            face = portrait(round(320 * pixels / 91))
             left = 900 if right else 200
             face = face[:1080, : 1920 - left]
             frame[1080 - len(face) :, left : left + face.shape[1]] = face
@@ -143,7 +143,7 @@ def _largest_turn(finder: FaceFinder) -> str:
     last = -1
     for angle in ANGLES:
         turn = cv2.getRotationMatrix2D((160, 160), angle, 1.0)
-        image = cv2.warpAffine(_portrait(320), turn, (320, 320), borderValue=(120, 120, 120))
+        image = cv2.warpAffine(portrait(320), turn, (320, 320), borderValue=(120, 120, 120))
         place = FoundFace(Box.around((164, 126), 91), 1.0).placed(turn).box
         if not any(face.box.overlap(place) > 0.4 for face in finder([image])[0]):
             break

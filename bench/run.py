@@ -23,7 +23,7 @@ from dtn_fast.ranges import positive
 from dtn_fast.train.config import Execution
 from dtn_fast.train.step import set_backends
 
-WORDS = (*results.SUITES, "faces", "timm", "roofline", "structure", "tables", "compare")
+WORDS = (*results.SUITES, "faces", "timm", "serve", "roofline", "structure", "tables", "compare")
 
 
 def run_suite(name: str, folder: Path, machine: roofline.Machine, quick: bool, budget: float) -> Path | None:
@@ -89,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="Example: dtn-fast bench model train --budget 300\n"
         "Others:  dtn-fast bench roofline --batch 256\n"
         "         dtn-fast bench faces --photos photos\n"
+        "         dtn-fast bench serve --model runs/first --requests 10000\n"
         "         dtn-fast bench compare before.json after.json",
     )
     parser.add_argument("what", nargs="*", help=f"{', '.join(WORDS)}; default: {' '.join(results.SUITES)}")
@@ -97,6 +98,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--face-model", type=Path, help="faces: YuNet's model file; default: fetched once")
     parser.add_argument("--photos", type=Path, help="faces: folder of photographs with truth.json, to measure recall")
     parser.add_argument("--families", nargs="+", default=(), help="timm: families to try again; default: those missing")
+    parser.add_argument("--model", type=Path, help="serve: the model to serve")
+    parser.add_argument("--requests", type=int, default=10_000, help="serve: requests to send; a tenth are hostile")
+    parser.add_argument("--clients", type=int, default=8, help="serve: clients that send at the same time")
     parser.add_argument("--quick", action="store_true", help="few small cases, to check that everything works")
     options, rest = parser.parse_known_args(arguments)
     what = options.what or list(results.SUITES)
@@ -113,6 +117,8 @@ def main(arguments: list[str] | None = None) -> int:
         raise UsageError(f"unknown suite {unknown[0]!r}; known are {', '.join(WORDS)}")
     if "tables" in what and options.out.resolve() != results.FOLDER.resolve():
         raise UsageError(f"--out {options.out}: tables are made of {results.FOLDER} alone; leave tables or --out out")
+    if "serve" in what and (options.model is None or min(options.requests, options.clients) < 1):
+        raise UsageError("serve needs --model, such as runs/first, and --requests and --clients of at least 1")
     deadline = time.monotonic() + options.budget
     bad = structure(options.out) if "structure" in what else 0
     suites = [name for name in results.SUITES if name in what]
@@ -133,6 +139,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         for row in sweep(options.families, options.out):
             print(*row.values(), sep="  ", flush=True)
+    if "serve" in what:
+        from dtn_fast.bench.serve import measure_serve
+
+        bad += measure_serve(options.model, options.requests, options.clients, deadline - time.monotonic())
     if "tables" in what:
         write_tables()
     return int(bad > 0)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import http.server
 import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -72,3 +73,54 @@ def judge(port: int, name: str, body: bytes) -> tuple[int, dict[str, Any]]:
 def metric(port: int, name: str) -> float:
     lines = ask(port, "GET", "/metrics")[1].decode().splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+@contextlib.contextmanager
+def proxy(target: int, prefix: str, strip: bool) -> Iterator[int]:
+    """The port of a reverse proxy that shows ``target`` under ``prefix`` and nothing else."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def forward(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if not self.path.startswith(prefix + "/"):
+                return self.send_error(404)
+            path = self.path.removeprefix(prefix) if strip else self.path
+            connection = http.client.HTTPConnection("127.0.0.1", target, timeout=60)
+            connection.request(self.command, path, body)
+            answer = connection.getresponse()
+            self.send_response(answer.status)
+            for name in ("Content-Type", "Location", "Content-Length", "Content-Security-Policy"):
+                if name in answer.headers:
+                    self.send_header(name, answer.headers[name])
+            self.end_headers()
+            self.wfile.write(answer.read())
+            connection.close()
+
+        do_GET = do_POST = do_DELETE = forward
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def read(client: socket.socket) -> bytes:
+    """All bytes until the server closes the connection."""
+    parts = []
+    while part := client.recv(65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Waits until ``condition()`` is true, for a minute at most."""
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)

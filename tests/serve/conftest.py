@@ -22,6 +22,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("uploads")
     face = data.astronaut()[:256, 96:352]
     write_video(folder / "clip.mp4", [face, np.hstack([face, face])[:, :256], face], fps=2)
+    blank = [np.full((240, 320, 3), 5 * n, np.uint8) for n in range(40)]  # each is searched in every way for a face
+    write_video(folder / "long.mp4", blank, fps=10)
     Image.fromarray(face).save(folder / "face.jpg")
     Image.fromarray(np.zeros((90, 70, 3), np.uint8)).save(folder / "blank.png")
     made = {p.name: p.read_bytes() for p in folder.iterdir()}

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serving import Slow, ask, judge, metric, serving
+from serving import Slow, ask, judge, metric, proxy, serving, wait_for
 
 from dtn_fast import DTN
 from dtn_fast.data.crop_dataset import CropDataset
@@ -190,22 +190,39 @@ def test_uploads_leave_nothing_behind(model: DTN, files: dict[str, bytes], tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_serves_and_ends_on_a_signal(trained: Path, files: dict[str, bytes]) -> None:
-    command = [sys.executable, "-m", "dtn_fast", "serve", str(trained), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_the_command_serves_and_a_signal_ends_it_with_all_answers(
+    model: DTN, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """SIGTERM while two uploads and a job are inside: all are answered, a new upload is refused, the exit code is 0."""
+    model.save_pretrained(tmp_path / "model")
+    uploads = tmp_path / "uploads"
+    uploads.mkdir()
+    command = [sys.executable, "-m", "dtn_fast", "serve", str(tmp_path / "model"), "--workers", "1", "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "TMPDIR": str(uploads)})  # fmt: skip
     try:
         assert process.stdout
-        line = process.stdout.readline()
-        port = int(line.split("http://127.0.0.1:")[1].split(" ")[0])
-        assert "synthetic" in process.stdout.readline()
-        assert judge(port, "face.jpg", files["face.jpg"])[0] == 200
+        port = int(process.stdout.readline().split("http://127.0.0.1:")[1].split(" ")[0])
         busy = subprocess.run([*command[:-1], str(port)], capture_output=True, text=True)
         assert busy.returncode == 2
         assert "Address already in use; choose another" in busy.stderr
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            answers = [pool.submit(judge, port, "long.mp4", files["long.mp4"]) for _ in range(2)]
+            job = json.loads(ask(port, "POST", "/v1/jobs?name=long.mp4", files["long.mp4"])[1])["id"]
+            wait_for(lambda: metric(port, "dtn_uploads_inside") == 2)
+            process.send_signal(signal.SIGTERM)
+            wait_for(lambda: ask(port, "GET", "/readyz") == (503, b"ending\n"))
+            status, found = judge(port, "face.jpg", files["face.jpg"])
+            assert (status, found["error"]) == (503, "the server is ending; try again in a few seconds")
+            assert [answer.result()[0] for answer in answers] == [200, 200]
+        wait_for(lambda: json.loads(ask(port, "GET", f"/v1/jobs/{job}")[1])["state"] == "done")
+        assert ask(port, "GET", f"/v1/jobs/{job}/result")[0] == 200
+        _, errors = process.communicate(timeout=60)
     finally:
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        process.kill()
     assert "Traceback" not in errors
+    assert process.returncode == 0
+    assert list(uploads.iterdir()) == []
 
 
 def test_settings_out_of_range() -> None:
@@ -258,26 +275,43 @@ def test_an_error_reaches_every_caller_of_its_batch_and_no_other(model: DTN, dat
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-@pytest.mark.parametrize("width", [1100, 390])
-def test_the_page_in_a_browser(width: int, port: int, files: dict[str, bytes], tmp_path: Path) -> None:
-    """Choose a video, see verdict, timeline and heat maps; a bad file is named; nothing breaks the policy."""
+@pytest.mark.parametrize(("width", "prefix"), [(900, ""), (390, "/fakes")], ids=["wide", "narrow, behind a proxy"])
+def test_the_page_in_a_browser(width: int, prefix: str, model: DTN, files: dict[str, bytes], tmp_path: Path) -> None:
+    """A video is a job with progress, a verdict with timeline and heat maps, and can be cancelled; a picture has a
+    verdict at once; a bad file is named; nothing breaks the policy."""
     from playwright.sync_api import sync_playwright
 
-    for name in ("clip.mp4", "text.png", "face.jpg"):
+    for name in ("clip.mp4", "long.mp4", "text.png", "face.jpg"):
         (tmp_path / name).write_bytes(files[name])
     evil = tmp_path / "<img src=x onerror=alert(1)>.jpg"
     evil.write_bytes(files["face.jpg"])
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync"]  # fmt: skip
-    with sync_playwright() as play:
+    with (
+        serving(TorchScorer(model), max_mb=1.0, root_path=prefix) as inner,
+        proxy(inner, prefix, strip=True) as port,
+        sync_playwright() as play,
+    ):
         browser = play.chromium.launch(executable_path=CHROMIUM, args=flags)
         page = browser.new_page(viewport={"width": width, "height": 900})
         said: list[str] = []
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("dialog", lambda dialog: said.append(f"dialog {dialog.message}"))
-        page.goto(f"http://127.0.0.1:{port}/")
+
+        def shoot(name: str) -> None:
+            if folder := os.environ.get("DTN_FAST_SCREENSHOTS"):
+                page.screenshot(path=str(Path(folder, f"{name}-{width}.png")), full_page=True)
+            assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "it scrolls sideways"
+
+        page.goto(f"http://127.0.0.1:{port}{prefix}/")
         page.wait_for_selector("#limits:has-text('1 MB')")
+        page.set_input_files("#file", str(tmp_path / "long.mp4"))
+        page.wait_for_selector("#state:has-text('of 32 frames')")
+        shoot("progress")
+        page.click("#state button")
+        page.wait_for_selector("#state .error:has-text('long.mp4: cancelled')")
+        assert page.locator(".card").count() == 0
         page.set_input_files("#file", str(tmp_path / "clip.mp4"))
         page.wait_for_selector(".card .verdict")
         assert page.inner_text(".card h2") == "clip.mp4"
@@ -289,9 +323,9 @@ def test_the_page_in_a_browser(width: int, port: int, files: dict[str, bytes], t
         assert page.locator(".card h2").first.inner_text() == evil.name
         page.set_input_files("#file", str(tmp_path / "text.png"))
         page.wait_for_selector("#state .error:has-text('cannot read this image')")
-        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "it scrolls sideways"
-        folder = os.environ.get("DTN_FAST_SCREENSHOTS")
-        if folder:
-            page.screenshot(path=str(Path(folder, f"page-{width}.png")), full_page=True)
+        shoot("page")
+        page.click("#about a")
+        page.wait_for_selector("text=openapi")
         browser.close()
+        assert metric(inner, 'dtn_jobs_total{state="cancelled"}') == metric(inner, 'dtn_jobs_total{state="done"}') == 1
     assert [text for text in said if "422" not in text] == []

@@ -6,12 +6,9 @@ import json
 import time
 from typing import Any
 
-import numpy as np
-import pytest
 from serving import Slow, ask, judge, metric, serving
 
 from dtn_fast import DTN
-from dtn_fast.data.video_writer import write_video
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
 
@@ -27,14 +24,6 @@ def until(port: int, number: str, *states: str) -> dict[str, Any]:
         assert time.monotonic() < end, found
         time.sleep(0.02)
     return found
-
-
-@pytest.fixture(scope="module")
-def long_clip(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """Forty frames, none with a face, each of which is searched for long."""
-    path = tmp_path_factory.mktemp("long") / "long.mp4"
-    write_video(path, [np.full((240, 320, 3), 5 * n, np.uint8) for n in range(40)], fps=10)
-    return path.read_bytes()
 
 
 def test_a_job_gives_the_verdict_of_an_upload(port: int, files: dict[str, bytes]) -> None:
@@ -62,12 +51,12 @@ def test_a_job_that_fails(port: int, files: dict[str, bytes]) -> None:
     assert metric(port, 'dtn_jobs_total{state="failed"}') == 1
 
 
-def test_progress_and_cancelling(model: DTN, long_clip: bytes, files: dict[str, bytes]) -> None:
+def test_progress_and_cancelling(model: DTN, files: dict[str, bytes]) -> None:
     """A running and a queued job are cancelled; their places are free at once, and nothing stays in the folder."""
     with serving(TorchScorer(model), job_waiting=1, frames=40) as port:
-        running = call(port, "POST", "?name=long.mp4", long_clip)[1]["id"]
-        queued = call(port, "POST", "?name=long.mp4", long_clip)[1]["id"]
-        assert call(port, "POST", "?name=long.mp4", long_clip)[0] == 503
+        running = call(port, "POST", "?name=long.mp4", files["long.mp4"])[1]["id"]
+        queued = call(port, "POST", "?name=long.mp4", files["long.mp4"])[1]["id"]
+        assert call(port, "POST", "?name=long.mp4", files["long.mp4"])[0] == 503
         assert judge(port, "face.jpg", files["face.jpg"])[0] == 200  # uploads have workers of their own
         while not (found := until(port, running, "running"))["frames"]["done"]:
             assert call(port, "GET", f"/{running}/result") == (409, {"error": "the job is running; ask again later"})
