@@ -25,7 +25,7 @@ from dtn_fast.files import write_whole
 from dtn_fast.packages import require
 from dtn_fast.runtime.load import load_scorer
 from dtn_fast.runtime.scorer import Scorer
-from dtn_fast.serve.app import create_app
+from dtn_fast.serve.config import EXTRA, ServeConfig
 
 PACKAGE = Path(__file__).parent.parent
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -49,12 +49,12 @@ def take(demo: Path) -> list[Path]:
     detect_many([str(video), str(demo / "videos")], scorer, demo / "detect")
     playwright = require("playwright.sync_api", "playwright")
     made = [PACKAGE / "detect" / "report.png", PACKAGE / "serve" / "page.png"]
-    with playwright.sync_playwright() as play, _served(scorer) as port:
+    with playwright.sync_playwright() as play, _served(scorer) as address:
         browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
         page = browser.new_page(viewport={"width": WIDTH, "height": 900})
         page.goto((demo / "detect" / "report.html").resolve().as_uri())
         _save(page, made[0], ".faces")
-        page.goto(f"http://127.0.0.1:{port}/")
+        page.goto(f"{address}/")
         page.wait_for_selector("#limits:has-text('MB')")
         page.set_input_files("#file", str(video))
         page.wait_for_selector(".card .verdict", timeout=60_000)
@@ -76,18 +76,23 @@ def _save(page: Any, path: Path, last: str) -> None:
 
 
 @contextlib.contextmanager
-def _served(scorer: Scorer) -> Iterator[int]:
-    """Serves ``scorer`` on a free local port, which is yielded."""
-    uvicorn = require("uvicorn", "dtn-fast[serve]")
-    server = uvicorn.Server(uvicorn.Config(create_app(scorer), port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
+def _served(scorer: Scorer) -> Iterator[str]:
+    """Serves ``scorer`` on a free local port and yields its address."""
+    require("uvicorn", EXTRA)
+    from dtn_fast.serve.app import Service
+    from dtn_fast.serve.server import Server, listen
+
+    config = ServeConfig(port=0)
+    listening, address = listen(config)
+    server = Server(Service(scorer, config))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:
         if not thread.is_alive():
             raise DtnError("the web service did not start")
         time.sleep(0.05)
     try:
-        yield server.servers[0].sockets[0].getsockname()[1]
+        yield address
     finally:
         server.should_exit = True
         thread.join()

@@ -78,9 +78,10 @@ class Service:
             CORSMiddleware, allow_origins=self.config.allow_origin, allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["*"], expose_headers=["Location", "Retry-After"],
         )  # fmt: skip
+        handlers: dict[Any, Any] = {Refused: self._refuse, HTTPException: self._no_route, 500: self._broken}
         app = Starlette(
             routes=routes, lifespan=self._lifespan, middleware=[cors] if self.config.allow_origin else [],
-            exception_handlers={Refused: self._refuse, HTTPException: self._no_route, 500: self._broken},
+            exception_handlers=handlers,
         )  # fmt: skip
         app.router.redirect_slashes = False
         return Edge(app, self.config.root_path, _headers(self._page))
@@ -135,17 +136,19 @@ class Service:
 
     async def _verdict(self, upload: Upload, receive: Receive) -> bytes:
         """The verdict of a worker; its work ends when the client leaves."""
-        judge, progress = self.judge, Progress(self.config.timeout)
+        judge, progress = self.judge, Progress(self.config.timeout, "send a long video as a job, to v1/jobs")
         progress.begin = time.monotonic()
         verdict = functools.partial(judge.verdict, upload, progress, judge.direct)
         work = asyncio.get_running_loop().run_in_executor(judge.direct.pool, verdict)
-        gone = asyncio.ensure_future(_left(receive))
+        gone = asyncio.create_task(_left(receive))
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            first: list[asyncio.Future[Any]] = [work, gone]
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 progress.stopped.set()
             return await work
         finally:
+            progress.stopped.set()  # also when this task is cancelled
             gone.cancel()
 
     async def add_job(self, request: Any) -> Any:

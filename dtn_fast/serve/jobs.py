@@ -24,7 +24,7 @@ class Job:
 
     def __init__(self, upload: Upload, limit: float) -> None:
         self.id = secrets.token_urlsafe(16)
-        self.upload, self.progress = upload, Progress(limit)
+        self.upload, self.progress = upload, Progress(limit, "send a shorter video, or raise --job-timeout")
         self.refused: Refused | None = None
         """The reason why there is no verdict."""
         self.finished = 0.0

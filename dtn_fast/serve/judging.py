@@ -56,9 +56,9 @@ class Lane:
 class Progress:
     """Progress of one upload, seen by its worker and by those who wait for it."""
 
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-        """Time limit in seconds, from ``begin``."""
+    def __init__(self, limit: float, remedy: str) -> None:
+        self.limit, self.remedy = limit, remedy
+        """Time limit in seconds, from ``begin``, and the advice when it is over."""
         self.begin, self.end = 0.0, 0.0
         """Clock (monotonic) at which the time began to count and at which the work ended; 0: not yet."""
         self.frames = 0
@@ -72,7 +72,7 @@ class Progress:
         if self.stopped.is_set():
             raise Refused(LEFT, "nobody waits for the verdict any longer")
         if time.monotonic() - self.begin > self.limit:
-            raise Refused(504, f"no verdict within {self.limit:g} s; send a shorter video, or as a job (/v1/jobs)")
+            raise Refused(504, f"no verdict within {self.limit:g} s; {self.remedy}")
 
     @property
     def seconds(self) -> float:

@@ -7,10 +7,11 @@ from typing import Any
 from dtn_fast.version import __version__
 
 Json = dict[str, Any]
+Texts = dict[int, str]
 NUMBER, INTEGER, TEXT = {"type": "number"}, {"type": "integer", "minimum": 0}, {"type": "string"}
 MAYBE_NUMBER, MAYBE_TEXT = {"type": ["number", "null"]}, {"type": ["string", "null"]}
 SHARE = {"type": "number", "minimum": 0, "maximum": 1}
-REFUSALS = {
+REFUSALS: Texts = {
     400: "the upload is empty, was interrupted, or its form cannot be read",
     408: "the upload was too slow",
     413: "the upload is over the size limit",
@@ -20,7 +21,7 @@ REFUSALS = {
     507: "the upload cannot be stored",
 }
 """Statuses of the routes that take an upload."""
-UNREADABLE = {422: "the file cannot be read as a picture or video, or its pixels are over the limit",
+UNREADABLE: Texts = {422: "the file cannot be read as a picture or video, or its pixels are over the limit",
               504: "no verdict within the time limit"}  # fmt: skip
 
 
@@ -40,7 +41,7 @@ def _content(schema: Json, kind: str = "application/json") -> Json:
     return {kind: {"schema": schema}}
 
 
-def _answers(status: int, text: str, schema: Json, refusals: Json | None = None, headers: Json | None = None) -> Json:
+def _answers(status: int, text: str, schema: Json, refusals: Texts | None = None, headers: Json | None = None) -> Json:
     """The answers of a route: its success, and its refusals, which are all of one form."""
     refused = {str(n): {"description": t, "content": _content(_ref("Error"))} for n, t in (refusals or {}).items()}
     if "503" in refused:
@@ -48,7 +49,7 @@ def _answers(status: int, text: str, schema: Json, refusals: Json | None = None,
     return {str(status): {"description": text, "content": _content(schema), "headers": headers or {}}, **refused}
 
 
-def _text(statuses: dict[int, str]) -> Json:
+def _text(statuses: Texts) -> Json:
     return {str(status): {"description": t, "content": _content(TEXT, "text/plain")} for status, t in statuses.items()}
 
 
@@ -96,10 +97,10 @@ def _schemas() -> Json:
 def document(root_path: str) -> Json:
     """The document of a service under a path prefix."""
     location = {"Location": {"schema": TEXT, "description": "path of the job"}}
-    unknown = {404: "the job is unknown or forgotten"}
+    unknown: Texts = {404: "the job is unknown or forgotten"}
     verdict, job = _ref("Verdict"), _ref("Job")
     job_id = [{"name": "id", "in": "path", "required": True, "schema": TEXT}]
-    late = {**unknown, **UNREADABLE, 409: "the job is not finished", 410: "the job was cancelled",
+    late: Texts = {**unknown, **UNREADABLE, 409: "the job is not finished", 410: "the job was cancelled",
             500: "the server failed on this upload"}  # fmt: skip
 
     def get(name: str, summary: str, responses: Json) -> Json:

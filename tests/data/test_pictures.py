@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,16 @@ import pytest
 from PIL import Image, ImageCms
 from skimage import data
 
-from dtn_fast.data.pictures import count_pictures, decode_image, read_image, read_moving, read_times
+from dtn_fast.data import pictures
+from dtn_fast.data.pictures import (
+    PIXEL_BYTES,
+    count_pictures,
+    decode_image,
+    decoded_bytes,
+    read_image,
+    read_moving,
+    read_times,
+)
 from dtn_fast.errors import MediaError
 
 RGB = np.ascontiguousarray(data.astronaut()[:120, 150:300])
@@ -76,7 +86,7 @@ FORMS: dict[str, tuple[Callable[[Path], object], np.ndarray, float]] = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_every_form_is_read_as_the_same_picture(tmp_path: Path, name: str) -> None:
+def test_every_form_is_read_as_the_same_picture(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write, expected, most = FORMS[name]
     write(tmp_path)
     image = read_image(tmp_path / name)
@@ -85,7 +95,22 @@ def test_every_form_is_read_as_the_same_picture(tmp_path: Path, name: str) -> No
     assert image.shape == expected.shape
     apart = np.abs(image[8:].astype(int) - expected[8:])
     assert apart.mean() <= most
+    assert decoded_bytes(tmp_path / name) >= image.size
+    monkeypatch.setattr(pictures, "STRIP", 1000)  # in 20 strips
     assert np.array_equal(decode_image((tmp_path / name).read_bytes(), name), image)
+
+
+def test_a_large_picture_is_converted_in_strips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numpy's share of the memory; 8-bit pictures are in Pillow's besides."""
+    monkeypatch.setattr(pictures, "STRIP", 20_000)
+    for dtype, mode in ((np.uint16, None), (np.uint8, "RGB"), (np.uint8, "LA")):
+        image = Image.fromarray(np.full((1500, 1500), 7, dtype))
+        (image.convert(mode) if mode else image).save(tmp_path / "a.png")
+        tracemalloc.start()
+        read_image(tmp_path / "a.png")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1.25 * PIXEL_BYTES * 1500 * 1500, (dtype, mode)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "avif", "heic"])

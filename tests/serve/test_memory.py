@@ -6,6 +6,7 @@ import concurrent.futures
 import math
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,13 +80,13 @@ def test_large_pictures_wait_for_each_other(
     lock = threading.Lock()
     detect = judging.detect
 
-    def counted(*args: object) -> object:
+    def counted(*args: Any) -> object:
         nonlocal inside, most
         with lock:
             inside += 1
             most = max(most, inside)
         try:
-            return detect(*args)  # type: ignore[arg-type]
+            return detect(*args)
         finally:
             with lock:
                 inside -= 1
