@@ -305,7 +305,7 @@ def measure_serve(model: Path, count: int, clients: int, budget: float) -> int:
         elapsed, last = time.monotonic() - start, server.memory()
         code = server.end()
         log = server.log()
-    return _print(tallies, elapsed, (level, last, max(memory, default=last)), code, log, count)
+    return _print(tallies, elapsed, [level, *memory, last], code, log, count)
 
 
 def _fault(request: Request, answer: tuple[int, dict[str, Any]], right: tuple[str, float | None] | None) -> str:
@@ -335,9 +335,7 @@ async def _watched(server: Server, memory: list[float], work: Any) -> None:
         looking.cancel()
 
 
-def _print(
-    tallies: dict[str, Tally], elapsed: float, memory: tuple[float, float, float], code: int, log: str, count: int
-) -> int:
+def _print(tallies: dict[str, Tally], elapsed: float, memory: list[float], code: int, log: str, count: int) -> int:
     total = collections.Counter[str]()
     print(f"{'request':20} {'right':>6} {'again':>6} {'dropped':>8} {'wrong':>6} {'p50 ms':>8} {'p95':>8} {'p99':>8}")
     for kind, tally in tallies.items():
@@ -348,9 +346,10 @@ def _print(
     finished = total["right"] + total["dropped"] + total["wrong"]
     print(f"{finished} of {count} requests in {elapsed:.1f} s, {finished / elapsed:.1f} requests/s; {total['dropped']} "
           f"dropped, {total['wrong']} wrong, {total['again']} sent again after status 503")  # fmt: skip
-    warm, last, most = memory
+    warm, last = memory[0], memory[-1]
+    steps = " ".join(f"{memory[round(place)]:.0f}" for place in np.linspace(0, len(memory) - 1, 10))
     print(f"memory: {warm:.0f} MB after warm-up, {last:.0f} MB at the end ({last / max(warm, 1):.2f} times), "
-          f"{most:.0f} MB at most")  # fmt: skip
+          f"{max(memory):.0f} MB at most; on the way: {steps}")  # fmt: skip
     faults = [fault for tally in tallies.values() for fault in tally.wrong[:3]]
     faults += [f"the server's exit code is {code}"] * bool(code)
     faults += [f"the server's log: {log[-2000:]}"] * ("Traceback" in log)
