@@ -74,11 +74,11 @@ def test_progress_and_cancelling(model: DTN, files: dict[str, bytes]) -> None:
 
 def test_finished_jobs_are_forgotten(model: DTN, files: dict[str, bytes]) -> None:
     with serving(TorchScorer(model), keep_jobs=2) as port:
-        made = [call(port, "POST", "?name=face.jpg", files["face.jpg"])[1]["id"] for _ in range(4)]
+        made = [call(port, "POST", "?name=blank.png", files["blank.png"])[1]["id"] for _ in range(4)]
         until(port, made[3], "done")
         assert [call(port, "GET", f"/{number}")[0] for number in made] == [404, 404, 200, 200]
     with serving(TorchScorer(model), keep_seconds=0.1) as port:
-        number = call(port, "POST", "?name=face.jpg", files["face.jpg"])[1]["id"]
+        number = call(port, "POST", "?name=blank.png", files["blank.png"])[1]["id"]
         while call(port, "GET", f"/{number}")[0] == 200:
             time.sleep(0.02)
 

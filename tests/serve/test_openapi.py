@@ -36,7 +36,7 @@ def test_answers_are_as_the_document_says(port: int) -> None:
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
 
             @given(case=operation.as_strategy(generation_mode=mode))
-            @settings(max_examples=4, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=3, deadline=None, database=None, suppress_health_check=list(HealthCheck))
             def run(case: Any) -> None:
                 answer = case.call_and_validate(checks=CHECKS)
                 statuses.setdefault(case.operation.label, set()).add(answer.status_code)

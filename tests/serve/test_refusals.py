@@ -193,19 +193,21 @@ def test_other_origins(model: DTN, port: int) -> None:
 # ------------------------------------------------------------------------------------------------ behind a proxy
 
 
-@pytest.mark.parametrize("strip", [True, False], ids=["removed", "kept"])
-def test_behind_a_path_prefix(strip: bool, model: DTN, files: dict[str, bytes]) -> None:
-    with serving(TorchScorer(model), root_path="/fakes") as inner, proxy(inner, "/fakes", strip) as port:
-        assert b'<meta name="root" content="/fakes/">' in ask(port, "GET", "/fakes/")[1]
-        assert ask(port, "GET", "/fakes/v1/about")[0] == 200
-        assert json.loads(ask(port, "GET", "/fakes/openapi.json")[1])["servers"] == [{"url": "/fakes"}]
-        assert ask(port, "POST", "/fakes/v1/detect?name=face.jpg", files["face.jpg"])[0] == 200
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        connection.request("POST", "/fakes/v1/jobs?name=face.jpg", files["face.jpg"])
-        answer = connection.getresponse()
-        assert (answer.status, json.loads(answer.read())["state"]) == (202, "queued")
-        assert ask(port, "GET", answer.headers["Location"])[0] == 200
-        connection.close()
+def test_behind_a_path_prefix(model: DTN, files: dict[str, bytes]) -> None:
+    """Behind a proxy that removes the prefix, and one that keeps it."""
+    with serving(TorchScorer(model), root_path="/fakes") as inner:
+        for strip in (True, False):
+            with proxy(inner, "/fakes", strip) as port:
+                assert b'<meta name="root" content="/fakes/">' in ask(port, "GET", "/fakes/")[1]
+                assert ask(port, "GET", "/fakes/v1/about")[0] == 200
+                assert json.loads(ask(port, "GET", "/fakes/openapi.json")[1])["servers"] == [{"url": "/fakes"}]
+                assert ask(port, "POST", "/fakes/v1/detect?name=blank.png", files["blank.png"])[0] == 200
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+                connection.request("POST", "/fakes/v1/jobs?name=blank.png", files["blank.png"])
+                answer = connection.getresponse()
+                assert (answer.status, json.loads(answer.read())["state"]) == (202, "queued")
+                assert ask(port, "GET", answer.headers["Location"])[0] == 200
+                connection.close()
         assert ask(inner, "GET", "/fakesv1/about")[0] == 404
         assert ask(inner, "GET", "/v1/about")[0] == 200
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from serving import ask, serving
+from serving import ask, read, serving
 
 from dtn_fast import DTN
 from dtn_fast.runtime.torch_scorer import TorchScorer
@@ -59,6 +59,8 @@ def test_an_upload_that_trickles_gives_its_place_back(model: DTN, monkeypatch: p
                 answer = slow.recv(1000)
             except TimeoutError:
                 continue
+        slow.settimeout(30)
+        answer += read(slow)
         assert answer.startswith(b"HTTP/1.1 408")
         assert b"the upload came at less than 100 kB/s" in answer
 
