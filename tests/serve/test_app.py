@@ -47,9 +47,9 @@ class Slow(TorchScorer):
         time.sleep(self.wait)
         return super().score(crops)
 
-    def _logits(self, crops: np.ndarray) -> np.ndarray:
+    def _outputs(self, crops: np.ndarray) -> np.ndarray:
         time.sleep(self.wait)
-        return super()._logits(crops)
+        return super()._outputs(crops)
 
 
 @contextlib.contextmanager
@@ -168,11 +168,11 @@ def test_limits_of_what_is_sent(port: int, files: dict[str, bytes]) -> None:
 
 def test_whatever_fails_is_one_line_of_json(model: DTN, files: dict[str, bytes]) -> None:
     class Broken(TorchScorer):
-        def _logits(self, crops: np.ndarray) -> np.ndarray:
+        def _outputs(self, crops: np.ndarray) -> np.ndarray:
             return np.full((len(crops), 2), np.nan)
 
     class Worse(TorchScorer):
-        def _logits(self, crops: np.ndarray) -> np.ndarray:
+        def _outputs(self, crops: np.ndarray) -> np.ndarray:
             raise RuntimeError("out of memory at /secret/path")
 
     for scorer, words in ((Broken(model), "not finite"), (Worse(model), "the server failed on this upload")):
@@ -327,10 +327,10 @@ def test_concurrent_calls_share_batches(model: DTN, dataset: CropDataset) -> Non
 
 def test_an_error_reaches_every_caller_of_its_batch_and_no_other(model: DTN, dataset: CropDataset) -> None:
     class Failing(TorchScorer):
-        def _logits(self, crops: np.ndarray) -> np.ndarray:
+        def _outputs(self, crops: np.ndarray) -> np.ndarray:
             if (crops == 7).all((1, 2, 3)).any():
                 raise RuntimeError("seven")
-            return super()._logits(crops)
+            return super()._outputs(crops)
 
     crops = dataset.get(np.arange(2))
     with MicroBatcher(Failing(model), wait=0.0) as batcher:
