@@ -1,4 +1,4 @@
-"""Verbs that measure: evaluate, robustness, explain, report."""
+"""Verbs that measure: evaluate, calibrate, robustness, explain, report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dtn_fast.data.crop_dataset import open_crop_dataset
 from dtn_fast.data.open import open_data
 from dtn_fast.device import Device
 from dtn_fast.errors import UsageError
-from dtn_fast.evaluation.config import EvaluateConfig, FigureConfig, RobustnessConfig
+from dtn_fast.evaluation.config import CalibrateConfig, EvaluateConfig, FigureConfig, RobustnessConfig
 from dtn_fast.evaluation.protocols import Protocol, Within, evaluate_models
 from dtn_fast.evaluation.tables import ResultTable
 from dtn_fast.provenance import COMMANDS, made_by, record
@@ -80,6 +80,49 @@ def evaluate(
         made_files = made.write(out)
         record(out.parent)
         print(f"written: {' '.join(str(path) for path in [*made_files, out.parent / COMMANDS])}")
+
+
+def calibrate(
+    run: Annotated[Path, tyro.conf.Positional],
+    data: Annotated[Path, tyro.conf.Positional],
+    config: Annotated[CalibrateConfig, tyro.conf.OmitArgPrefixes] = CalibrateConfig(),
+    device: Device = Runtime.device,
+) -> None:
+    """Calibrate a model: P(fake) that means what it says, and limits that keep a false-alarm rate.
+
+    Example: dtn-fast calibrate runs/first data/crops --false-alarms 0.01 --misses 0.1
+
+    Fits a temperature on the validation split and sets the limits from which an input is called fake, and up to which
+    it is called real; between them, and for inputs unlike the training data, detect and serve say uncertain.  Writes
+    card.json and card.html beside the weights, which stay as they are.  Files exported afterwards carry the
+    calibration; export earlier ones again.
+
+    Args:
+        run: A run (its best generation) or a checkpoint folder.
+        data: Crops written by dtn-fast prepare, with a val split; what it promises is tried on a test split.
+        config: Rates that the limits keep.
+        device: Device that the model runs on.
+    """
+    from dtn_fast.evaluation.calibration import Calibrated
+    from dtn_fast.evaluation.calibration import calibrate as steps
+    from dtn_fast.evaluation.card_page import calibration_table, measured_table
+
+    with progress() as bar:
+        task = bar.add_task("calibrating", total=None, note="")
+        for step in steps(run, data, config, Runtime(device=device)):
+            if isinstance(step, str):
+                bar.update(task, note=step)
+            else:
+                made = step
+    assert isinstance(made, Calibrated), "the last step is the result"
+    assert made.card.calibration is not None
+    print_table(f"Calibration of {made.folder}", *calibration_table(made.card.calibration))
+    if made.card.calibration.measured:
+        print_table("Tried on other people: the test split (95 % intervals)", *measured_table(made.card.calibration))
+    for note in made.notes:
+        print(note)
+    record(made.folder)
+    print(f"card: {made.page}")
 
 
 def robustness(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, get_args
+from typing import Annotated, Literal, get_args
 
 from dtn_fast.data.config import Split
 from dtn_fast.data.corrupt import PERTURBATIONS, check
 from dtn_fast.errors import UsageError
 from dtn_fast.model.detector import Depth
-from dtn_fast.ranges import Count, Range, Seed, Share, Workers, check_ranges
+from dtn_fast.ranges import Count, Range, Rate, Seed, Share, Workers, check_ranges
 
 FIGURES = (
     "grad-cam", "attention", "scales", "collapse", "collapse-maps", "feature-maps", "t-sne", "soft-labels"
@@ -28,6 +28,25 @@ class EvaluateConfig:
     """Number of bootstrap draws of videos for each confidence interval."""
     confidence: Annotated[float, Range(above=0, below=1)] = 0.95
     """Confidence level of the AUC's intervals."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Rates that the limits between the verdicts keep."""
+
+    split: Literal["val", "test"] = "val"
+    """Split to calibrate on.  With val, the limits are then tried on the test split."""
+    false_alarms: Rate = 0.01
+    """Share of real inputs that may be called fake, on average.  N real videos can promise 1 / (N + 1) at best."""
+    misses: Rate = 0.1
+    """Share of fakes, of the forgeries trained on, that may be called real.  What lies between is called uncertain."""
+    unlike: Rate = 0.01
+    """Share of inputs like the training data that may be called uncertain because they seem unlike it."""
+    images: Count = 4096
+    """Number of training crops whose features tell what the training data is like."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -88,6 +88,8 @@ class Level(_Checked):
     """Thresholds, rising, with the share of reals and of fakes at or over each."""
     novel_from: float | None = None
     """Novelty over which an input is unlike the training data; None: the model does not measure it."""
+    novel_rate: float | None = None
+    """Share of inputs like the training data that are found unlike it, at most, on average."""
 
     def false_alarms_at(self, threshold: float) -> float:
         """Share of the validation reals at or over ``threshold``."""
@@ -125,8 +127,6 @@ class Calibration(_Checked):
     """Hash of the validation crops, as ``CropDataset.fingerprint`` makes it."""
     temperature: float
     """Divisor of the logits before the softmax (Guo et al., 2017)."""
-    novelty_false_alarms: float
-    """Share of the inputs like the training data that ``novel_from`` does not exceed on average."""
     frame: Level
     video: Level | None
     """None: the data holds pictures only."""

@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from dtn_fast.detect.config import DetectConfig
+from dtn_fast.detect.limits import limits_of
 from dtn_fast.detect.pipeline import finder_of
+from dtn_fast.detect.report import sentences
 from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.files import json_text
+from dtn_fast.model.card import remarks
 from dtn_fast.packages import require
 from dtn_fast.runtime.scorer import Scorer
 from dtn_fast.serve.batching import MicroBatcher
@@ -59,8 +62,11 @@ def create_app(scorer: Scorer, config: ServeConfig = ServeConfig(), detection: D
         return HTMLResponse(page, headers=headers)
 
     async def about(_: Request) -> Response:
-        limits = {"max_mb": config.max_mb, "analysed": detection.analysed, "threshold": detection.threshold}
-        facts = {"version": __version__, "runtime": scorer.name, "notice": scorer.notice}
+        limits = {"max_mb": config.max_mb, "analysed": detection.analysed}
+        kinds = (("pictures", False), ("videos", True))
+        limits |= {kind: limits_of(scorer.config.card, detection, moving).to_json() for kind, moving in kinds}
+        facts = {"version": __version__, "runtime": scorer.name, "notice": scorer.notice,
+                 "remarks": sentences(remarks(scorer.config.card))}  # fmt: skip
         return JSONResponse({**facts, **limits, "formats": sorted(judge.formats)}, headers=headers)
 
     async def detect(request: Request) -> Response:
@@ -245,7 +251,7 @@ class Judge:
              "heat": None if p.heat is None else heat_uri(p)}
             for p in result.pictures
         ]  # fmt: skip
-        facts = {"path": name, "rule": RULE, "threshold": self.detection.threshold, "notice": self.batcher.notice}
+        facts = {"path": name, "rule": RULE, "notice": self.batcher.notice}
         error = result.error and result.error.replace(str(path), name)
         return {**result.to_json(), **facts, "error": error, "pictures": pictures}
 
@@ -267,8 +273,9 @@ def run(scorer: Scorer, config: ServeConfig, detection: DetectConfig) -> None:
         raise UsageError(f"--host {config.host} --port {config.port}: {reason}; choose another") from error
     host, port = listening.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    print(f"{scorer.name} on http://{host}:{port} (web page at /, API at /v1/detect; Ctrl-C stops)"
-          + (f"\n{scorer.notice}" if scorer.notice else ""), flush=True)  # fmt: skip
+    known = [scorer.notice] if scorer.notice else []
+    print("\n".join([f"{scorer.name} on http://{host}:{port} (web page at /, API at /v1/detect; Ctrl-C stops)", *known,
+                     *sentences(remarks(scorer.config.card))]), flush=True)  # fmt: skip
     with listening:
         server = uvicorn.Server(uvicorn.Config(
             app, log_level="warning", timeout_keep_alive=5, limit_concurrency=256,

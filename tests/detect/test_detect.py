@@ -48,6 +48,7 @@ from dtn_fast.errors import DtnWarning, UsageError
 from dtn_fast.explain.heatmap import grad_cam, overlay
 from dtn_fast.model.config import CropPolicy
 from dtn_fast.model.preprocess import normalise
+from dtn_fast.runtime.scorer import Scored
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
 
@@ -63,9 +64,9 @@ class Fixed(TorchScorer):
         super().__init__(model)
         self.scores = list(scores)
 
-    def score(self, crops: np.ndarray) -> np.ndarray:
+    def judge(self, crops: np.ndarray) -> Scored:
         taken, self.scores = self.scores[: len(crops)], self.scores[len(crops) :]
-        return np.array(taken)
+        return Scored(np.array(taken), None)
 
 
 def test_image_with_two_faces_takes_the_higher(small: DTN, finder: DlibFinder, tmp_path: Path) -> None:
@@ -124,8 +125,8 @@ def test_two_people_are_told_apart_in_a_video(small: DTN, finder: DlibFinder, tm
     write_video(tmp_path / "two.mp4", [np.hstack([face, face // 2])] * 5, fps=1, crf=10)
 
     class ByLight(TorchScorer):
-        def score(self, crops: np.ndarray) -> np.ndarray:
-            return np.where(crops.mean((1, 2, 3)) > 90, 0.9, 0.2)
+        def judge(self, crops: np.ndarray) -> Scored:
+            return Scored(np.where(crops.mean((1, 2, 3)) > 90, 0.9, 0.2), None)
 
     result = detect(tmp_path / "two.mp4", ByLight(small), finder=finder)
     assert [(p.frames, pytest.approx(p.score)) for p in result.people] == [(5, 0.9), (5, 0.2)]
@@ -174,8 +175,8 @@ def test_a_long_video_streams(small: DTN, tmp_path: Path, monkeypatch: pytest.Mo
             return face
 
     class Quick(TorchScorer):
-        def score(self, crops: np.ndarray) -> np.ndarray:
-            return np.full(len(crops), 0.25)
+        def judge(self, crops: np.ndarray) -> Scored:
+            return Scored(np.full(len(crops), 0.25), None)
 
     monkeypatch.setattr("dtn_fast.detect.pipeline.frames_of", endless)
     result = detect(tmp_path / "x.mp4", Quick(small), finder=Always(), model=small)
@@ -197,7 +198,7 @@ def test_the_annotated_video_frames_faces_and_marks_spans(small: DTN, finder: Dl
     face = cv2.resize(data.astronaut()[:256, 96:352], (480, 480))
     write_video(tmp_path / "v.mp4", [face] * 12, fps=4)
     result = detect(tmp_path / "v.mp4", Fixed(small, [0.9] * 2 + [0.1] * 4), DetectConfig(6), finder)
-    assert list(annotate(result, tmp_path / "out.mp4", 0.5)) == [*range(1, 13)]
+    assert list(annotate(result, tmp_path / "out.mp4")) == [*range(1, 13)]
     frames = list(read_frames(tmp_path / "out.mp4"))
     assert (len(frames), frames[0].image.shape) == (12, (480, 480, 3))
     box = result.frames[0].faces[0].box
@@ -319,7 +320,7 @@ def test_report_is_self_contained_and_escaped(small: DTN, finder: DlibFinder, tm
         detect(evil / "v.mp4", Fixed(small, [0.9, 0.8, 0.1]), finder=finder),
         Result(Path("x<b>.png"), error="x<b>.png: no & such file"),
     ]
-    write_report(tmp_path / "r.html", "Title & more", ["a <notice>"], None, results, threshold=0.5)
+    write_report(tmp_path / "r.html", "Title & more", ["a <notice>"], None, results)
     text = (tmp_path / "r.html").read_text()
     page = Parsed(text)
     assert not {"script", "link", "iframe", "b", "notice"} & {tag for tag, _ in page.tags}
@@ -328,7 +329,7 @@ def test_report_is_self_contained_and_escaped(small: DTN, finder: DlibFinder, tm
     assert all(s.startswith("data:image/jpeg;base64,") for s in sources)
     assert sum(tag == "circle" for tag, _ in page.tags) == 3
     assert "http" not in text.replace("http://www.w3.org", "")
-    write_results(tmp_path / "r.json", results, "notice", 0.5)
+    write_results(tmp_path / "r.json", results, "notice", [])
     stored = json.loads((tmp_path / "r.json").read_text())
     assert stored["results"][0]["score"] == pytest.approx(0.6)
     assert stored["results"][1]["verdict"] == "failed"
@@ -405,8 +406,10 @@ def test_a_damaged_video_is_judged_on_the_rest_and_that_is_said(small: DTN, find
         assert (batch.ok, result.reading.asked) == (ok, 20)
         assert 0 < result.reading.lost == 20 - result.frames_read
         note = f"{tmp_path / 'v.mp4'}: {result.reading.lost} of 20 frames could not be decoded"
-        assert batch.notes == [note]
-        assert batch.problems == ([] if ok else [f"{note}, over --max-lost 0; the verdict is on the rest"])
+        lost = f"{result.reading.lost} of 20 frames could not be decoded, over --max-lost 0"
+        assert batch.notes == [*([] if ok else [f"{tmp_path / 'v.mp4'}: uncertain: {lost}"]), note]
+        assert batch.problems == ([] if ok else [f"{note}, over --max-lost 0"])
+        assert (result.verdict == "uncertain", result.reasons) == ((False, []) if ok else (True, [lost]))
         stored = json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]
         assert (stored["frames_asked"], stored["frames_lost"]) == (20, result.reading.lost)
         assert "frames could not be decoded" in (tmp_path / "out" / "report.html").read_text()
@@ -473,7 +476,7 @@ def test_a_still_picture_has_no_spans_and_is_shown_whole_with_its_faces_framed(
     box = result.frames[0].faces[0].box
     edge = result.whole[round((box.top + box.bottom) / 2 * 960 / 1400), round(box.left * 960 / 1400)]
     assert np.abs(edge.astype(int) - (220, 40, 40)).max() < 30
-    write_report(tmp_path / "r.html", "t", [], None, [result], threshold=0.5)
+    write_report(tmp_path / "r.html", "t", [], None, [result])
     page = (tmp_path / "r.html").read_text()
     assert 'class="whole"' in page
     assert "forged" not in page.split("<body>")[1].split("person score")[0]
@@ -490,7 +493,7 @@ def test_spans_end_where_the_forged_stretch_ends(small: DTN, finder: DlibFinder,
     assert [span[:2] for span in some.spans] == [pytest.approx(((0.1 + 0.6) / 2, (1.4 + 1.9) / 2))]
     whole = detect(tmp_path / "v.mp4", Fixed(small, [0.9] * 3), DetectConfig(frames=3), finder)
     assert [span[:2] for span in whole.spans] == [pytest.approx((0, 2))]
-    write_report(tmp_path / "r.html", "t", [], None, [every], threshold=0.5)
+    write_report(tmp_path / "r.html", "t", [], None, [every])
     page = (tmp_path / "r.html").read_text()
     assert '<rect x="187.5" width="295.0"' in page  # from a quarter to three quarters of 590, after 40
     assert "0.5 to 1.5 s" in page
@@ -503,7 +506,7 @@ def test_a_moving_picture_is_a_video(small: DTN, finder: DlibFinder, tmp_path: P
     assert (result.frames_read, result.moving, result.reading.seconds) == (6, True, pytest.approx(1.2))
     assert [span[:2] for span in result.spans] == [pytest.approx((0, 1.2))]
     assert [frame.seconds for frame in frames_of(tmp_path / "a.webp", PerSecond(2.5))] == pytest.approx([0, 0.4, 0.8])
-    for written in annotate(result, tmp_path / "a.mp4", 0.5):
+    for written in annotate(result, tmp_path / "a.mp4"):
         assert written <= 6
     assert [f.seconds for f in read_frames(tmp_path / "a.mp4")] == pytest.approx([0.2 * n for n in range(6)])
 
