@@ -19,8 +19,6 @@ RATES = (0.01, 0.001)
 """False-alarm rates of the operating points."""
 CURVE = 48
 """Number of thresholds of each class that a stored curve holds, and as many more of the highest reals."""
-STEP = 1e-6
-"""Distance between the highest score and a limit over all scores."""
 
 
 def video_weights(videos: Sequence[str]) -> NDArray[np.float64]:
@@ -84,10 +82,9 @@ def upper_limit(scores: NDArray[np.float64], weights: NDArray[np.float64], rate:
     mass = np.cumsum(np.bincount(index, weights))
     kept = int(np.searchsorted(mass, rate * (cases + 1) - 1 + 1e-9, side="right"))  # values at or over the limit
     values = -values
-    if kept == 0:
-        return float(values[0]) + STEP, float(1 / (cases + 1))
-    below = values[kept] if kept < len(values) else values[kept - 1] - STEP
-    return float((values[kept - 1] + below) / 2), float((mass[kept - 1] + 1) / (cases + 1))
+    mass = np.append(0, mass)
+    limit = np.nextafter(values[kept], np.inf) if kept < len(values) else values[-1]
+    return float(limit), float((mass[kept] + 1) / (cases + 1))
 
 
 def rate_interval(rate: float, cases: float, confidence: float) -> tuple[float, float]:
@@ -116,7 +113,7 @@ def curve_of(
     real, fake = scores[labels == 0], scores[labels == 1]
     spread = np.linspace(0, 1, CURVE)
     quantiles = [np.quantile(own, spread, method="nearest") for own in (real, fake)]
-    thresholds = np.unique(np.concatenate([*quantiles, np.sort(real)[-CURVE:]]))
+    thresholds = np.unique(np.concatenate([*quantiles, np.sort(real)[-CURVE:], [np.nextafter(real.max(), 2)]]))
     shares = []
     for kind in (0, 1):
         own = labels == kind

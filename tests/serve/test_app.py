@@ -30,6 +30,7 @@ from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.video_writer import write_video
 from dtn_fast.detect.config import DetectConfig
 from dtn_fast.errors import UsageError
+from dtn_fast.runtime.scorer import Scored
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.serve.app import Judge, create_app
 from dtn_fast.serve.batching import MicroBatcher
@@ -43,9 +44,9 @@ class Slow(TorchScorer):
 
     wait = 0.0
 
-    def score(self, crops: np.ndarray) -> np.ndarray:
+    def judge(self, crops: np.ndarray) -> Scored:
         time.sleep(self.wait)
-        return super().score(crops)
+        return super().judge(crops)
 
     def _outputs(self, crops: np.ndarray) -> np.ndarray:
         time.sleep(self.wait)
