@@ -388,22 +388,3 @@ def test_doctor_and_progress(run) -> None:
     code, out, _ = run("doctor")
     assert code == 0
     assert "training precision" in out
-
-
-def test_demo_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The demo's own path on a miniature set, one epoch a generation."""
-    from dtn_fast.cli import demo
-    from dtn_fast.data.config import SyntheticConfig
-
-    from small import changed  # isort: skip
-
-    recipe = changed(demo.RECIPE, epochs=1, generations=2)
-    demo.run(tmp_path, 2, size=SyntheticConfig(train=4, val=2, test=2, frames=2), recipe=recipe)
-    out = capfd.readouterr().out
-    assert re.search(r"teacher +test frame AUC 0\.\d{4}", out)
-    assert "student 2" in out
-    assert re.search(r"largest logit error \d\.\d\de-\d\d", out)
-    report = (tmp_path / "report.html").read_text()
-    assert "synthetic faces: no claim about real deepfakes" in report
-    assert report.count("<img") >= 16
-    assert (tmp_path / "videos" / "photographs.mp4").is_file()
