@@ -274,7 +274,7 @@ def _measured(
         batch = crops.crops[part]
         scores.append(soft_labels(model, batch, 1.0)[:, 1])
         chance = {name: np.broadcast_to(heat, batch.shape[:3]) for name, heat in chance_maps(batch.shape[1]).items()}
-        maps: dict[str, NDArray[np.float32]] = {**grad_cams(model, batch, depths), **chance}
+        maps: Mapping[Any, NDArray[np.float32]] = {**grad_cams(model, batch, depths), **chance}
         for name, heats in maps.items():
             found.setdefault(name, []).extend(map(score, heats, crops.forged[part], crops.rest[part]))
     values = {name: {metric: np.array([row[metric] for row in rows], np.float64) for metric in rows[0]}

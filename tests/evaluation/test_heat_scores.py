@@ -36,7 +36,7 @@ def small_image(image: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def masked() -> CropDataset:
     """Two people a split with two frames each, and their forgeries, whole frames as crops, with their masks."""
-    videos, crops, masks = [], [], []
+    videos, crops, masks = [], list[np.ndarray](), list[np.ndarray]()
     for split, first in (("val", 0), ("test", 2)):
         for target, source in ((first, first + 1), (first + 1, first)):
             for method in (None, *METHODS):
