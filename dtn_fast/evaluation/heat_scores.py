@@ -23,8 +23,9 @@ from dtn_fast.evaluation.metrics import mean_interval, roc
 from dtn_fast.evaluation.plotting import canvas, legible
 from dtn_fast.evaluation.tables import markdown_table
 from dtn_fast.explain.heatmap import grad_cams
-from dtn_fast.explain.internals import BATCH, soft_labels
 from dtn_fast.model.detector import Depth, Detector
+from dtn_fast.runtime.scorer import BATCH
+from dtn_fast.runtime.torch_scorer import TorchScorer
 
 TOLERANCE = 0.03
 """Distance from the mask at which a map's maximum still hits, in sides of the crop: the pointing game's 15 pixels
@@ -253,7 +254,7 @@ def heat_scores(
 
 
 class _Measured(NamedTuple):
-    scores: NDArray[np.float32]
+    scores: NDArray[np.float64]
     """P(fake) of each crop, [n]."""
     values: dict[str, dict[str, NDArray[np.float64]]]
     """Map -> metric -> its value for each crop, [n]; ious: [n, CUTS].  Empty without crops."""
@@ -267,12 +268,12 @@ def _measured(
     score: Callable[[Map, Mask, Mask], dict[str, Any]],
 ) -> Generator[str, None, _Measured]:
     """Metrics of Grad-CAM and of the chance maps; ``score``: a function (map, forged, rest) -> metrics."""
-    scores, found = [np.empty(0, np.float32)], dict[str, list[dict[str, Any]]]()
+    scorer, scores, found = TorchScorer(model), [np.empty(0)], dict[str, list[dict[str, Any]]]()
     for start in range(0, len(crops.rows), BATCH):
         yield f"{note}: {start} of {len(crops.rows)} crops"
         part = slice(start, start + BATCH)
         batch = crops.crops[part]
-        scores.append(soft_labels(model, batch, 1.0)[:, 1])
+        scores.append(scorer.score(batch))
         chance = {name: np.broadcast_to(heat, batch.shape[:3]) for name, heat in chance_maps(batch.shape[1]).items()}
         maps: Mapping[Any, NDArray[np.float32]] = {**grad_cams(model, batch, depths), **chance}
         for name, heats in maps.items():

@@ -81,7 +81,7 @@ def test_image_with_two_faces_takes_the_higher(small: DTN, finder: DlibFinder, t
 class NoTorch(Scorer):
     """A scorer of an exported file, which has no torch model."""
 
-    def _logits(self, crops: np.ndarray) -> np.ndarray:
+    def _outputs(self, crops: np.ndarray) -> np.ndarray:
         return np.zeros((len(crops), 2))
 
 
@@ -93,28 +93,27 @@ def test_a_face_has_a_heat_map_or_the_words_why_not(finder: DlibFinder, tmp_path
     torch.manual_seed(3)
     seeing = DTN(SMALL).eval()
     torch.nn.init.normal_(seeing.head.weight)
-    fake, real = torch.tensor([0.0, 3.0]), torch.tensor([3.0, 0.0])
-    checkpoint = "heat maps need a checkpoint, not an exported file"
-    for model, bias, depth, reason in (
-        (blank, fake, None, UNEXPLAINED), (blank, real, None, NO_EVIDENCE), (seeing, fake, "head", ""), (None, None, None, checkpoint),
-    ):  # fmt: skip
-        if model is None:
-            result = detect(tmp_path / "face.png", NoTorch(SMALL, "", "x.onnx"), finder=finder)
-        else:
-            model.head.bias.data = bias
-            result = detect(tmp_path / "face.png", TorchScorer(model), finder=finder)
-        assert model is not blank or result.verdict == ("fake" if bias is fake else "real")
+    biased = lambda model, bias: setattr(model.head.bias, "data", torch.tensor([0.0, bias])) or TorchScorer(model)
+    cases = (
+        (lambda: biased(blank, 3.0), "fake", None, UNEXPLAINED),
+        (lambda: biased(blank, -3.0), "real", None, NO_EVIDENCE),
+        (lambda: biased(seeing, 99.0), "fake", "head", ""),
+        (lambda: NoTorch(SMALL, "", "x.onnx"), "fake", None, "heat maps need a checkpoint, not an exported file"),
+    )
+    for scorer, verdict, depth, reason in cases:
+        result = detect(tmp_path / "face.png", scorer(), finder=finder)
+        assert result.verdict == verdict
         (picture,) = result.pictures
-        assert (picture.heat is not None, picture.heat_depth, picture.heat_reason) == (depth is not None, depth, reason)
-        stored = result.to_json()["pictures"]
-        assert stored == [
-            {"number": 0, "seconds": 0, "score": picture.score, "heat_depth": depth, "heat_reason": reason}
-        ]
+        assert (picture.heat is not None, picture.heat_depth, picture.heat_reason) == (bool(depth), depth, reason)
+        (stored,) = result.to_json()["pictures"]
+        assert stored == {
+            "number": 0, "seconds": 0, "score": picture.score, "heat_depth": depth, "heat_reason": reason,
+        }  # fmt: skip
         write_report(tmp_path / "r.html", "t", [], None, [result], threshold=0.5)
         page = (tmp_path / "r.html").read_text()
-        assert ('alt="heat map of frame 0"' in page) == ("heat map from the model's head" in page) == bool(depth)
+        for words in ('alt="heat map of frame 0"', "heat map from the model's head", "warm regions raise P(fake)"):
+            assert (words in page) == bool(depth), words
         assert (f'<p class="unexplained">{reason}</p>' in page) == (depth is None)
-        assert ("warm regions raise P(fake)" in page) == bool(depth)
 
 
 def test_faces_are_cropped_with_the_model_s_margin(finder: DlibFinder, tmp_path: Path) -> None:
