@@ -204,7 +204,7 @@ def explain(
         device: Device that the models run on.
     """
     from dtn_fast.evaluation.figures import VALUES, draw_models
-    from dtn_fast.evaluation.heat_scores import ALL, CALLED, HeatScore, heat_notes, heat_table
+    from dtn_fast.evaluation.heat_scores import HeatScore, heat_notes, heat_tables
     from dtn_fast.train.config import Recipe
 
     with progress() as bar:
@@ -219,8 +219,8 @@ def explain(
     if "grad-cam" in config.kinds and (blank := values.get("grad-cam", {}).get("blank")):
         print(f"grad-cam: {len(blank)} maps are blank, marked in the picture and listed in {VALUES}")
     if scores := [HeatScore(**score) for score in values.get(HEAT_SCORES, ()) if HEAT_SCORES in config.kinds]:
-        for crops in (CALLED, ALL):
-            print_table(f"Grad-CAM against the masks, {crops}, percent", *heat_table(scores, crops))
+        for table in heat_tables(scores):
+            print_table(*table)
         print("\n".join([*heat_notes(scores, config.split), values["notice"]]).rstrip())
     print("\n".join(str(path) for path in sorted(out.iterdir())))
 

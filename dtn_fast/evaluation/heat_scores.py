@@ -7,7 +7,7 @@ map that finds faces alone scores 0.5.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -20,7 +20,7 @@ from dtn_fast.data.forged_face import FORGED
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.metrics import mean_interval, roc
-from dtn_fast.evaluation.plotting import canvas, legible
+from dtn_fast.evaluation.plotting import canvas
 from dtn_fast.evaluation.tables import markdown_table
 from dtn_fast.explain.heatmap import grad_cams
 from dtn_fast.model.detector import Depth, Detector
@@ -294,17 +294,18 @@ def _cell(values: NDArray[np.float64] | None, videos: NDArray[np.int64], config:
 # ------------------------------------------------------------------------------------------------ table, picture
 
 
-def heat_table(scores: Sequence[HeatScore], crops: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, in percent, for CALLED or ALL crops: means with their intervals."""
-    several = len({score.data for score in scores}) > 1
-    header = ["model", "map", "blank", *METRICS.values()]
-    rows = []
+def heat_tables(scores: Sequence[HeatScore]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Title, header and rows of a table for each model, dataset and CALLED or ALL crops: means with their intervals."""
+    groups: dict[tuple[str, str, str], list[HeatScore]] = {}
     for score in scores:
-        if score.crops == crops:
-            name = f"{score.model} on {score.data}" if several else score.model
+        groups.setdefault((score.crops, score.data, score.model), []).append(score)
+    for (crops, data, model), own in sorted(groups.items(), key=lambda item: item[0][0] == ALL):
+        rows = []
+        for score in own:
             blank = "" if score.map in (UNIFORM, GAUSSIAN) else f"{100 * score.blank:.0f}"
-            rows.append([name, score.map, blank, *(_percent(score.values[metric]) for metric in METRICS)])
-    return header, rows
+            rows.append([score.map, blank, *(_percent(score.values[metric]) for metric in METRICS)])
+        title = f"Grad-CAM of {model} against the masks of {data}, {crops}, percent"
+        yield title, ["map", "blank", *METRICS.values()], rows
 
 
 def _percent(value: list[float] | None) -> str:
@@ -334,10 +335,10 @@ def heat_notes(scores: Sequence[HeatScore], split: str, config: EvaluateConfig =
 
 
 def heat_markdown(scores: Sequence[HeatScore], split: str, notice: str) -> str:
-    """Both tables and their notes as Markdown."""
+    """The tables and their notes as Markdown."""
     lines = []
-    for crops in (CALLED, ALL):
-        lines += [f"Grad-CAM against the masks, {crops}, percent", "", *markdown_table(*heat_table(scores, crops)), ""]
+    for title, header, rows in heat_tables(scores):
+        lines += [title, "", *markdown_table(header, rows), ""]
     notes = [*heat_notes(scores, split), *([f"**{notice}**"] if notice else [])]
     return "\n".join([*lines, *(f"- {note}" for note in notes), ""])
 
@@ -362,7 +363,7 @@ def plot_heat_scores(scores: Sequence[HeatScore]) -> Any:
             axis.set_title(METRICS[metric], fontsize=8)
             axis.tick_params(axis="x", labelsize=6, rotation=60)
             axis.tick_params(axis="y", labelsize=7)
-        line[0].set_ylabel(legible(f"{model}, {data}"), fontsize=7)
+        line[0].set_ylabel(f"{model}, {data}", fontsize=7)
     if pairs and shown:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", fontsize=7, ncols=2)
     return figure

@@ -261,6 +261,13 @@ def test_the_papers_experiments_from_the_command_line(run, trained: Path, crops:
     code, out, err = run("explain", crops, "--models", trained, other, "--out", tmp_path / "pictures", "--count", "20")
     assert code == 0, err
     assert "t-sne.svg" in out
+    assert "heat-scores" not in out
+    words = ["--kinds", "heat-scores", "--depths", "head", "--out", tmp_path / "scores"]
+    code, out, err = run("explain", crops, "--models", trained, *words)
+    assert code == 0, err
+    for said in (f"Grad-CAM of {trained.name} against the masks of {crops.name}, all fakes", "chance: Gaussian"):
+        assert said in out
+    assert (tmp_path / "scores" / "heat-scores.svg").is_file()
     words = ["--kinds", "feature-maps", "--data-names", "FF++", "DFD", "--out", tmp_path / "figure9"]
     code, out, err = run("explain", crops, crops, "--models", trained, *words)
     assert code == 0, err

@@ -193,12 +193,15 @@ def test_scores_are_drawn_tabulated_and_stored(masked: CropDataset, small: DTN, 
     stored = json.loads((tmp_path / "figures.json").read_text())[HEAT_SCORES]
     scores = [H.HeatScore(**score) for score in stored]
     assert [score.map for score in scores if score.crops == H.ALL] == ["last-block", "head", H.UNIFORM, H.GAUSSIAN]
-    header, rows = H.heat_table(scores, H.CALLED)
-    assert header == ["model", "map", "blank", *H.METRICS.values()]
+    (title, header, rows), (other, *_) = H.heat_tables(scores)
+    assert title == "Grad-CAM of a|b against the masks of d, called fake, percent"
+    assert other == title.replace(H.CALLED, H.ALL)
+    assert header == ["map", "blank", *H.METRICS.values()]
     assert {len(row) for row in rows} == {len(header)}
     assert rows[2][header.index("pixel AUC")] == "50 (50-50)"
     page = (tmp_path / "heat-scores.md").read_text()
-    assert "a\\|b | head" in page
+    assert all(title in page for title, *_ in H.heat_tables(scores))
+    assert "| head | " in page
     assert "trained on synthetic faces" in page
     assert "16 of 16 fakes called fake" in page
     drawn = (tmp_path / "heat-scores.svg").read_text()
