@@ -27,6 +27,7 @@ from dtn_fast.data.video import Frame
 from dtn_fast.data.video_index import Check
 from dtn_fast.detect.annotate import framed
 from dtn_fast.detect.config import DetectConfig
+from dtn_fast.detect.limits import Limits
 from dtn_fast.detect.verdict import Face, FrameResult, Picture, Result, Timing, judge
 from dtn_fast.errors import MediaError, UsageError, tell
 from dtn_fast.explain.heatmap import NO_EVIDENCE, UNEXPLAINED, heat_maps
@@ -95,7 +96,7 @@ def detect(
         result.whole = framed(result.whole, result.frames, result.frame_limits, WHOLE)
     if result.ok:
         own = scorer.model if model is None and isinstance(scorer, TorchScorer) else model
-        result.pictures = _with_heat(kept, own, config.threshold)
+        result.pictures = _with_heat(kept, own, result.frame_limits)
     return result
 
 
@@ -118,14 +119,14 @@ def finder_of(scorer: Scorer, config: DetectConfig) -> FaceFinder:
     return finder
 
 
-def _with_heat(pictures: list[Picture], model: Detector | None, threshold: float) -> list[Picture]:
+def _with_heat(pictures: list[Picture], model: Detector | None, limits: Limits) -> list[Picture]:
     """The pictures with their heat maps, or the reason why they have none."""
     if model is None:
         return [p._replace(heat_reason="heat maps need a checkpoint, not an exported file") for p in pictures]
     found = []
     for picture, heat in zip(pictures, heat_maps(model, np.stack([p.crop for p in pictures])), strict=True):
-        blank = heat.reason == NO_EVIDENCE and picture.score >= threshold
-        reason = UNEXPLAINED if blank else heat.reason
+        real = limits.verdict(picture.score) == "real"
+        reason = UNEXPLAINED if heat.reason == NO_EVIDENCE and not real else heat.reason
         found.append(picture._replace(heat=heat.map, heat_depth=heat.depth, heat_reason=reason))
     return found
 

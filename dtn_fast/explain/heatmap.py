@@ -25,7 +25,7 @@ OPACITY = 0.5
 NO_EVIDENCE = "no region raises P(fake)"
 """Text on a face whose Grad-CAM is zero everywhere, and reason why a face has no heat map."""
 UNEXPLAINED = "no region explains this score"
-"""Reason why a face that is called fake, or whose maps lie nearly everywhere, has no heat map."""
+"""Reason why a face that is not called real, or whose maps lie nearly everywhere, has no heat map."""
 NO_MAP = "the model has no feature map for a heat map"
 EVEN = 0.9
 """Share of its maximum above which a map lies everywhere, and so shows no region."""

@@ -109,7 +109,7 @@ def test_a_face_has_a_heat_map_or_the_words_why_not(finder: DlibFinder, tmp_path
         assert stored == {
             "number": 0, "seconds": 0, "score": picture.score, "heat_depth": depth, "heat_reason": reason,
         }  # fmt: skip
-        write_report(tmp_path / "r.html", "t", [], None, [result], threshold=0.5)
+        write_report(tmp_path / "r.html", "t", [], None, [result])
         page = (tmp_path / "r.html").read_text()
         for words in ('alt="heat map of frame 0"', "heat map from the model's head", "warm regions raise P(fake)"):
             assert (words in page) == bool(depth), words
