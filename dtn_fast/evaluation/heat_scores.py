@@ -27,7 +27,7 @@ from dtn_fast.model.detector import Depth, Detector
 from dtn_fast.runtime.scorer import BATCH
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
-TOLERANCE = 0.03
+BESIDE = 0.03
 """Distance from the mask at which a map's maximum still hits, in sides of the crop: the pointing game's 15 pixels
 (Zhang et al., 2016) in pictures of about 500."""
 FIXED = 0.5
@@ -64,12 +64,12 @@ Mask = NDArray[np.bool_]
 
 
 def pointing(heat: Map, mask: Mask) -> float:
-    """Share of the maxima of a map [S, S] at most TOLERANCE away from a mask [S, S]: 0 or 1 unless several are equal.
+    """Share of the maxima of a map [S, S] at most BESIDE away from a mask [S, S]: 0 or 1 unless several are equal.
 
     The pointing game of Zhang et al. (2016), whose accuracy is the mean over maps.
     """
     away = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    return float((away <= TOLERANCE * len(mask))[heat == heat.max()].mean())
+    return float((away <= BESIDE * len(mask))[heat == heat.max()].mean())
 
 
 def energy(heat: Map, mask: Mask) -> float:
@@ -329,7 +329,7 @@ def heat_notes(scores: Sequence[HeatScore], split: str, config: EvaluateConfig =
     return [
         *notes,
         "half: one half of the face is forged, the other is the real's; a map that finds faces, and no forgery, has 50",
-        f"pointing game: the maximum lies at most {TOLERANCE:g} of the crop's side away from the mask; a blank map has "
+        f"pointing game: the maximum lies at most {BESIDE:g} of the crop's side away from the mask; a blank map has "
         f"0 and AUC 50; {100 * config.confidence:g} % intervals by {config.bootstrap_draws:,} draws of videos",
     ]
 

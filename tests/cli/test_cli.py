@@ -352,7 +352,7 @@ def test_corrupt_and_bench(run, video_set: Path, tmp_path: Path) -> None:
     assert code == 0, err
     grey = np.asarray(Image.open(tmp_path / "o" / "grey.png")).astype(int)
     assert np.abs(grey - grey[..., :1]).max() <= 2
-    video = next(video_set.rglob("*.mp4"))
+    video = next((video_set / "original_sequences").rglob("*.mp4"))
     code, _, err = run("corrupt", video, "--out", tmp_path / "v.mp4", "--kind", "video", "--level", 5)
     assert code == 0, err
     assert (tmp_path / "v.mp4").stat().st_size < video.stat().st_size
