@@ -60,7 +60,8 @@ def run(out: Path, workers: int, size: SyntheticConfig = SyntheticConfig(), reci
         if finished(crops):
             print("already done")
         else:
-            near = PrepareConfig(8, FinderConfig(min_face=80))  # the rendered faces fill their frames, ten in a video
+            # the rendered faces fill their frames, ten in a video
+            near = PrepareConfig(8, FinderConfig(min_face=80), masks=True)
             prepare(data, crops, config=near, work=WorkConfig(workers), preset="tiny")
     with _stage(3, "Training the teacher (CE + Ct-c)"):
         train(crops, training, recipe, preset="demo")

@@ -14,7 +14,13 @@ from dtn_fast.data.crop_dataset import open_crop_dataset
 from dtn_fast.data.open import open_data
 from dtn_fast.device import Device
 from dtn_fast.errors import UsageError
-from dtn_fast.evaluation.config import CalibrateConfig, EvaluateConfig, FigureConfig, RobustnessConfig
+from dtn_fast.evaluation.config import (
+    HEAT_SCORES,
+    CalibrateConfig,
+    EvaluateConfig,
+    FigureConfig,
+    RobustnessConfig,
+)
 from dtn_fast.evaluation.protocols import Protocol, Within, evaluate_models
 from dtn_fast.evaluation.tables import ResultTable
 from dtn_fast.provenance import COMMANDS, made_by, record
@@ -176,10 +182,15 @@ def explain(
 ) -> None:
     """Draw figures of checkpoints: Grad-CAM, attention maps, head scales, attention collapse, features, soft labels.
 
+    With --kinds heat-scores: the scores of Grad-CAM at each depth against the masks of the fakes, beside chance.
+
     Example: dtn-fast explain data/crops --models runs/baseline runs/levt runs/moe runs/dtn --out pictures
 
     Figure 1: dtn-fast explain ffpp --models runs/baseline runs/vit runs/cvit runs/dtn --model-names VGG ViT CViT DTN
     --kinds collapse collapse-maps
+
+    Scores of heat maps: dtn-fast prepare /data/FaceForensics++ --out ffpp --masks --reuse-boxes, then
+    dtn-fast explain ffpp --models runs/dtn --kinds heat-scores
 
     Figure 9: dtn-fast explain ffpp celebdf dfdc df1 dfd --models runs/moe runs/dtn --kinds feature-maps
 
@@ -193,13 +204,13 @@ def explain(
         device: Device that the models run on.
     """
     from dtn_fast.evaluation.figures import VALUES, draw_models
+    from dtn_fast.evaluation.heat_scores import HeatScore, heat_notes, heat_tables
     from dtn_fast.train.config import Recipe
 
     with progress() as bar:
         task = bar.add_task("drawing", total=len(config.kinds), note="")
         for kind in draw_models(models, data, out, Recipe.temperature, config, model_names, data_names, device):
-            bar.update(task, note=kind)
-            bar.advance(task)
+            bar.update(task, note=kind, advance=kind in config.kinds)
     record(out)
     values = json.loads((out / VALUES).read_text(encoding="utf-8"))
     for kind in config.kinds:
@@ -207,6 +218,10 @@ def explain(
             print(f"{kind}: not available for {', '.join(values['left out'][kind])}")
     if "grad-cam" in config.kinds and (blank := values.get("grad-cam", {}).get("blank")):
         print(f"grad-cam: {len(blank)} maps are blank, marked in the picture and listed in {VALUES}")
+    if scores := [HeatScore(**score) for score in values.get(HEAT_SCORES, ()) if HEAT_SCORES in config.kinds]:
+        for table in heat_tables(scores):
+            print_table(*table)
+        print("\n".join([*heat_notes(scores, config.split), values["notice"]]).rstrip())
     print("\n".join(str(path) for path in sorted(out.iterdir())))
 
 

@@ -27,9 +27,10 @@ from dtn_fast.data.video import Frame
 from dtn_fast.data.video_index import Check
 from dtn_fast.detect.annotate import framed
 from dtn_fast.detect.config import DetectConfig
+from dtn_fast.detect.limits import Limits
 from dtn_fast.detect.verdict import Face, FrameResult, Picture, Result, Timing, judge
 from dtn_fast.errors import MediaError, UsageError, tell
-from dtn_fast.explain.heatmap import grad_cam
+from dtn_fast.explain.heatmap import NO_EVIDENCE, UNEXPLAINED, heat_maps
 from dtn_fast.model.config import CropPolicy, crop_policy
 from dtn_fast.model.detector import Detector
 from dtn_fast.producer_thread import produced
@@ -95,7 +96,7 @@ def detect(
         result.whole = framed(result.whole, result.frames, result.frame_limits, WHOLE)
     if result.ok:
         own = scorer.model if model is None and isinstance(scorer, TorchScorer) else model
-        result.pictures = _with_heat(kept, own)
+        result.pictures = _with_heat(kept, own, result.frame_limits)
     return result
 
 
@@ -118,12 +119,16 @@ def finder_of(scorer: Scorer, config: DetectConfig) -> FaceFinder:
     return finder
 
 
-def _with_heat(pictures: list[Picture], model: Detector | None) -> list[Picture]:
-    """The pictures with their Grad-CAM, if ``model`` has a feature map for it."""
-    if model is None or not model.cam_layers():
-        return pictures
-    heats = grad_cam(model, np.stack([p.crop for p in pictures]))
-    return [p._replace(heat=heat) for p, heat in zip(pictures, heats, strict=True)]
+def _with_heat(pictures: list[Picture], model: Detector | None, limits: Limits) -> list[Picture]:
+    """The pictures with their heat maps, or the reason why they have none."""
+    if model is None:
+        return [p._replace(heat_reason="heat maps need a checkpoint, not an exported file") for p in pictures]
+    found = []
+    for picture, heat in zip(pictures, heat_maps(model, np.stack([p.crop for p in pictures])), strict=True):
+        real = limits.verdict(picture.score) == "real"
+        reason = UNEXPLAINED if heat.reason == NO_EVIDENCE and not real else heat.reason
+        found.append(picture._replace(heat=heat.map, heat_depth=heat.depth, heat_reason=reason))
+    return found
 
 
 def _ahead(
@@ -179,7 +184,7 @@ class _Scoring:
         for number, seconds, place, found, crops in batch:
             faces = [Face(face.box, next(scores), face.person, next(novelties)) for face in found]
             self._result.frames.append(FrameResult(number, seconds, faces, place))
-            self._kept += [Picture(number, seconds, f.score, c, None) for f, c in zip(faces, crops, strict=True)]
+            self._kept += [Picture(number, seconds, f.score, c) for f, c in zip(faces, crops, strict=True)]
         self._kept.sort(key=lambda p: -p.score)
         del self._kept[TOP:]
 

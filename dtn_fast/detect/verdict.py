@@ -19,6 +19,7 @@ from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.limits import EVEN, Limits, limits_of
 from dtn_fast.errors import one_line
 from dtn_fast.model.card import Card
+from dtn_fast.model.detector import Depth
 
 RULE = (
     "person score = mean P(fake) over the frames with that person's face; input score = the highest person score among "
@@ -79,8 +80,16 @@ class Picture(NamedTuple):
     seconds: float
     score: float
     crop: NDArray[np.uint8]
-    heat: NDArray[np.float32] | None
-    """Grad-CAM heat map; None unless the model is a torch model."""
+    heat: NDArray[np.float32] | None = None
+    """Heat map [S, S] of the class fake, in [0, 1]."""
+    heat_depth: Depth | None = None
+    """Place in the model that the heat map is from."""
+    heat_reason: str = ""
+    """Why there is no heat map; empty with one."""
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the images."""
+        return {name: value for name, value in self._asdict().items() if name not in ("crop", "heat")}
 
 
 @dataclass
@@ -184,6 +193,7 @@ class Result:
             "error": self.error,
             "people": [{**p._asdict(), "spans": [span.to_json() for span in p.spans]} for p in self.people],
             "timing": {name: round(seconds, 3) for name, seconds in vars(self.timing).items()},
+            "pictures": [picture.to_json() for picture in self.pictures],
             "frames": [
                 {
                     "number": f.number,

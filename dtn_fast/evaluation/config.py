@@ -14,6 +14,9 @@ from dtn_fast.ranges import Count, Range, Rate, Seed, Share, Workers, check_rang
 FIGURES = (
     "grad-cam", "attention", "scales", "collapse", "collapse-maps", "feature-maps", "t-sne", "soft-labels"
 )  # fmt: skip
+"""The paper's figures."""
+HEAT_SCORES = "heat-scores"
+"""Figure of Grad-CAM's scores against the masks."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class FigureConfig:
     """Figures to draw, and the crops to draw them on."""
 
     kinds: tuple[str, ...] = FIGURES
-    """Figures to draw."""
+    """Figures to draw.  heat-scores scores the Grad-CAM of fakes against their masks (pointing game, energy, IoU, AUC)
+    and needs crops made with prepare --masks."""
     depths: tuple[Depth, ...] = get_args(Depth)
     """Places of Grad-CAM in a DTN (*choice*: the paper does not name its layer): the backbone's map, the gate's, what
     the last block's attention adds, the head's input.  The gate's shows what MoE changes, the last block's MAS, the
@@ -98,13 +102,13 @@ class FigureConfig:
     split: Split = EvaluateConfig.split
     """Split of the crops."""
     count: Count = 400
-    """Number of crops of each dataset in the t-SNE figure."""
+    """Number of crops of each dataset in the t-SNE figure, and of fakes in heat-scores."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
         for kind in self.kinds:
-            if kind not in FIGURES:
-                raise UsageError(f"unknown figure {kind!r}; there are {', '.join(FIGURES)}")
+            if kind not in (known := (*FIGURES, HEAT_SCORES)):
+                raise UsageError(f"unknown figure {kind!r}; there are {', '.join(known)}")
         for depth in self.depths:
             if depth not in get_args(Depth):
                 raise UsageError(f"--depths {depth}: unknown; there are {', '.join(get_args(Depth))}")

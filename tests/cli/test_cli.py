@@ -261,6 +261,13 @@ def test_the_papers_experiments_from_the_command_line(run, trained: Path, crops:
     code, out, err = run("explain", crops, "--models", trained, other, "--out", tmp_path / "pictures", "--count", "20")
     assert code == 0, err
     assert "t-sne.svg" in out
+    assert "heat-scores" not in out
+    words = ["--kinds", "heat-scores", "--depths", "head", "--out", tmp_path / "scores"]
+    code, out, err = run("explain", crops, "--models", trained, *words)
+    assert code == 0, err
+    for said in (f"Grad-CAM of {trained.name} against the masks of {crops.name}, all fakes", "chance: Gaussian"):
+        assert said in out
+    assert (tmp_path / "scores" / "heat-scores.svg").is_file()
     words = ["--kinds", "feature-maps", "--data-names", "FF++", "DFD", "--out", tmp_path / "figure9"]
     code, out, err = run("explain", crops, crops, "--models", trained, *words)
     assert code == 0, err
@@ -345,7 +352,7 @@ def test_corrupt_and_bench(run, video_set: Path, tmp_path: Path) -> None:
     assert code == 0, err
     grey = np.asarray(Image.open(tmp_path / "o" / "grey.png")).astype(int)
     assert np.abs(grey - grey[..., :1]).max() <= 2
-    video = next(video_set.rglob("*.mp4"))
+    video = next((video_set / "original_sequences").rglob("*.mp4"))
     code, _, err = run("corrupt", video, "--out", tmp_path / "v.mp4", "--kind", "video", "--level", 5)
     assert code == 0, err
     assert (tmp_path / "v.mp4").stat().st_size < video.stat().st_size

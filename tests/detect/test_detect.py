@@ -45,10 +45,10 @@ from dtn_fast.detect.pipeline import AHEAD, detect, finder_of
 from dtn_fast.detect.report import DETAILS, write_report, write_results
 from dtn_fast.detect.verdict import Face, FrameResult, Result, aggregate, people_of, short_names
 from dtn_fast.errors import DtnWarning, UsageError
-from dtn_fast.explain.heatmap import grad_cam, overlay
+from dtn_fast.explain.heatmap import NO_EVIDENCE, UNEXPLAINED, grad_cam, overlay
 from dtn_fast.model.config import CropPolicy
 from dtn_fast.model.preprocess import normalise
-from dtn_fast.runtime.scorer import Scored
+from dtn_fast.runtime.scorer import Scored, Scorer
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
 
@@ -75,7 +75,45 @@ def test_image_with_two_faces_takes_the_higher(small: DTN, finder: DlibFinder, t
     result = detect(tmp_path / "two.png", Fixed(small, [0.2, 0.9]), finder=finder)
     assert (result.verdict, result.score, len(result.frames[0].faces)) == ("fake", 0.9, 2)
     assert [p.score for p in result.pictures] == [0.9, 0.2]
-    assert all(p.heat is not None for p in result.pictures)
+    assert all((p.heat is None) == bool(p.heat_reason) for p in result.pictures)
+
+
+class NoTorch(Scorer):
+    """A scorer of an exported file, which has no torch model."""
+
+    def _outputs(self, crops: np.ndarray) -> np.ndarray:
+        return np.zeros((len(crops), 2))
+
+
+def test_a_face_has_a_heat_map_or_the_words_why_not(finder: DlibFinder, tmp_path: Path) -> None:
+    """On a photograph with a face: a map from a place where it shows a region, or the reason that there is none."""
+    Image.fromarray(data.astronaut()).save(tmp_path / "face.png")
+    blank = DTN(SMALL).eval()
+    blank.head.weight.data.zero_()  # the score is the bias, which no region explains
+    torch.manual_seed(3)
+    seeing = DTN(SMALL).eval()
+    torch.nn.init.normal_(seeing.head.weight)
+    biased = lambda model, bias: setattr(model.head.bias, "data", torch.tensor([0.0, bias])) or TorchScorer(model)
+    cases = (
+        (lambda: biased(blank, 3.0), "fake", None, UNEXPLAINED),
+        (lambda: biased(blank, -3.0), "real", None, NO_EVIDENCE),
+        (lambda: biased(seeing, 99.0), "fake", "head", ""),
+        (lambda: NoTorch(SMALL, "", "x.onnx"), "fake", None, "heat maps need a checkpoint, not an exported file"),
+    )
+    for scorer, verdict, depth, reason in cases:
+        result = detect(tmp_path / "face.png", scorer(), finder=finder)
+        assert result.verdict == verdict
+        (picture,) = result.pictures
+        assert (picture.heat is not None, picture.heat_depth, picture.heat_reason) == (bool(depth), depth, reason)
+        (stored,) = result.to_json()["pictures"]
+        assert stored == {
+            "number": 0, "seconds": 0, "score": picture.score, "heat_depth": depth, "heat_reason": reason,
+        }  # fmt: skip
+        write_report(tmp_path / "r.html", "t", [], None, [result])
+        page = (tmp_path / "r.html").read_text()
+        for words in ('alt="heat map of frame 0"', "heat map from the model's head", "warm regions raise P(fake)"):
+            assert (words in page) == bool(depth), words
+        assert (f'<p class="unexplained">{reason}</p>' in page) == (depth is None)
 
 
 def test_faces_are_cropped_with_the_model_s_margin(finder: DlibFinder, tmp_path: Path) -> None:
@@ -325,7 +363,7 @@ def test_report_is_self_contained_and_escaped(small: DTN, finder: DlibFinder, tm
     page = Parsed(text)
     assert not {"script", "link", "iframe", "b", "notice"} & {tag for tag, _ in page.tags}
     sources = [a["src"] for tag, a in page.tags if tag == "img"]
-    assert len(sources) == 6
+    assert len(sources) == 3 + sum(p.heat is not None for p in results[0].pictures)
     assert all(s.startswith("data:image/jpeg;base64,") for s in sources)
     assert sum(tag == "circle" for tag, _ in page.tags) == 3
     assert "http" not in text.replace("http://www.w3.org", "")

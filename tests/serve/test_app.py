@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import uvicorn
 from PIL import Image
 from skimage import data
@@ -110,7 +111,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def model() -> DTN:
-    return DTN(SMALL).eval()
+    torch.manual_seed(3)
+    model = DTN(SMALL).eval()
+    torch.nn.init.normal_(model.head.weight)  # so that its heat maps show a region
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +131,7 @@ def test_a_video_gets_verdict_people_frames_and_pictures(port: int, files: dict[
     assert len(found["people"]) >= 1
     assert found["pictures"][0]["face"].startswith("data:image/jpeg;base64,")
     assert found["pictures"][0]["heat"].startswith("data:image/jpeg;base64,")
+    assert (found["pictures"][0]["heat_depth"], found["pictures"][0]["heat_reason"]) == ("head", "")
     assert "person score = mean" in found["rule"]
     assert ask(port, "PUT", "/v1/detect?name=face.jpg", files["face.jpg"])[0] == 200  # curl -T
     about = json.loads(ask(port, "GET", "/v1/about")[1])
@@ -378,6 +383,7 @@ def test_the_page_in_a_browser(width: int, port: int, files: dict[str, bytes], t
         assert "P(fake)" in page.inner_text(".card .verdict")
         assert page.locator(".card svg circle").count() == 3
         assert page.locator(".card figure img[alt*='heat map']").count() == page.locator(".card figure").count() > 0
+        assert "heat map from the model's head" in page.locator(".card figcaption").first.inner_text()
         page.set_input_files("#file", str(evil))
         page.locator(".card").nth(1).wait_for()
         assert page.locator(".card h2").first.inner_text() == evil.name
@@ -387,5 +393,16 @@ def test_the_page_in_a_browser(width: int, port: int, files: dict[str, bytes], t
         folder = os.environ.get("DTN_FAST_SCREENSHOTS")
         if folder:
             page.screenshot(path=str(Path(folder, f"page-{width}.png")), full_page=True)
+        blank = DTN(SMALL).eval()
+        blank.head.weight.data.zero_()
+        blank.head.bias.data = torch.tensor([0.0, 3.0])
+        with serving(TorchScorer(blank)) as other:
+            page.goto(f"http://127.0.0.1:{other}/")
+            page.set_input_files("#file", str(tmp_path / "face.jpg"))
+            page.wait_for_selector(".card figure .unexplained:has-text('no region explains this score')")
+            assert not page.locator(".card figure img[alt*='heat map']").count()
+            assert "heat map" not in page.inner_text(".card")
+            if folder:
+                page.screenshot(path=str(Path(folder, f"unexplained-{width}.png")), full_page=True)
         browser.close()
     assert [text for text in said if "422" not in text] == []
