@@ -39,6 +39,7 @@ Natural = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
+Rate = Annotated[float, Range(above=0, below=1)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Workers = Annotated[int, Range(1, 1024)]
 """Number of processes or threads."""

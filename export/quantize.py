@@ -24,7 +24,7 @@ from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.metrics import evaluate_scores
 from dtn_fast.export.config import QuantizeConfig, Width
-from dtn_fast.export.to_onnx import module_of, require_onnx, runnable
+from dtn_fast.export.to_onnx import NOVELTY, module_of, require_onnx, runnable
 from dtn_fast.runtime.onnx import OnnxScorer
 from dtn_fast.runtime.scorer import Scorer, probability
 
@@ -95,7 +95,7 @@ def layers(proto: Any) -> list[Layer]:
             groups = next((a.i for a in node.attribute if a.name == "group"), 1)
             if convs > 1 and groups == 1:
                 found.append(Layer(module_of(node), node.name, node.input[0], node.input[1], 0, False))
-        elif node.op_type == "MatMul" and node.input[1] in constants:
+        elif node.op_type == "MatMul" and node.input[1] in constants and module_of(node) != NOVELTY:
             found.append(Layer(module_of(node), node.name, node.input[0], node.input[1], 1, True))
     return found
 

@@ -26,9 +26,11 @@ from dtn_fast.export.config import Input, OnnxConfig
 from dtn_fast.files import write_whole
 from dtn_fast.kernels import onnx_nodes
 from dtn_fast.kernels.ops import tracing
+from dtn_fast.model.card import temperature_of
 from dtn_fast.model.detector import Detector, state_bytes
 from dtn_fast.model.dtn import DTN
 from dtn_fast.model.fold import fold
+from dtn_fast.model.novelty import WithNovelty
 from dtn_fast.packages import require
 from dtn_fast.runtime.onnx import session_of
 from dtn_fast.version import __version__
@@ -44,6 +46,10 @@ TOLERANCE = {
 """Largest difference of a logit that export accepts, relative to the largest logit (at least 1)."""
 
 
+NOVELTY = "net"
+"""Name, by :func:`module_of`, of the module that measures novelty, whose product is not a layer of the network."""
+
+
 class Parity(NamedTuple):
     batch: int
     error: float
@@ -53,7 +59,8 @@ class Parity(NamedTuple):
 
 
 class Traced(nn.Module):
-    """Module that the exporter traces: input as in OnnxConfig -> logits [B, classes] and P(fake) [B], both float32."""
+    """Module that the exporter traces: input as in OnnxConfig -> logits [B, classes], P(fake) [B] and, if the model
+    measures it, novelty [B], all float32."""
 
     scale: Tensor
     shift: Tensor
@@ -69,24 +76,31 @@ class Traced(nn.Module):
                 if hasattr(module, "fused_attn"):  # timm's: torch translates fused attention of four dimensions alone
                     module.fused_attn = False  # type: ignore[assignment]
         self.net.to(self.dtype)
+        self.classes, self.temperature = model.config.num_classes, temperature_of(model.config.card)
+        layer = self.net.novelty_layer()
+        if model.novelty is not None and layer is not None:
+            self.net = WithNovelty(self.net, layer, model.novelty)
         mean, std = (
             torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (model.config.mean, model.config.std)
         )
         self.register_buffer("scale", (1 / (255 * std)).float())
         self.register_buffer("shift", (-mean / std).float())
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.raw:
             x = x.float().permute(0, 3, 1, 2) * self.scale + self.shift  # TensorRT wants the cast first
-        logits = self.net(x.to(self.dtype)).float()
-        return logits, logits.softmax(1)[:, 1]
+        outputs = self.net(x.to(self.dtype)).float()
+        logits = outputs[:, : self.classes] if isinstance(self.net, WithNovelty) else outputs
+        score = (logits if self.temperature == 1 else logits / self.temperature).softmax(1)[:, 1]
+        return (logits, score, outputs[:, self.classes]) if isinstance(self.net, WithNovelty) else (logits, score)
 
 
 def export_onnx(model: Detector, path: Path, config: OnnxConfig = OnnxConfig()) -> list[Parity]:
     """Exports ``model`` to ``path`` after comparing it with torch (float32, not folded) at three batch sizes.
 
-    Input ``crops`` uint8 [batch, S, S, 3] or ``images`` float32 [batch, 3, S, S]; outputs ``logits`` [batch, 2] and
-    ``score`` [batch], P(fake); dynamic batch, opset 20 (bf16: 22).  The file is written only if every comparison
+    Input ``crops`` uint8 [batch, S, S, 3] or ``images`` float32 [batch, 3, S, S]; outputs ``logits`` [batch, 2],
+    ``score`` [batch], P(fake) by the model's temperature, and of a calibrated model ``novelty`` [batch]; dynamic batch,
+    opset 20 (bf16: 22).  The file is written only if every comparison
     passes.  onnxruntime cannot compute bfloat16 on a CPU: such a model is compared with its values in float32.
     Raises UsageError when an onnx package is missing, DtnError when the logits differ.
     """
@@ -114,16 +128,17 @@ def to_proto(model: Detector, config: OnnxConfig) -> Any:
     trace it."""
     onnx = require_onnx()
     model = model.cpu().eval()
-    example = example_inputs(model.config, config.input, 2, seed=0)
+    example, traced = example_inputs(model.config, config.input, 2, seed=0), Traced(model, config)
+    names = ["logits", "score", *(["novelty"] if isinstance(traced.net, WithNovelty) else [])]
     try:
         with _quiet(), tracing(config.nodes):
             program = torch.onnx.export(
-                Traced(model, config),
+                traced,
                 (example,),
                 dynamo=True,
                 opset_version=OPSET[config.dtype],
                 input_names=[config.input],
-                output_names=["logits", "score"],
+                output_names=names,
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
                 verbose=False,
             )
@@ -198,7 +213,7 @@ def module_of(node: Any) -> str:
     """Torch module that a node was traced from, such as blocks.0.qkv, from the exporter's metadata; empty: none."""
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
-            return ast.literal_eval(entry.value)[-2:][0].removeprefix("net.")
+            return ast.literal_eval(entry.value)[-2:][0].removeprefix("net.").removeprefix("net.")  # in WithNovelty
     return ""
 
 

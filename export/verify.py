@@ -25,7 +25,7 @@ from dtn_fast.model.preprocess import normalise
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.load import load_scorer
 from dtn_fast.runtime.onnx import OnnxScorer
-from dtn_fast.runtime.scorer import Scorer, probability
+from dtn_fast.runtime.scorer import Scorer
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
 LayerOutputs = Callable[[NDArray[np.uint8]], dict[str, NDArray[np.float32]]]
@@ -109,8 +109,9 @@ def compare(
                          f"{second.config.image_size}: they cannot be compared on the same crops")  # fmt: skip
     if not len(crops):
         raise UsageError("no crop to compare the models on")
-    logits = first.logits(crops), second.logits(crops)
-    scores = probability(logits[0]), probability(logits[1])
+    outputs = first.outputs(crops), second.outputs(crops)
+    scores = first.scored(outputs[0]).score, second.scored(outputs[1]).score
+    logits = [out[:, : first.config.num_classes] for out in outputs]
     change = np.abs(logits[0] - logits[1])
     areas = (
         (None, None)

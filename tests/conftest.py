@@ -59,7 +59,7 @@ def video_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def crops(video_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("crops")
-    for _ in prepare(read_ffpp(video_set), out, SMALL.image_size, PrepareConfig(frames=3), WorkConfig()):
+    for _ in prepare(read_ffpp(video_set), out, SMALL.image_size, PrepareConfig(frames=3, masks=True), WorkConfig()):
         pass
     return out
 

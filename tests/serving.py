@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dtn_fast.detect.config import DetectConfig
+from dtn_fast.runtime.scorer import Scored
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.serve.app import Service
 from dtn_fast.serve.config import ServeConfig
@@ -26,13 +27,13 @@ class Slow(TorchScorer):
 
     wait = 0.0
 
-    def score(self, crops: np.ndarray) -> np.ndarray:
+    def judge(self, crops: np.ndarray) -> Scored:
         time.sleep(self.wait)
-        return super().score(crops)
+        return super().judge(crops)
 
-    def _logits(self, crops: np.ndarray) -> np.ndarray:
+    def _outputs(self, crops: np.ndarray) -> np.ndarray:
         time.sleep(self.wait)
-        return super()._logits(crops)
+        return super()._outputs(crops)
 
 
 @contextlib.contextmanager

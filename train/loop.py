@@ -26,11 +26,16 @@ from dtn_fast.data.synthetic_marker import STAMP
 from dtn_fast.data.video_table import REAL
 from dtn_fast.device import to_device
 from dtn_fast.errors import DtnError, UsageError, tell
+from dtn_fast.evaluation.calibration import card_of_training
+from dtn_fast.evaluation.card_page import PAGE as CARD_PAGE
+from dtn_fast.evaluation.card_page import write_card_page
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.metrics import Metrics, evaluate_scores
 from dtn_fast.files import write_whole
 from dtn_fast.model.build import TimmDetector
-from dtn_fast.model.detector import Detector, check_state
+from dtn_fast.model.card import CARD
+from dtn_fast.model.detector import Detector, check_state, write_card
+from dtn_fast.model.novelty import FILE as NOVELTY
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train import distributed
@@ -47,6 +52,7 @@ from dtn_fast.train.run_folder import (
     STEPS,
     VALIDATION,
     generation_folder,
+    rows_of,
     trained_on,
 )
 from dtn_fast.train.step import TrainStep, batch_of_rank
@@ -196,9 +202,21 @@ def fit(
     DtnError when too many steps were not finite.
     """
     facts = trained_on(initial or recipe, dataset, None if teacher is None else recipe)
-    model.config = dataclasses.replace(model.config, trained_on=facts)
+    model.config, model.novelty = dataclasses.replace(model.config, trained_on=facts, card=None), None
     loop = _Loop(model, dataset, recipe, out, teacher, generation, torch.device(device), execution, stop, centers)
     yield from loop.run()
+    if loop.ranks.main and not (out / CARD).is_file() and (out / VALIDATION).is_file():
+        _write_card(model, dataset, recipe, out)
+    distributed.barrier()
+
+
+def _write_card(model: Detector, dataset: CropDataset, recipe: Recipe, out: Path) -> None:
+    """Writes the model card of a trained generation, not calibrated yet, and its page."""
+    with np.load(out / VALIDATION, allow_pickle=False) as stored:
+        validation = stored["labels"], stored["scores"], stored["video"].tolist()
+    card = card_of_training(model, dataset, dataset.fingerprint(np.concatenate(rows_of(recipe, dataset))), validation)
+    write_card(out, card)
+    write_card_page(out, card, model.notice)
 
 
 class _Loop:
@@ -368,6 +386,8 @@ class _Loop:
         if metrics.auc > position.best:
             position.best, position.stale = metrics.auc, 0
             if self.ranks.main:
+                for name in (CARD, CARD_PAGE, NOVELTY):  # of other weights
+                    (self.out / name).unlink(missing_ok=True)
                 self.step.eval_model().save_pretrained(self.out)
                 save_centers(self.out / CENTERS, self.step.centers)
                 labels, video = self.dataset.labels[self.val_rows], self.dataset.video[self.val_rows]

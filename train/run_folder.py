@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dtn_fast.data.blend import METHOD
 from dtn_fast.data.config import trained_corruptions
@@ -145,9 +146,7 @@ def claim_crops(run: Path, recipe: Recipe, dataset: CropDataset) -> None:
 
     A run of an earlier version, without that file, adopts these.  Raises UsageError when the run was begun on others.
     """
-    train, val = (dataset.select(split, recipe.methods) for split in ("train", "val"))
-    if recipe.self_blend and recipe.blend_share == 1:  # the data's own fakes are not used
-        train, val = (rows[dataset.labels[rows] == 0] for rows in (train, val))
+    train, val = rows_of(recipe, dataset)
     these = RunCrops(dataset.folder, len(train), len(val), dataset.fingerprint(np.concatenate([train, val])))
     path, begun = run / CROPS, _begun(run)
     if distributed.ranks().main and not (begun and path.is_file()):
@@ -160,6 +159,14 @@ def claim_crops(run: Path, recipe: Recipe, dataset: CropDataset) -> None:
     if known != these:
         raise UsageError(f"{run}: trained on {known}, these are {these}; name the same crops, or a new --out to train "
                          "anew")  # fmt: skip
+
+
+def rows_of(recipe: Recipe, dataset: CropDataset) -> list[NDArray[np.int64]]:
+    """The crops of ``dataset`` that a recipe trains on and validates on; without its fakes, if it makes its own."""
+    rows = [dataset.select(split, recipe.methods) for split in ("train", "val")]
+    if recipe.self_blend and recipe.blend_share == 1:
+        rows = [own[dataset.labels[own] == 0] for own in rows]
+    return rows
 
 
 def for_crops(config: ModelConfig, dataset: CropDataset) -> ModelConfig:

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dtn_fast.cli.evaluate import calibrate
 from dtn_fast.cli.prepare import prepare, synthesize
 from dtn_fast.cli.terminal import print_table
 from dtn_fast.cli.train import distill, train
@@ -24,11 +25,12 @@ from dtn_fast.data.synthetic_marker import HELD_OUT, METHODS, STAMP
 from dtn_fast.data.video_writer import write_video
 from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.pipeline import detect, finder_of
-from dtn_fast.detect.report import ReportTable, trained_on, write_report, write_results
+from dtn_fast.detect.report import ReportTable, sentences, trained_on, write_report, write_results
 from dtn_fast.detect.verdict import Result
 from dtn_fast.errors import DtnError
 from dtn_fast.evaluation.evaluate import evaluate
 from dtn_fast.export.to_onnx import Parity, export_onnx
+from dtn_fast.model.card import remarks
 from dtn_fast.model.detector import Detector
 from dtn_fast.packages import require
 from dtn_fast.ranges import Workers
@@ -43,7 +45,7 @@ RECIPE, DETECTION = PRESETS["demo"].recipe, DetectConfig(frames=24)
 @contextmanager
 def _stage(number: int, title: str) -> Iterator[None]:
     start = time.perf_counter()
-    print(f"\n[{number}/7] {title}", flush=True)
+    print(f"\n[{number}/8] {title}", flush=True)
     yield
     print(f"      {time.perf_counter() - start:.0f} s", flush=True)
 
@@ -58,7 +60,8 @@ def run(out: Path, workers: int, size: SyntheticConfig = SyntheticConfig(), reci
         if finished(crops):
             print("already done")
         else:
-            near = PrepareConfig(8, FinderConfig(min_face=80))  # the rendered faces fill their frames, ten in a video
+            # the rendered faces fill their frames, ten in a video
+            near = PrepareConfig(8, FinderConfig(min_face=80), masks=True)
             prepare(data, crops, config=near, work=WorkConfig(workers), preset="tiny")
     with _stage(3, "Training the teacher (CE + Ct-c)"):
         train(crops, training, recipe, preset="demo")
@@ -68,14 +71,16 @@ def run(out: Path, workers: int, size: SyntheticConfig = SyntheticConfig(), reci
     with _stage(5, f"Evaluating on unseen identities; {HELD_OUT} was never trained on"):
         quality = _evaluate(training, crops, recipe, summary)
         print_table(*quality[:3])
+    with _stage(6, "Calibrating: limits that keep a false-alarm rate"):
+        calibrate(training, crops)
     model = load_model(training)
-    with _stage(6, "Exporting to ONNX and comparing with torch"):
+    with _stage(7, "Exporting to ONNX and comparing with torch"):
         parity = export_onnx(model, out / "dtn.onnx")
         worst = max(parity, key=lambda p: p.error)
         print(f"largest logit error {worst.error:.2e} over batch sizes {', '.join(str(p.batch) for p in parity)}")
-    with _stage(7, "Detecting in videos"):
+    with _stage(8, "Detecting in videos"):
         results = _detect(model, out, size)
-    _report(out, summary, quality, parity, results, model.notice)
+    _report(out, summary, quality, parity, results, model.notice, remarks(model.config.card))
     teacher, best = quality.rows[0], quality.rows[summary["best"]]
     print(f"\nDone in {time.perf_counter() - begin:.0f} s ({STAMP})")
     print(f"teacher   test frame AUC {teacher[1]}, held-out forgery {teacher[2]}")
@@ -124,6 +129,7 @@ def _report(
     parity: list[Parity],
     results: list[Result],
     notice: str,
+    known: list[str],
 ) -> None:
     """Writes report.html and results.json."""
     generations = ReportTable("Generations", ["generation", "epochs", "validation frame AUC"], [
@@ -133,9 +139,9 @@ def _report(
         [str(p.batch), f"{p.error:.2e}"] for p in parity
     ])  # fmt: skip
     photos = "The photographs show real people; this model's verdicts on them mean nothing."
-    notices, tables = [trained_on(notice), photos], [generations, quality, export_table]
-    write_report(out / "report.html", "dtn_fast demo", notices, tables, results, threshold=DETECTION.threshold)
-    write_results(out / "results.json", results, notice, DETECTION.threshold)
+    notices, tables = [trained_on(notice), *sentences(known), photos], [generations, quality, export_table]
+    write_report(out / "report.html", "dtn_fast demo", notices, tables, results)
+    write_results(out / "results.json", results, notice, known)
 
 
 def demo(out: Path = Path("runs/demo"), workers: Workers = WorkConfig.workers) -> None:

@@ -11,13 +11,17 @@ import tyro
 from dtn_fast.cli.terminal import print_table, progress
 from dtn_fast.detect.batch import BatchResult, detect_many
 from dtn_fast.detect.config import DetectConfig
+from dtn_fast.detect.report import limits_in_words, sentences
 from dtn_fast.detect.verdict import RULE, Result, short_names
 from dtn_fast.errors import one_line
+from dtn_fast.model.card import remarks
 from dtn_fast.packages import require
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.load import load_scorer
 from dtn_fast.serve.config import EXTRA, ServeConfig
 
+UNCERTAIN = 3
+"""Exit code when every input was read and some verdict is uncertain."""
 SPANS, FILES = 4, 8
 """Maximum number of forged spans per input, and of annotated videos, to print; the report has all spans."""
 
@@ -34,8 +38,9 @@ def detect(
 
     Example: dtn-fast detect clip.mp4 photos/ "more/**/*.jpg" --model runs/first --out detect --annotate
 
-    Prints a table and writes OUT/results.json and OUT/report.html.  Exit code 0: every input has a verdict; 1: some
-    could not be read, show no face or lost more than --max-lost of their frames; 2: wrong usage.
+    Prints a table and writes OUT/results.json and OUT/report.html.  Exit code 0: every input is called real or fake; 1:
+    some could not be read, show no face or lost more than --max-lost of their frames; 2: wrong usage; 3: all were read,
+    and some are uncertain.
 
     Faces are found as for the training crops of the model; --faces yunet finds small, turned and half hidden ones too.
 
@@ -43,7 +48,7 @@ def detect(
         inputs: Images, videos, folders (searched recursively) and globs.
         model: A run, a checkpoint folder, or an .onnx, .mnn, .engine or .rtx file.
         out: Folder for the results.
-        config: Frames to analyse, threshold of the verdict, and how faces are found.
+        config: Frames to analyse, limits of the verdict, and how faces are found.
         annotate: Also write each video with faces framed and forged spans marked.
         runtime: Device and precision that the model runs with.
     """
@@ -64,7 +69,9 @@ def detect(
     folder, names = short_names([result.path for result in batch.results])
     cells = [_cells(result, name) for result, name in zip(batch.results, names, strict=True)]
     print_table("Verdicts" + (f", in {folder}" if folder else ""), header, cells)
-    print(f"{RULE}; fake if it is at least {config.threshold}" + (f"\n{scorer.notice}" if scorer.notice else ""))
+    print("; ".join([RULE, *limits_in_words(batch.results)]) + (f"\n{scorer.notice}" if scorer.notice else ""))
+    for sentence in sentences(remarks(scorer.config.card)):
+        print(sentence)
     if batch.frames_read:
         wall = batch.timing.wall
         print(f"{batch.frames_read} frames in {wall:.1f} s, {batch.frames_read / max(wall, 1e-9):.1f} frames/s; "
@@ -76,7 +83,7 @@ def detect(
         print(f"annotated: {one_line(str(path))}")
     if len(batch.annotated) > FILES:
         print(f"and {len(batch.annotated) - FILES} more annotated videos in {out}")
-    return int(not batch.ok)
+    return 1 if not batch.ok else UNCERTAIN if batch.uncertain else 0
 
 
 def _cells(result: Result, name: str) -> list[str]:
@@ -108,7 +115,7 @@ def serve(
     Args:
         model: A run, a checkpoint folder, or an .onnx, .mnn, .engine or .rtx file.
         config: Address and limits.
-        detection: Frames to analyse, threshold of the verdict, and how faces are found.
+        detection: Frames to analyse, limits of the verdict, and how faces are found.
         runtime: Device and precision that the model runs with.
     """
     require("uvicorn", EXTRA)
@@ -119,6 +126,7 @@ def serve(
     with listening:
         scorer = load_scorer(model, runtime)
         server = Server(Service(scorer, config, detection))
-        print(f"{scorer.name} on {address} (web page at /, API at /v1/detect and /v1/jobs; Ctrl-C stops)"
-              + (f"\n{scorer.notice}" if scorer.notice else ""), flush=True)  # fmt: skip
+        known = [scorer.notice] if scorer.notice else []
+        address = f"{scorer.name} on {address} (web page at /, API at /v1/detect and /v1/jobs; Ctrl-C stops)"
+        print("\n".join([address, *known, *sentences(remarks(scorer.config.card))]), flush=True)
         server.run(sockets=[listening])

@@ -1,4 +1,4 @@
-"""Verbs that measure: evaluate, robustness, explain, report."""
+"""Verbs that measure: evaluate, calibrate, robustness, explain, report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from dtn_fast.data.crop_dataset import open_crop_dataset
 from dtn_fast.data.open import open_data
 from dtn_fast.device import Device
 from dtn_fast.errors import UsageError
-from dtn_fast.evaluation.config import EvaluateConfig, FigureConfig, RobustnessConfig
+from dtn_fast.evaluation.config import (
+    HEAT_SCORES,
+    CalibrateConfig,
+    EvaluateConfig,
+    FigureConfig,
+    RobustnessConfig,
+)
 from dtn_fast.evaluation.protocols import Protocol, Within, evaluate_models
 from dtn_fast.evaluation.tables import ResultTable
 from dtn_fast.provenance import COMMANDS, made_by, record
@@ -82,6 +88,49 @@ def evaluate(
         print(f"written: {' '.join(str(path) for path in [*made_files, out.parent / COMMANDS])}")
 
 
+def calibrate(
+    run: Annotated[Path, tyro.conf.Positional],
+    data: Annotated[Path, tyro.conf.Positional],
+    config: Annotated[CalibrateConfig, tyro.conf.OmitArgPrefixes] = CalibrateConfig(),
+    device: Device = Runtime.device,
+) -> None:
+    """Calibrate a model: P(fake) that means what it says, and limits that keep a false-alarm rate.
+
+    Example: dtn-fast calibrate runs/first data/crops --false-alarms 0.01 --misses 0.1
+
+    Fits a temperature on the validation split and sets the limits from which an input is called fake, and up to which
+    it is called real; between them, and for inputs unlike the training data, detect and serve say uncertain.  Writes
+    card.json and card.html beside the weights, which stay as they are.  Files exported afterwards carry the
+    calibration; export earlier ones again.
+
+    Args:
+        run: A run (its best generation) or a checkpoint folder.
+        data: Crops written by dtn-fast prepare, with a val split; what it promises is tried on a test split.
+        config: Rates that the limits keep.
+        device: Device that the model runs on.
+    """
+    from dtn_fast.evaluation.calibration import Calibrated
+    from dtn_fast.evaluation.calibration import calibrate as steps
+    from dtn_fast.evaluation.card_page import calibration_table, measured_table
+
+    with progress() as bar:
+        task = bar.add_task("calibrating", total=None, note="")
+        for step in steps(run, data, config, Runtime(device=device)):
+            if isinstance(step, str):
+                bar.update(task, note=step)
+            else:
+                made = step
+    assert isinstance(made, Calibrated), "the last step is the result"
+    assert made.card.calibration is not None
+    print_table(f"Calibration of {made.folder}", *calibration_table(made.card.calibration))
+    if made.card.calibration.measured:
+        print_table("Tried on other people: the test split (95 % intervals)", *measured_table(made.card.calibration))
+    for note in made.notes:
+        print(note)
+    record(made.folder)
+    print(f"card: {made.page}")
+
+
 def robustness(
     data: Annotated[Path, tyro.conf.Positional],
     models: list[Path],
@@ -133,10 +182,15 @@ def explain(
 ) -> None:
     """Draw figures of checkpoints: Grad-CAM, attention maps, head scales, attention collapse, features, soft labels.
 
+    With --kinds heat-scores: the scores of Grad-CAM at each depth against the masks of the fakes, beside chance.
+
     Example: dtn-fast explain data/crops --models runs/baseline runs/levt runs/moe runs/dtn --out pictures
 
     Figure 1: dtn-fast explain ffpp --models runs/baseline runs/vit runs/cvit runs/dtn --model-names VGG ViT CViT DTN
     --kinds collapse collapse-maps
+
+    Scores of heat maps: dtn-fast prepare /data/FaceForensics++ --out ffpp --masks --reuse-boxes, then
+    dtn-fast explain ffpp --models runs/dtn --kinds heat-scores
 
     Figure 9: dtn-fast explain ffpp celebdf dfdc df1 dfd --models runs/moe runs/dtn --kinds feature-maps
 
@@ -150,13 +204,13 @@ def explain(
         device: Device that the models run on.
     """
     from dtn_fast.evaluation.figures import VALUES, draw_models
+    from dtn_fast.evaluation.heat_scores import HeatScore, heat_notes, heat_tables
     from dtn_fast.train.config import Recipe
 
     with progress() as bar:
         task = bar.add_task("drawing", total=len(config.kinds), note="")
         for kind in draw_models(models, data, out, Recipe.temperature, config, model_names, data_names, device):
-            bar.update(task, note=kind)
-            bar.advance(task)
+            bar.update(task, note=kind, advance=kind in config.kinds)
     record(out)
     values = json.loads((out / VALUES).read_text(encoding="utf-8"))
     for kind in config.kinds:
@@ -164,6 +218,10 @@ def explain(
             print(f"{kind}: not available for {', '.join(values['left out'][kind])}")
     if "grad-cam" in config.kinds and (blank := values.get("grad-cam", {}).get("blank")):
         print(f"grad-cam: {len(blank)} maps are blank, marked in the picture and listed in {VALUES}")
+    if scores := [HeatScore(**score) for score in values.get(HEAT_SCORES, ()) if HEAT_SCORES in config.kinds]:
+        for table in heat_tables(scores):
+            print_table(*table)
+        print("\n".join([*heat_notes(scores, config.split), values["notice"]]).rstrip())
     print("\n".join(str(path) for path in sorted(out.iterdir())))
 
 

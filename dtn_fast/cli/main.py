@@ -21,7 +21,7 @@ import tyro
 from dtn_fast.cli.demo import demo
 from dtn_fast.cli.detect import detect, serve
 from dtn_fast.cli.doctor import doctor
-from dtn_fast.cli.evaluate import evaluate, explain, report, robustness
+from dtn_fast.cli.evaluate import calibrate, evaluate, explain, report, robustness
 from dtn_fast.cli.export import export, inspect, repository, verify
 from dtn_fast.cli.prepare import corrupt, prepare, synthesize
 from dtn_fast.cli.train import ablate, distill, train
@@ -42,7 +42,7 @@ def bench() -> None:
 
 
 _TRAINER = (demo, synthesize, prepare, train, distill)
-_EXPERIMENTER = (evaluate, robustness, ablate, explain, report, corrupt, bench)
+_EXPERIMENTER = (evaluate, calibrate, robustness, ablate, explain, report, corrupt, bench)
 _DEPLOYER = (export, verify, inspect, detect, serve, repository, doctor)
 VERBS = {verb.__name__: verb for verb in (*_TRAINER, *_EXPERIMENTER, *_DEPLOYER)}
 DESCRIPTION = """DTN face-forgery detection: train, distil, evaluate, export, detect, serve.

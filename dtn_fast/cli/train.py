@@ -122,6 +122,7 @@ def _record(folder: Path) -> None:
 
 def _run_training(start: Any, run: Path, recipe: Recipe, execution: Execution, device: str, wandb: str) -> None:
     """Runs a training generator to its end: shows progress, stops on signals, writes the run's report."""
+    from dtn_fast.evaluation.card_page import PAGE as CARD_PAGE
     from dtn_fast.train.display import watch
     from dtn_fast.train.run_report import write_run_report
     from dtn_fast.train.signals import signals
@@ -129,7 +130,8 @@ def _run_training(start: Any, run: Path, recipe: Recipe, execution: Execution, d
     with signals() as stop:
         watch(start(device=device, execution=execution, stop=stop), run, recipe.epochs, execution.log_every, wandb)
     if ranks().main:
-        print(f"best weights in {best_checkpoint(run)}; report: {write_run_report(run)}")
+        best = best_checkpoint(run)
+        print(f"best weights in {best}; report: {write_run_report(run)}; model card: {best / CARD_PAGE}")
 
 
 def print_generations(summary: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The synthetic demo set: faces rendered from seeds, forged by four methods, written as videos in FF++'s layout.
+"""The synthetic demo set: faces rendered from seeds, forged by four methods; videos and masks in FF++'s layout.
 
 A face is drawn from (identity, take, time): the identity fixes skin, hair and proportions, the take fixes background,
 light and motion.  Every forgery starts from the unforged render, so reals and fakes are encoded exactly once, at a
@@ -15,6 +15,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -167,9 +168,10 @@ class Face:
 # ------------------------------------------------------------------------------------------------- forging a face
 
 
-def forge(method: str, rng: np.random.Generator, source: Face) -> Callable[[Image, Map, float], Image]:
-    """A forgery with parameters drawn once per video, as a function (frame, outline, seconds) -> forged frame.
+def forge(method: str, rng: np.random.Generator, source: Face) -> Callable[[Image, Map, float], tuple[Image, Image]]:
+    """A forgery with parameters drawn once per video, as a function (frame, outline, seconds) -> (forged frame, mask).
 
+    The mask [S, S] is 255 in the convex hull of the outline, into which the forgery is blended with a soft edge.
     SynthBlend blends a recoloured, shifted copy of the face over it; SynthSwap another identity's face, aligned and
     colour-matched; SynthResample the face after downsampling and upsampling, as by a generator; SynthWarp distorts it.
     """
@@ -178,7 +180,7 @@ def forge(method: str, rng: np.random.Generator, source: Face) -> Callable[[Imag
     soft, alpha, jitter = rng.uniform(3, 7), rng.choice([0.85, 1.0, 1.0]), rng.normal(0, 2, (40, 2))
     bend = cv2.GaussianBlur(wobble, (0, 0), 12) * rng.uniform(60, 95)
 
-    def apply(image: Image, outline: Map, seconds: float) -> Image:
+    def apply(image: Image, outline: Map, seconds: float) -> tuple[Image, Image]:
         size = image.shape[0]
         mask = np.zeros((size, size), np.float32)
         hull = cv2.convexHull((outline + jitter).astype(np.float32)).astype(np.int32)
@@ -206,7 +208,8 @@ def forge(method: str, rng: np.random.Generator, source: Face) -> Callable[[Imag
         else:
             raise UsageError(f"unknown forgery {method!r}; known are {', '.join(METHODS)}")
         blend = (cv2.GaussianBlur(mask, (0, 0), soft) * alpha)[..., None]
-        return np.clip(image * (1 - blend) + face * blend, 0, 255).astype(np.uint8)
+        forged = np.clip(image * (1 - blend) + face * blend, 0, 255).astype(np.uint8)
+        return forged, np.where(inside, 255, 0).astype(np.uint8)
 
     return apply
 
@@ -222,28 +225,55 @@ def film(
     target: int, source: int | None, method: str | None, frames: int, size: int, seed: int, fps: int = FPS
 ) -> list[Image]:
     """Renders a video of ``target``, forged by ``method`` from ``source`` if given: frames [S, S, 3] uint8 RGB."""
+    return film_and_masks(target, source, method, frames, size, seed, fps)[0]
+
+
+def film_and_masks(
+    target: int, source: int | None, method: str | None, frames: int, size: int, seed: int, fps: int = FPS
+) -> tuple[list[Image], list[Image]]:
+    """The frames of :func:`film`, and of a forgery the mask [S, S] of each, 255 where forged."""
     face, drawn = _pristine(target, frames, size, seed, fps)
-    images = [image for image, _ in drawn]
+    images, masks = [image for image, _ in drawn], list[Image]()
     if method is not None and source is not None:
         rng = np.random.default_rng((seed, METHODS.index(method), target, source))
         change = forge(method, rng, Face(source, seed, size))
-        images = [change(image, outline, index / fps) for index, (image, outline) in enumerate(drawn)]
-    return [face.camera(image, index) for index, image in enumerate(images)]
+        pairs = [change(image, outline, index / fps) for index, (image, outline) in enumerate(drawn)]
+        images, masks = [image for image, _ in pairs], [mask for _, mask in pairs]
+    return [face.camera(image, index) for index, image in enumerate(images)], masks
 
 
 # ------------------------------------------------------------------------------------------------- the FF++ tree
 
 
-RenderJob = tuple[Path, int, int | None, str | None]  # path under the root, target, source, method
+class RenderJob(NamedTuple):
+    path: Path
+    """Path of the video under the root."""
+    target: int
+    source: int | None = None
+    method: str | None = None
+
+    @property
+    def mask(self) -> Path | None:
+        """Path of the video of a forgery's masks under the root; None: a real."""
+        return (
+            None if self.method is None else Path(f"manipulated_sequences/{self.method}/masks/videos/{self.path.name}")
+        )
+
+    def missing(self, root: Path) -> list[Path]:
+        """The job's paths that are not there yet."""
+        return [path for path in (self.path, self.mask) if path is not None and not (root / path).is_file()]
 
 
 def _write(root: Path, config: SyntheticConfig, job: RenderJob) -> None:
-    path, target, source, method = job
     cv2.setNumThreads(1)  # the pool already uses every core
     # the quality is drawn with the file's path as seed, from the same distribution for both labels
-    crf = int(np.random.default_rng((config.seed, *path.as_posix().encode())).integers(18, 27))
-    frames = film(target, source, method, config.frames, config.size, config.seed)
-    write_video(root / path, frames, fps=FPS, crf=crf)
+    crf = int(np.random.default_rng((config.seed, *job.path.as_posix().encode())).integers(18, 27))
+    frames, masks = film_and_masks(job.target, job.source, job.method, config.frames, config.size, config.seed)
+    missing = job.missing(root)
+    if job.path in missing:
+        write_video(root / job.path, frames, fps=FPS, crf=crf)
+    if job.mask in missing:
+        write_video(root / job.mask, [cv2.merge([mask] * 3) for mask in masks], fps=FPS, crf=18)
 
 
 def make_synthetic(root: Path, config: SyntheticConfig, workers: int) -> Iterator[tuple[int, int]]:
@@ -272,11 +302,11 @@ def make_synthetic(root: Path, config: SyntheticConfig, workers: int) -> Iterato
         text = json.dumps([[f"{a:03d}", f"{b:03d}"] for a, b in pairs])
         (root / "splits" / f"{split}.json").write_text(text, encoding="utf-8")
         for target, source in [*pairs, *((b, a) for a, b in pairs)]:
-            jobs.append((Path(f"original_sequences/youtube/c23/videos/{target:03d}.mp4"), target, None, None))
+            jobs.append(RenderJob(Path(f"original_sequences/youtube/c23/videos/{target:03d}.mp4"), target))
             for method in METHODS:
                 path = Path(f"manipulated_sequences/{method}/c23/videos/{target:03d}_{source:03d}.mp4")
-                jobs.append((path, target, source, method))
-    missing = [job for job in jobs if not (root / job[0]).is_file()]
+                jobs.append(RenderJob(path, target, source, method))
+    missing = [job for job in jobs if job.missing(root)]
     done = len(jobs) - len(missing)
     yield done, len(jobs)
     with multiprocessing.get_context("spawn").Pool(workers) as pool:

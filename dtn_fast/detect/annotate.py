@@ -14,14 +14,16 @@ from dtn_fast.data.faces import Box
 from dtn_fast.data.media_frames import frames_of
 from dtn_fast.data.video import Frame
 from dtn_fast.data.video_writer import write_timed
+from dtn_fast.detect.limits import Limits
 from dtn_fast.detect.verdict import Face, FrameResult, Result, Span
 
 MARK = "annotated copy by dtn-fast"
 """Comment stored with an annotated copy, which is no input of its own when its folder is searched."""
-RED, GREEN = (220, 40, 40), (30, 160, 70)
+RED = (220, 40, 40)
+COLORS = {"fake": RED, "real": (30, 160, 70), "uncertain": (190, 120, 0)}
 
 
-def annotate(result: Result, out: Path, threshold: float) -> Iterator[int]:
+def annotate(result: Result, out: Path) -> Iterator[int]:
     """Writes the video of ``result`` to ``out`` (.mp4), every face framed with its score, forged spans at the bottom;
     every frame appears when it does in the video.
 
@@ -31,14 +33,14 @@ def annotate(result: Result, out: Path, threshold: float) -> Iterator[int]:
     for frame in result.frames:
         for face in frame.faces:
             tracks.setdefault(face.person, []).append((frame.number, face))
-    end = result.reading.seconds
+    end, limits = result.reading.seconds, result.frame_limits
     frames = (
-        (frame.seconds, _drawn(frame, tracks, result.spans, end, threshold)) for frame in frames_of(result.path, None)
+        (frame.seconds, _drawn(frame, tracks, result.spans, end, limits)) for frame in frames_of(result.path, None)
     )
     yield from write_timed(out, frames, result.reading.total / end, end=end, comment=MARK)
 
 
-def framed(image: NDArray[np.uint8], frames: list[FrameResult], threshold: float, side: int) -> NDArray[np.uint8]:
+def framed(image: NDArray[np.uint8], frames: list[FrameResult], limits: Limits, side: int) -> NDArray[np.uint8]:
     """A copy of a still picture with the faces of its only frame framed, its longer side at most ``side`` pixels."""
     scale = min(1.0, side / max(image.shape[:2]))
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
@@ -46,19 +48,19 @@ def framed(image: NDArray[np.uint8], frames: list[FrameResult], threshold: float
     faces = [face for frame in frames for face in frame.faces]
     for face in faces:
         box = Box(*(round(place * scale) for place in face.box))
-        _frame_face(image, box, face.score, face.person if len(faces) > 1 else None, threshold)
+        _frame_face(image, box, face.score, face.person if len(faces) > 1 else None, limits)
     return image
 
 
 def _drawn(
-    frame: Frame, tracks: dict[int, list[tuple[int, Face]]], spans: list[Span], end: float, threshold: float
+    frame: Frame, tracks: dict[int, list[tuple[int, Face]]], spans: list[Span], end: float, limits: Limits
 ) -> NDArray[np.uint8]:
     image = frame.image.copy()
     height, width = image.shape[:2]
     for person, track in tracks.items():
         found = _at(track, frame.number)
         if found is not None:
-            _frame_face(image, *found, person if len(tracks) > 1 else None, threshold)
+            _frame_face(image, *found, person if len(tracks) > 1 else None, limits)
     bar = max(4, height // 60)
     image[height - bar :] = (40, 40, 40)
     for span in spans:
@@ -73,12 +75,13 @@ def _thickness(image: NDArray[np.uint8]) -> int:
     return max(1, round(min(image.shape[:2]) / 240))
 
 
-def _frame_face(image: NDArray[np.uint8], box: Box, score: float, person: int | None, threshold: float) -> None:
+def _frame_face(image: NDArray[np.uint8], box: Box, score: float, person: int | None, limits: Limits) -> None:
     """Draws a face's box and verdict into ``image``, with the person's number if there is one."""
     thick, size = _thickness(image), max(0.4, min(image.shape[:2]) / 800)
-    color = RED if score >= threshold else GREEN
+    verdict = limits.verdict(score)
+    color = COLORS[verdict]
     cv2.rectangle(image, (box.left, box.top), (box.right, box.bottom), color, 2 * thick)
-    text = f"{'fake' if score >= threshold else 'real'} {score:.2f}" + ("" if person is None else f" #{person}")
+    text = f"{verdict} {score:.2f}" + ("" if person is None else f" #{person}")
     (wide, high), low = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, thick)
     left, base = max(box.left, 0), max(box.top - low, high + low)
     cv2.rectangle(image, (left - thick, base - high - low), (left + wide + thick, base + low), color, cv2.FILLED)

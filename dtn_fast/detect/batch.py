@@ -13,10 +13,11 @@ from dtn_fast.detect.annotate import annotate as write_annotated
 from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.inputs import find_inputs
 from dtn_fast.detect.pipeline import detect, finder_of
-from dtn_fast.detect.report import DETAILS, trained_on, write_report, write_results
+from dtn_fast.detect.report import DETAILS, sentences, trained_on, write_report, write_results
 from dtn_fast.detect.verdict import Result, Timing
 from dtn_fast.errors import DtnError, UsageError, one_line
 from dtn_fast.files import check_writable, fitting_name
+from dtn_fast.model.card import remarks
 from dtn_fast.runtime.scorer import Scorer
 
 
@@ -44,6 +45,11 @@ class BatchResult:
     def ok(self) -> bool:
         """Whether every input has a verdict on enough of its frames and every annotated video was written."""
         return not self.problems
+
+    @property
+    def uncertain(self) -> int:
+        """Number of inputs whose verdict is uncertain."""
+        return sum(result.verdict == "uncertain" for result in self.results)
 
     @property
     def frames_read(self) -> int:
@@ -87,23 +93,24 @@ def detect_many(
         elif annotate and result.moving:
             target = fitting_name(out, f"{number:03d}-{path.stem}", ".mp4")
             try:
-                for drawn in write_annotated(result, target, config.threshold):
+                for drawn in write_annotated(result, target):
                     watch(batch, f"{one_line(target.name)}, {drawn} frames drawn")
                 batch.annotated.append(target)
             except (DtnError, OSError, ValueError) as failed:  # PyAV's errors are OSErrors and ValueErrors
                 batch.problems.append(f"{target}: the annotated video was not written ({failed})")
-        for note in result.notes if result.ok else ():
+        doubts = [f"uncertain: {'; '.join(result.reasons)}"] if result.reasons else []
+        for note in [*doubts, *(result.notes if result.ok else ())]:
             batch.notes.append(f"{path}: {note}")
         if result.ok and result.reading.share > config.max_lost:
-            batch.problems.append(f"{path}: {result.reading.note()}, over --max-lost {config.max_lost:g}; the verdict "
-                                  "is on the rest")  # fmt: skip
+            batch.problems.append(f"{path}: {result.reading.note()}, over --max-lost {config.max_lost:g}")
         if number > DETAILS:
             result.pictures, result.whole = [], None  # the report does not show them, and thousands fill the memory
         batch.results.append(result)
         watch(batch, one_line(path.name))
     if batch.own:
         batch.notes.append(f"{out}: {batch.own} annotated copies of an earlier run were left out")
-    write_results(out / "results.json", batch.results, scorer.notice, config.threshold)
-    title, notices = "Face forgery report", [trained_on(scorer.notice), *batch.notes]
-    write_report(out / "report.html", title, notices, None, batch.results, threshold=config.threshold)
+    known = remarks(scorer.config.card)
+    write_results(out / "results.json", batch.results, scorer.notice, known)
+    notices = [trained_on(scorer.notice), *sentences(known), *batch.notes]
+    write_report(out / "report.html", "Face forgery report", notices, None, batch.results)
     return batch

@@ -5,22 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dtn_fast.data.config import FinderConfig, PrepareConfig
-from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.ranges import Count, Natural, NotNegative, Share, check_ranges
 
 
 @dataclass(frozen=True)
 class DetectConfig:
-    """Frames to analyse, and threshold of the verdict."""
+    """Frames to analyse, and limits of the verdict."""
 
     frames: Natural = 32
     """Frames per video, evenly spaced in time; 0: every frame."""
     rate: NotNegative = 0.0
     """Frames per second of video, instead of --frames; 0: use --frames."""
-    threshold: Share = EvaluateConfig.threshold
-    """P(fake) at and above which the verdict is fake and a span counts as forged."""
+    threshold: Share | None = None
+    """P(fake) at and above which the verdict is fake and a span counts as forged, in place of the model's own limits,
+    between which it is uncertain.  Default: those of dtn-fast calibrate; 0.5 for a model that is not calibrated."""
+    novelty: bool = True
+    """Call an input uncertain that is unlike the training data; calibrated models recognise such."""
+    min_frames: Natural = 3
+    """Call a video uncertain whose verdict rests on fewer frames, unless fewer were analysed."""
+    min_pixels: Natural = 40
+    """Call an input uncertain whose face is narrower, in pixels."""
     max_lost: Share = 0.1
-    """Share of a video's frames that may be damaged or missing; above it the verdict, on the rest, counts as a
+    """Share of a video's frames that may be damaged or missing; above it the verdict is uncertain, and counts as a
     failure."""
     every: Count = PrepareConfig.every
     """Search the whole image for faces in every N-th analysed frame, in between only near the faces found; yunet

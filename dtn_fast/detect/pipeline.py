@@ -6,6 +6,7 @@ with its length and the three overlap.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,13 +27,14 @@ from dtn_fast.data.video import Frame, Reading
 from dtn_fast.data.video_index import Check
 from dtn_fast.detect.annotate import framed
 from dtn_fast.detect.config import DetectConfig
+from dtn_fast.detect.limits import Limits
 from dtn_fast.detect.verdict import Face, FrameResult, Picture, Result, Timing, judge
 from dtn_fast.errors import MediaError, UsageError, tell
-from dtn_fast.explain.heatmap import grad_cam
+from dtn_fast.explain.heatmap import NO_EVIDENCE, UNEXPLAINED, heat_maps
 from dtn_fast.model.config import CropPolicy, crop_policy
 from dtn_fast.model.detector import Detector
 from dtn_fast.producer_thread import produced
-from dtn_fast.runtime.scorer import Scorer
+from dtn_fast.runtime.scorer import Scored, Scorer
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
 BATCH = 16
@@ -91,12 +93,12 @@ def detect(
         return result
     finally:
         result.timing.wall = time.perf_counter() - begin
-    judge(result, config.threshold)
+    judge(result, scorer.config.card, config)
     if result.whole is not None:
-        result.whole = framed(result.whole, result.frames, config.threshold, WHOLE)
+        result.whole = framed(result.whole, result.frames, result.frame_limits, WHOLE)
     if result.ok:
         own = scorer.model if model is None and isinstance(scorer, TorchScorer) else model
-        result.pictures = _with_heat(kept, own)
+        result.pictures = _with_heat(kept, own, result.frame_limits)
     return result
 
 
@@ -119,12 +121,16 @@ def finder_of(scorer: Scorer, config: DetectConfig) -> FaceFinder:
     return finder
 
 
-def _with_heat(pictures: list[Picture], model: Detector | None) -> list[Picture]:
-    """The pictures with their Grad-CAM, if ``model`` has a feature map for it."""
-    if model is None or not model.cam_layers():
-        return pictures
-    heats = grad_cam(model, np.stack([p.crop for p in pictures]))
-    return [p._replace(heat=heat) for p, heat in zip(pictures, heats, strict=True)]
+def _with_heat(pictures: list[Picture], model: Detector | None, limits: Limits) -> list[Picture]:
+    """The pictures with their heat maps, or the reason why they have none."""
+    if model is None:
+        return [p._replace(heat_reason="heat maps need a checkpoint, not an exported file") for p in pictures]
+    found = []
+    for picture, heat in zip(pictures, heat_maps(model, np.stack([p.crop for p in pictures])), strict=True):
+        real = limits.verdict(picture.score) == "real"
+        reason = UNEXPLAINED if heat.reason == NO_EVIDENCE and not real else heat.reason
+        found.append(picture._replace(heat=heat.map, heat_depth=heat.depth, heat_reason=reason))
+    return found
 
 
 def _ahead(
@@ -151,7 +157,7 @@ class _Scoring:
     def __init__(self, scorer: Scorer, result: Result, kept: list[Picture]) -> None:
         self._scorer, self._result, self._kept = scorer, result, kept
         self._pending: list[tuple[int, float, int, list[Tracked], list[NDArray[np.uint8]]]] = []
-        self._running: list[tuple[Future[NDArray[np.float64]], list[Any]]] = []
+        self._running: list[tuple[Future[Scored], list[Any]]] = []
         self._pool = ThreadPoolExecutor(1, "scoring")
 
     def add(self, frame: Frame, place: int, found: list[Tracked], crops: list[NDArray[np.uint8]]) -> None:
@@ -166,19 +172,21 @@ class _Scoring:
         while len(self._running) > AHEAD:
             self._collect()
 
-    def _score(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+    def _score(self, crops: NDArray[np.uint8]) -> Scored:
         start = time.perf_counter()
-        scores = self._scorer.score(crops)
+        scores = self._scorer.judge(crops)
         self._result.timing.score += time.perf_counter() - start
         return scores
 
     def _collect(self) -> None:
         future, batch = self._running.pop(0)
-        scores = iter(future.result())
+        scored = future.result()
+        scores = iter(scored.score.tolist())
+        novelties = itertools.repeat(None) if scored.novelty is None else iter(scored.novelty.tolist())
         for number, seconds, place, found, crops in batch:
-            faces = [Face(face.box, float(next(scores)), face.person) for face in found]
+            faces = [Face(face.box, next(scores), face.person, next(novelties)) for face in found]
             self._result.frames.append(FrameResult(number, seconds, faces, place))
-            self._kept += [Picture(number, seconds, f.score, c, None) for f, c in zip(faces, crops, strict=True)]
+            self._kept += [Picture(number, seconds, f.score, c) for f, c in zip(faces, crops, strict=True)]
         self._kept.sort(key=lambda p: -p.score)
         del self._kept[TOP:]
 

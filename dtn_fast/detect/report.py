@@ -32,8 +32,6 @@ def write_report(
     notices: list[str],
     tables: list[ReportTable] | None = None,
     results: list[Result] | None = None,
-    *,
-    threshold: float,
 ) -> None:
     """Writes the page to ``path`` atomically.  Every text is escaped."""
     page = render(
@@ -46,15 +44,15 @@ def write_report(
         names=short_names([result.path for result in results or []]),
         details=DETAILS,
         rule=RULE,
-        threshold=threshold,
+        limits="; ".join(limits_in_words(results or [])),
         version=__version__,
     )
     write_whole(path, page)
 
 
-def write_results(path: Path, results: list[Result], notice: str, threshold: float) -> None:
-    """Writes the results to ``path`` as JSON."""
-    data: dict[str, Any] = {"notice": notice, "rule": RULE, "threshold": threshold}
+def write_results(path: Path, results: list[Result], notice: str, remarks: list[str]) -> None:
+    """Writes the results to ``path`` as JSON, with the notice and remarks on the model."""
+    data: dict[str, Any] = {"notice": notice, "remarks": remarks, "rule": RULE}
     write_whole(path, json_text({**data, "results": [r.to_json() for r in results]}, indent=1))
 
 
@@ -72,3 +70,16 @@ def heat_uri(picture: Picture) -> str:
 
 def trained_on(notice: str) -> str:
     return f"This model was trained on {notice}." if notice else ""
+
+
+def sentences(remarks: list[str]) -> list[str]:
+    """Remarks on the model as sentences."""
+    return [f"This model is {remark}." if not remark.startswith("no ") else f"There is {remark}." for remark in remarks]
+
+
+def limits_in_words(results: list[Result]) -> list[str]:
+    """The limits of each kind of input among ``results``, in a sentence."""
+    named = {"videos" if r.moving else "pictures": str(r.limits) for r in results if r.ok}
+    if len(set(named.values())) == 1:
+        return list(named.values())[:1]
+    return [f"{kind}: {limits}" for kind, limits in sorted(named.items())]

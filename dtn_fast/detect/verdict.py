@@ -15,7 +15,11 @@ from numpy.typing import NDArray
 from dtn_fast.data.faces import Box
 from dtn_fast.data.finder_base import MAX_FACES
 from dtn_fast.data.video import Reading
+from dtn_fast.detect.config import DetectConfig
+from dtn_fast.detect.limits import EVEN, Limits, limits_of
 from dtn_fast.errors import one_line
+from dtn_fast.model.card import Card
+from dtn_fast.model.detector import Depth
 
 RULE = (
     "person score = mean P(fake) over the frames with that person's face; input score = the highest person score among "
@@ -29,6 +33,8 @@ class Face(NamedTuple):
     score: float
     person: int = 0
     """Number of the person's track in this input, from 0."""
+    novelty: float | None = None
+    """Distance from the training data, about 1 for faces like it; None: the model does not measure it."""
 
 
 class FrameResult(NamedTuple):
@@ -74,8 +80,16 @@ class Picture(NamedTuple):
     seconds: float
     score: float
     crop: NDArray[np.uint8]
-    heat: NDArray[np.float32] | None
-    """Grad-CAM heat map; None unless the model is a torch model."""
+    heat: NDArray[np.float32] | None = None
+    """Heat map [S, S] of the class fake, in [0, 1]."""
+    heat_depth: Depth | None = None
+    """Place in the model that the heat map is from."""
+    heat_reason: str = ""
+    """Why there is no heat map; empty with one."""
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the images."""
+        return {name: value for name, value in self._asdict().items() if name not in ("crop", "heat")}
 
 
 @dataclass
@@ -104,8 +118,16 @@ class Result:
 
     path: Path
     verdict: str = "failed"
-    """``fake``, ``real``, ``no face`` or ``failed``."""
+    """``fake``, ``real``, ``uncertain``, ``no face`` or ``failed``."""
+    reasons: list[str] = field(default_factory=list)
+    """Reasons why the verdict is uncertain."""
     score: float | None = None
+    novelty: float | None = None
+    """Mean novelty of the faces that decide the score; None: not measured."""
+    limits: Limits = EVEN
+    """Limits between the verdicts on this input."""
+    frame_limits: Limits = EVEN
+    """Limits between the verdicts on a single frame."""
     frames_read: int = 0
     reading: Reading = field(default_factory=Reading)
     """Count of the frames asked for, lost and missing."""
@@ -155,7 +177,12 @@ class Result:
             "kind": "video" if self.moving else "picture",
             "seconds": round(self.reading.seconds, 3),
             "verdict": self.verdict,
+            "reasons": self.reasons,
             "score": self.score,
+            "novelty": self.novelty,
+            "threshold": self.limits.fake_from,
+            "limits": self.limits.to_json(),
+            "frame_limits": self.frame_limits.to_json(),
             "frames_asked": self.reading.asked or self.frames_read,
             "frames_read": self.frames_read,
             "frames_lost": self.reading.lost,
@@ -166,12 +193,16 @@ class Result:
             "error": self.error,
             "people": [{**p._asdict(), "spans": [span.to_json() for span in p.spans]} for p in self.people],
             "timing": {name: round(seconds, 3) for name, seconds in vars(self.timing).items()},
+            "pictures": [picture.to_json() for picture in self.pictures],
             "frames": [
                 {
                     "number": f.number,
                     "seconds": round(f.seconds, 3),
                     "score": f.score,
-                    "faces": [{"box": list(face.box), "score": face.score, "person": face.person} for face in f.faces],
+                    "faces": [
+                        {"box": list(face.box), "score": face.score, "person": face.person, "novelty": face.novelty}
+                        for face in f.faces
+                    ],
                 }
                 for f in self.frames
             ],
@@ -196,15 +227,39 @@ def short_names(paths: Sequence[Path]) -> tuple[str, list[str]]:
 # ------------------------------------------------------------------------------------------------ the rule
 
 
-def judge(result: Result, threshold: float) -> None:
-    """Fills in the people, score and verdict of ``result`` from its frames."""
+def judge(result: Result, card: Card | None, config: DetectConfig) -> None:
+    """Fills in the people, score, limits and verdict of ``result`` from its frames, by a model's card."""
+    result.limits, result.frame_limits = (limits_of(card, config, moving) for moving in (result.moving, False))
     if not result.frames:
         result.verdict = "no face"
         result.error = f"{result.path}: no face in {result.frames_read} frame{'s' * (result.frames_read != 1)}"
         return
-    result.people = people_of(result.frames, threshold, _stretches(result))
-    result.score = aggregate(result.people, result.frames)
-    result.verdict = "fake" if result.score >= threshold else "real"
+    result.people = people_of(result.frames, result.frame_limits.fake_from, _stretches(result))
+    deciding = _deciding(result.people, result.frames)
+    result.score = float(np.mean([face.score for face in deciding]))
+    measured = [face.novelty for face in deciding if face.novelty is not None]
+    result.novelty = float(np.mean(measured)) if measured else None
+    result.reasons = _doubts(result, deciding, config)
+    result.verdict = "uncertain" if result.reasons else result.limits.verdict(result.score)
+
+
+def _doubts(result: Result, deciding: list[Face], config: DetectConfig) -> list[str]:
+    """Reasons to give no verdict."""
+    limits, doubts = result.limits, []
+    assert result.score is not None
+    if limits.verdict(result.score) == "uncertain":
+        doubts.append(f"P(fake) {result.score:.3f} lies between {limits.real_up_to:.3f} and {limits.fake_from:.3f}")
+    if result.novelty is not None and limits.novel_from is not None and result.novelty > limits.novel_from:
+        doubts.append(f"unlike the training data: novelty {result.novelty:.2f}, over {limits.novel_from:.2f}")
+    if result.moving and len(deciding) < min(config.min_frames, result.frames_read):
+        doubts.append(f"only {len(deciding)} of {result.frames_read} frames show the face, under --min-frames "
+                      f"{config.min_frames}")  # fmt: skip
+    width = round(float(np.median([face.box.right - face.box.left for face in deciding])))
+    if width < config.min_pixels:
+        doubts.append(f"the face is {width} pixels wide, under --min-pixels {config.min_pixels}")
+    if result.reading.share > config.max_lost:
+        doubts.append(f"{result.reading.note()}, over --max-lost {config.max_lost:g}")
+    return doubts
 
 
 def _stretches(result: Result) -> list[tuple[float, float]]:
@@ -248,5 +303,13 @@ def _spans(
 
 def aggregate(people: list[Person], frames: list[FrameResult]) -> float:
     """The input's score by RULE."""
-    regular = [person.score for person in people if person.frames * 10 >= len(frames)]
-    return max(regular) if regular else float(np.mean([frame.score for frame in frames]))
+    return float(np.mean([face.score for face in _deciding(people, frames)]))
+
+
+def _deciding(people: list[Person], frames: list[FrameResult]) -> list[Face]:
+    """The faces whose mean score is the input's, by RULE."""
+    regular = [person for person in people if person.frames * 10 >= len(frames)]
+    if not regular:
+        return [max(frame.faces, key=lambda face: face.score) for frame in frames]
+    number = max(regular, key=lambda person: person.score).number
+    return [face for frame in frames for face in frame.faces if face.person == number]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, get_args
+from typing import Annotated, Literal, get_args
 
 from dtn_fast.data.config import Split
 from dtn_fast.data.corrupt import PERTURBATIONS, check
 from dtn_fast.errors import UsageError
 from dtn_fast.model.detector import Depth
-from dtn_fast.ranges import Count, Range, Seed, Share, Workers, check_ranges
+from dtn_fast.ranges import Count, Range, Rate, Seed, Share, Workers, check_ranges
 
 FIGURES = (
     "grad-cam", "attention", "scales", "collapse", "collapse-maps", "feature-maps", "t-sne", "soft-labels"
 )  # fmt: skip
+"""The paper's figures."""
+HEAT_SCORES = "heat-scores"
+"""Figure of Grad-CAM's scores against the masks."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,25 @@ class EvaluateConfig:
     """Number of bootstrap draws of videos for each confidence interval."""
     confidence: Annotated[float, Range(above=0, below=1)] = 0.95
     """Confidence level of the AUC's intervals."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Rates that the limits between the verdicts keep."""
+
+    split: Literal["val", "test"] = "val"
+    """Split to calibrate on.  With val, the limits are then tried on the test split."""
+    false_alarms: Rate = 0.01
+    """Share of real inputs that may be called fake, on average.  N real videos can promise 1 / (N + 1) at best."""
+    misses: Rate = 0.1
+    """Share of fakes, of the forgeries trained on, that may be called real.  What lies between is called uncertain."""
+    unlike: Rate = 0.01
+    """Share of inputs like the training data that may be called uncertain because they seem unlike it."""
+    images: Count = 4096
+    """Number of training crops whose features tell what the training data is like."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -70,7 +92,8 @@ class FigureConfig:
     """Figures to draw, and the crops to draw them on."""
 
     kinds: tuple[str, ...] = FIGURES
-    """Figures to draw."""
+    """Figures to draw.  heat-scores scores the Grad-CAM of fakes against their masks (pointing game, energy, IoU, AUC)
+    and needs crops made with prepare --masks."""
     depths: tuple[Depth, ...] = get_args(Depth)
     """Places of Grad-CAM in a DTN (*choice*: the paper does not name its layer): the backbone's map, the gate's, what
     the last block's attention adds, the head's input.  The gate's shows what MoE changes, the last block's MAS, the
@@ -79,13 +102,13 @@ class FigureConfig:
     split: Split = EvaluateConfig.split
     """Split of the crops."""
     count: Count = 400
-    """Number of crops of each dataset in the t-SNE figure."""
+    """Number of crops of each dataset in the t-SNE figure, and of fakes in heat-scores."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
         for kind in self.kinds:
-            if kind not in FIGURES:
-                raise UsageError(f"unknown figure {kind!r}; there are {', '.join(FIGURES)}")
+            if kind not in (known := (*FIGURES, HEAT_SCORES)):
+                raise UsageError(f"unknown figure {kind!r}; there are {', '.join(known)}")
         for depth in self.depths:
             if depth not in get_args(Depth):
                 raise UsageError(f"--depths {depth}: unknown; there are {', '.join(get_args(Depth))}")

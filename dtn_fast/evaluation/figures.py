@@ -19,8 +19,9 @@ from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.open import open_data
 from dtn_fast.device import Device, choose_device
 from dtn_fast.errors import UsageError
-from dtn_fast.evaluation.config import FigureConfig
-from dtn_fast.evaluation.plotting import MARKERS, drawing, legible, save
+from dtn_fast.evaluation.config import HEAT_SCORES, FigureConfig
+from dtn_fast.evaluation.heat_scores import HeatScore, heat_markdown, heat_scores, plot_heat_scores
+from dtn_fast.evaluation.plotting import MARKERS, canvas, drawing, legible, save
 from dtn_fast.evaluation.protocols import names_of
 from dtn_fast.explain.heatmap import NO_EVIDENCE, SAME_EVERYWHERE, feature_map, grad_cam, overlay
 from dtn_fast.explain.internals import (
@@ -54,6 +55,8 @@ class Faces(NamedTuple):
     many: NDArray[np.uint8]
     kinds: list[str]
     """Kind of each crop of ``many``, one of ``titles``."""
+    datasets: Mapping[str, CropDataset]
+    """The datasets that all crops are from."""
 
 
 def choose(datasets: Mapping[str, CropDataset], split: str, count: int) -> Faces:
@@ -76,7 +79,7 @@ def choose(datasets: Mapping[str, CropDataset], split: str, count: int) -> Faces
         titles += map(title, found)
         fake += dataset.labels[first].astype(bool).tolist()
         kinds += map(title, own[spread].tolist())
-    return Faces(np.concatenate(few), titles, fake, np.concatenate(many), kinds)
+    return Faces(np.concatenate(few), titles, fake, np.concatenate(many), kinds, datasets)
 
 
 def draw_models(
@@ -119,9 +122,10 @@ def draw(
 ) -> Iterator[str]:
     """Writes ``out``/<kind>.png or .svg and figures.json; yields each figure's name before it is drawn.
 
+    heat-scores also writes a table, heat-scores.md, and yields its progress.
     A model that a figure cannot show is left out and listed in figures.json.  Entries of figures.json for kinds that
     are not drawn now are kept.  temperatures: temperature of each model's soft labels.  Raises UsageError without
-    matplotlib or scikit-learn.
+    matplotlib or scikit-learn, or when heat-scores is given crops without masks.
     """
     kinds = config.kinds
     if "t-sne" in kinds:
@@ -140,6 +144,7 @@ def draw(
         "feature-maps": (only(lambda model: isinstance(model, DTN)), _feature_maps),
         "t-sne": (models, _tsne),
         "soft-labels": (models, softened),
+        HEAT_SCORES: (only(lambda model: set(model.cam_layers()) & set(config.depths)), _heat_scores),
     }
     notice = "; ".join(sorted({f"trained on {m.notice}" for m in models.values() if m.notice}))
     figures = _read(out / VALUES)
@@ -147,11 +152,15 @@ def draw(
     for kind in kinds:
         yield kind
         drawn, make = makers[kind]
-        suffix = "svg" if kind in ("scales", "collapse", "t-sne") else "png"
+        suffix = "svg" if kind in ("scales", "collapse", "t-sne", HEAT_SCORES) else "png"
         picture = out / f"{kind}.{suffix}"
         picture.unlink(missing_ok=True)  # it may show an earlier call's models
         figures.pop(kind, None)
         figures["left out"][kind] = [name for name in models if name not in drawn]
+        if drawn and kind == HEAT_SCORES:
+            found = yield from heat_scores(drawn, faces.datasets, config.split, config.count, config.depths)
+            figures[kind] = [score._asdict() for score in found]
+            write_whole(out / f"{kind}.md", heat_markdown(found, config.split, notice))
         if drawn:
             with drawing():
                 figure = make(drawn, faces, figures)
@@ -172,12 +181,6 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _canvas(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    Figure = require("matplotlib.figure", "matplotlib").Figure
-    figure = Figure(figsize=(width * columns, height * rows + 0.3), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
 def _grid(
     rows: list[str],
     columns: list[str],
@@ -186,7 +189,7 @@ def _grid(
 ) -> Any:
     """Figure with ``images``, or texts in their place, in a grid; ``notes``: a line of text under each."""
     apart, below = 1.06, 1.18 if notes else 1.06  # from image to image, in sides of one
-    figure, axes = _canvas(1, 1, 1.7 * len(columns), 1.7 * below * len(rows))
+    figure, axes = canvas(1, 1, 1.7 * len(columns), 1.7 * below * len(rows))
     axis = axes[0, 0]  # one for all: as many axes as images take a second for every twenty
     write = lambda x, y, text, **how: axis.text(x, y, _plain(text), ha="center", **{"fontsize": 8, **how})
     for i, row in enumerate(images):
@@ -257,7 +260,7 @@ def _scales(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any
     """Figure 7's head scales: sigmoid(s_h) by block and head."""
     learned = {name: head_scales(model) for name, model in models.items()}
     figures["scales"] = {name: values.round(5).tolist() for name, values in learned.items()}
-    figure, axes = _canvas(1, len(learned), 3.4, 2.8)
+    figure, axes = canvas(1, len(learned), 3.4, 2.8)
     for axis, (name, values) in zip(axes[0], learned.items(), strict=True):
         image = axis.imshow(values, aspect="auto", cmap="viridis")
         axis.set_title(_plain(f"{name}: head scales"), fontsize=9)
@@ -280,7 +283,7 @@ def _collapse(models: Mapping[str, Detector], faces: Faces, figures: dict[str, A
                         "share of tokens looked at": np.mean([regions(m) for m in maps], 0)}  # fmt: skip
     figures["collapse"] = {name: {what: value if isinstance(value, int) else value.round(5).tolist()
                                   for what, value in curve.items()} for name, curve in curves.items()}  # fmt: skip
-    figure, axes = _canvas(1, 2, 5.0, 3.0)
+    figure, axes = canvas(1, 2, 5.0, 3.0)
     for axis, what in zip(axes[0], ("mean cosine between heads", "share of tokens looked at"), strict=True):
         for number, (name, curve) in enumerate(curves.items()):
             label = legible(_plain(f"{name} ({curve['tokens']} tokens)", 60))
@@ -341,7 +344,7 @@ def _tsne(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any])
 
     names = [title for title in faces.titles if title in faces.kinds]
     across = min(len(models), 4)
-    figure, axes = _canvas(-(-len(models) // across), across, 3.4, 3.4)
+    figure, axes = canvas(-(-len(models) // across), across, 3.4, 3.4)
     figures["t-sne"] = {}
     for axis in axes.ravel()[len(models) :]:
         axis.axis("off")
@@ -367,7 +370,7 @@ def _soft_labels(
     soft = {name: soft_labels(model, faces.few, temperatures[name]) for name, model in models.items()}
     figures["soft-labels"] = {name: {"temperature": temperatures[name], "real, fake": values.round(4).tolist()}
                               for name, values in soft.items()}  # fmt: skip
-    figure, axes = _canvas(1, 1 + len(faces.few), 1.7, 2.1 + 0.12 * len(models))
+    figure, axes = canvas(1, 1 + len(faces.few), 1.7, 2.1 + 0.12 * len(models))
     pictures = [np.full_like(faces.few[0], 255), *faces.few]  # a blank image above the models' names
     for j, (axis, picture) in enumerate(zip(axes[0], pictures, strict=True)):
         axis.imshow(picture)
@@ -386,3 +389,8 @@ def _soft_labels(
             where = {"xytext": (0, -4 - 9 * line), "textcoords": "offset points", "va": "top", "fontsize": 7}
             axis.annotate(text, (0.5 if j else 1, 0), xycoords="axes fraction", ha="center" if j else "right", **where)
     return figure
+
+
+def _heat_scores(models: Mapping[str, Detector], faces: Faces, figures: dict[str, Any]) -> Any:
+    """Scores of the models' Grad-CAM against the fakes' masks, which figures.json already holds."""
+    return plot_heat_scores([HeatScore(**score) for score in figures[HEAT_SCORES]])

@@ -98,6 +98,19 @@ def auc_gain_interval(
     return None if old is None or new is None else _interval(new - old, confidence)
 
 
+def mean_interval(values: ArrayLike, videos: ArrayLike, draws: int, confidence: float) -> tuple[float, float]:
+    """Confidence interval of the mean of ``values`` [n], at least one, by the percentile bootstrap over videos.
+
+    A drawn video brings all its values.  videos: name or number of each value's video, [n]; draws and confidence as in
+    :func:`auc_interval`.
+    """
+    names, video = np.unique(np.asarray(videos), return_inverse=True)
+    sums = np.bincount(video, np.asarray(values, dtype=np.float64))
+    counts = np.bincount(video)
+    drawn = np.random.default_rng(0).integers(len(names), size=(draws, len(names)))
+    return _interval(sums[drawn].sum(1) / counts[drawn].sum(1), confidence)
+
+
 def _interval(values: NDArray, confidence: float) -> tuple[float, float]:
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

@@ -26,6 +26,13 @@ def drawing(style: dict[str, Any] | None = None) -> Iterator[type[Any]]:
         yield figure
 
 
+def canvas(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    """A figure and its axes [rows, columns], each of ``width`` by ``height`` inches."""
+    Figure = require("matplotlib.figure", "matplotlib").Figure
+    figure = Figure(figsize=(width * columns, height * rows + 0.3), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
 def save(figure: Any, file: Any, kind: str, **how: Any) -> None:
     """Writes ``figure`` to an open file or a path as svg, png or pdf, without the date."""
     figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None, **how)

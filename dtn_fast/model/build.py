@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -71,6 +72,19 @@ class TimmDetector(Detector):
         if norm is not None and len(shape := self._output_of(norm)) == 2 and patch_side(shape[0]) > 1:
             return {"last-block": norm}
         return {}
+
+    def novelty_layer(self) -> nn.Module | None:
+        """The map that timm names whose side is nearest to an eighth of the input's, or an early block of a ViT."""
+        info, named = getattr(self.net, "feature_info", None), dict(self.net.named_modules())
+        maps = [entry for entry in info if entry.get("module") in named] if isinstance(info, list) else []
+        for entry in sorted(maps, key=lambda entry: abs(math.log2(entry.get("reduction", 1) / 8))):
+            layer = named[entry["module"]]
+            shape = self._output_of(layer)
+            if len(shape) == 3 and shape[0] == entry.get("num_chs"):
+                return layer
+        blocks = getattr(self.net, "blocks", None)
+        layer = blocks[(len(blocks) - 1) // 3] if isinstance(blocks, nn.Sequential) and len(blocks) else None
+        return layer if layer is not None and len(self._output_of(layer)) == 2 else None
 
     def _output_of(self, layer: nn.Module) -> tuple[int, ...]:
         """Shape, without the batch, of a layer's output; empty unless it runs once and gives a tensor."""

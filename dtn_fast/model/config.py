@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from dtn_fast.dataclass_json import from_fields
 from dtn_fast.errors import UsageError
+from dtn_fast.model.card import Card
 
 NOISES = ("gaussian", "blur", "contrast", "compression", "none")
 ACTIVATIONS = ("relu", "gelu", "none")
@@ -66,8 +67,9 @@ class TrainedOn:
 
 
 def _check(config: Any) -> None:
-    """Replaces the decoded JSON objects in ``crop`` and ``trained_on`` by their dataclasses.  Raises UsageError on a
-    single class, or a mean or standard deviation that is none."""
+    """Replaces the decoded JSON objects in ``crop``, ``trained_on`` and ``card`` by their dataclasses.
+
+    Raises UsageError on a single class, or a mean or standard deviation that is none."""
     for name in ("mean", "std"):
         values = getattr(config, name)
         if len(values) != 3 or not all(math.isfinite(v) for v in values) or (name == "std" and min(values) <= 0):
@@ -75,7 +77,7 @@ def _check(config: Any) -> None:
             raise UsageError(f"{type(config).__name__}.{name} is {values!r}; it must be {wanted}")
     if config.num_classes < 2:
         raise UsageError(f"{type(config).__name__}.num_classes is {config.num_classes}; it must be >= 2")
-    for name, kind in (("crop", CropPolicy), ("trained_on", TrainedOn)):
+    for name, kind in (("crop", CropPolicy), ("trained_on", TrainedOn), ("card", Card)):
         value = getattr(config, name)
         if isinstance(value, Mapping):
             object.__setattr__(config, name, from_fields(kind, value, name))
@@ -150,6 +152,9 @@ class DTNConfig:
     """How the training crops were cut; None: unknown, because another program cut them."""
     trained_on: TrainedOn | None = None
     """Facts of the training, written by it; None: unknown, or not trained yet."""
+    card: Card | None = None
+    """Model card; in a checkpoint's folder a file of its own, card.json.  None: trained by an earlier version, or not
+    yet."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -244,6 +249,9 @@ class TimmConfig:
     """How the training crops were cut; None: unknown, because another program cut them."""
     trained_on: TrainedOn | None = None
     """Facts of the training, written by it; None: unknown, or not trained yet."""
+    card: Card | None = None
+    """Model card; in a checkpoint's folder a file of its own, card.json.  None: trained by an earlier version, or not
+    yet."""
 
     def __post_init__(self) -> None:
         _check(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import zlib
@@ -12,8 +13,11 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dtn_fast.dataclass_json import from_json
 from dtn_fast.errors import UsageError
-from dtn_fast.files import write_whole
+from dtn_fast.files import json_text, write_whole
+from dtn_fast.model.card import CARD, Card, measures_novelty
+from dtn_fast.model.novelty import Novelty
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 Depth = Literal["backbone", "gate", "last-block", "head"]
@@ -32,11 +36,18 @@ class Detector(nn.Module):
     config: Any
     notice = ""
     """Statement that every report of this model must show, such as that it was trained on synthetic faces."""
+    novelty: Novelty | None = None
+    """Statistics of the training crops, by ``dtn-fast calibrate``; None: novelty is not measured."""
 
     def cam_layers(self) -> dict[Depth, nn.Module]:
         """The layers whose output Grad-CAM explains, a map [B, C, h, w] or tokens [B, N, C] whose last ones are the
         patches of a square, from the input on; empty: this detector has none."""
         return {}
+
+    def novelty_layer(self) -> nn.Module | None:
+        """The layer whose output's channel means tell how unlike the training data an input is (``WithNovelty``), about
+        a third of the way into the network: a map [B, C, h, w] or tokens [B, N, C]; None: this detector has none."""
+        return None
 
     def classifiers(self) -> list[nn.Module]:
         """The layers that make the logits, here the last linear one; their inputs are the detector's features."""
@@ -44,7 +55,8 @@ class Detector(nn.Module):
         return linear[-1:]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes model.safetensors, with checksums of both files, and config.json into ``folder``, each atomically."""
+        """Writes model.safetensors, with checksums of both files, config.json and, if the model has such, card.json and
+        novelty.safetensors into ``folder``, each atomically."""
         from safetensors.torch import save
 
         state: dict[str, Tensor] = {}
@@ -54,10 +66,14 @@ class Detector(nn.Module):
             address = tensor.untyped_storage().data_ptr()
             state[name] = tensor.clone() if address in stored else tensor  # safetensors refuses shared memory
             stored.add(address)
-        text = self.config.to_json()
+        text = dataclasses.replace(self.config, card=None).to_json()
         facts = {"notice": self.notice, **_checksums(state, self.notice, text)}
         write_whole(Path(folder) / WEIGHTS, _in_order(save(state, facts)))
         write_whole(Path(folder) / CONFIG, text)
+        if self.config.card is not None:
+            write_card(Path(folder), self.config.card)
+        if self.novelty is not None:
+            self.novelty.save(Path(folder))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, config: Any = None) -> Self:
@@ -87,11 +103,28 @@ class Detector(nn.Module):
             if facts.get(name, checksum) != checksum:
                 raise UsageError(f"{folder / name}: damaged (another checksum than when it was written); copy or train "
                                  "the model again")  # fmt: skip
-        model = cls(config)
-        model.notice = notice
+        card = read_card(folder)
+        model = cls(dataclasses.replace(config, card=card))
+        model.notice, model.novelty = notice, Novelty.load(folder) if measures_novelty(card) else None
         check_state(model, state, where)
         model.load_state_dict(state)
         return model.eval()
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Writes card.json of a checkpoint folder."""
+    write_whole(folder / CARD, json_text(dataclasses.asdict(card), indent=1))
+
+
+def read_card(folder: Path) -> Card | None:
+    """Reads card.json of a checkpoint folder; None if there is none.  Raises UsageError when it is damaged."""
+    path = folder / CARD
+    try:
+        return from_json(Card, path.read_text(encoding="utf-8"), str(path), "; delete it, and run dtn-fast calibrate")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read ({error})") from error
 
 
 def _in_order(content: bytes) -> bytes:

@@ -73,6 +73,11 @@ class DTN(Detector):
         layers["head"] = self.blocks
         return layers
 
+    def novelty_layer(self) -> nn.Module | None:
+        """The third group's pool; of a timm backbone, its map."""
+        pools = [layer for layer in self.backbone if isinstance(layer, nn.MaxPool2d)]
+        return pools[2] if len(pools) == 5 else self.backbone
+
     def get_classifier(self) -> nn.Module:
         return self.head
 

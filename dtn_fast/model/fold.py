@@ -31,7 +31,7 @@ class FoldedDTN(DTN):
 
     def __init__(self, model: DTN, attention: AttentionPath) -> None:
         nn.Module.__init__(self)  # not DTN's: the layers come from ``model``
-        self.config, self.notice = model.config, model.notice
+        self.config, self.notice, self.novelty = model.config, model.notice, model.novelty
         self.num_classes, self.num_features = model.num_classes, model.num_features
         vgg = isinstance(model.backbone, Backbone)
         self.backbone: nn.Sequential = _fold_backbone(model.backbone) if vgg else copy.deepcopy(model.backbone)

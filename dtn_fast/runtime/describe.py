@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dtn_fast.errors import UsageError
 from dtn_fast.runtime.export_manifest import read_export_manifest
@@ -17,12 +19,23 @@ def describe(path: Path) -> dict[str, str]:
 
         found = metadata(path)
         config = json.loads(found.pop("dtn_config"))
-        return {**found, **{f"config.{k}": str(v) for k, v in config.items()}}
+        return {**found, **_rows("config", config)}
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     kinds = {".mnn": "mnn", ".engine": "tensorrt", ".rtx": "tensorrt_rtx"}
     if path.suffix not in kinds:
         raise UsageError(f"{path}: not an .onnx, .mnn, .engine or .rtx file")
     fields = dataclasses.asdict(read_export_manifest(path, kinds[path.suffix]))
-    nested = {f"{k}.{name}": v for k in ("config", "options") for name, v in fields.pop(k).items()}
-    return {k: str(v) for k, v in {**fields, **nested}.items()}
+    nested = {name: value for key in ("config", "options") for name, value in _rows(key, fields.pop(key)).items()}
+    return {**{name: str(value) for name, value in fields.items()}, **nested}
+
+
+def _rows(title: str, values: Mapping[str, Any]) -> dict[str, str]:
+    """A row for each value, those of nested objects too; lists of lists, such as curves, are left out."""
+    rows: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            rows |= _rows(f"{title}.{name}", value)
+        elif not (isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple | dict)):
+            rows[f"{title}.{name}"] = str(value)
+    return rows

@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from dtn_fast.errors import UsageError
+from dtn_fast.model.card import measures_novelty
 from dtn_fast.model.preprocess import normalise
 from dtn_fast.packages import require
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.export_manifest import ExportManifest, read_export_manifest
-from dtn_fast.runtime.scorer import Scorer
+from dtn_fast.runtime.scorer import COLUMNS, Scorer
 
 BATCH = 8
 """Number of crops that are run at once."""
@@ -30,29 +32,30 @@ class MnnScorer(Scorer):
     def __init__(self, path: Path, manifest: ExportManifest) -> None:
         super().__init__(manifest.detector_config(), manifest.notice, "MNN", BATCH)
         self.weights = manifest.weights
-        self._net, self._lock = open_module(path), threading.Lock()
+        columns = COLUMNS if measures_novelty(self.config.card) else COLUMNS[:1]
+        self._net, self._lock = open_module(path, columns), threading.Lock()
 
-    def _logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+    def _outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
         x = normalise(crops, self.config).contiguous().numpy()
         with self._lock:
             return forward(self._net, x).astype(np.float64)
 
 
 def forward(net: Any, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Computes the logits [B, 2] of images [B, 3, S, S]; only one call at a time is allowed."""
+    """Computes the module's outputs [B, columns] on images [B, 3, S, S]; only one call at a time is allowed."""
     expr = package().expr
     out = net.forward([expr.const(images, list(images.shape), expr.NCHW, expr.float)])
-    return np.array(out[0].read())  # a copy: MNN reuses the memory
+    return np.column_stack([part.read() for part in out])  # a copy: MNN reuses the memory
 
 
-def open_module(path: Path) -> Any:
-    """Loads a module images [B, 3, S, S] -> logits.  Raises UsageError when MNN is missing or rejects the file."""
+def open_module(path: Path, outputs: Sequence[str] = COLUMNS[:1]) -> Any:
+    """Loads a module images [B, 3, S, S] -> ``outputs``.  Raises UsageError when MNN is missing or rejects the file."""
     nn = package().nn
     threads = min(torch.get_num_threads(), os.cpu_count() or 1)
     manager = nn.create_runtime_manager(({"backend": "CPU", "precision": "normal", "numThread": threads},))
     try:
         net = nn.load_module_from_file(
-            str(path), ["images"], ["logits"], runtime_manager=manager, shape_mutable=True, rearrange=True
+            str(path), ["images"], list(outputs), runtime_manager=manager, shape_mutable=True, rearrange=True
         )
     except Exception as error:  # MNN raises bare exceptions
         raise UsageError(f"{path}: MNN cannot read it ({error}); export it again") from error

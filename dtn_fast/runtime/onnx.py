@@ -14,7 +14,7 @@ from dtn_fast.model.config import parse_config
 from dtn_fast.model.preprocess import normalise
 from dtn_fast.packages import require
 from dtn_fast.runtime.config import Runtime
-from dtn_fast.runtime.scorer import BATCH, Scorer
+from dtn_fast.runtime.scorer import BATCH, COLUMNS, Scorer
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS = {
@@ -72,6 +72,7 @@ class OnnxScorer(Scorer):
         title = "onnxruntime" + ("" if provider == "cpu" else f" {provider}")
         super().__init__(parse_config(meta["dtn_config"], name), meta.get("notice", ""), title, batch_size)
         self.input = self.session.get_inputs()[0].name
+        self._names = [name for name in COLUMNS if name in {output.name for output in self.session.get_outputs()}]
         self.precision = meta.get("quantized", meta.get("precision", "fp32"))
         self.weights = meta.get("weights", "")
 
@@ -80,8 +81,8 @@ class OnnxScorer(Scorer):
         x = crops if self.input == "crops" else normalise(crops, self.config).numpy()
         return {self.input: np.ascontiguousarray(x)}
 
-    def _logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
-        return self.session.run(["logits"], self.feed(crops))[0].astype(np.float64)
+    def _outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+        return np.column_stack(self.session.run(self._names, self.feed(crops))).astype(np.float64)
 
 
 def metadata(path: Path) -> dict[str, str]:

@@ -7,16 +7,31 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import DtnError, UsageError
+from dtn_fast.model.card import temperature_of
 
 BATCH = 64
 """Number of crops that a scorer runs at once."""
+
+
+COLUMNS = ("logits", "novelty")
+"""Outputs of an exported file that make the columns of ``Scorer.outputs``; the second is there if the model measures
+it."""
+
+
+class Scored(NamedTuple):
+    """Scores of crops."""
+
+    score: NDArray[np.float64]
+    """P(fake) [B], by the model's temperature if it is calibrated."""
+    novelty: NDArray[np.float64] | None
+    """Distance [B] from the training data, about 1 for inputs like it; None: the model does not measure it."""
 
 
 class Scorer(ABC):
@@ -24,7 +39,7 @@ class Scorer(ABC):
 
     def __init__(self, config: Any, notice: str, name: str, batch_size: int = BATCH) -> None:
         self.config = config
-        """The detector's configuration: image_size, mean, std, num_classes."""
+        """The detector's configuration: image_size, mean, std, num_classes, card."""
         self.notice = notice
         """Statement that every report of this model must show; empty: none."""
         self.name = name
@@ -32,13 +47,15 @@ class Scorer(ABC):
         """Number of crops that are run at once."""
 
     @abstractmethod
-    def _logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Logits [B, classes] of 1 to ``batch_size`` crops."""
+    def _outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """Logits of 1 to ``batch_size`` crops and, if the model measures it, their novelty as a further column:
+        [B, classes] or [B, classes + 1]."""
 
-    def logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Logits of RGB crops [B, S, S, 3] uint8, S = config.image_size: [B, classes].
+    def outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """Outputs of RGB crops [B, S, S, 3] uint8, S = config.image_size: logits and, if the model measures it, novelty
+        as a further column.
 
-        Raises UsageError for another shape or dtype, DtnError when a logit is not finite (half-precision overflow).
+        Raises UsageError for another shape or dtype, DtnError when a value is not finite (half-precision overflow).
         """
         side = self.config.image_size
         if crops.dtype != np.uint8 or crops.shape[1:] != (side, side, 3):
@@ -47,31 +64,50 @@ class Scorer(ABC):
             )
         return self._gather(crops[part] for part in _parts(len(crops), self.batch_size))
 
+    def logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """Logits [B, classes] of the crops, as the network gives them, whatever its temperature.  Raises as
+        :meth:`outputs`."""
+        return self.outputs(crops)[:, : self.config.num_classes]
+
     def score(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
         """P(fake) of the crops: [B]."""
-        return probability(self.logits(crops))
+        return self.scored(self.outputs(crops)).score
+
+    def judge(self, crops: NDArray[np.uint8]) -> Scored:
+        """P(fake) and novelty of the crops."""
+        return self.scored(self.outputs(crops))
 
     def score_rows(self, dataset: CropDataset, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """P(fake) [n] of the crops ``rows``, without reading them all into memory."""
-        return probability(self.logits_rows(dataset, rows))
+        return self.scored(self.outputs_rows(dataset, rows)).score
+
+    def outputs_rows(self, dataset: CropDataset, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """:meth:`outputs` of the crops ``rows``."""
+        return self._gather(dataset.get(rows[part]) for part in _parts(len(rows), self.batch_size))
 
     def logits_rows(self, dataset: CropDataset, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """Logits [n, classes] of the crops ``rows``."""
-        return self._gather(dataset.get(rows[part]) for part in _parts(len(rows), self.batch_size))
+        return self.outputs_rows(dataset, rows)[:, : self.config.num_classes]
+
+    def scored(self, outputs: NDArray[np.float64]) -> Scored:
+        """P(fake) and novelty from :meth:`outputs`."""
+        classes = self.config.num_classes
+        novelty = outputs[:, classes] if outputs.shape[1] > classes else None
+        return Scored(probability(outputs[:, :classes] / temperature_of(self.config.card)), novelty)
 
     def _gather(self, batches: Iterable[NDArray[np.uint8]]) -> NDArray[np.float64]:
-        parts = [self._logits(batch) for batch in batches]
-        logits = np.concatenate(parts) if parts else np.zeros((0, self.config.num_classes))
-        if not np.isfinite(logits).all():
-            bad = int((~np.isfinite(logits)).any(1).sum())
+        parts = [self._outputs(batch) for batch in batches]
+        outputs = np.concatenate(parts) if parts else np.zeros((0, self.config.num_classes))
+        if not np.isfinite(outputs).all():
+            bad = int((~np.isfinite(outputs)).any(1).sum())
             raise DtnError(
-                f"{self.name}: logits of {bad} of {len(logits)} crops are not finite; use a model of higher precision"
+                f"{self.name}: logits of {bad} of {len(outputs)} crops are not finite; use a model of higher precision"
             )
-        return logits
+        return outputs
 
 
 def probability(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """P(fake) [B] of logits [B, 2]: softmax(logits)[:, 1]."""
+    """P(fake) [B] of logits [B, classes]: softmax(logits)[:, 1]."""
     powers = np.exp(logits - logits.max(1, keepdims=True))
     return powers[:, 1] / powers.sum(1)
 

@@ -20,7 +20,7 @@ from dtn_fast.packages import require
 from dtn_fast.runtime.batch_graphs import BatchGraphs
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.export_manifest import ExportManifest, read_export_manifest
-from dtn_fast.runtime.scorer import Scorer
+from dtn_fast.runtime.scorer import COLUMNS, Scorer
 from dtn_fast.timing import in_turns
 
 KINDS = {".engine": "tensorrt", ".rtx": "tensorrt_rtx"}
@@ -86,7 +86,7 @@ class EngineScorer(Scorer):
         self._graphs = BatchGraphs(self._run, high, low) if manifest.kind == "tensorrt" else None
         self._least, self._lock = low, threading.Lock()
 
-    def _logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+    def _outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
         batch = torch.from_numpy(np.require(crops, np.uint8, ["C", "W"]))
         with torch.inference_mode():
             if self._graphs is not None:
@@ -97,11 +97,14 @@ class EngineScorer(Scorer):
 
 
 class Contexts:
-    """Runs an engine: input on the GPU -> logits [B, 2] float32, on the current stream; one context per batch size
-    (shape changes leak the modules of ahead-of-time plugins: NVIDIA/TensorRT issue 4849)."""
+    """Runs an engine: input on the GPU -> logits [B, 2] and, if the model measures it, novelty as a further column,
+    float32, on the current stream; one context per batch size (shape changes leak the modules of ahead-of-time plugins:
+    NVIDIA/TensorRT issue 4849)."""
 
     def __init__(self, engine: Any, name: str, profiler: Any = None) -> None:
         self._engine, self._name, self._profiler = engine, name, profiler
+        names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
+        self._outputs = [given for given in names if given != name]
         self._made: dict[int, Any] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -114,14 +117,12 @@ class Contexts:
             if not context.set_input_shape(self._name, tuple(x.shape)):
                 raise UsageError(f"batch {len(x)}: outside the engine's range; export it with wider --batches")
             self._made[len(x)] = context
-        outputs = {
-            name: torch.empty(tuple(context.get_tensor_shape(name)), device=x.device) for name in ("logits", "score")
-        }
+        outputs = {name: torch.empty(tuple(context.get_tensor_shape(name)), device=x.device) for name in self._outputs}
         for name, tensor in ((self._name, x), *outputs.items()):
             context.set_tensor_address(name, tensor.data_ptr())
         if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
             raise DtnError("the engine failed to run; see the messages above, and export it again on this machine")
-        return outputs["logits"]
+        return torch.column_stack([outputs[name] for name in COLUMNS if name in outputs])
 
 
 def time_engines(

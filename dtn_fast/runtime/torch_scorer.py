@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from dtn_fast.device import PRECISIONS, computes_in
 from dtn_fast.errors import UsageError
 from dtn_fast.model.detector import Detector, device_of
 from dtn_fast.model.fold import frozen
+from dtn_fast.model.novelty import WithNovelty
 from dtn_fast.model.preprocess import normalise
 from dtn_fast.runtime.batch_graphs import BatchGraphs
 from dtn_fast.runtime.config import Runtime
@@ -32,13 +37,19 @@ class TorchScorer(Scorer):
             mode = "graph" if self.device.type == "cuda" else "eager"
         if mode == "graph" and self.device.type != "cuda":
             raise UsageError("--mode graph: CUDA graphs need a GPU; use --mode eager or compile")
-        net, config, device, dtype = self.folded, self.config, self.device, self._dtype
+        net: nn.Module = self.folded
+        layer = self.folded.novelty_layer() if model.novelty is not None else None
+        if model.novelty is not None and layer is not None:
+            net = WithNovelty(net, layer, model.novelty)
+        config, device, dtype = self.config, self.device, self._dtype
         compiled = torch.compile(net) if mode == "compile" else net
         # does not refer to self: such a cycle would keep the graphs' memory until a garbage collection
         self._run = lambda crops: compiled(normalise(crops, config, device).to(dtype)).double()
         self._graphs = BatchGraphs(self._run, batch_size) if mode == "graph" else None
+        # WithNovelty keeps a map between two layers, so that threads must take turns
+        self._turns = threading.Lock() if net is not self.folded else contextlib.nullcontext()
 
-    def _logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+    def _outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
         batch = torch.from_numpy(np.require(crops, np.uint8, ["C", "W"]))
-        with torch.inference_mode():
+        with torch.inference_mode(), self._turns:
             return (self._graphs or self._run)(batch).cpu().numpy()

@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from dtn_fast.detect.config import DetectConfig
+from dtn_fast.detect.limits import limits_of
+from dtn_fast.detect.report import sentences
+from dtn_fast.model.card import remarks
 from dtn_fast.packages import require
 from dtn_fast.runtime.scorer import Scorer
 from dtn_fast.serve.config import EXTRA, ServeConfig
@@ -121,10 +124,14 @@ class Service:
         return _json(document(self.config.root_path))
 
     async def about(self, _: Any) -> Any:
-        limits = {"max_mb": self.config.max_mb, "analysed": self.detection.analysed}
-        facts = {"version": __version__, "runtime": self.scorer.name, "notice": self.scorer.notice}
-        formats = {"formats": sorted(self.judge.formats), "videos": sorted(self.judge.videos)}
-        return _json({**facts, **limits, "threshold": self.detection.threshold, **formats})
+        card, scorer = self.scorer.config.card, self.scorer
+        facts = {"version": __version__, "runtime": scorer.name, "notice": scorer.notice,
+                 "remarks": sentences(remarks(card)), "max_mb": self.config.max_mb,
+                 "analysed": self.detection.analysed}  # fmt: skip
+        kinds = (("pictures", False), ("videos", True))
+        limits = {kind: limits_of(card, self.detection, moving).to_json() for kind, moving in kinds}
+        formats = {"formats": sorted(self.judge.formats), "video_formats": sorted(self.judge.videos)}
+        return _json({**facts, **limits, **formats})
 
     async def detect(self, request: Any) -> Any:
         with self._counted(200), self.judge.direct.place():

@@ -35,7 +35,7 @@ class MicroBatcher(Scorer):
         self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
         self._thread.start()
 
-    def _logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+    def _outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
         future: Future[NDArray[np.float64]] = Future()
         with self._lock:  # nothing may be put after the end marker
             if self._closed:
@@ -51,15 +51,15 @@ class MicroBatcher(Scorer):
                 return
             batch, held, ended = self._together(job)
             try:
-                logits = self.scorer.logits(np.concatenate([crops for crops, _ in batch]))
+                outputs = self.scorer.outputs(np.concatenate([crops for crops, _ in batch]))
             except BaseException as error:  # raised in the callers
                 for _, future in batch:
                     future.set_exception(error)
             else:
-                self.batches, self.crops = self.batches + 1, self.crops + len(logits)
+                self.batches, self.crops = self.batches + 1, self.crops + len(outputs)
                 place = 0
                 for crops, future in batch:
-                    future.set_result(logits[place : place + len(crops)])
+                    future.set_result(outputs[place : place + len(crops)])
                     place += len(crops)
             if ended:
                 return

@@ -116,11 +116,10 @@ class Judge:
             raise Refused(422, (result.error or "").replace(str(path), name))
         self.metrics.verdicts.labels(result.verdict).inc()
         pictures = [
-            {"number": p.number, "seconds": p.seconds, "score": p.score, "face": jpeg_uri(p.crop),
-             "heat": None if p.heat is None else heat_uri(p)}
+            {**p.to_json(), "face": jpeg_uri(p.crop), "heat": None if p.heat is None else heat_uri(p)}
             for p in result.pictures
-        ]  # fmt: skip
-        facts = {"path": name, "rule": RULE, "threshold": self.detection.threshold, "notice": self.batcher.notice}
+        ]
+        facts = {"path": name, "rule": RULE, "notice": self.batcher.notice}
         error = result.error and result.error.replace(str(path), name)
         return {**result.to_json(), **facts, "error": error, "pictures": pictures}
 

@@ -25,8 +25,8 @@ UNREADABLE: Texts = {422: "the file cannot be read as a picture or video, or its
               504: "no verdict within the time limit"}  # fmt: skip
 
 
-def _object(properties: Json, optional: tuple[str, ...] = ()) -> Json:
-    return {"type": "object", "properties": properties, "required": [n for n in properties if n not in optional]}
+def _object(properties: Json) -> Json:
+    return {"type": "object", "properties": properties, "required": list(properties)}
 
 
 def _list(items: Json) -> Json:
@@ -67,25 +67,30 @@ def _upload(name: str, summary: str, answers: Json) -> Json:
 
 def _schemas() -> Json:
     span = _object({"start": NUMBER, "end": NUMBER, "score": SHARE})
-    face = _object({"box": {**_list(NUMBER), "minItems": 4, "maxItems": 4}, "score": SHARE, "person": INTEGER})
+    face = _object({"box": {**_list(NUMBER), "minItems": 4, "maxItems": 4}, "score": SHARE, "person": INTEGER,
+                    "novelty": MAYBE_NUMBER})  # fmt: skip
+    limits = _object({"fake_from": NUMBER, "real_up_to": NUMBER, "false_alarms": MAYBE_NUMBER,
+                      "reals": {"type": ["integer", "null"]}, "novel_from": MAYBE_NUMBER})  # fmt: skip
     return {
         "Error": _object({"error": {"type": "string", "description": "the reason, in one line"}}),
         "About": _object({
-            "version": TEXT, "runtime": TEXT, "notice": TEXT, "max_mb": NUMBER, "analysed": TEXT, "threshold": SHARE,
-            "formats": _list(TEXT), "videos": _list(TEXT),
+            "version": TEXT, "runtime": TEXT, "notice": TEXT, "remarks": _list(TEXT), "max_mb": NUMBER,
+            "analysed": TEXT, "pictures": limits, "videos": limits, "formats": _list(TEXT),
+            "video_formats": _list(TEXT),
         }),
         "Verdict": _object({
             "path": TEXT, "kind": {"enum": ["picture", "video"]}, "seconds": NUMBER,
             "verdict": {"enum": ["fake", "real", "uncertain", "no face", "failed"]}, "score": MAYBE_NUMBER,
-            "reasons": _list(TEXT), "threshold": SHARE, "rule": TEXT, "notice": TEXT, "notes": _list(TEXT),
+            "reasons": _list(TEXT), "novelty": MAYBE_NUMBER, "threshold": NUMBER, "limits": limits,
+            "frame_limits": limits, "rule": TEXT, "notice": TEXT, "notes": _list(TEXT),
             "error": MAYBE_TEXT, "frames_asked": INTEGER, "frames_read": INTEGER, "frames_lost": INTEGER,
             "frames_missing": INTEGER, "frames_with_face": INTEGER, "frames_crowded": INTEGER,
             "people": _list(_object({"number": INTEGER, "score": SHARE, "frames": INTEGER, "spans": _list(span)})),
             "frames": _list(_object({"number": INTEGER, "seconds": NUMBER, "score": SHARE, "faces": _list(face)})),
             "timing": {"type": "object", "additionalProperties": NUMBER},
             "pictures": _list(_object({"number": INTEGER, "seconds": NUMBER, "score": SHARE, "face": TEXT,
-                                       "heat": MAYBE_TEXT})),
-        }, optional=("reasons",)),
+                                       "heat": MAYBE_TEXT, "heat_depth": MAYBE_TEXT, "heat_reason": TEXT})),
+        }),
         "Job": _object({
             "id": TEXT, "name": TEXT, "state": {"enum": ["queued", "running", "done", "failed", "cancelled"]},
             "frames": _object({"done": INTEGER, "total": {"type": ["integer", "null"]}}), "seconds": NUMBER,

@@ -261,6 +261,13 @@ def test_the_papers_experiments_from_the_command_line(run, trained: Path, crops:
     code, out, err = run("explain", crops, "--models", trained, other, "--out", tmp_path / "pictures", "--count", "20")
     assert code == 0, err
     assert "t-sne.svg" in out
+    assert "heat-scores" not in out
+    words = ["--kinds", "heat-scores", "--depths", "head", "--out", tmp_path / "scores"]
+    code, out, err = run("explain", crops, "--models", trained, *words)
+    assert code == 0, err
+    for said in (f"Grad-CAM of {trained.name} against the masks of {crops.name}, all fakes", "chance: Gaussian"):
+        assert said in out
+    assert (tmp_path / "scores" / "heat-scores.svg").is_file()
     words = ["--kinds", "feature-maps", "--data-names", "FF++", "DFD", "--out", tmp_path / "figure9"]
     code, out, err = run("explain", crops, crops, "--models", trained, *words)
     assert code == 0, err
@@ -345,7 +352,7 @@ def test_corrupt_and_bench(run, video_set: Path, tmp_path: Path) -> None:
     assert code == 0, err
     grey = np.asarray(Image.open(tmp_path / "o" / "grey.png")).astype(int)
     assert np.abs(grey - grey[..., :1]).max() <= 2
-    video = next(video_set.rglob("*.mp4"))
+    video = next((video_set / "original_sequences").rglob("*.mp4"))
     code, _, err = run("corrupt", video, "--out", tmp_path / "v.mp4", "--kind", "video", "--level", 5)
     assert code == 0, err
     assert (tmp_path / "v.mp4").stat().st_size < video.stat().st_size
@@ -388,22 +395,3 @@ def test_doctor_and_progress(run) -> None:
     code, out, _ = run("doctor")
     assert code == 0
     assert "training precision" in out
-
-
-def test_demo_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The demo's own path on a miniature set, one epoch a generation."""
-    from dtn_fast.cli import demo
-    from dtn_fast.data.config import SyntheticConfig
-
-    from small import changed  # isort: skip
-
-    recipe = changed(demo.RECIPE, epochs=1, generations=2)
-    demo.run(tmp_path, 2, size=SyntheticConfig(train=4, val=2, test=2, frames=2), recipe=recipe)
-    out = capfd.readouterr().out
-    assert re.search(r"teacher +test frame AUC 0\.\d{4}", out)
-    assert "student 2" in out
-    assert re.search(r"largest logit error \d\.\d\de-\d\d", out)
-    report = (tmp_path / "report.html").read_text()
-    assert "synthetic faces: no claim about real deepfakes" in report
-    assert report.count("<img") >= 16
-    assert (tmp_path / "videos" / "photographs.mp4").is_file()

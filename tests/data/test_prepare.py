@@ -105,7 +105,8 @@ def run(table: VideoTable, out: Path, config: PrepareConfig = PrepareConfig(), *
 def many(video_set: Path, tmp_path_factory: pytest.TempPathFactory) -> VideoTable:
     """60 short videos, each a part."""
     root = tmp_path_factory.mktemp("many")
-    for number, source in enumerate(sorted(video_set.rglob("*.mp4")) + sorted(video_set.rglob("00[0-3]*.mp4"))):
+    sources = [*sorted(video_set.glob("*/*/c23/videos/*.mp4")), *sorted(video_set.glob("*/*/c23/videos/00[0-3]*.mp4"))]
+    for number, source in enumerate(sources):
         folder = root / "test" / ("real" if "youtube" in source.parts else "forged")
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, folder / f"{number:03d}.mp4")
@@ -154,7 +155,8 @@ def rows(*names: str, label: int = 0, target: str = "") -> list[Video]:
 
 
 def test_every_video_has_its_rows_or_a_reason(video_set, crops, dataset, tmp_path: Path, monkeypatch) -> None:
-    good = [v._replace(path=f"{video_set}/{v.path}", target=v.target and f"{video_set}/{v.target}")
+    there = lambda path: path and f"{video_set}/{path}"
+    good = [v._replace(path=there(v.path), target=there(v.target), mask=there(v.mask))
             for v in read_ffpp(video_set).videos]  # fmt: skip
     (tmp_path / "text.mp4").write_text("no video")
     write_video(tmp_path / "blank.mp4", [np.full((200, 200, 3), 90, np.uint8)] * 4)
@@ -180,7 +182,8 @@ def test_every_video_has_its_rows_or_a_reason(video_set, crops, dataset, tmp_pat
     fine = {"asked": 3, "frames": 3, "faces": 3, "boxes": "own", "error": None, "reason": None}
     fine |= dict.fromkeys(("masked", "not_largest", "untouched", "unmasked", "lost", "missing", "crowded"), 0)
     text, blank = some.status[1:3]
-    assert [some.status[0], *some.status[3:]] == dataset.status == [fine] * 40
+    each = [fine, *[{**fine, "masked": 3}] * 4]  # a real and its fakes, which have masks
+    assert [some.status[0], *some.status[3:]] == dataset.status == each * 8
     assert (text["frames"], text["faces"], text["reason"]) == (0, 0, None)
     assert "text.mp4: cannot read this video" in text["error"]
     assert blank == {**fine, "faces": 0, "reason": "no face in 3 frames"}

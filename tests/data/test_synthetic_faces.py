@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -16,9 +17,11 @@ from small import SET
 from dtn_fast.data.config import PrepareConfig, SyntheticConfig, WorkConfig
 from dtn_fast.data.crop_dataset import CropDataset, open_crop_dataset
 from dtn_fast.data.datasets.ffpp import read_ffpp
+from dtn_fast.data.forged_face import FORGED, masks_of
 from dtn_fast.data.prepare import prepare
-from dtn_fast.data.synthetic_faces import film, make_synthetic
+from dtn_fast.data.synthetic_faces import film, film_and_masks, make_synthetic
 from dtn_fast.data.synthetic_marker import METHODS
+from dtn_fast.data.video import read_frames
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.metrics import evaluate_scores
 
@@ -40,6 +43,34 @@ def test_the_tree_is_that_of_ffpp(video_set: Path) -> None:
         assert container.streams.video[0].codec_context.name == "h264"
 
 
+def test_the_masks_show_what_was_forged(video_set: Path) -> None:
+    """As FF++'s: a video of each forgery's masks, outside which the frames are those of the unforged render."""
+    table = read_ffpp(video_set)
+    for video in table.videos[: 1 + len(METHODS)]:
+        if not video.label:
+            assert video.mask == ""
+            continue
+        assert video.mask == video.path.replace("/c23/", "/masks/")
+        mask_of = masks_of(table, video, SET.frames)
+        assert mask_of is not None
+        people = map(int, video.identities)
+        true = film_and_masks(*people, video.method, SET.frames, SET.size, SET.seed)[1]
+        frames = list(read_frames(video_set / video.path, None))
+        assert len(frames) == len(true) == SET.frames
+        for frame, drawn in zip(frames, true, strict=True):
+            stored = mask_of(frame)
+            assert stored is not None
+            assert ((stored >= FORGED) != (drawn > 0)).mean() < 0.01, "but for the codec"
+    for method in METHODS:
+        plain, (forged, masks) = film(3, None, None, 2, 128, 0), film_and_masks(3, 4, method, 2, 128, 0)
+        for before, after, mask in zip(plain, forged, masks, strict=True):
+            change = np.abs(before.astype(int) - after).max(2)
+            around = cv2.dilate(mask, np.ones((25, 25), np.uint8))  # the blend's soft edge
+            assert set(np.unique(mask)) == {0, 255}
+            assert change[around == 0].max() <= 1
+            assert change[mask > 0].mean() > 1, method
+
+
 def test_rendering_repeats_and_every_method_changes_the_face_only() -> None:
     real = np.stack(film(3, None, None, 2, 128, 0)).astype(int)
     assert np.array_equal(real, np.stack(film(3, None, None, 2, 128, 0)))
@@ -55,12 +86,16 @@ def test_rendering_repeats_and_every_method_changes_the_face_only() -> None:
 def test_generation_resumes_and_refuses_other_folders(video_set: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(video_set, copy)
-    victim = next(copy.glob("manipulated_sequences/*/c23/videos/*.mp4"))
-    before = victim.read_bytes()
-    victim.unlink()
+    victims = [next(copy.glob(f"manipulated_sequences/{where}/videos/*.mp4")) for where in ("SynthSwap/c23", "*/masks")]
+    before = [victim.read_bytes() for victim in victims]
+    for victim in victims:
+        victim.unlink()
+    beside = Path(str(victims[1]).replace("/masks/", "/c23/"))
+    beside.write_bytes(b"kept")  # an earlier version's set has videos and no masks
     steps = list(make_synthetic(copy, SET, 2))
-    assert steps[0] == (steps[-1][1] - 1, steps[-1][1])
-    assert victim.read_bytes() == before
+    assert steps[0] == (steps[-1][1] - 2, steps[-1][1])
+    assert [victim.read_bytes() for victim in victims] == before
+    assert beside.read_bytes() == b"kept"
     with pytest.raises(UsageError, match="another configuration"):
         next(make_synthetic(copy, SyntheticConfig(seed=1), 2))
     (tmp_path / "other").mkdir()

@@ -45,9 +45,10 @@ from dtn_fast.detect.pipeline import AHEAD, detect, finder_of
 from dtn_fast.detect.report import DETAILS, write_report, write_results
 from dtn_fast.detect.verdict import Face, FrameResult, Result, aggregate, people_of, short_names
 from dtn_fast.errors import DtnWarning, UsageError
-from dtn_fast.explain.heatmap import grad_cam, overlay
+from dtn_fast.explain.heatmap import NO_EVIDENCE, UNEXPLAINED, grad_cam, overlay
 from dtn_fast.model.config import CropPolicy
 from dtn_fast.model.preprocess import normalise
+from dtn_fast.runtime.scorer import Scored, Scorer
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
 
@@ -63,9 +64,9 @@ class Fixed(TorchScorer):
         super().__init__(model)
         self.scores = list(scores)
 
-    def score(self, crops: np.ndarray) -> np.ndarray:
+    def judge(self, crops: np.ndarray) -> Scored:
         taken, self.scores = self.scores[: len(crops)], self.scores[len(crops) :]
-        return np.array(taken)
+        return Scored(np.array(taken), None)
 
 
 def test_image_with_two_faces_takes_the_higher(small: DTN, finder: DlibFinder, tmp_path: Path) -> None:
@@ -74,7 +75,45 @@ def test_image_with_two_faces_takes_the_higher(small: DTN, finder: DlibFinder, t
     result = detect(tmp_path / "two.png", Fixed(small, [0.2, 0.9]), finder=finder)
     assert (result.verdict, result.score, len(result.frames[0].faces)) == ("fake", 0.9, 2)
     assert [p.score for p in result.pictures] == [0.9, 0.2]
-    assert all(p.heat is not None for p in result.pictures)
+    assert all((p.heat is None) == bool(p.heat_reason) for p in result.pictures)
+
+
+class NoTorch(Scorer):
+    """A scorer of an exported file, which has no torch model."""
+
+    def _outputs(self, crops: np.ndarray) -> np.ndarray:
+        return np.zeros((len(crops), 2))
+
+
+def test_a_face_has_a_heat_map_or_the_words_why_not(finder: DlibFinder, tmp_path: Path) -> None:
+    """On a photograph with a face: a map from a place where it shows a region, or the reason that there is none."""
+    Image.fromarray(data.astronaut()).save(tmp_path / "face.png")
+    blank = DTN(SMALL).eval()
+    blank.head.weight.data.zero_()  # the score is the bias, which no region explains
+    torch.manual_seed(3)
+    seeing = DTN(SMALL).eval()
+    torch.nn.init.normal_(seeing.head.weight)
+    biased = lambda model, bias: setattr(model.head.bias, "data", torch.tensor([0.0, bias])) or TorchScorer(model)
+    cases = (
+        (lambda: biased(blank, 3.0), "fake", None, UNEXPLAINED),
+        (lambda: biased(blank, -3.0), "real", None, NO_EVIDENCE),
+        (lambda: biased(seeing, 99.0), "fake", "head", ""),
+        (lambda: NoTorch(SMALL, "", "x.onnx"), "fake", None, "heat maps need a checkpoint, not an exported file"),
+    )
+    for scorer, verdict, depth, reason in cases:
+        result = detect(tmp_path / "face.png", scorer(), finder=finder)
+        assert result.verdict == verdict
+        (picture,) = result.pictures
+        assert (picture.heat is not None, picture.heat_depth, picture.heat_reason) == (bool(depth), depth, reason)
+        (stored,) = result.to_json()["pictures"]
+        assert stored == {
+            "number": 0, "seconds": 0, "score": picture.score, "heat_depth": depth, "heat_reason": reason,
+        }  # fmt: skip
+        write_report(tmp_path / "r.html", "t", [], None, [result])
+        page = (tmp_path / "r.html").read_text()
+        for words in ('alt="heat map of frame 0"', "heat map from the model's head", "warm regions raise P(fake)"):
+            assert (words in page) == bool(depth), words
+        assert (f'<p class="unexplained">{reason}</p>' in page) == (depth is None)
 
 
 def test_faces_are_cropped_with_the_model_s_margin(finder: DlibFinder, tmp_path: Path) -> None:
@@ -124,8 +163,8 @@ def test_two_people_are_told_apart_in_a_video(small: DTN, finder: DlibFinder, tm
     write_video(tmp_path / "two.mp4", [np.hstack([face, face // 2])] * 5, fps=1, crf=10)
 
     class ByLight(TorchScorer):
-        def score(self, crops: np.ndarray) -> np.ndarray:
-            return np.where(crops.mean((1, 2, 3)) > 90, 0.9, 0.2)
+        def judge(self, crops: np.ndarray) -> Scored:
+            return Scored(np.where(crops.mean((1, 2, 3)) > 90, 0.9, 0.2), None)
 
     result = detect(tmp_path / "two.mp4", ByLight(small), finder=finder)
     assert [(p.frames, pytest.approx(p.score)) for p in result.people] == [(5, 0.9), (5, 0.2)]
@@ -174,8 +213,8 @@ def test_a_long_video_streams(small: DTN, tmp_path: Path, monkeypatch: pytest.Mo
             return face
 
     class Quick(TorchScorer):
-        def score(self, crops: np.ndarray) -> np.ndarray:
-            return np.full(len(crops), 0.25)
+        def judge(self, crops: np.ndarray) -> Scored:
+            return Scored(np.full(len(crops), 0.25), None)
 
     monkeypatch.setattr("dtn_fast.detect.pipeline.frames_of", endless)
     result = detect(tmp_path / "x.mp4", Quick(small), finder=Always(), model=small)
@@ -197,7 +236,7 @@ def test_the_annotated_video_frames_faces_and_marks_spans(small: DTN, finder: Dl
     face = cv2.resize(data.astronaut()[:256, 96:352], (480, 480))
     write_video(tmp_path / "v.mp4", [face] * 12, fps=4)
     result = detect(tmp_path / "v.mp4", Fixed(small, [0.9] * 2 + [0.1] * 4), DetectConfig(6), finder)
-    assert list(annotate(result, tmp_path / "out.mp4", 0.5)) == [*range(1, 13)]
+    assert list(annotate(result, tmp_path / "out.mp4")) == [*range(1, 13)]
     frames = list(read_frames(tmp_path / "out.mp4"))
     assert (len(frames), frames[0].image.shape) == (12, (480, 480, 3))
     box = result.frames[0].faces[0].box
@@ -319,16 +358,16 @@ def test_report_is_self_contained_and_escaped(small: DTN, finder: DlibFinder, tm
         detect(evil / "v.mp4", Fixed(small, [0.9, 0.8, 0.1]), finder=finder),
         Result(Path("x<b>.png"), error="x<b>.png: no & such file"),
     ]
-    write_report(tmp_path / "r.html", "Title & more", ["a <notice>"], None, results, threshold=0.5)
+    write_report(tmp_path / "r.html", "Title & more", ["a <notice>"], None, results)
     text = (tmp_path / "r.html").read_text()
     page = Parsed(text)
     assert not {"script", "link", "iframe", "b", "notice"} & {tag for tag, _ in page.tags}
     sources = [a["src"] for tag, a in page.tags if tag == "img"]
-    assert len(sources) == 6
+    assert len(sources) == 3 + sum(p.heat is not None for p in results[0].pictures)
     assert all(s.startswith("data:image/jpeg;base64,") for s in sources)
     assert sum(tag == "circle" for tag, _ in page.tags) == 3
     assert "http" not in text.replace("http://www.w3.org", "")
-    write_results(tmp_path / "r.json", results, "notice", 0.5)
+    write_results(tmp_path / "r.json", results, "notice", [])
     stored = json.loads((tmp_path / "r.json").read_text())
     assert stored["results"][0]["score"] == pytest.approx(0.6)
     assert stored["results"][1]["verdict"] == "failed"
@@ -405,8 +444,10 @@ def test_a_damaged_video_is_judged_on_the_rest_and_that_is_said(small: DTN, find
         assert (batch.ok, result.reading.asked) == (ok, 20)
         assert 0 < result.reading.lost == 20 - result.frames_read
         note = f"{tmp_path / 'v.mp4'}: {result.reading.lost} of 20 frames could not be decoded"
-        assert batch.notes == [note]
-        assert batch.problems == ([] if ok else [f"{note}, over --max-lost 0; the verdict is on the rest"])
+        lost = f"{result.reading.lost} of 20 frames could not be decoded, over --max-lost 0"
+        assert batch.notes == [*([] if ok else [f"{tmp_path / 'v.mp4'}: uncertain: {lost}"]), note]
+        assert batch.problems == ([] if ok else [f"{note}, over --max-lost 0"])
+        assert (result.verdict == "uncertain", result.reasons) == ((False, []) if ok else (True, [lost]))
         stored = json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]
         assert (stored["frames_asked"], stored["frames_lost"]) == (20, result.reading.lost)
         assert "frames could not be decoded" in (tmp_path / "out" / "report.html").read_text()
@@ -473,7 +514,7 @@ def test_a_still_picture_has_no_spans_and_is_shown_whole_with_its_faces_framed(
     box = result.frames[0].faces[0].box
     edge = result.whole[round((box.top + box.bottom) / 2 * 960 / 1400), round(box.left * 960 / 1400)]
     assert np.abs(edge.astype(int) - (220, 40, 40)).max() < 30
-    write_report(tmp_path / "r.html", "t", [], None, [result], threshold=0.5)
+    write_report(tmp_path / "r.html", "t", [], None, [result])
     page = (tmp_path / "r.html").read_text()
     assert 'class="whole"' in page
     assert "forged" not in page.split("<body>")[1].split("person score")[0]
@@ -490,7 +531,7 @@ def test_spans_end_where_the_forged_stretch_ends(small: DTN, finder: DlibFinder,
     assert [span[:2] for span in some.spans] == [pytest.approx(((0.1 + 0.6) / 2, (1.4 + 1.9) / 2))]
     whole = detect(tmp_path / "v.mp4", Fixed(small, [0.9] * 3), DetectConfig(frames=3), finder)
     assert [span[:2] for span in whole.spans] == [pytest.approx((0, 2))]
-    write_report(tmp_path / "r.html", "t", [], None, [every], threshold=0.5)
+    write_report(tmp_path / "r.html", "t", [], None, [every])
     page = (tmp_path / "r.html").read_text()
     assert '<rect x="187.5" width="295.0"' in page  # from a quarter to three quarters of 590, after 40
     assert "0.5 to 1.5 s" in page
@@ -503,7 +544,7 @@ def test_a_moving_picture_is_a_video(small: DTN, finder: DlibFinder, tmp_path: P
     assert (result.frames_read, result.moving, result.reading.seconds) == (6, True, pytest.approx(1.2))
     assert [span[:2] for span in result.spans] == [pytest.approx((0, 1.2))]
     assert [frame.seconds for frame in frames_of(tmp_path / "a.webp", PerSecond(2.5))] == pytest.approx([0, 0.4, 0.8])
-    for written in annotate(result, tmp_path / "a.mp4", 0.5):
+    for written in annotate(result, tmp_path / "a.mp4"):
         assert written <= 6
     assert [f.seconds for f in read_frames(tmp_path / "a.mp4")] == pytest.approx([0.2 * n for n in range(6)])
 

@@ -21,7 +21,17 @@ from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import FIGURES, FigureConfig
 from dtn_fast.evaluation.figures import choose, draw
 from dtn_fast.explain import internals
-from dtn_fast.explain.heatmap import feature_map, grad_cam, overlay
+from dtn_fast.explain.heatmap import (
+    NO_EVIDENCE,
+    NO_MAP,
+    UNEXPLAINED,
+    Heat,
+    feature_map,
+    grad_cam,
+    grad_cams,
+    heat_maps,
+    overlay,
+)
 from dtn_fast.explain.internals import (
     attention_maps,
     attentions,
@@ -33,7 +43,7 @@ from dtn_fast.explain.internals import (
 )
 from dtn_fast.model.build import build_detector
 from dtn_fast.model.config import TimmConfig
-from dtn_fast.model.detector import patch_side
+from dtn_fast.model.detector import Depth, patch_side
 from dtn_fast.model.preprocess import normalise
 from dtn_fast.train.config import Recipe
 
@@ -75,6 +85,11 @@ def test_grad_cam_at_every_depth(faces: np.ndarray) -> None:
         "head": by_formula(final, model.forward_head),
     }
     found = {depth: grad_cam(model, faces, depth) for depth in model.cam_layers()}
+    at_once = grad_cams(model, faces)
+    assert list(at_once) == list(found)
+    assert all(np.array_equal(at_once[depth], found[depth]) for depth in found), "one pass gives the same maps"
+    backwards = grad_cams(model, faces, ("head", "backbone"))
+    assert all(np.array_equal(backwards[depth], found[depth]) for depth in ("head", "backbone"))
     assert list(found) == ["backbone", *expected]
     assert np.array_equal(grad_cam(model, faces), found["backbone"])
     for depth, heat in expected.items():
@@ -109,6 +124,58 @@ def test_grad_cam_of_a_vit_leaves_out_its_class_token(faces: np.ndarray) -> None
     expected = heat / heat.amax((1, 2), keepdim=True).clamp_min(1e-30)
     assert grad_cam(model, faces) == pytest.approx(expected.numpy(), abs=1e-4)
     assert [patch_side(n) for n in (64, 65, 197, 201, 2, 60, 0)] == [8, 8, 14, 14, 1, 0, 0]
+
+
+def blind(weight: float, positions: float = 0.0) -> DTN:
+    """A network whose head sums its map with one ``weight`` for fake, after ``positions`` was added everywhere."""
+    torch.manual_seed(0)
+    model = DTN(dataclasses.replace(SMALL, depth=0, num_experts=0)).eval()
+    model.head.weight.data.zero_()[1] = weight
+    model.pos_embed.data.fill_(positions)
+    return model
+
+
+def test_a_face_has_the_deepest_map_that_shows_a_region(faces: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    faces[:, :, 32:] = 0  # so that no map is even
+    shown = heat_maps(model := blind(1.0), faces)
+    maps = grad_cams(model, faces)
+    assert [heat.depth for heat in shown] == ["head"] * 3
+    for row, heat in enumerate(shown):
+        assert np.array_equal(heat.map, maps["head"][row])
+        assert heat.reason == ""
+    pushed = blind(1.0, -1e3)  # no position's sum is over 0 at the head; before the positions are added, all are
+    maps = grad_cams(pushed, faces)
+    assert not maps["head"].any()
+    for row, heat in enumerate(heat_maps(pushed, faces)):
+        assert heat.depth == "gate"
+        assert np.array_equal(heat.map, maps["gate"][row])
+    for weight in (0.0, -1.0):  # a constant; less evidence is more fake
+        assert heat_maps(blind(weight), faces) == [Heat(None, None, NO_EVIDENCE)] * 3
+    even = blind(1.0, 1e6)
+    monkeypatch.setattr(even, "cam_layers", lambda: {"head": even.blocks})
+    assert grad_cams(even, faces)["head"].min() > 0.99
+    assert heat_maps(even, faces) == [Heat(None, None, UNEXPLAINED)] * 3
+    monkeypatch.setattr(even, "cam_layers", dict)
+    assert [heat.reason for heat in heat_maps(even, faces)] == [NO_MAP] * 3
+
+
+def test_a_map_follows_the_weights_after_it(faces: np.ndarray) -> None:
+    """Randomising the weights after a place changes its map (Adebayo et al., 2018): it is no picture of the face."""
+    torch.manual_seed(0)
+    model = DTN(SMALL).eval()
+    torch.nn.init.normal_(model.head.weight)
+    before = grad_cams(model, faces)
+    after: dict[Depth, list[np.ndarray]] = {}
+    for seed in range(1, 5):
+        torch.manual_seed(seed)
+        for parameter in [*model.blocks.parameters(), *model.head.parameters()]:
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+        for depth, heats in grad_cams(model, faces).items():
+            after.setdefault(depth, []).append(heats)
+    for place, random in after.items():
+        apart = [np.abs(heats - before[place]).mean((1, 2)) for heats in random]
+        assert np.mean(apart) > 0.2, f"{place}: {np.round(apart, 2)}"
 
 
 def test_a_blank_heat_map_says_so_on_the_picture() -> None:

@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from serving import Slow, ask, judge, metric, proxy, serving, wait_for
+from small import SMALL
 
 from dtn_fast import DTN
 from dtn_fast.data.crop_dataset import CropDataset
@@ -40,6 +42,7 @@ def test_a_video_gets_verdict_people_frames_and_pictures(port: int, files: dict[
     assert len(found["people"]) >= 1
     assert found["pictures"][0]["face"].startswith("data:image/jpeg;base64,")
     assert found["pictures"][0]["heat"].startswith("data:image/jpeg;base64,")
+    assert (found["pictures"][0]["heat_depth"], found["pictures"][0]["heat_reason"]) == ("head", "")
     assert "person score = mean" in found["rule"]
     assert ask(port, "PUT", "/v1/detect?name=face.jpg", files["face.jpg"])[0] == 200  # curl -T
     about = json.loads(ask(port, "GET", "/v1/about")[1])
@@ -78,11 +81,11 @@ def test_limits_of_what_is_sent(port: int, files: dict[str, bytes]) -> None:
 
 def test_whatever_fails_is_one_line_of_json(model: DTN, files: dict[str, bytes]) -> None:
     class Broken(TorchScorer):
-        def _logits(self, crops: np.ndarray) -> np.ndarray:
+        def _outputs(self, crops: np.ndarray) -> np.ndarray:
             return np.full((len(crops), 2), np.nan)
 
     class Worse(TorchScorer):
-        def _logits(self, crops: np.ndarray) -> np.ndarray:
+        def _outputs(self, crops: np.ndarray) -> np.ndarray:
             raise RuntimeError("out of memory at /secret/path")
 
     for scorer, words in ((Broken(model), "not finite"), (Worse(model), "the server failed on this upload")):
@@ -260,10 +263,10 @@ def test_concurrent_calls_share_batches(model: DTN, dataset: CropDataset) -> Non
 
 def test_an_error_reaches_every_caller_of_its_batch_and_no_other(model: DTN, dataset: CropDataset) -> None:
     class Failing(TorchScorer):
-        def _logits(self, crops: np.ndarray) -> np.ndarray:
+        def _outputs(self, crops: np.ndarray) -> np.ndarray:
             if (crops == 7).all((1, 2, 3)).any():
                 raise RuntimeError("seven")
-            return super()._logits(crops)
+            return super()._outputs(crops)
 
     crops = dataset.get(np.arange(2))
     with MicroBatcher(Failing(model), wait=0.0) as batcher:
@@ -319,6 +322,7 @@ def test_the_page_in_a_browser(width: int, prefix: str, model: DTN, files: dict[
         assert "P(fake)" in page.inner_text(".card .verdict")
         assert page.locator(".card svg circle").count() == 3
         assert page.locator(".card figure img[alt*='heat map']").count() == page.locator(".card figure").count() > 0
+        assert "heat map from the model's head" in page.locator(".card figcaption").first.inner_text()
         page.set_input_files("#file", str(evil))
         page.locator(".card").nth(1).wait_for()
         assert page.locator(".card h2").first.inner_text() == evil.name
@@ -327,6 +331,16 @@ def test_the_page_in_a_browser(width: int, prefix: str, model: DTN, files: dict[
         shoot("page")
         page.click("#about a")
         page.wait_for_selector("text=openapi")
+        blank = DTN(SMALL).eval()
+        blank.head.weight.data.zero_()
+        blank.head.bias.data = torch.tensor([0.0, 3.0])
+        with serving(TorchScorer(blank)) as other:
+            page.goto(f"http://127.0.0.1:{other}/")
+            page.set_input_files("#file", str(tmp_path / "face.jpg"))
+            page.wait_for_selector(".card figure .unexplained:has-text('no region explains this score')")
+            assert not page.locator(".card figure img[alt*='heat map']").count()
+            assert "heat map" not in page.inner_text(".card")
+            shoot("unexplained")
         browser.close()
         assert metric(inner, 'dtn_jobs_total{state="cancelled"}') == metric(inner, 'dtn_jobs_total{state="done"}') == 1
     assert [text for text in said if "422" not in text] == []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from typing import Any
 
+import jsonschema
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
@@ -16,6 +18,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
     unsupported_method,
 )
+from serving import ask
 
 from dtn_fast import DTN
 from dtn_fast.runtime.torch_scorer import TorchScorer
@@ -53,3 +56,17 @@ def test_every_route_is_in_the_document(model: DTN) -> None:
         routes[route.path] = {method.lower() for method in route.methods} - {"head"}
     paths = document("")["paths"]
     assert {path: set(operations) - {"parameters"} for path, operations in paths.items()} == routes
+
+
+def test_a_verdict_and_a_job_are_as_the_document_says(port: int, files: dict[str, bytes]) -> None:
+    schemas = document("")["components"]["schemas"]
+    answers = {
+        "Verdict": ask(port, "POST", "/v1/detect?name=clip.mp4", files["clip.mp4"]),
+        "Job": ask(port, "POST", "/v1/jobs?name=blank.png", files["blank.png"]),
+        "About": ask(port, "GET", "/v1/about"),
+        "Error": ask(port, "POST", "/v1/detect?name=text.png", files["text.png"]),
+    }
+    for name, (_, text) in answers.items():
+        found = json.loads(text)
+        jsonschema.validate(found, schemas[name])
+        assert set(found) == set(schemas[name]["properties"])
