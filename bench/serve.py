@@ -29,7 +29,7 @@ from dtn_fast.bench.faces import portrait
 from dtn_fast.data.video_writer import write_video
 from dtn_fast.errors import UsageError
 
-MAX_MB = 2
+LIMIT_MB = 2
 """Upload limit of the server."""
 PATIENCE = 120.0
 """Seconds after which a request without an answer counts as dropped."""
@@ -71,7 +71,7 @@ class Server:
     """A server process on loopback."""
 
     def __init__(self, model: Path, folder: Path) -> None:
-        command = [sys.executable, "-m", "dtn_fast", "serve", str(model), "--port", "0", "--max-mb", str(MAX_MB)]
+        command = [sys.executable, "-m", "dtn_fast", "serve", str(model), "--port", "0", "--max-mb", str(LIMIT_MB)]
         self._log = (folder / "server.log").open("w+")
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log, text=True)
         assert self.process.stdout is not None
@@ -130,7 +130,7 @@ def requests() -> tuple[list[Request], list[Request]]:
         Request("no face", ask + "blank.png", files["blank.png"], words="no face"),
         Request("video", ask + "clip.mp4", clip), Request("job", "/v1/jobs?name=clip.mp4", clip, way="job"),
     ]  # fmt: skip
-    big, endings = bytes(MAX_MB * 1_000_000 + 1), "give the file's name with one of"
+    big, endings = bytes(LIMIT_MB * 1_000_000 + 1), "give the file's name with one of"
     hostile = [
         Request("truncated video", ask + "cut.mp4", clip[: len(clip) // 3], 422, "cannot read this video"),
         Request("truncated picture", ask + "cut.jpg", picture[: len(picture) // 2], 422, "cannot read this image"),

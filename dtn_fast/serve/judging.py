@@ -66,9 +66,9 @@ class Progress:
         self.stopped = threading.Event()
         """Set when nobody wants the verdict any longer."""
 
-    def check(self, frames: int = 0) -> None:
-        """Raises Refused when the work is to end."""
-        self.frames = max(self.frames, frames)
+    def check(self, read: int = 0) -> None:
+        """Notes the number of frames read.  Raises Refused when the work is to end."""
+        self.frames = max(self.frames, read)
         if self.stopped.is_set():
             raise Refused(LEFT, "nobody waits for the verdict any longer")
         if time.monotonic() - self.begin > self.limit:

@@ -26,7 +26,7 @@ GRACE = 10.0
 """Seconds after which an upload must keep to the lowest rate."""
 FORM = 65_536
 """Maximum number of bytes of a form around its file."""
-NAME = 255
+LONGEST_NAME = 255
 """Longest name of an upload; of a longer one the end is kept."""
 
 
@@ -68,7 +68,7 @@ class Uploads:
                 suffix = suffix or self._suffix(name)
             if not size:
                 raise Refused(400, "the upload is empty; send the file itself (curl -T FILE)")
-            return Upload(Path(path).rename(path + (suffix or "")), name[-NAME:])
+            return Upload(Path(path).rename(path + (suffix or "")), name[-LONGEST_NAME:])
         except OSError as error:
             Path(path).unlink(missing_ok=True)
             raise Refused(507, f"the upload cannot be stored ({error.strerror})") from error
