@@ -67,7 +67,9 @@ class OnnxScorer(Scorer):
         if "dtn_config" not in meta:
             raise UsageError(f"{name}: an ONNX file, but not one written by dtn-fast export")
         quantized = meta.get("quantized", "")
-        if optimise and quantized and (meta["precision"] != "fp32" or "fp8" in quantized):
+        self.optimise = optimise and not (quantized and (meta["precision"] != "fp32" or "fp8" in quantized))
+        """Whether the graph was rewritten."""
+        if optimise > self.optimise:
             self.session = session_of(model, name, provider, False)
         title = "onnxruntime" + ("" if provider == "cpu" else f" {provider}")
         super().__init__(parse_config(meta["dtn_config"], name), meta.get("notice", ""), title, batch_size)
