@@ -46,6 +46,9 @@ class TritonPythonModel:
     def execute(self, requests):
         """Runs the requests of one dynamic batch together and answers each."""
         crops = [pb_utils.get_input_tensor_by_name(request, "crops").as_numpy() for request in requests]
+        if any(part.strides[-1] != part.itemsize for part in crops):  # every pixel would be the first
+            message = "this server's Python backend misreads this numpy's arrays; install numpy<2 in its Python"
+            raise pb_utils.TritonModelException(message)
         found = self.session.run(self.names, {"crops": np.concatenate(crops)})
         ends = np.cumsum([len(part) for part in crops])[:-1]
         return [self.answer(parts) for parts in zip(*(np.split(values, ends) for values in found), strict=True)]

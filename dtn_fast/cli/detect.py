@@ -57,7 +57,7 @@ def detect(
         runtime: Device and precision that the model runs with.
     """
     if (given := model or server) is None or (model and server):
-        raise UsageError("name the model's file with --model, or the server that holds it with --server: one of the two")
+        raise UsageError("name a model with --model, or the server that holds it with --server: one of the two")
     printed = 0
     scorer = load_scorer(given, runtime)
     with progress() as bar:

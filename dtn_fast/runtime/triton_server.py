@@ -100,20 +100,25 @@ class Connection:
         try:
             config = self._call("get_model_config", name, **self._json)
         except Refused as error:
-            if not self._call("is_server_ready", **self._limit):
-                raise Unreachable(f"it is not ready; {error}") from error
-            raise UsageError(f"{self.address.server}: has no model {name!r}; {self._models()}") from error
+            row = self._index().get(name, {})
+            if row.get("state") == "LOADING":
+                raise Unreachable(f"it is loading {name!r}") from error
+            problem = f"could not load {name!r} ({row['reason']})" if row.get("reason") else f"has no model {name!r}"
+            raise UsageError(f"{self.address.server}: {problem}; {self._models()}") from error
         config = config.get("config", config)
         parameters = {key: value.get("string_value", "") for key, value in config.get("parameters", {}).items()}
         if "dtn_config" not in parameters:
             raise UsageError(f"{self.address}: not a model that dtn-fast repository wrote; {self._models()}")
         return Served(int(config["max_batch_size"]), parameters)
 
-    def _models(self) -> str:
-        """The server's models in words."""
+    def _index(self) -> dict[str, dict[str, str]]:
+        """The server's models by name: state, and the reason why one is not loaded."""
         index = self._call("get_model_repository_index", **self._json)
-        rows = index if isinstance(index, list) else index.get("models", [])
-        names = sorted({row["name"] for row in rows if row.get("state") == "READY"})
+        return {row["name"]: row for row in (index if isinstance(index, list) else index.get("models", []))}
+
+    def _models(self) -> str:
+        """The models that can be asked, in words."""
+        names = sorted(name for name, row in self._index().items() if row.get("state") == "READY")
         return f"it serves {', '.join(names)}: name one, {self.address.server}/NAME" if names else "it serves none"
 
     def infer(self, crops: NDArray[np.uint8], outputs: list[str]) -> list[NDArray[Any]]:
@@ -125,13 +130,13 @@ class Connection:
         return [answer.as_numpy(name) for name in outputs]
 
     def statistics(self) -> dict[str, int]:
-        """The model's counts and nanoseconds since the server began: crops, executions, and for each of ``queue`` and
-        ``compute`` the time of its requests, summed."""
+        """The model's counts since it was loaded, ``crops`` and ``executions``, and the nanoseconds of its requests,
+        summed: in all (``total``), in the ``queue`` and in the model (``compute``)."""
         (row,) = self._call("get_inference_statistics", self.address.model, **self._json)["model_stats"]
         spent = {name: int(value.get("ns", 0)) for name, value in row["inference_stats"].items()}
         counts = {"crops": int(row.get("inference_count", 0)), "executions": int(row.get("execution_count", 0))}
         compute = sum(spent.get(f"compute_{part}", 0) for part in ("input", "infer", "output"))
-        return {**counts, "queue": spent.get("queue", 0), "compute": compute}
+        return {**counts, "total": spent.get("success", 0), "queue": spent.get("queue", 0), "compute": compute}
 
     def _call(self, method: str, *args: Any, **options: Any) -> Any:
         try:
@@ -140,9 +145,9 @@ class Connection:
             if error.status() in ("503", "StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
                 raise Unreachable(reason(error)) from error
             raise Refused(f"{self.address}: {error.message()}") from error
-        except socket.gaierror as error:
-            raise UsageError(f"{self.address.server}: no such host ({reason(error)})") from error
         except Exception as error:  # geventhttpclient's parser has its own classes; half an answer is no JSON
+            if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
+                raise UsageError(f"{self.address.server}: no such host ({reason(error)})") from error
             raise Unreachable(reason(error)) from error
 
 
