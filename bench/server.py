@@ -75,7 +75,7 @@ def _measure(connection: Connection, crops: np.ndarray, concurrency: int, second
     def work() -> list[tuple[float, float]]:
         """Starts and ends of the requests of one client."""
         try:
-            own, times = Connection(connection.address), []
+            own, times = Connection(connection.address), list[tuple[float, float]]()
             own.infer(crops, ["logits"])
             together.wait()  # all have connected: the server's counts are read
             together.wait()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from dtn_fast.errors import UsageError
 from dtn_fast.export.config import RepositoryConfig
 from dtn_fast.files import write_whole
+from dtn_fast.model.card import measures_novelty
 from dtn_fast.runtime.export_manifest import read_export_manifest
 from dtn_fast.runtime.onnx import OnnxScorer
 
@@ -167,7 +168,9 @@ def _of_onnx(model: Path) -> _Described:
 def _of_engine(model: Path) -> _Described:
     manifest = read_export_manifest(model, "tensorrt")
     least, _, most = manifest.batches
-    outputs = [_Output("logits", (manifest.detector_config().num_classes,)), _Output("score", ())]
+    config = manifest.detector_config()
+    novelty = [_Output("novelty", ())] if measures_novelty(config.card) else []
+    outputs = [_Output("logits", (config.num_classes,)), _Output("score", ()), *novelty]
     return _Described(manifest.input, manifest.config, manifest.notice, manifest.weights, outputs, least, most)
 
 

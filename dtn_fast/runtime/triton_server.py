@@ -17,7 +17,7 @@ from dtn_fast.errors import DtnError, UsageError, reason, tell
 from dtn_fast.model.config import parse_config
 from dtn_fast.packages import require
 from dtn_fast.runtime.config import Runtime
-from dtn_fast.runtime.scorer import BATCH, Scorer
+from dtn_fast.runtime.scorer import BATCH, COLUMNS, Scorer
 
 MODEL = "dtn"
 """Name of the model when an address has none: the default of ``dtn-fast repository``."""
@@ -70,6 +70,7 @@ class Served(NamedTuple):
 
     batch: int
     """Largest batch of a request."""
+    outputs: tuple[str, ...]
     parameters: dict[str, str]
     """dtn_config, notice and weights, as ``dtn-fast repository`` wrote them."""
 
@@ -109,7 +110,8 @@ class Connection:
         parameters = {key: value.get("string_value", "") for key, value in config.get("parameters", {}).items()}
         if "dtn_config" not in parameters:
             raise UsageError(f"{self.address}: not a model that dtn-fast repository wrote; {self._models()}")
-        return Served(int(config["max_batch_size"]), parameters)
+        outputs = tuple(output["name"] for output in config["output"])
+        return Served(int(config["max_batch_size"]), outputs, parameters)
 
     def _index(self) -> dict[str, dict[str, str]]:
         """The server's models by name: state, and the reason why one is not loaded."""
@@ -152,7 +154,7 @@ class Connection:
 
 
 class TritonScorer(Scorer):
-    """Scorer of a model on a server: crops are sent, logits come back.
+    """Scorer of a model on a server: crops are sent, logits and novelty come back.
 
     A server that cannot be reached is tried again for ``patience`` seconds.  Raises UsageError as
     :meth:`Connection.describe` does, DtnError naming the server when it stays away, refuses a request, or comes back
@@ -171,12 +173,13 @@ class TritonScorer(Scorer):
         config = parse_config(facts["dtn_config"], str(address))
         super().__init__(config, facts.get("notice", ""), f"Triton Inference Server {address}", batch_size)
         self.weights = facts.get("weights", "")
+        self._names = [name for name in COLUMNS if name in self._served.outputs]
 
-    def _logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
-        (logits,) = self._patiently(lambda connection: connection.infer(crops, ["logits"]))
-        if logits.shape != (len(crops), self.config.num_classes):
-            raise DtnError(f"{self.address}: answered with logits {list(logits.shape)} for {len(crops)} crops")
-        return logits.astype(np.float64)
+    def _outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+        outputs = self._patiently(lambda connection: connection.infer(crops, self._names))
+        if outputs[0].shape != (len(crops), self.config.num_classes):
+            raise DtnError(f"{self.address}: answered with logits {list(outputs[0].shape)} for {len(crops)} crops")
+        return np.column_stack(outputs).astype(np.float64)
 
     def _patiently(self, ask: Callable[[Connection], Answer]) -> Answer:
         """The answer to ``ask``, tried again while the server cannot be reached and patience lasts."""

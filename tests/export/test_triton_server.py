@@ -294,7 +294,7 @@ def address(request: pytest.FixtureRequest, server: TritonServer) -> str:
 def test_our_client_gives_the_local_scores(address: str, files: Path) -> None:
     local, scorer = load_scorer(files / "first.onnx"), load_scorer(Path(f"{address}/dtn"))
     assert isinstance(scorer, TritonScorer)
-    assert (scorer.config, scorer.notice, scorer.weights) == (local.config, local.notice, local.weights)  # type: ignore[attr-defined]
+    assert (scorer.config, scorer.notice, scorer.weights) == (local.config, local.notice, local.weights)
     assert scorer.batch_size == 8
     crops = noise(20, seed=5)
     expected = local.score(crops)
@@ -302,6 +302,8 @@ def test_our_client_gives_the_local_scores(address: str, files: Path) -> None:
         for found in pool.map(lambda _: scorer.score(crops), range(6)):
             assert found == pytest.approx(expected, abs=1e-6)
     assert verify(files / "first.onnx", Path(address)).same_weights
+    shades = np.stack([np.full((SIDE, SIDE, 3), value, np.uint8) for value in (1, 100)])
+    assert load_scorer(f"{address}/log").judge(shades).novelty == pytest.approx([1, 100])
     with pytest.raises(DtnError, match="/log: outputs of 2 of 2 crops are not finite"):
         load_scorer(f"{address}/log").score(np.full((2, SIDE, SIDE, 3), 255, np.uint8))
 

@@ -47,7 +47,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Server:
 
         def infer(self, crops: np.ndarray, outputs: list[str]) -> list[np.ndarray]:
             self.describe()
-            return [np.full((len(crops), 2), crops.mean(), np.float32)]
+            assert outputs == ["logits", "novelty"]
+            return [np.full((len(crops), 2), crops.mean(), np.float32), np.full((len(crops), 1), 1.5, np.float32)]
 
     monkeypatch.setattr(triton_server, "Connection", Connection)
     monkeypatch.setattr(triton_server, "CONNECTIONS", 1)
@@ -83,7 +84,7 @@ def test_detect_takes_a_model_or_a_server(given: dict) -> None:
 
 
 def test_a_server_is_tried_again_and_then_named(stand_in: Server) -> None:
-    here, gone = Served(8, FACTS), Unreachable("Connection refused")
+    here, gone = Served(8, ("logits", "score", "novelty"), FACTS), Unreachable("Connection refused")
     stand_in.events = [gone, gone, here]
     with pytest.warns(DtnWarning, match="http://h:1: cannot be reached .Connection refused.; trying again for 5 s"):
         scorer = TritonScorer(parse_address("http://h:1"), 5)
@@ -91,14 +92,14 @@ def test_a_server_is_tried_again_and_then_named(stand_in: Server) -> None:
     crops = np.full((20, 64, 64, 3), 7, np.uint8)
     # three batches; the server goes away in the second, and the first try to connect again fails too
     stand_in.events = [here, gone, gone, here, here, here]
-    assert (scorer.logits(crops) == 7).all()
+    assert np.array_equal(scorer.outputs(crops), [[7, 7, 1.5]] * 20)
     assert not stand_in.events
     stand_in.events = [gone] * 100
     scorer.patience = 0.01
     with pytest.raises(DtnError, match=r"http://h:1: no answer in 0.01 s of tries \(Connection refused\); start the"):
         scorer.logits(crops)
     assert len(stand_in.events) > 80  # pauses grow
-    stand_in.events = [Served(8, {**FACTS, "weights": "others"})]
+    stand_in.events = [here._replace(parameters={**FACTS, "weights": "others"})]
     with pytest.raises(DtnError, match="http://h:1/dtn: serves another model than before"):
         scorer.logits(crops)
 
