@@ -135,11 +135,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench-server.json"), help="results file (bench-server.json)")
     options = parser.parse_args(arguments)
     address, points = parse_address(options.address), list[Point]()
-    print(HEADER)
     for point in sweep(address, options.batches, options.concurrency, options.seconds):
+        print(*([] if points else [HEADER]), row(point), sep="\n", flush=True)
         points.append(point)
-        print(row(point), flush=True)
-        rows = [one._asdict() for one in points]
+        rows = [{k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in p._asdict().items()} for p in points]
         write_json(options.out, {"address": str(address), "client": environment(), "rows": rows})
     print(best(points, options.max_ms))
     print(f"results: {options.out}")

@@ -1,6 +1,6 @@
 """Decodes face crops (JPEG, PNG, WebP) to RGB uint8 [S, S, 3]: a model of Triton Inference Server's Python backend.
 
-Copied into a model repository.  The server's Python needs numpy and opencv-python-headless.
+Copied into a model repository.  The server's Python needs opencv-python-headless and numpy, for server 2.51 below 2.
 """
 
 import json

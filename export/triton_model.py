@@ -1,7 +1,8 @@
 """Runs the ONNX file beside it with onnxruntime: a model of Triton Inference Server's Python backend.
 
-Copied into a model repository, for servers without the onnxruntime backend.  The server's Python needs numpy and
-onnxruntime (onnxruntime-gpu for a GPU).
+Copied into a model repository, for servers without the onnxruntime backend.  The server's Python needs onnxruntime
+(onnxruntime-gpu for a GPU) and numpy, for server 2.51 below 2: its backend reads arrays of numpy 2 as one value
+repeated, and answers with none.
 """
 
 import json
@@ -46,9 +47,6 @@ class TritonPythonModel:
     def execute(self, requests):
         """Runs the requests of one dynamic batch together and answers each."""
         crops = [pb_utils.get_input_tensor_by_name(request, "crops").as_numpy() for request in requests]
-        if any(part.strides[-1] != part.itemsize for part in crops):  # every pixel would be the first
-            message = "this server's Python backend misreads this numpy's arrays; install numpy<2 in its Python"
-            raise pb_utils.TritonModelException(message)
         found = self.session.run(self.names, {"crops": np.concatenate(crops)})
         ends = np.cumsum([len(part) for part in crops])[:-1]
         return [self.answer(parts) for parts in zip(*(np.split(values, ends) for values in found), strict=True)]

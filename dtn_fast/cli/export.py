@@ -162,8 +162,14 @@ def repository(
 
     Example: dtn-fast repository dtn.onnx --out models
 
+    For a server without the onnxruntime backend: dtn-fast repository dtn.onnx --out models --backend python; the
+    server's Python then needs onnxruntime, and always opencv-python-headless to decode pictures (server 2.51: numpy<2).
+
     Then: docker run --gpus all -v $PWD/models:/models nvcr.io/nvidia/tritonserver:<release>-py3 tritonserver
     --model-repository=/models
+
+    Then: dtn-fast detect clip.mp4 --server http://localhost:8000/dtn, and dtn-fast bench server
+    http://localhost:8000/dtn for its crops per second and latency.
 
     Args:
         model: An .onnx or .engine file written by dtn-fast export with --input crops (the default).

@@ -129,7 +129,11 @@ class Connection:
         given.set_data_from_numpy(np.ascontiguousarray(crops))
         wanted = [self._api.InferRequestedOutput(name) for name in outputs]
         answer = self._call("infer", self.address.model, [given], outputs=wanted, **self._limit)
-        return [answer.as_numpy(name) for name in outputs]
+        try:
+            return [answer.as_numpy(name) for name in outputs]
+        except ValueError as error:
+            raise Refused(f"{self.address}: its answer has not the shape that it states ({reason(error)}); server 2.51 "
+                          "needs numpy<2 in its Python for --backend python") from error  # fmt: skip
 
     def statistics(self) -> dict[str, int]:
         """The model's counts since it was loaded, ``crops`` and ``executions``, and the nanoseconds of its requests,

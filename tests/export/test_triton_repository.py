@@ -141,7 +141,6 @@ def code_of(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     stand_in = types.ModuleType("triton_python_backend_utils")
     stand_in.Tensor = Tensor
     stand_in.TritonError = str
-    stand_in.TritonModelException = RuntimeError
     stand_in.InferenceResponse = lambda output_tensors, error=None: (output_tensors, error)
     stand_in.get_input_tensor_by_name = lambda request, name: request[name]
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stand_in)
@@ -183,9 +182,6 @@ def test_the_python_model_answers_each_request_by_itself(
     answers = model.execute([{"crops": Tensor("crops", part)} for part in parts])
     assert [error is None for _, error in answers] == [True, False, True]
     assert "outputs of 1 of 3 crops are not finite" in answers[1][1]
-    misread = np.lib.stride_tricks.as_strided(parts[0], strides=(0, 0, 0, 0))  # as older servers do with numpy 2
-    with pytest.raises(RuntimeError, match="install numpy<2"):
-        model.execute([{"crops": Tensor("crops", misread)}])
 
 
 def test_the_decoder_decodes(onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

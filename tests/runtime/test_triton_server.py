@@ -125,6 +125,15 @@ def test_what_is_no_server_of_models_is_named(web_page: int) -> None:
             load_scorer(f"{scheme}://127.0.0.1:{port}/dtn", Runtime(patience=0))
 
 
+def test_an_answer_without_its_values_is_refused() -> None:
+    """A server of 2.51 with numpy 2 in its Python states a shape and sends nothing."""
+    connection = Connection(parse_address("http://h:1"))
+    answer = types.SimpleNamespace(as_numpy=lambda _: np.empty(0).reshape(1, 2))
+    connection._client = types.SimpleNamespace(infer=lambda *_, **__: answer)
+    with pytest.raises(Refused, match=r"http://h:1/dtn: its answer has not the shape that it states .*numpy<2"):
+        connection.infer(np.zeros((1, 64, 64, 3), np.uint8), ["logits"])
+
+
 @pytest.mark.parametrize(("raised", "seen", "text"), [
     (ConnectionResetError(104, "Connection reset by peer"), Unreachable, "Connection reset by peer"),
     (TimeoutError("timed out"), Unreachable, "timed out"),
