@@ -27,7 +27,7 @@ class RepositoryConfig:
     backend: Literal["auto", "onnxruntime", "tensorrt", "python"] = "auto"
     """Backend that runs the model; auto: onnxruntime for .onnx, tensorrt for .engine.  python: onnxruntime in the
     server's own Python, for .onnx files and servers without the onnxruntime backend."""
-    threads: Natural = 0
+    cpu_threads: Natural = 0
     """Threads of each copy of an .onnx model on a CPU; 0: as many as there are cores."""
     provider: Literal["auto", "cpu", "cuda", "tensorrt"] = Runtime.provider
     """Execution provider of onnxruntime in the python backend; auto: CUDA on a GPU, if this onnxruntime has it."""

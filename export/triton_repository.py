@@ -99,7 +99,7 @@ def write_repository(model: Path, out: Path, config: RepositoryConfig = Reposito
     name, side, batch = config.name, found.config["image_size"], config.max_batch
     parameters = {"dtn_config": json.dumps(found.config), "notice": found.notice, "weights": found.weights}
     if backend != "tensorrt":
-        parameters["intra_op_thread_count"] = str(config.threads)
+        parameters["intra_op_thread_count"] = str(config.cpu_threads)
     if backend == "python":
         parameters |= {"provider": config.provider, "optimise": "yes" if found.optimise else "no"}
     values = {

@@ -162,8 +162,10 @@ def repository(
 
     Example: dtn-fast repository dtn.onnx --out models
 
-    For a server without the onnxruntime backend: dtn-fast repository dtn.onnx --out models --backend python; the
-    server's Python then needs onnxruntime, and always opencv-python-headless to decode pictures (server 2.51: numpy<2).
+    For a server without the onnxruntime backend: dtn-fast repository dtn.onnx --out models --backend python
+
+    The Python of the server needs opencv-python-headless to decode pictures, onnxruntime for --backend python, and in
+    server 2.51 numpy<2.
 
     Then: docker run --gpus all -v $PWD/models:/models nvcr.io/nvidia/tritonserver:<release>-py3 tritonserver
     --model-repository=/models

@@ -102,13 +102,13 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path) -> None:
 
 def test_the_python_backend_and_back_again(onnx: Path, tmp_path: Path) -> None:
     """A repository written over another of the same name leaves none of the other's files."""
-    write_repository(onnx, tmp_path, RepositoryConfig(backend="python", threads=3, provider="tensorrt"))
+    write_repository(onnx, tmp_path, RepositoryConfig(backend="python", cpu_threads=3, provider="tensorrt"))
     model = config_of(tmp_path / "dtn")
     assert (model.backend, model.optimization.cuda.graphs) == ("python", False)
     given = {key: model.parameters[key].string_value for key in ("intra_op_thread_count", "provider", "optimise")}
     assert given == {"intra_op_thread_count": "3", "provider": "tensorrt", "optimise": "yes"}
     assert {path.name for path in (tmp_path / "dtn" / "1").iterdir()} == {"model.onnx", "model.py"}
-    write_repository(onnx, tmp_path, RepositoryConfig(threads=2))
+    write_repository(onnx, tmp_path, RepositoryConfig(cpu_threads=2))
     assert config_of(tmp_path / "dtn").parameters["intra_op_thread_count"].string_value == "2"
     assert {path.name for path in (tmp_path / "dtn" / "1").iterdir()} == {"model.onnx"}
 

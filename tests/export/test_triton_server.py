@@ -98,7 +98,7 @@ def server(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tr
     folder = tmp_path_factory.mktemp("server")
     for name, file, backend in (("dtn", "first.onnx", "python"), ("log", "log.onnx", "python"),
                                 ("ort", "first.onnx", "auto"), ("plan", "dtn.engine", "auto")):  # fmt: skip
-        config = RepositoryConfig(name, 8, 20_000, backend=backend, threads=1 if backend == "python" else 0)
+        config = RepositoryConfig(name, 8, 20_000, backend=backend, cpu_threads=1 if backend == "python" else 0)
         write_repository(files / file, folder / "repository", config)
     load = [f"--load-model={name}" for name in ("dtn_encoded", "log")]
     options = ("--model-control-mode=explicit", "--disable-auto-complete-config", *load)
@@ -341,7 +341,7 @@ def test_new_weights_are_loaded_while_the_old_answer(server: TritonServer, files
     crops, gate = noise(2), server.repository / "gate"
     old, new = (load_scorer(files / name).logits(crops) for name in ("first.onnx", "second.onnx"))
     assert np.abs(old - new).min() > 100 * CLOSE
-    config = RepositoryConfig("dtn", 8, 20_000, backend="python", threads=1)
+    config = RepositoryConfig("dtn", 8, 20_000, backend="python", cpu_threads=1)
     write_repository(files / "second.onnx", server.repository, config)
     code = server.repository / "dtn" / "1" / "model.py"  # a load that lasts until the test lets it go on
     wait = f"        import time\n        while not os.path.exists({str(gate)!r}):\n            time.sleep(0.01)\n"
