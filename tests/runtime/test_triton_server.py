@@ -52,7 +52,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Server:
 
     monkeypatch.setattr(triton_server, "Connection", Connection)
     monkeypatch.setattr(triton_server, "CONNECTIONS", 1)
-    monkeypatch.setattr(triton_server, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(triton_server, "FIRST_PAUSE", 1e-6)
     return server
 
 
