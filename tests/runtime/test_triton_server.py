@@ -95,8 +95,8 @@ def test_a_server_is_tried_again_and_then_named(stand_in: Server) -> None:
     assert np.array_equal(scorer.outputs(crops), [[7, 7, 1.5]] * 20)
     assert not stand_in.events
     stand_in.events = [gone] * 100
-    scorer.patience = 0.01
-    with pytest.raises(DtnError, match=r"http://h:1: no answer in 0.01 s of tries \(Connection refused\); start the"):
+    scorer.patience = 0.1
+    with pytest.raises(DtnError, match=r"http://h:1: no answer in 0.1 s of tries \(Connection refused\); start the"):
         scorer.logits(crops)
     assert len(stand_in.events) > 80  # pauses grow
     stand_in.events = [here._replace(parameters={**FACTS, "weights": "others"})]
