@@ -68,7 +68,7 @@ class OnnxScorer(Scorer):
             raise UsageError(f"{name}: an ONNX file, but not one written by dtn-fast export")
         quantized = meta.get("quantized", "")
         self.optimise = optimise and not (quantized and (meta["precision"] != "fp32" or "fp8" in quantized))
-        """Whether the graph was rewritten."""
+        """Whether onnxruntime rewrites the graph."""
         if optimise > self.optimise:
             self.session = session_of(model, name, provider, False)
         title = "onnxruntime" + ("" if provider == "cpu" else f" {provider}")
