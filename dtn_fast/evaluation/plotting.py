@@ -20,8 +20,8 @@ def drawing(style: dict[str, Any] | None = None) -> Iterator[type[Any]]:
 
     style: rc parameters on top of matplotlib's defaults.  Raises UsageError without matplotlib.
     """
-    style_sheets = require("matplotlib.style", "matplotlib")
-    figure = require("matplotlib.figure", "matplotlib").Figure  # not pyplot, which looks for a display and keeps state
+    style_sheets = require("matplotlib.style")
+    figure = require("matplotlib.figure").Figure  # not pyplot, which looks for a display and keeps state
     with style_sheets.context(["default", {**REPEATABLE, **(style or {})}]):
         yield figure
 
