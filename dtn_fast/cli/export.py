@@ -105,7 +105,7 @@ def _print_commands(model: Path, out: Path, config: EngineConfig) -> None:
         again += f" --precision {manifest.precision}" + " --input images" * (manifest.input == "images")
         lines.insert(0, again + "  # and the same --convs, --linears, --calibrate" * bool(manifest.quantized))
     plugin = "" if manifest.attention == "native" else ", with TensorRT's own layers in place of this package's plugins"
-    print(f"The same engine by NVIDIA's tools{plugin}:", *lines, sep="\n  ")
+    print(f"The same engine by NVIDIA's own tools{plugin}:", *lines, sep="\n  ")
 
 
 def verify(
@@ -148,9 +148,9 @@ def verify(
 def inspect(engine: Annotated[Path, tyro.conf.Positional], batch: Count | None = None) -> None:
     """Show the metadata of an engine, ONNX or MNN file; for an engine on its GPU also its layers and their times.
 
-    Example: dtn-fast inspect dtn.engine --batch 8
+    For an ONNX file also the commands by which the tools trtexec, tensorrt_rtx and polygraphy make engines of it.
 
-    For an ONNX file: also the commands by which NVIDIA's tools make engines of it.
+    Example: dtn-fast inspect dtn.engine --batch 8
 
     Args:
         engine: An .engine, .rtx, .mnn or .onnx file.
@@ -167,7 +167,7 @@ def inspect(engine: Annotated[Path, tyro.conf.Positional], batch: Count | None =
 
         meta = metadata(engine)
         lines = [line for kind in (".engine", ".rtx") for line in commands(engine, engine.with_suffix(kind), meta)]
-        print("Engines of it by NVIDIA's tools:", *lines, sep="\n  ")
+        print("Engines of it by NVIDIA's own tools:", *lines, sep="\n  ")
     if engine.suffix in (".engine", ".rtx"):
         if not torch.cuda.is_available():
             print("layers and their times: shown only on the GPU that the engine was built for")
