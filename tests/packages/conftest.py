@@ -28,14 +28,19 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: next(folder.glob(pattern)) for name, pattern in patterns.items()}
 
 
-@pytest.fixture
-def environment(built: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
-    """Function: an extra's name, or core -> the ``bin`` of a fresh environment that has the wheel with it alone."""
+@pytest.fixture(scope="session")
+def environment(built: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Function: an extra's name, or core -> Python of an environment that has the wheel with it and nothing else.
+
+    One environment changes its packages, which is quick; their bytecode is kept beside it, not among them.
+    """
+    folder = tmp_path_factory.mktemp("environment")
+    succeed(uv("venv", "--python", sys.executable, folder / "env"))
 
     def make(extra: str) -> Path:
         wheel = str(built["wheel"]) if extra == "core" else f"dtn-fast[{extra}] @ {built['wheel'].as_uri()}"
-        succeed(uv("venv", "--python", sys.executable, tmp_path / "env"))
-        succeed(uv("pip", "install", "--python", tmp_path / "env", "--constraint", CONSTRAINTS, wheel))
-        return tmp_path / "env" / "bin"
+        python = folder / "env" / "bin" / "python"
+        succeed(uv("pip", "install", "--exact", "--python", python, "--constraint", CONSTRAINTS, wheel))
+        return python
 
     return make

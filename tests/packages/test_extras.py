@@ -46,15 +46,20 @@ def material(crops: Path, trained: Path, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
+def beside(python: Path) -> dict[str, str]:
+    """Environment variables that keep bytecode out of the environment's packages."""
+    return clean_environment(PYTHONPYCACHEPREFIX=str(python.parents[2] / "bytecode"))
+
+
 @pytest.mark.parametrize("extra", ["core", *sorted(EXTRAS.keys() - NOT_RUN.keys())])
 def test_each_extra_alone_does_its_job(
     extra: str, environment: Callable[[str], Path], material: Path, tmp_path: Path
 ) -> None:
-    python = environment(extra) / "python"
+    python = environment(extra)
     work = shutil.copytree(material, tmp_path / "work")
     jobs = Path(__file__).with_name("extra_jobs.py")
     done = subprocess.run(
-        [python, jobs, extra], cwd=work, env=clean_environment(), capture_output=True, text=True, timeout=300
+        [python, jobs, extra], cwd=work, env=beside(python), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
 
@@ -75,13 +80,11 @@ MISSING = {
 def test_without_any_extra_each_call_names_the_extra_that_it_needs(
     environment: Callable[[str], Path], material: Path
 ) -> None:
-    python = environment("core") / "python"
+    python = environment("core")
     for extra, call in MISSING.items():
         module = call.removeprefix("list(").split("(")[0].rpartition(".")[0]
         code = f"import pathlib, {module}\n{call}"
-        done = subprocess.run(
-            [python, "-c", code], cwd=material, env=clean_environment(), capture_output=True, text=True
-        )
+        done = subprocess.run([python, "-c", code], cwd=material, env=beside(python), capture_output=True, text=True)
         assert done.returncode, call
         assert done.stderr.splitlines()[-1].endswith(f"is not installed; run: pip install 'dtn-fast[{extra}]'"), call
 
