@@ -106,6 +106,8 @@ def test_each_required_package_has_an_extra_or_a_command_of_its_own() -> None:
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require":
                 match node.args:
                     case [ast.Constant(value=str(module))]:
-                        assert module.partition(".")[0] in known, f"{path}: {module} is in no extra"
+                        assert module.partition(".")[0] in known, f"{path}: {module} is in no extra of EXTRAS"
                         calls += 1
+                    case [ast.Constant(value=str(module)), ast.Constant()]:
+                        assert module.partition(".")[0] not in known, f"{path}: {module} has an extra; name no package"
     assert calls > 20

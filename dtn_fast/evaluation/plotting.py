@@ -28,7 +28,7 @@ def drawing(style: dict[str, Any] | None = None) -> Iterator[type[Any]]:
 
 def canvas(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
     """A figure and its axes [rows, columns], each of ``width`` by ``height`` inches."""
-    Figure = require("matplotlib.figure", "matplotlib").Figure
+    Figure = require("matplotlib.figure").Figure
     figure = Figure(figsize=(width * columns, height * rows + 0.3), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
