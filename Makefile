@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help setup demo screenshots test test-reference test-server lint format bench gpu gpu-plan gpu-collect clean
+.PHONY: help setup demo screenshots test test-packages test-reference test-server lint format bench gpu gpu-plan gpu-collect clean
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -26,6 +26,9 @@ screenshots: demo  ## the README's pictures, of the demo, in headless Chromium
 test: setup  ## every test that this machine can run, in two processes
 	@$(PYTEST) --ignore tests/kernels/interpreted $(ARGS)
 	@TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreted $(ARGS)
+
+test-packages: setup  ## the wheel, each extra alone, the images' steps, wheels for other systems; needs the package index
+	@$(PYTEST) --full tests/packages $(ARGS)
 
 # The oldest torch and Triton that are supported, which the reference GPU machine has, with its Python where there is one.
 # No CPU build of this torch is on the package index: about 5 GB on disk.

@@ -78,7 +78,7 @@ def _save(page: Any, path: Path, last: str) -> None:
 @contextlib.contextmanager
 def _served(scorer: Scorer) -> Iterator[int]:
     """Serves ``scorer`` on a free local port, which is yielded."""
-    uvicorn = require("uvicorn", "dtn-fast[serve]")
+    uvicorn = require("uvicorn")
     server = uvicorn.Server(uvicorn.Config(create_app(scorer), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -23,17 +23,17 @@ PROVIDERS = {
     "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
 }
 CPU: Provider = "cpu"
-NEEDED = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu", "tensorrt": "onnxruntime-gpu"}
+GPU_PACKAGE = "onnxruntime-gpu"
 
 
 def session_of(model: str | bytes, name: str, provider: Provider = CPU, optimise: bool = True) -> Any:
     """Opens an onnxruntime session of a file or of serialised bytes.  ``optimise``: rewrite the graph, which also
     changes the rounding of quantised values.  Raises UsageError naming ``name``."""
-    onnxruntime = require("onnxruntime", NEEDED[provider])
+    onnxruntime = require("onnxruntime", "" if provider == CPU else GPU_PACKAGE)
     wanted = PROVIDERS[provider]
     if wanted[0] not in onnxruntime.get_available_providers():
         raise UsageError(
-            f"--provider {provider}: this onnxruntime has no {wanted[0]}; run: pip install {NEEDED[provider]}, "
+            f"--provider {provider}: this onnxruntime has no {wanted[0]}; run: pip install {GPU_PACKAGE}, "
             "or use --provider cpu"
         )
     options = onnxruntime.SessionOptions()

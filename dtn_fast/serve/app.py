@@ -33,7 +33,6 @@ from dtn_fast.serve.batching import MicroBatcher
 from dtn_fast.serve.config import ServeConfig
 from dtn_fast.version import __version__
 
-EXTRA = "dtn-fast[serve]"
 DRAIN = 32_000_000
 """Maximum number of bytes of a refused upload that are still read."""
 
@@ -48,7 +47,7 @@ class Refused(DtnError):
 
 def create_app(scorer: Scorer, config: ServeConfig = ServeConfig(), detection: DetectConfig = DetectConfig()) -> Any:
     """The ASGI application.  Raises UsageError when its packages are not installed."""
-    require("starlette", EXTRA)
+    require("starlette")
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
@@ -138,7 +137,7 @@ class Metrics:
     """Prometheus counters of one application."""
 
     def __init__(self, judge: Judge) -> None:
-        prometheus = require("prometheus_client", EXTRA)
+        prometheus = require("prometheus_client")
 
         self._registry = prometheus.CollectorRegistry()
         where = {"registry": self._registry}
@@ -263,7 +262,7 @@ class Judge:
 def run(scorer: Scorer, config: ServeConfig, detection: DetectConfig) -> None:
     """Serves until interrupted; uploads already accepted are still answered."""
     app = create_app(scorer, config, detection)
-    uvicorn = require("uvicorn", EXTRA)
+    uvicorn = require("uvicorn")
     try:
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         listening = socket.create_server((config.host, config.port), family=family)
