@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help setup demo screenshots test test-reference lint format bench gpu gpu-plan gpu-collect clean
+.PHONY: help setup demo screenshots test test-packages test-reference test-server lint format bench gpu gpu-plan gpu-collect clean
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -27,6 +27,9 @@ test: setup  ## every test that this machine can run, in two processes
 	@$(PYTEST) --ignore tests/kernels/interpreted $(ARGS)
 	@TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreted $(ARGS)
 
+test-packages: setup  ## the wheel, each extra alone, the images' steps, wheels for other systems; needs the package index
+	@$(PYTEST) --full tests/packages $(ARGS)
+
 # The oldest torch and Triton that are supported, which the reference GPU machine has, with its Python where there is one.
 # No CPU build of this torch is on the package index: about 5 GB on disk.
 REFERENCE ?= $(VENV)/reference
@@ -44,6 +47,20 @@ test-reference: $(INSTALLED)  ## operators, step, layout and compilation with to
 	@TRITON_INTERPRET=1 $(REFERENCE_PYTEST) tests/kernels/interpreted
 	@$(REFERENCE_PYTEST) tests/kernels/test_compile_check.py tests/kernels/test_ops.py tests/kernels/test_gpu.py tests/train/test_step.py tests/test_layout.py
 	@$(REFERENCE_PYTEST) -m gpu tests/export/test_tensorrt_plugin.py tests/bench/test_measure.py
+
+# NVIDIA's server as the package nvidia-pytriton carries it, in an environment that also runs the models of its Python
+# backend.  That backend misreads arrays of numpy 2; opencv 4.11 is the last that takes numpy 1.
+SERVER ?= $(VENV)/server
+SERVER_INSTALLED = $(SERVER)/.ready-pytriton-0.7.0
+$(SERVER_INSTALLED): | setup
+	@echo "Installing Triton Inference Server 2.51.0 into $(SERVER) (about 500 MB, a minute) ..."
+	@$(BIN)/python -m venv --clear $(SERVER)
+	@grep -v -E '^(numpy|opencv-python-headless)==' constraints.txt > $(SERVER)/constraints.txt
+	@$(SERVER)/bin/pip install --quiet --disable-pip-version-check --no-deps --constraint $(SERVER)/constraints.txt nvidia-pytriton==0.7.0 numpy==1.26.4 opencv-python-headless==4.11.0.86 onnxruntime flatbuffers packaging protobuf
+	@touch $@
+
+test-server: $(SERVER_INSTALLED)  ## repository and client with NVIDIA's Triton Inference Server itself, on a CPU
+	@DTN_TRITON_SERVER=$(abspath $(SERVER)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/export/test_triton_server.py $(ARGS)
 
 lint: setup  ## ruff, mypy, and which folder may import which
 	@$(BIN)/ruff check .

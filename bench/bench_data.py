@@ -144,7 +144,7 @@ def decode_case(path: Path, true: list[Box]) -> Case:
 
 def detect_case(path: Path, true: list[Box]) -> Case:
     frames = list(read_frames(path, SAMPLED, threads=1))
-    finder, dlib = DlibFinder(), require("dlib", "dlib-bin").get_frontal_face_detector()
+    finder, dlib = DlibFinder(), require("dlib").get_frontal_face_detector()
 
     def track() -> list[Box]:
         tracker = FaceTracker(finder, PrepareConfig.every)

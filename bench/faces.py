@@ -109,7 +109,7 @@ def write_faces(folder: Path, model: Path | None, photos: Path | None, quick: bo
 
 def portrait(side: int) -> Image:
     """Head and shoulders; the face's box is 91/320 of the side, its middle at (0.51, 0.39)."""
-    photo = require("skimage.data", "dtn-fast[demo]").astronaut()[:320, 60:380]
+    photo = require("skimage.data").astronaut()[:320, 60:380]
     shrinks = side < 320
     return cv2.resize(photo, (side, side), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 

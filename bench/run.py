@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import sys
 import time
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from dtn_fast.ranges import positive
 from dtn_fast.train.config import Execution
 from dtn_fast.train.step import set_backends
 
-WORDS = (*results.SUITES, "faces", "timm", "serve", "roofline", "structure", "tables", "compare")
+WORDS = (*results.SUITES, "faces", "timm", "serve", "server", "roofline", "structure", "tables", "compare")
 
 
 def run_suite(name: str, folder: Path, machine: roofline.Machine, quick: bool, budget: float) -> Path | None:
@@ -82,6 +83,11 @@ def compare(before: Path, after: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["server"]:
+        from dtn_fast.bench import server
+
+        return server.main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="dtn-fast bench",
         description="Run benchmarks into bench/results, or process the results in it.",
@@ -90,6 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
         "Others:  dtn-fast bench roofline --batch 256\n"
         "         dtn-fast bench faces --photos photos\n"
         "         dtn-fast bench serve --model runs/first --requests 10000\n"
+        "         dtn-fast bench server http://localhost:8000/dtn\n"
         "         dtn-fast bench compare before.json after.json",
     )
     parser.add_argument("what", nargs="*", help=f"{', '.join(WORDS)}; default: {' '.join(results.SUITES)}")
@@ -113,6 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise UsageError("compare takes two results files: dtn-fast bench compare before.json after.json")
         compare(Path(what[1]), Path(what[2]))
         return 0
+    if "server" in what:
+        raise UsageError("server stands alone: dtn-fast bench server http://localhost:8000/dtn")
     if unknown := [word for word in what if word not in WORDS]:
         raise UsageError(f"unknown suite {unknown[0]!r}; known are {', '.join(WORDS)}")
     if "tables" in what and options.out.resolve() != results.FOLDER.resolve():

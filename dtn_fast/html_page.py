@@ -12,7 +12,7 @@ from dtn_fast.packages import require
 
 def render(template: Path, filters: dict[str, Callable[..., object]] | None = None, **values: object) -> str:
     """Fills a Jinja template file.  Every value is escaped; a name without a value is an error."""
-    jinja2: Any = require("jinja2", "jinja2")
+    jinja2: Any = require("jinja2")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= filters or {}
     return str(environment.from_string(template.read_text(encoding="utf-8")).render(**values))

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from dtn_fast.data.config import Split
 from dtn_fast.errors import UsageError
 from dtn_fast.ranges import Count, Natural, NotNegative, Range, check_ranges
+from dtn_fast.runtime.config import Runtime
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,20 @@ class RepositoryConfig:
     """Longest time that a request waits for others to fill its batch, in microseconds."""
     instances: Annotated[int, Range(1, 1024)] = 1
     """Number of copies of the model per GPU (or per machine without one)."""
+    backend: Literal["auto", "onnxruntime", "tensorrt", "python"] = "auto"
+    """Backend that runs the model; auto: onnxruntime for .onnx, tensorrt for .engine.  python: onnxruntime in the
+    server's own Python, for .onnx files and servers without the onnxruntime backend."""
+    cpu_threads: Natural = 0
+    """Threads of each copy of an .onnx model on a CPU; 0: as many as there are cores."""
+    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = Runtime.provider
+    """Execution provider of onnxruntime in the python backend; auto: CUDA on a GPU, if this onnxruntime has it."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
         if not self.name.replace("_", "").replace("-", "").isalnum():
             raise UsageError(f"--name {self.name}: use letters, digits, - and _ only; it names a folder")
+        if self.provider != Runtime.provider and self.backend != "python":
+            raise UsageError(f"--provider {self.provider}: for --backend python alone; leave it out")
 
 
 Precision = Literal["fp32", "fp16", "bf16"]

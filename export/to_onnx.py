@@ -243,8 +243,8 @@ def _images(x: Tensor, config: Any) -> Tensor:
 def require_onnx() -> Any:
     """The onnx package.  Raises UsageError naming a missing package."""
     for name in ("onnxruntime", "onnxscript"):
-        require(name, "onnx onnxscript onnxruntime")
-    return require("onnx", "onnx onnxscript onnxruntime")
+        require(name)
+    return require("onnx")
 
 
 @contextmanager

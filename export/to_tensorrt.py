@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -320,15 +322,36 @@ class Log:
         return " ".join("; ".join(self.messages[:3]).split())[:500] or "the library gave no reason"
 
 
-def commands(onnx: Path, config: EngineConfig) -> list[str]:
-    """Shell commands of NVIDIA's tools for a similar build, without compatibility, refit and plugin flags."""
-    meta = _metadata(onnx.read_bytes(), str(onnx))
+def commands(onnx: Path, out: Path, meta: Mapping[str, str], config: EngineConfig = EngineConfig()) -> list[str]:
+    """Shell commands of NVIDIA's tools that build ``out`` (.engine or .rtx) from the same ONNX file.
+
+    trtexec and tensorrt_rtx build and time an engine.  polygraphy builds an .engine and compares it with onnxruntime,
+    or builds an .rtx, which needs no GPU.  All build --attention native, because this package's plugins are Python at
+    build time, which these tools do not load.  meta: metadata of the ONNX file.
+    """
     name, side = meta["input"], json.loads(meta["dtn_config"])["image_size"]
-    rest = [side, side, 3] if name == "crops" else [3, side, side]
-    low, best, high = (f"{name}:{'x'.join(map(str, [batch, *rest]))}" for batch in config.batches)
-    return [
-        f"trtexec --onnx={onnx} --stronglyTyped --minShapes={low} --optShapes={best} --maxShapes={high} "
-        f"--builderOptimizationLevel={config.effort} --useCudaGraph --saveEngine={onnx.with_suffix('.plan')}",
-        f"polygraphy run {onnx} --trt --onnxrt --strongly-typed --input-shapes "
-        f"{name}:[{','.join(map(str, [config.batches[1], *rest]))}]",
-    ]
+    rest = (side, side, 3) if name == "crops" else (3, side, side)
+    sizes = {kind: (batch, *rest) for kind, batch in zip(("min", "opt", "max"), config.batches, strict=True)}
+    listed = {kind: f"'{name}:[{','.join(map(str, size))}]'" for kind, size in sizes.items()}
+    shapes = [f"--{kind}Shapes={name}:{'x'.join(map(str, size))}" for kind, size in sizes.items()]
+    profile = [f"--trt-{kind}-shapes {size}" for kind, size in listed.items()]
+    source, engine = shlex.quote(str(onnx)), shlex.quote(str(out))
+    first = [f"--onnx={source}", f"--saveEngine={engine}", *shapes, f"--builderOptimizationLevel={config.effort}"]
+    second = [*profile, f"--builder-optimization-level {config.effort}"]
+    if out.suffix == ".rtx":
+        archs = config.archs or _archs((), meta["precision"], "fp8" in meta.get("quantized", ""))
+        capabilities = " ".join(f"{arch // 10}.{arch % 10}" for arch in archs)
+        first += [f"--computeCapabilities={','.join(map(str, archs))}", "--skipInference"]
+        second += [f"--compute-capabilities {capabilities}", f"--output {engine}"]
+        convert = f"POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy convert {source} --convert-to trt"
+        return [" ".join(["tensorrt_rtx", *first]), " ".join([convert, *second])]
+    level = {"same": ("sameComputeCapability", "same_compute_capability"), "ampere+": ("ampere+", "ampere_plus")}
+    if config.hardware in level:
+        first.append(f"--hardwareCompatibilityLevel={level[config.hardware][0]}")
+        second.append(f"--hardware-compatibility-level {level[config.hardware][1]}")
+    first += ["--versionCompatible"] * config.version_compatible + ["--refit"] * config.refit
+    second += ["--version-compatible"] * config.version_compatible + ["--refittable"] * config.refit
+    typed = "--stronglyTyped", "--strongly-typed"  # required by TensorRT 10, without effect in 11
+    second += [f"--save-engine {engine}", f"--input-shapes {listed['opt']}"]
+    run = f"polygraphy run {source} --trt --onnxrt"
+    return [" ".join(["trtexec", *first, typed[0], "--useCudaGraph"]), " ".join([run, *second, typed[1]])]

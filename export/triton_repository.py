@@ -6,33 +6,46 @@ import json
 import shutil
 from pathlib import Path
 from string import Template
+from typing import Any, NamedTuple
 
 from dtn_fast.errors import UsageError
 from dtn_fast.export.config import RepositoryConfig
 from dtn_fast.files import write_whole
+from dtn_fast.model.card import measures_novelty
 from dtn_fast.runtime.export_manifest import read_export_manifest
-from dtn_fast.runtime.onnx import metadata
+from dtn_fast.runtime.onnx import OnnxScorer
 
 MODEL = Template("""name: "$name"
 $backend
 max_batch_size: $batch
 input [ { name: "crops" data_type: TYPE_UINT8 dims: [ $side, $side, 3 ] } ]
 output [
-  { name: "logits" data_type: TYPE_FP32 dims: [ $classes ] },
-  { name: "score" data_type: TYPE_FP32 dims: [ 1 ] reshape: { shape: [ ] } }
+$outputs
 ]
-dynamic_batching { max_queue_delay_microseconds: $delay preferred_batch_size: [ $preferred ] }
+dynamic_batching { max_queue_delay_microseconds: $delay preferred_batch_size: [ $batch ] }
 instance_group [ { count: $instances kind: KIND_AUTO } ]
 model_warmup [$warmups
 ]
 $optimization
 parameters [
-  { key: "dtn_config" value: { string_value: $config } },
-  { key: "notice" value: { string_value: $notice } },
-  { key: "weights" value: { string_value: $weights } }
+$parameters
 ]
 version_policy: { latest: { num_versions: 1 } }
 """)
+PARAMETER = Template('  { key: "$key" value: { string_value: $value } }')
+BACKENDS = {
+    "onnxruntime": 'backend: "onnxruntime"',
+    "tensorrt": 'platform: "tensorrt_plan"',
+    "python": 'backend: "python"',
+}
+OPTIMIZATIONS = {
+    "tensorrt": "optimization { cuda { graphs: true } }",
+    "onnxruntime": "optimization { graph { level: 2 } }",
+    "python": "",
+    "": "",
+}
+"""Optimisations of an engine, and of an ONNX file whose graph onnxruntime must leave as it is (level 2)."""
+CODE = "model.py"
 WARMUP = Template("""
   { name: "batch $batch" batch_size: $batch
     inputs { key: "crops" value: { data_type: TYPE_UINT8 dims: [ $side, $side, 3 ] zero_data: true } } }""")
@@ -50,118 +63,122 @@ platform: "ensemble"
 max_batch_size: $batch
 input [ { name: "encoded" data_type: TYPE_STRING dims: [ 1 ] } ]
 output [
-  { name: "logits" data_type: TYPE_FP32 dims: [ $classes ] },
-  { name: "score" data_type: TYPE_FP32 dims: [ 1 ] }
+$whole_outputs
 ]
 ensemble_scheduling {
   step [
     { model_name: "${name}_decode" model_version: -1
       input_map { key: "encoded" value: "encoded" } output_map { key: "crops" value: "crops" } },
     { model_name: "$name" model_version: -1
-      input_map { key: "crops" value: "crops" }
-      output_map { key: "logits" value: "logits" } output_map { key: "score" value: "score" } }
+      input_map { key: "crops" value: "crops" } $maps }
   ]
 }
 """)
-CODE = '''"""Decodes face crops (JPEG, PNG, WebP) to RGB uint8 [S, S, 3].  The server needs opencv-python-headless."""
-
-import json
-import os
-
-MAX_BYTES, MAX_PIXELS = 32_000_000, 64_000_000
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))  # read when cv2 is imported
-
-import cv2
-import numpy as np
-import triton_python_backend_utils as pb_utils
-
-
-class TritonPythonModel:
-    def initialize(self, args):
-        self.side = int(json.loads(args["model_config"])["parameters"]["side"]["string_value"])
-
-    def execute(self, requests):
-        return [self.answer(request) for request in requests]
-
-    def answer(self, request):
-        encoded = pb_utils.get_input_tensor_by_name(request, "encoded").as_numpy()
-        try:
-            crops = np.stack([self.decode(row) for row in encoded.reshape(-1)])
-        except ValueError as error:
-            return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(str(error)))
-        return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("crops", crops)])
-
-    def decode(self, data):
-        if len(data) > MAX_BYTES:
-            raise ValueError(f"{len(data)} bytes: over the limit of {MAX_BYTES}")
-        try:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-        except cv2.error:
-            image = None
-        if image is None or image.shape[0] * image.shape[1] > MAX_PIXELS:
-            raise ValueError("not a JPEG, PNG or WebP picture, or too large; send an encoded face crop")
-        size = (self.side, self.side)
-        if image.shape[:2] != size:
-            shrinks = min(image.shape[:2]) > self.side
-            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-        return np.ascontiguousarray(image[:, :, ::-1])
-'''
 
 
 def write_repository(model: Path, out: Path, config: RepositoryConfig = RepositoryConfig()) -> list[Path]:
     """Writes NAME (the model), NAME_decode and NAME_encoded (picture to score) into ``out``; returns the files.
 
-    model: an .onnx or .engine file of ``dtn-fast export`` whose input is crops.  Raises UsageError on any other file.
+    model: an .onnx or .engine file of ``dtn-fast export`` whose input is crops.  A server that has loaded an earlier
+    repository of this name keeps answering with it until it is told to load this one, or polls.  Raises UsageError on
+    any other file, or a backend that does not take it.
     """
-    if model.suffix == ".onnx":
-        meta = metadata(model)
-        takes, side_of, file, backend = (
-            meta["input"],
-            json.loads(meta["dtn_config"]),
-            "model.onnx",
-            'backend: "onnxruntime"',
-        )
-        least, most, optimization = 1, config.max_batch, ""
-    elif model.suffix == ".engine":
-        manifest = read_export_manifest(model, "tensorrt")
-        meta = {"notice": manifest.notice, "weights": manifest.weights}
-        takes, side_of, file, backend = manifest.input, manifest.config, "model.plan", 'platform: "tensorrt_plan"'
-        least, _, most = manifest.batches
-        optimization = "optimization { cuda { graphs: true } }"
-    else:
+    suffixes = {".onnx": ("onnxruntime", "python"), ".engine": ("tensorrt",)}
+    if model.suffix not in suffixes:
         raise UsageError(f"{model}: the server takes .onnx and .engine files of dtn-fast export")
-    if takes != "crops":
+    backend = suffixes[model.suffix][0] if config.backend == "auto" else config.backend
+    if backend not in suffixes[model.suffix]:
+        raise UsageError(f"--backend {backend}: does not run {model}; it takes "
+                         f"{'an .engine' if backend == 'tensorrt' else 'an .onnx'} file")  # fmt: skip
+    found = _of_engine(model) if backend == "tensorrt" else _of_onnx(model)
+    if found.input != "crops":
         raise UsageError(f"{model}: takes normalised images; export it with --input crops")
-    if least > 1 or config.max_batch > most:
-        raise UsageError(f"{model}: built for batches of {least} to {most}; the server wants 1 to {config.max_batch}; "
-                         "set --max-batch, or build it with --batches")  # fmt: skip
-    side, batch = side_of["image_size"], config.max_batch
-    sizes = sorted({1, batch})
+    if found.least > 1 or config.max_batch > (found.most or config.max_batch):
+        raise UsageError(f"{model}: built for batches of {found.least} to {found.most}; the server wants 1 to "
+                         f"{config.max_batch}; set --max-batch, or build it with --batches")  # fmt: skip
+    name, side, batch = config.name, found.config["image_size"], config.max_batch
+    parameters = {"dtn_config": json.dumps(found.config), "notice": found.notice, "weights": found.weights}
+    if backend != "tensorrt":
+        parameters["intra_op_thread_count"] = str(config.cpu_threads)
+    if backend == "python":
+        parameters |= {"provider": config.provider, "optimise": "yes" if found.optimise else "no"}
     values = {
-        "name": config.name, "batch": batch, "side": side, "classes": side_of.get("num_classes", 2),
-        "delay": config.delay_us, "preferred": batch, "instances": config.instances, "backend": backend,
-        "optimization": optimization, "config": _quoted(json.dumps(side_of)), "notice": _quoted(meta.get("notice", "")),
-        "weights": _quoted(meta.get("weights", "")),
-        "warmups": ",".join(WARMUP.substitute(batch=size, side=side) for size in sizes),
+        "name": name, "batch": batch, "side": side, "delay": config.delay_us, "instances": config.instances,
+        "backend": BACKENDS[backend],
+        "optimization": OPTIMIZATIONS["tensorrt" if backend == "tensorrt" else "" if found.optimise else backend],
+        "outputs": _outputs(found.outputs, True), "whole_outputs": _outputs(found.outputs, False),
+        "maps": " ".join(f'output_map {{ key: "{o.name}" value: "{o.name}" }}' for o in found.outputs),
+        "parameters": ",\n".join(PARAMETER.substitute(key=k, value=json.dumps(v)) for k, v in parameters.items()),
+        "warmups": ",".join(WARMUP.substitute(batch=size, side=side) for size in sorted({1, batch})),
     }  # fmt: skip
-    name = config.name
+    code = Path(__file__).parent
     texts = {
-        f"{name}/config.pbtxt": MODEL.substitute(values),
+        f"{name}_decode/1/{CODE}": (code / "triton_decoder.py").read_text(encoding="utf-8"),
         f"{name}_decode/config.pbtxt": DECODER.substitute(values),
-        f"{name}_decode/1/model.py": CODE,
         f"{name}_encoded/config.pbtxt": ENSEMBLE.substitute(values),
+        f"{name}/config.pbtxt": MODEL.substitute(values),  # last: it is what a server that polls waits for
     }
+    if backend == "python":
+        texts = {f"{name}/1/{CODE}": (code / "triton_model.py").read_text(encoding="utf-8"), **texts}
+    file = "model.plan" if backend == "tensorrt" else "model.onnx"
     made = [out / name / "1" / file]
-    made[0].parent.mkdir(parents=True, exist_ok=True)
     with model.open("rb") as source:
         write_whole(made[0], lambda target: shutil.copyfileobj(source, target))
     for path, text in texts.items():
         write_whole(out / path, text)
         made.append(out / path)
     (out / f"{name}_encoded" / "1").mkdir(exist_ok=True)  # the server needs a version folder, even an empty one
+    for earlier in {"model.onnx", "model.plan", CODE} - {path.name for path in made if path.parent == made[0].parent}:
+        (made[0].parent / earlier).unlink(missing_ok=True)  # of another backend
     return made
 
 
-def _quoted(text: str) -> str:
-    """String literal of protobuf's text format."""
-    return json.dumps(text)
+class _Output(NamedTuple):
+    name: str
+    dims: tuple[int, ...]
+    """Sizes after the batch."""
+
+
+class _Described(NamedTuple):
+    """Facts of a model file that the server's configuration needs."""
+
+    input: str
+    config: dict[str, Any]
+    notice: str
+    weights: str
+    outputs: list[_Output]
+    least: int = 1
+    """Smallest batch size."""
+    most: int = 0
+    """Largest batch size; 0: any."""
+    optimise: bool = True
+    """Whether onnxruntime may rewrite the graph."""
+
+
+def _of_onnx(model: Path) -> _Described:
+    if not model.is_file():
+        raise UsageError(f"{model}: no such file")
+    scorer = OnnxScorer(model)
+    meta = scorer.session.get_modelmeta().custom_metadata_map
+    outputs = [_Output(o.name, tuple(o.shape[1:])) for o in scorer.session.get_outputs()]
+    config = json.loads(meta["dtn_config"])
+    return _Described(meta["input"], config, scorer.notice, scorer.weights, outputs, optimise=scorer.optimise)
+
+
+def _of_engine(model: Path) -> _Described:
+    manifest = read_export_manifest(model, "tensorrt")
+    least, _, most = manifest.batches
+    config = manifest.detector_config()
+    novelty = [_Output("novelty", ())] if measures_novelty(config.card) else []
+    outputs = [_Output("logits", (config.num_classes,)), _Output("score", ()), *novelty]
+    return _Described(manifest.input, manifest.config, manifest.notice, manifest.weights, outputs, least, most)
+
+
+def _outputs(outputs: list[_Output], of_model: bool) -> str:
+    """The outputs in protobuf's text format.  The server knows no output without a dimension: one that has none but the
+    batch is [ 1 ], and the model's own shape is written beside it."""
+    lines = []
+    for name, dims in outputs:
+        sizes, reshape = ", ".join(map(str, dims or (1,))), "" if dims or not of_model else " reshape: { shape: [ ] }"
+        lines.append(f'  {{ name: "{name}" data_type: TYPE_FP32 dims: [ {sizes} ]{reshape} }}')
+    return ",\n".join(lines)

@@ -19,13 +19,14 @@ from dtn_fast.train.run_folder import start_run
 
 LONGEST = (
     "test_compile_check.py", "test_ablate.py", "test_prepare.py", "test_distributed.py", "test_bench.py",
-    "test_gpu_calls.py", "test_step.py", "test_tensorrt_plugin.py", "test_cli.py", "test_ops.py", "test_app.py",
+    "test_extras.py", "test_containers.py", "test_gpu_calls.py", "test_step.py", "test_tensorrt_plugin.py",
+    "test_cli.py", "test_ops.py", "test_app.py",
 )  # fmt: skip
 """Files that take longest, begun first so that no worker ends with one of them alone."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    help = "every architecture, forgery and gradient element, and the compared models at full size"
+    help = "every architecture, forgery and gradient element, the compared models at full size, and packages installed"
     parser.addoption("--full", action="store_true", help=help)
 
 

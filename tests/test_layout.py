@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from dtn_fast.packages import EXTRAS
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("kernels", "train", "export", "bench")
@@ -79,3 +85,29 @@ def test_wheel_holds_all_folders_and_nothing_generic(tmp_path: Path) -> None:
     ):
         assert f"dtn_fast/{member}" in names
     assert any(name.startswith("dtn_fast/bench/") for name in names)
+
+
+def test_each_optional_package_is_installed_by_the_extra_that_its_error_names() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    distributions = importlib.metadata.packages_distributions()
+    plain = lambda name: re.split(r"[^\w.-]", name)[0].lower().replace("_", "-")
+    for extra, modules in EXTRAS.items():
+        installed = {plain(requirement) for requirement in listed[extra]}
+        for module in modules:
+            names = {module, f"{module}-bin", *distributions.get(module, ())}
+            assert {plain(name) for name in names} & installed, f"{module}: not in the extra {extra}"
+
+
+def test_each_required_package_has_an_extra_or_a_command_of_its_own() -> None:
+    known = {module for modules in EXTRAS.values() for module in modules}
+    calls = 0
+    for path in (path for folder in ("dtn_fast", *FOLDERS) for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require":
+                match node.args:
+                    case [ast.Constant(value=str(module))]:
+                        assert module.partition(".")[0] in known, f"{path}: {module} is in no extra of EXTRAS"
+                        calls += 1
+                    case [ast.Constant(value=str(module)), ast.Constant()]:
+                        assert module.partition(".")[0] not in known, f"{path}: {module} has an extra; name no package"
+    assert calls > 20

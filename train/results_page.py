@@ -11,6 +11,7 @@ from dtn_fast.errors import UsageError
 from dtn_fast.files import write_whole
 from dtn_fast.html_page import data_uri, render
 from dtn_fast.model.detector import WEIGHTS
+from dtn_fast.packages import require
 from dtn_fast.provenance import commands
 from dtn_fast.train.run_folder import RECIPE, generation_folder, judge
 from dtn_fast.train.run_report import Plot, notice_of, plots_of, read_generations
@@ -99,9 +100,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _html(file: Path) -> str:
     """A Markdown file as HTML; HTML, links and pictures inside it are shown as text."""
-    import jinja2
-    import markdown
-
+    jinja2, markdown = require("jinja2"), require("markdown")
     text = html.escape(html.unescape(file.read_text(encoding="utf-8", errors="replace")), quote=False)
     reader = markdown.Markdown(extensions=["tables", "sane_lists"])
     for name in LINKS:

@@ -171,7 +171,7 @@ def make_videos(folder: Path, identity: int, seed: int) -> list[Path]:
 
 
 def _astronaut() -> NDArray[np.uint8]:
-    data = require("skimage.data", "dtn-fast[demo]")
+    data = require("skimage.data")
     return data.astronaut()
 
 

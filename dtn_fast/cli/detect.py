@@ -13,12 +13,12 @@ from dtn_fast.detect.batch import BatchResult, detect_many
 from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.report import limits_in_words, sentences
 from dtn_fast.detect.verdict import RULE, Result, short_names
-from dtn_fast.errors import one_line
+from dtn_fast.errors import UsageError, one_line
 from dtn_fast.model.card import remarks
 from dtn_fast.packages import require
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.load import load_scorer
-from dtn_fast.serve.config import EXTRA, ServeConfig
+from dtn_fast.serve.config import ServeConfig
 
 UNCERTAIN = 3
 """Exit code when every input was read and some verdict is uncertain."""
@@ -28,7 +28,8 @@ SPANS, FILES = 4, 8
 
 def detect(
     inputs: Annotated[list[str], tyro.conf.Positional],
-    model: Path,
+    model: Path | None = None,
+    server: str | None = None,
     out: Path = Path("detect"),
     config: Annotated[DetectConfig, tyro.conf.OmitArgPrefixes] = DetectConfig(),
     annotate: bool = False,
@@ -44,16 +45,22 @@ def detect(
 
     Faces are found as for the training crops of the model; --faces yunet finds small, turned and half hidden ones too.
 
+    On a server: dtn-fast detect clip.mp4 --server http://host:8000/dtn (or grpc://host:8001/dtn) finds the faces here
+    and scores them there, on the model that dtn-fast repository wrote.
+
     Args:
         inputs: Images, videos, folders (searched recursively) and globs.
         model: A run, a checkpoint folder, or an .onnx, .mnn, .engine or .rtx file.
+        server: Address of a Triton Inference Server that holds the model, instead of --model.
         out: Folder for the results.
         config: Frames to analyse, limits of the verdict, and how faces are found.
         annotate: Also write each video with faces framed and forged spans marked.
         runtime: Device and precision that the model runs with.
     """
+    if (given := model or server) is None or (model and server):
+        raise UsageError("name a model with --model, or the server that holds it with --server: one of the two")
     printed = 0
-    scorer = load_scorer(model, runtime)
+    scorer = load_scorer(given, runtime)
     with progress() as bar:
         task = bar.add_task("detecting", total=None, note="")
 
@@ -118,7 +125,7 @@ def serve(
         detection: Frames to analyse, limits of the verdict, and how faces are found.
         runtime: Device and precision that the model runs with.
     """
-    require("uvicorn", EXTRA)
+    require("uvicorn")
     from dtn_fast.serve.app import Service
     from dtn_fast.serve.server import Server, listen
 

@@ -13,6 +13,7 @@ import torch
 
 from dtn_fast.cli.terminal import print_table
 from dtn_fast.device import choose_precision
+from dtn_fast.packages import installed_by
 
 NEEDS = {
     "torch": "",
@@ -65,15 +66,15 @@ def _gpu() -> str:
     return "" if torch.cuda.is_available() else "no: torch sees no GPU"
 
 
-def _imports(module: str, package: str, gpu: bool = False) -> Callable[[], str]:
+def _imports(module: str, gpu: bool = False) -> Callable[[], str]:
     def probe() -> str:
         if importlib.util.find_spec(module) is None:
-            return f"no: not installed; pip install {package}"
+            return f"no: not installed; pip install {installed_by(module)}"
         if module.startswith("tensorrt"):  # the package may be installed without its libraries
             try:
                 importlib.import_module(module)
             except ImportError as error:
-                return f"no: {str(error).splitlines()[0][:80]}; pip install {package}"
+                return f"no: {str(error).splitlines()[0][:80]}; pip install {installed_by(module)}"
         return _gpu() if gpu else ""
 
     return probe
@@ -100,7 +101,7 @@ def _rtx_gpu() -> str:
 
 def _compile() -> str:
     if torch.cuda.is_available():
-        return _imports("triton", "triton")()
+        return _imports("triton")()
     import shutil
 
     return "" if shutil.which("g++") or shutil.which("clang++") else "no: torch.compile needs a C++ compiler here"
@@ -110,13 +111,13 @@ RUNTIMES: list[tuple[str, str, Callable[[], str]]] = [
     ("checkpoint", "torch, eager", lambda: ""),
     ("checkpoint", "torch.compile (--mode compile)", _compile),
     ("checkpoint", "CUDA graph (--mode graph)", _gpu),
-    (".onnx", "onnxruntime, CPU", _imports("onnxruntime", "onnxruntime")),
+    (".onnx", "onnxruntime, CPU", _imports("onnxruntime")),
     (".onnx", "onnxruntime, CUDA (--provider cuda)", _provider("CUDAExecutionProvider")),
     (".onnx", "onnxruntime, TensorRT (--provider tensorrt)", _provider("TensorrtExecutionProvider")),
-    (".mnn", "MNN, CPU", _imports("MNN", "MNN")),
-    (".engine", "TensorRT", _imports("tensorrt", "'tensorrt>=10.13.3,<12'", gpu=True)),
-    (".rtx", "TensorRT-RTX, run", lambda: _imports("tensorrt_rtx", "tensorrt-rtx", gpu=True)() or _rtx_gpu()),
-    (".rtx", "TensorRT-RTX, build", _imports("tensorrt_rtx", "tensorrt-rtx")),
+    (".mnn", "MNN, CPU", _imports("MNN")),
+    (".engine", "TensorRT", _imports("tensorrt", gpu=True)),
+    (".rtx", "TensorRT-RTX, run", lambda: _imports("tensorrt_rtx", gpu=True)() or _rtx_gpu()),
+    (".rtx", "TensorRT-RTX, build", _imports("tensorrt_rtx")),
 ]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -79,15 +82,30 @@ def _print_measurements(made: Exported, quantized: bool) -> None:
 
 
 def _print_engine(model: Path, out: Path, config: EngineConfig, built: Built) -> None:
-    from dtn_fast.export.to_tensorrt import commands
-
     if built.times:
         print("attention: " + ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in built.times.items()))
     archs = ", ".join(f"{arch // 10}.{arch % 10}" for arch in built.archs) or "from 8.0 up"
     print(f"{out}: {built.size / 2**20:.1f} MiB, batches {'/'.join(map(str, config.batches))}, compute capability "
           f"{archs}, attention {built.attention}; manifest {out.name}.json")  # fmt: skip
-    if model.suffix == ".onnx" and out.suffix == ".engine":
-        print("The same engine built with NVIDIA's own tools:", *commands(model, config), sep="\n  ")
+    if config.refit_from is None:
+        _print_commands(model, out, replace(config, archs=built.archs))
+
+
+def _print_commands(model: Path, out: Path, config: EngineConfig) -> None:
+    """Prints how NVIDIA's own tools build the engine ``out`` from an .onnx file, or from that of another model."""
+    from dtn_fast.export.to_tensorrt import commands
+    from dtn_fast.runtime.export_manifest import read_export_manifest
+    from dtn_fast.runtime.tensorrt import KINDS
+
+    manifest = read_export_manifest(out, KINDS[out.suffix])
+    source = model if model.suffix == ".onnx" else out.with_suffix(".onnx")
+    lines = commands(source, out, {"input": manifest.input, "dtn_config": json.dumps(manifest.config)}, config)
+    if source != model:
+        again = f"dtn-fast export {shlex.quote(str(model))} --out {shlex.quote(str(source))}"
+        again += f" --precision {manifest.precision}" + " --input images" * (manifest.input == "images")
+        lines.insert(0, again + "  # and the same --convs, --linears, --calibrate" * bool(manifest.quantized))
+    plugin = "" if manifest.attention == "native" else ", with TensorRT's own layers in place of this package's plugins"
+    print(f"The same engine by NVIDIA's own tools{plugin}:", *lines, sep="\n  ")
 
 
 def verify(
@@ -130,6 +148,8 @@ def verify(
 def inspect(engine: Annotated[Path, tyro.conf.Positional], batch: Count | None = None) -> None:
     """Show the metadata of an engine, ONNX or MNN file; for an engine on its GPU also its layers and their times.
 
+    For an ONNX file also the commands by which the tools trtexec, tensorrt_rtx and polygraphy make engines of it.
+
     Example: dtn-fast inspect dtn.engine --batch 8
 
     Args:
@@ -141,6 +161,13 @@ def inspect(engine: Annotated[Path, tyro.conf.Positional], batch: Count | None =
     from dtn_fast.runtime.describe import describe
 
     print_table(str(engine), ["field", "value"], [[name, value] for name, value in describe(engine).items()])
+    if engine.suffix == ".onnx":
+        from dtn_fast.export.to_tensorrt import commands
+        from dtn_fast.runtime.onnx import metadata
+
+        meta = metadata(engine)
+        lines = [line for kind in (".engine", ".rtx") for line in commands(engine, engine.with_suffix(kind), meta)]
+        print("Engines of it by NVIDIA's own tools:", *lines, sep="\n  ")
     if engine.suffix in (".engine", ".rtx"):
         if not torch.cuda.is_available():
             print("layers and their times: shown only on the GPU that the engine was built for")
@@ -162,8 +189,16 @@ def repository(
 
     Example: dtn-fast repository dtn.onnx --out models
 
+    For a server without the onnxruntime backend: dtn-fast repository dtn.onnx --out models --backend python
+
+    The Python of the server needs opencv-python-headless to decode pictures, onnxruntime for --backend python, and in
+    server 2.51 numpy<2.
+
     Then: docker run --gpus all -v $PWD/models:/models nvcr.io/nvidia/tritonserver:<release>-py3 tritonserver
     --model-repository=/models
+
+    Then: dtn-fast detect clip.mp4 --server http://localhost:8000/dtn, and dtn-fast bench server
+    http://localhost:8000/dtn for its crops per second and latency.
 
     Args:
         model: An .onnx or .engine file written by dtn-fast export with --input crops (the default).

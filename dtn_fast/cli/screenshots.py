@@ -25,7 +25,7 @@ from dtn_fast.files import write_whole
 from dtn_fast.packages import require
 from dtn_fast.runtime.load import load_scorer
 from dtn_fast.runtime.scorer import Scorer
-from dtn_fast.serve.config import EXTRA, ServeConfig
+from dtn_fast.serve.config import ServeConfig
 
 PACKAGE = Path(__file__).parent.parent
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -78,7 +78,7 @@ def _save(page: Any, path: Path, last: str) -> None:
 @contextlib.contextmanager
 def _served(scorer: Scorer) -> Iterator[str]:
     """Serves ``scorer`` on a free local port and yields its address."""
-    require("uvicorn", EXTRA)
+    require("uvicorn")
     from dtn_fast.serve.app import Service
     from dtn_fast.serve.server import Server, listen
 

@@ -37,7 +37,7 @@ class Augment:
 
     def _pipeline(self, preset: AugmentPreset) -> Any:
         os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or its import looks for a newer version online
-        A = require("albumentations", "albumentations==2.0.8")
+        A = require("albumentations")
         p = preset
         return A.Compose(
             [

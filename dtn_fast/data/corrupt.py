@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.errors import UsageError
+from dtn_fast.packages import require
 
 Image = NDArray[np.uint8]
 LEVELS: dict[str, tuple[float, ...]] = {
@@ -159,7 +160,7 @@ def _jpeg(image: Image, rate: float, rng: np.random.Generator) -> Image:
 
 def _h264_still(image: Image, crf: float, rng: np.random.Generator) -> Image:
     """Encodes one frame with H.264 and decodes it."""
-    import av
+    av = require("av")
 
     from dtn_fast.data.video_writer import h264
 

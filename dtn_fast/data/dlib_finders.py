@@ -100,7 +100,7 @@ class DlibFinder(FaceFinder):
     def _detector(self) -> Any:
         """The detector of the calling thread."""
         if not hasattr(self._own, "detector"):
-            self._own.detector = require("dlib", "dlib-bin").get_frontal_face_detector()
+            self._own.detector = require("dlib").get_frontal_face_detector()
         return self._own.detector
 
 
@@ -121,7 +121,7 @@ class DlibCnnFinder(FaceFinder):
 
     def __init__(self, config: FinderConfig = FinderConfig()) -> None:
         super().__init__(config)
-        self._on_gpu = bool(getattr(require("dlib", "dlib-bin"), "DLIB_USE_CUDA", False))
+        self._on_gpu = bool(getattr(require("dlib"), "DLIB_USE_CUDA", False))
         self._detector()
 
     def _search(self, frame: Image, smallest: float, quick: bool = False) -> list[FoundFace]:
@@ -143,7 +143,7 @@ class DlibCnnFinder(FaceFinder):
                                  "(from https://github.com/davisking/dlib-models)")  # fmt: skip
             path = existing_file(self.config.face_model, "--face-model")
             try:
-                self._own.detector = require("dlib", "dlib-bin").cnn_face_detection_model_v1(str(path))
+                self._own.detector = require("dlib").cnn_face_detection_model_v1(str(path))
             except RuntimeError as error:
                 raise UsageError(f"--face-model {path}: not a face detector of dlib ({error})") from error
         return self._own.detector

@@ -106,7 +106,7 @@ class FaceFinder(ABC):
         angle = roll(face.points)
         cut = around(face, face.turn if angle is None else angle)
         near, far = LANDMARK_SIDE // 4, LANDMARK_SIDE * 3 // 4 - 1
-        rectangle = require("dlib", "dlib-bin").rectangle(near, near, far, far)
+        rectangle = require("dlib").rectangle(near, near, far, far)
         image = np.ascontiguousarray(crop_face(frame, cut, LANDMARK_SIDE))
         found = np.array([(part.x, part.y) for part in self._predictor()(image, rectangle).parts()], np.float32)
         points = mapped(cv2.invertAffineTransform(cut.matrix(LANDMARK_SIDE)), found).astype(np.float32)
@@ -120,8 +120,8 @@ class FaceFinder(ABC):
         if not hasattr(self._own, "predictor"):
             path = existing_file(self.config.landmark_model, "--landmark-model")
             try:
-                predictor = require("dlib", "dlib-bin").shape_predictor(str(path))
-                count = predictor(np.zeros((64, 64, 3), np.uint8), require("dlib", "dlib-bin").rectangle(8, 8, 56, 56))
+                predictor = require("dlib").shape_predictor(str(path))
+                count = predictor(np.zeros((64, 64, 3), np.uint8), require("dlib").rectangle(8, 8, 56, 56))
             except RuntimeError as error:
                 raise UsageError(f"--landmark-model {path}: not a shape predictor of dlib ({error})") from error
             if count.num_parts != 5 and count.num_parts < IBUG:

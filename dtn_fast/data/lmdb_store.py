@@ -17,7 +17,7 @@ class Lmdb:
     """A read-only LMDB of pictures by relative path, as DeepfakeBench stores them."""
 
     def __init__(self, path: Path) -> None:
-        lmdb = require("lmdb", "lmdb")
+        lmdb = require("lmdb")
         self.path = path
         try:
             self._open = lmdb.open(str(path), readonly=True, lock=False, subdir=path.is_dir())

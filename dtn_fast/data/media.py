@@ -12,6 +12,7 @@ from typing import Literal
 
 from dtn_fast.data.video_index import open_video, video_stream
 from dtn_fast.errors import MediaError
+from dtn_fast.packages import require
 
 Kind = Literal["picture", "video", "unread", "other"]
 """``unread``: a picture or video in a form that this program does not read; ``other``: no picture and no video."""
@@ -102,7 +103,7 @@ def kind_of(path: Path) -> Kind:
 
 def _has_video(path: Path) -> bool:
     """Whether a container has a video track that is no cover picture."""
-    import av
+    av = require("av")
 
     try:
         with open_video(path) as container:

@@ -13,6 +13,7 @@ from dtn_fast.data.pictures import count_pictures, read_image, read_moving, read
 from dtn_fast.data.video import Frame, Reading, read_frames
 from dtn_fast.data.video_index import Check
 from dtn_fast.errors import DtnError, MediaError
+from dtn_fast.packages import installed_by
 
 
 def frames_of(
@@ -50,7 +51,7 @@ def _frames(path: Path, count: Wanted, threads: int, check: Check, reading: Read
 def unread_text(path: Path) -> str:
     """The error of a picture or video in a form that is not read."""
     heic = path.suffix.lower() in HEIC
-    remedy = "pip install pillow-heif, which reads it" if heic else "convert it to PNG, JPEG or MP4"
+    remedy = f"run: pip install {installed_by('pillow_heif')}" if heic else "convert it to PNG, JPEG or MP4"
     return f"{path}: a picture or video in a form that is not read; {remedy}"
 
 

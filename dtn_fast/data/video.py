@@ -20,6 +20,7 @@ from dtn_fast.data.hdr import is_hdr, to_sdr
 from dtn_fast.data.pictures import turned
 from dtn_fast.data.video_index import Check, VideoIndex, index_of, open_video, packets_of, video_stream
 from dtn_fast.errors import MediaError, reason
+from dtn_fast.packages import require
 
 
 class Frame(NamedTuple):
@@ -79,7 +80,7 @@ def read_frames(
     out, the others keep their numbers, and ``reading`` counts both.  Raises MediaError when the file is not a video or
     no frame of it can be decoded.  The length of a truncated video is counted, not taken from its header.
     """
-    import av
+    av = require("av")
 
     reading = Reading() if reading is None else reading
     index = index_of(path, check)
@@ -123,7 +124,7 @@ def frame_numbers(path: Path, count: int, check: Check = lambda: None) -> list[i
 
 def _decoded(path: Path, threads: int, check: Check) -> Iterator[Any]:
     """Every frame in order, None in place of one that cannot be decoded.  Raises av.FFmpegError when none can."""
-    import av
+    av = require("av")
 
     good, problem = 0, None
     with open_video(path) as container:
@@ -155,7 +156,7 @@ def _numbered(frames: Iterator[Any], index: VideoIndex) -> Iterator[tuple[int, A
 
 def _jump(path: Path, index: VideoIndex, numbers: list[int], threads: int, check: Check) -> Iterator[tuple[int, Any]]:
     """Yields (number, frame) of these frames, with as little decoding as possible; stops at the first one not found."""
-    import av
+    av = require("av")
 
     try:
         with open_video(path) as container:

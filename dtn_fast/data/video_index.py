@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.errors import MediaError, reason
+from dtn_fast.packages import require
 
 CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,mxf,rm,dv,ivf,h264,hevc,mjpeg"
 """Container formats that are opened.  Playlists and scripts, which make a decoder read other files, are excluded."""
@@ -38,7 +39,7 @@ Check = Callable[[], object]
 
 def open_video(path: Path) -> Any:
     """Opens a video's container.  Raises av.FFmpegError when it is none of CONTAINERS."""
-    import av
+    av = require("av")
 
     # "file:" keeps FFmpeg from reading a colon in the name as a protocol
     return av.open(f"file:{path}", options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
@@ -46,7 +47,7 @@ def open_video(path: Path) -> Any:
 
 def comment_of(path: Path) -> str:
     """The comment stored with a video; empty: none, or no video."""
-    import av
+    av = require("av")
 
     try:
         with open_video(path) as container:
@@ -60,7 +61,7 @@ def video_stream(container: Any, path: Path, threads: int = 1) -> Any:
 
     Raises MediaError when there is none that can be decoded, or its frames are too large.
     """
-    import av
+    av = require("av")
 
     still = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
     moving = [stream for stream in container.streams.video if not stream.disposition & still]
@@ -80,7 +81,7 @@ def video_stream(container: Any, path: Path, threads: int = 1) -> Any:
 
 def packets_of(container: Any, stream: Any) -> Iterator[Any]:
     """The stream's packets; reading goes on after an error, up to DAMAGES times."""
-    import av
+    av = require("av")
 
     for _ in range(DAMAGES):
         try:
@@ -151,7 +152,7 @@ class VideoIndex:
 
 def index_of(path: Path, check: Check = lambda: None) -> VideoIndex:
     """Indexes a video; what cannot be read of it is left out.  Raises MediaError when nothing can."""
-    import av
+    av = require("av")
 
     stamps: list[int | None] = []
     decoding: list[int] = []

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from dtn_fast.errors import MediaError
 from dtn_fast.files import replacing
+from dtn_fast.packages import require
 
 TICK = Fraction(1, 90_000)
 """Unit of timestamps in seconds; the usual frame rates are whole numbers of it."""
@@ -75,7 +76,7 @@ def _write(
     end: float = 0.0,
     comment: str = "",
 ) -> Iterator[int]:
-    import av
+    av = require("av")
 
     with replacing(path) as partial, av.open(f"file:{partial}", "w", format="mp4") as container:
         container.metadata["comment"] = comment

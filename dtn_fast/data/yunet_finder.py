@@ -118,7 +118,7 @@ def fetch_yunet() -> Path:
 
     Raises UsageError when it cannot be fetched or is not the pinned file.
     """
-    hub = require("huggingface_hub", "huggingface_hub")
+    hub = require("huggingface_hub")
     by_hand = f"download {YUNET[1]} from https://huggingface.co/{YUNET[0]} and name it with --face-model"
     log = logging.getLogger("huggingface_hub")
     level = log.level

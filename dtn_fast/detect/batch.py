@@ -71,7 +71,7 @@ def detect_many(
     annotate: also write each video with its faces framed and the forged spans marked.  finder: face finder; default:
     the model's, as in :func:`detect`.  watch: called often with the batch so far and a note of the current work.
     Raises UsageError without inputs; an input without a verdict adds a line to ``problems`` and does not stop the
-    others.
+    others.  Raises DtnError when ``scorer`` does, after writing the results of the inputs before.
     """
     if not inputs:
         raise UsageError("no inputs; name images, videos, folders or globs, such as clip.mp4")
@@ -86,7 +86,15 @@ def detect_many(
     batch.inputs = len(paths)
     for number, (path, error) in enumerate(paths, 1):
         tell = lambda frames, name=one_line(path.name): watch(batch, f"{name}, {frames} frames")
-        result = Result(path, error=error) if error else detect(path, scorer, config, finder, tell)
+        try:
+            result = Result(path, error=error) if error else detect(path, scorer, config, finder, tell)
+        except DtnError as failed:  # no input's fault: a server that stays away, a model whose logits overflow
+            if batch.results:
+                kept = f"{len(batch.results)} of {batch.inputs} inputs are done, in {out}"
+                batch.notes.append(f"{failed}; {kept}")
+                _write(batch, scorer, out)
+                raise type(failed)(f"{failed}; {kept}") from failed
+            raise
         batch.timing.add(result.timing)
         if result.error:
             batch.problems.append(result.error)
@@ -109,8 +117,12 @@ def detect_many(
         watch(batch, one_line(path.name))
     if batch.own:
         batch.notes.append(f"{out}: {batch.own} annotated copies of an earlier run were left out")
+    _write(batch, scorer, out)
+    return batch
+
+
+def _write(batch: BatchResult, scorer: Scorer, out: Path) -> None:
     known = remarks(scorer.config.card)
     write_results(out / "results.json", batch.results, scorer.notice, known)
     notices = [trained_on(scorer.notice), *sentences(known), *batch.notes]
     write_report(out / "report.html", "Face forgery report", notices, None, batch.results)
-    return batch

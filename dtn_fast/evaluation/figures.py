@@ -300,7 +300,7 @@ def _collapse_maps(models: Mapping[str, Detector], faces: Faces, figures: dict[s
     """Figure 1: the last face's Grad-CAM at each model's deepest map, then every head's attention, token by token, in
     the first and in the last block, from 0 to the block's largest value; a model without attention, such as VGG, has
     the first part alone."""
-    crop, colors = faces.few[-1:], require("matplotlib", "matplotlib").colormaps["inferno"]
+    crop, colors = faces.few[-1:], require("matplotlib").colormaps["inferno"]
     rows, images = list[str](), list[list[NDArray[Any] | str | None]]()
     for name, model in models.items():
         depths = list(model.cam_layers())
@@ -333,7 +333,7 @@ def _feature_maps(dtns: Mapping[str, DTN], faces: Faces, figures: dict[str, Any]
 
 
 def _check_tsne(faces: Faces) -> None:
-    require("sklearn.manifold", "scikit-learn")
+    require("sklearn.manifold")
     if len(faces.many) < 4:
         raise UsageError(f"{len(faces.many)} crops are too few for t-SNE; give a larger split, or other --kinds")
 

@@ -20,15 +20,15 @@ def drawing(style: dict[str, Any] | None = None) -> Iterator[type[Any]]:
 
     style: rc parameters on top of matplotlib's defaults.  Raises UsageError without matplotlib.
     """
-    style_sheets = require("matplotlib.style", "matplotlib")
-    figure = require("matplotlib.figure", "matplotlib").Figure  # not pyplot, which looks for a display and keeps state
+    style_sheets = require("matplotlib.style")
+    figure = require("matplotlib.figure").Figure  # not pyplot, which looks for a display and keeps state
     with style_sheets.context(["default", {**REPEATABLE, **(style or {})}]):
         yield figure
 
 
 def canvas(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
     """A figure and its axes [rows, columns], each of ``width`` by ``height`` inches."""
-    Figure = require("matplotlib.figure", "matplotlib").Figure
+    Figure = require("matplotlib.figure").Figure
     figure = Figure(figsize=(width * columns, height * rows + 0.3), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 

@@ -26,7 +26,7 @@ def import_timm() -> Any:
         if "operator torchvision::" not in str(error):
             raise
         _declare_torchvision_operators()
-    return require("timm", "timm")
+    return require("timm")
 
 
 _torchvision_library: torch.library.Library | None = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dtn_fast.device import Device
+from dtn_fast.ranges import NotNegative, check_ranges
 
 
 @dataclass(frozen=True)
@@ -22,3 +23,8 @@ class Runtime:
     eager."""
     provider: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
     """Execution provider of onnxruntime; auto: chosen by device."""
+    patience: NotNegative = 30.0
+    """Seconds to try again when a server (http:// or grpc://) cannot be reached."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)

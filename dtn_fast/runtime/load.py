@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +26,36 @@ RECIPE = "recipe.json"
 STUDENT = "student.json"
 """File of a student's folder that holds the recipe it was distilled by."""
 
+SERVER = "server"
+"""Kind of a model that is an address and no file."""
+
 
 def load_scorer(path: str | Path, runtime: Runtime = Runtime()) -> Scorer:
-    """A scorer for ``path``: .onnx, .mnn, .engine, .rtx, a checkpoint folder, or a training run (its best generation).
+    """A scorer for ``path``: .onnx, .mnn, .engine, .rtx, a checkpoint folder, a training run (its best generation), or
+    the address of a Triton Inference Server, such as http://host:8000/dtn.
 
     Raises UsageError when ``path`` is not a model, this machine cannot run it, or a changed option of ``runtime`` does
-    not apply to it.
+    not apply to it; DtnError when a server cannot be reached.
     """
-    path = Path(path)
     kinds = {".onnx": "onnx", ".mnn": "mnn", ".engine": "tensorrt", ".rtx": "tensorrt"}
-    takes = {".onnx": ("device", "provider"), ".mnn": (), ".engine": (), ".rtx": ()}
+    takes = {".onnx": ("device", "provider"), ".mnn": (), ".engine": (), ".rtx": (), SERVER: ("patience",)}
+    kind = SERVER if re.match(r"(https?|grpcs?):/", str(path)) else Path(path).suffix
     for field in dataclasses.fields(runtime):
         value = getattr(runtime, field.name)
-        if value != field.default and field.name not in takes.get(path.suffix, ("device", "precision", "mode")):
-            what = f"{path.suffix} file" if path.suffix in kinds else "checkpoint"
+        if value != field.default and field.name not in takes.get(kind, ("device", "precision", "mode")):
+            what = kind if kind == SERVER else f"{kind} file" if kind in kinds else "checkpoint"
             raise UsageError(f"--{field.name} {value}: not for {path}, a {what}; leave it out")
-    if path.suffix in kinds:
+    if kind == SERVER:
+        from dtn_fast.runtime import triton_server
+
+        return triton_server.load(str(path), runtime)
+    path = Path(path)
+    if kind in kinds:
         if not path.is_file():
             raise UsageError(f"{path}: no such file")
         from importlib import import_module
 
-        scorer: Scorer = import_module(f"dtn_fast.runtime.{kinds[path.suffix]}").load(path, runtime)
+        scorer: Scorer = import_module(f"dtn_fast.runtime.{kinds[kind]}").load(path, runtime)
         return scorer
     return TorchScorer(move_to(load_model(path), choose_device(runtime.device)), runtime=runtime)
 

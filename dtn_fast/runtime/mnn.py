@@ -69,9 +69,9 @@ def package() -> Any:
     kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     try:
-        require("MNN.expr", "MNN")
-        require("MNN.nn", "MNN")
-        return require("MNN", "MNN")
+        require("MNN.expr")
+        require("MNN.nn")
+        return require("MNN")
     finally:
         os.dup2(kept, 1)
         os.close(kept)

@@ -23,17 +23,17 @@ PROVIDERS = {
     "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
 }
 CPU: Provider = "cpu"
-NEEDED = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu", "tensorrt": "onnxruntime-gpu"}
+GPU_PACKAGE = "onnxruntime-gpu"
 
 
 def session_of(model: str | bytes, name: str, provider: Provider = CPU, optimise: bool = True) -> Any:
     """Opens an onnxruntime session of a file or of serialised bytes.  ``optimise``: rewrite the graph, which also
     changes the rounding of quantised values.  Raises UsageError naming ``name``."""
-    onnxruntime = require("onnxruntime", NEEDED[provider])
+    onnxruntime = require("onnxruntime", "" if provider == CPU else GPU_PACKAGE)
     wanted = PROVIDERS[provider]
     if wanted[0] not in onnxruntime.get_available_providers():
         raise UsageError(
-            f"--provider {provider}: this onnxruntime has no {wanted[0]}; run: pip install {NEEDED[provider]}, "
+            f"--provider {provider}: this onnxruntime has no {wanted[0]}; run: pip install {GPU_PACKAGE}, "
             "or use --provider cpu"
         )
     options = onnxruntime.SessionOptions()
@@ -67,7 +67,9 @@ class OnnxScorer(Scorer):
         if "dtn_config" not in meta:
             raise UsageError(f"{name}: an ONNX file, but not one written by dtn-fast export")
         quantized = meta.get("quantized", "")
-        if optimise and quantized and (meta["precision"] != "fp32" or "fp8" in quantized):
+        self.optimise = optimise and not (quantized and (meta["precision"] != "fp32" or "fp8" in quantized))
+        """Whether onnxruntime rewrites the graph."""
+        if optimise > self.optimise:
             self.session = session_of(model, name, provider, False)
         title = "onnxruntime" + ("" if provider == "cpu" else f" {provider}")
         super().__init__(parse_config(meta["dtn_config"], name), meta.get("notice", ""), title, batch_size)

@@ -1,6 +1,7 @@
 """The interface of every runtime, ``score``: uint8 face crops -> P(fake), from any thread.
 
-Checkpoints run in torch_scorer.py, .onnx in onnx.py, .mnn in mnn.py, .engine and .rtx in tensorrt.py.
+Checkpoints run in torch_scorer.py, .onnx in onnx.py, .mnn in mnn.py, .engine and .rtx in tensorrt.py, a server's
+model through triton_server.py.
 """
 
 from __future__ import annotations

@@ -24,12 +24,11 @@ from dtn_fast.runtime.scorer import COLUMNS, Scorer
 from dtn_fast.timing import in_turns
 
 KINDS = {".engine": "tensorrt", ".rtx": "tensorrt_rtx"}
-PACKAGES = {"tensorrt": "tensorrt>=10.13.3,<12", "tensorrt_rtx": "tensorrt-rtx"}
 
 
 def load_backend(kind: str) -> Any:
     """Imports ``tensorrt`` or ``tensorrt_rtx``.  Raises UsageError with the install command."""
-    return require(kind, PACKAGES[kind])
+    return require(kind)
 
 
 def check_loadable(manifest: ExportManifest, version: str, name: str) -> None:

@@ -24,7 +24,7 @@ from dtn_fast.detect.report import sentences
 from dtn_fast.model.card import remarks
 from dtn_fast.packages import require
 from dtn_fast.runtime.scorer import Scorer
-from dtn_fast.serve.config import EXTRA, ServeConfig
+from dtn_fast.serve.config import ServeConfig
 from dtn_fast.serve.edge import Edge, Receive, Refused
 from dtn_fast.serve.jobs import Jobs, refusal
 from dtn_fast.serve.judging import Judge, Progress
@@ -38,7 +38,7 @@ class Service:
 
     def __init__(self, scorer: Scorer, config: ServeConfig, detection: DetectConfig = DetectConfig()) -> None:
         for package in ("starlette", "uvicorn", "python_multipart"):
-            require(package, EXTRA)
+            require(package)
         self.config, self.detection, self.scorer = config, detection, scorer
         self.judge = Judge(scorer, config, detection)
         self.jobs = Jobs(self.judge)

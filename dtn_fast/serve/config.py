@@ -9,9 +9,6 @@ from typing import Annotated
 from dtn_fast.errors import UsageError
 from dtn_fast.ranges import Count, Natural, NotNegative, Positive, Range, Workers, check_ranges
 
-EXTRA = "dtn-fast[serve]"
-"""Extra that the service needs."""
-
 
 @dataclass(frozen=True)
 class ServeConfig:

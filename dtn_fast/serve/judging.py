@@ -19,7 +19,7 @@ from dtn_fast.files import json_text
 from dtn_fast.packages import require
 from dtn_fast.runtime.scorer import Scorer
 from dtn_fast.serve.batching import MicroBatcher
-from dtn_fast.serve.config import EXTRA, ServeConfig
+from dtn_fast.serve.config import ServeConfig
 from dtn_fast.serve.edge import Refused
 from dtn_fast.serve.memory import Budget, decoded_bytes
 from dtn_fast.serve.uploads import Upload, Uploads
@@ -135,7 +135,7 @@ class Metrics:
     """Prometheus counters of one service."""
 
     def __init__(self, judge: Judge) -> None:
-        prometheus = require("prometheus_client", EXTRA)
+        prometheus = require("prometheus_client")
 
         self._registry = prometheus.CollectorRegistry()
         where = {"registry": self._registry}

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from dtn_fast.packages import require
-from dtn_fast.serve.config import EXTRA, ServeConfig
+from dtn_fast.serve.config import ServeConfig
 from dtn_fast.serve.edge import Refused
 
 FOLDER, LOCK = "dtn-fast-serve-", "lock"
@@ -136,7 +136,7 @@ class Form:
     """Parser of a multipart form, of which the field ``file`` is the upload and other fields are ignored."""
 
     def __init__(self, boundary: bytes) -> None:
-        multipart = require("python_multipart.multipart", EXTRA)
+        multipart = require("python_multipart.multipart")
         self.name = ""
         """Name of the file, once its part has begun."""
         self._options = multipart.parse_options_header
@@ -196,7 +196,7 @@ def _form_of(request: Any) -> Form | None:
     kind = request.headers.get("content-type", "")
     if not kind.lower().startswith("multipart/"):
         return None
-    options = require("python_multipart.multipart", EXTRA).parse_options_header(kind)[1]
+    options = require("python_multipart.multipart").parse_options_header(kind)[1]
     try:
         return Form(options[b"boundary"])
     except (KeyError, ValueError):

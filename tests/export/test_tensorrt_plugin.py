@@ -67,7 +67,8 @@ def trt() -> Iterator[Any]:
     stand_in.QuickPluginCreationRequest = request
     stand_in.IDimensionExpr, stand_in.DimsExprs = Expression, Shape
     found = importlib.util.find_spec("tensorrt_bindings")
-    assert found is not None
+    if found is None:
+        pytest.skip("tensorrt-cu13-bindings has no wheel for this Python or machine")
     assert found.submodule_search_locations
     folder = Path(found.submodule_search_locations[0], "plugin")
     spec = importlib.util.spec_from_file_location(

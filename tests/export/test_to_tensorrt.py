@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +25,7 @@ from dtn_fast.export.to_tensorrt import RTX_ARCHS, build, commands, export_engin
 from dtn_fast.runtime.describe import describe
 from dtn_fast.runtime.export_manifest import ExportManifest, file_hash, read_export_manifest
 from dtn_fast.runtime.load import load_scorer
+from dtn_fast.runtime.onnx import metadata
 from dtn_fast.runtime.tensorrt import check_loadable, load_backend
 
 
@@ -125,7 +129,7 @@ def test_what_cannot_be_asked_is_refused(tiny: bytes, tmp_path: Path, monkeypatc
     with pytest.raises(UsageError, match="not an ONNX file"):
         export_engine(b"nonsense", out)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(UsageError, match=r"tensorrt is not installed; run: pip install 'tensorrt>=10"):
+    with pytest.raises(UsageError, match=r"tensorrt is not installed; run: pip install 'dtn-fast\[tensorrt\]'"):
         export_engine(tiny, tmp_path / "t.engine")
     assert not list(tmp_path.iterdir())
 
@@ -164,11 +168,53 @@ def test_tensorrts_own_lines_run(hardware: Any, tiny: bytes, tmp_path: Path, mon
     assert len(again) == len(data)  # with the cache that the first build left
 
 
-def test_nvidias_own_commands_are_given(tiny: bytes, tmp_path: Path) -> None:
-    (tmp_path / "t.onnx").write_bytes(tiny)
-    trtexec, polygraphy = commands(tmp_path / "t.onnx", EngineConfig())
-    assert "--minShapes=crops:1x128x128x3 --optShapes=crops:8x128x128x3 --maxShapes=crops:64x128x128x3" in trtexec
-    assert "--input-shapes crops:[8,128,128,3]" in polygraphy
+TRTEXEC = {
+    "--onnx", "--saveEngine", "--minShapes", "--optShapes", "--maxShapes", "--builderOptimizationLevel",
+    "--hardwareCompatibilityLevel", "--versionCompatible", "--refit", "--stronglyTyped", "--useCudaGraph",
+}  # fmt: skip
+"""Flags in the help of trtexec 10.16 and 11 (samples/common/sampleOptions.cpp of NVIDIA/TensorRT)."""
+TENSORRT_RTX = {*TRTEXEC, "--computeCapabilities", "--skipInference"}
+"""Flags of the same tool for TensorRT-RTX, as its documentation names them."""
+
+
+@pytest.mark.parametrize("suffix", [".engine", ".rtx"])
+def test_nvidias_own_commands_have_known_flags(suffix: str, tiny: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a model.onnx"
+    path.write_bytes(tiny)
+    config = EngineConfig((2, 4, 8), hardware="ampere+", version_compatible=True, refit=True, effort=5, archs=(80, 120))
+    words, others = map(shlex.split, commands(path, path.with_suffix(suffix), metadata(path), config))
+    given = dict(word.partition("=")[::2] for word in words[1:])
+    assert given.keys() <= (TENSORRT_RTX if suffix == ".rtx" else TRTEXEC)
+    assert [given[f"--{kind}Shapes"] for kind in ("min", "opt", "max")] == [f"crops:{n}x128x128x3" for n in (2, 4, 8)]
+    assert (given["--onnx"], given["--builderOptimizationLevel"]) == (str(path), "5")
+    assert "crops:[4,128,128,3]" in others
+    if suffix == ".rtx":
+        assert given["--computeCapabilities"] == "80,120"
+        assert others[-5:-2] == ["--compute-capabilities", "8.0", "12.0"]
+    else:
+        assert given["--hardwareCompatibilityLevel"] == "ampere+"
+        assert {"--versionCompatible", "--refit", "--stronglyTyped"} <= given.keys()
+
+
+@pytest.mark.parametrize("suffix", [".engine", ".rtx"])
+def test_polygraphy_takes_its_command(suffix: str, tiny: bytes, tmp_path: Path) -> None:
+    """For TensorRT-RTX it builds the engine; for TensorRT, which is not here, it writes the script that would."""
+    pytest.importorskip("polygraphy")
+    path = tmp_path / "t.onnx"
+    path.write_bytes(tiny)
+    config = EngineConfig(hardware="ampere+", version_compatible=True, refit=True, archs=(89,))
+    command = commands(path, path.with_suffix(suffix), metadata(path), config)[1] + " --gen-script -" * (
+        suffix != ".rtx"
+    )
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, shell=True, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if suffix == ".rtx":
+        assert (tmp_path / "t.rtx").stat().st_size > 10**6
+        return
+    for words in ("min=[1, 128, 128, 3], opt=[8, 128, 128, 3], max=[64, 128, 128, 3]", "strongly_typed=True",
+                  "AMPERE_PLUS", "version_compatible=True", "refittable=True", "OnnxrtRunner"):  # fmt: skip
+        assert words in done.stdout
 
 
 def test_hash_and_manifest_are_of_the_file(engine: Path) -> None:

@@ -162,6 +162,6 @@ def test_what_it_needs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UsageError, match="no training run there"):
         write_run_report(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UsageError, match="pip install matplotlib"):
+    with pytest.raises(UsageError, match=r"pip install 'dtn-fast\[cli\]'"):
         write_run_report(run)
     assert not (run / "report.html").exists()
