@@ -31,7 +31,7 @@ from dtn_fast.errors import UsageError
 
 LIMIT_MB = 2
 """Upload limit of the server."""
-PATIENCE = 120.0
+ANSWER_WITHIN = 120.0
 """Seconds after which a request without an answer counts as dropped."""
 WARM = 0.1
 """Share of the requests after which memory is measured for the first time."""
@@ -95,7 +95,7 @@ class Server:
     def end(self) -> int:
         """The exit code after SIGTERM."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(PATIENCE)
+        return self.process.wait(ANSWER_WITHIN)
 
 
 @contextmanager
@@ -170,7 +170,7 @@ async def answer_to(port: int, request: Request) -> tuple[int, dict[str, Any]]:
     or TimeoutError when there is no answer."""
     if request.way == "job":
         return await _job(port, request)
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(ANSWER_WITHIN):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         sending = asyncio.create_task(_send(writer, request))
         try:
@@ -226,7 +226,7 @@ async def _job(port: int, request: Request) -> tuple[int, dict[str, Any]]:
     status, job = await answer_to(port, request._replace(way="whole"))
     if status != 202:
         return status, job
-    path, deadline = f"/v1/jobs/{job['id']}", time.monotonic() + PATIENCE
+    path, deadline = f"/v1/jobs/{job['id']}", time.monotonic() + ANSWER_WITHIN
     while time.monotonic() < deadline:
         if (await _get(port, path))[1]["state"] not in ("queued", "running"):
             return await _get(port, f"{path}/result")

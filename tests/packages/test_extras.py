@@ -69,7 +69,7 @@ MISSING = {
     "data": "list(dtn_fast.data.video.read_frames(pathlib.Path('clip.mp4'), 1))",
     "export": "dtn_fast.runtime.load.load_scorer(pathlib.Path('model.onnx'))",
     "mnn": "dtn_fast.runtime.mnn.package()",
-    "serve": "dtn_fast.serve.app.create_app(None)",
+    "serve": "dtn_fast.serve.app.Service(None, None)",
     "tensorrt": "dtn_fast.runtime.tensorrt.load_backend('tensorrt')",
     "tensorrt-rtx": "dtn_fast.runtime.tensorrt.load_backend('tensorrt_rtx')",
     "timm": "dtn_fast.model.timm_compat.import_timm()",
