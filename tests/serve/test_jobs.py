@@ -6,7 +6,7 @@ import json
 import time
 from typing import Any
 
-from serving import Slow, ask, judge, metric, serving
+from serving import ask, judge, metric, serving
 
 from dtn_fast import DTN
 from dtn_fast.runtime.torch_scorer import TorchScorer
@@ -84,10 +84,8 @@ def test_finished_jobs_are_forgotten(model: DTN, files: dict[str, bytes]) -> Non
 
 
 def test_a_job_over_its_time_limit_fails(model: DTN, files: dict[str, bytes]) -> None:
-    scorer = Slow(model)
-    scorer.wait = 1.0
-    with serving(scorer, job_timeout=0.4) as port:
-        number = call(port, "POST", "?name=clip.mp4", files["clip.mp4"])[1]["id"]
+    with serving(TorchScorer(model), job_timeout=0.05) as port:
+        number = call(port, "POST", "?name=long.mp4", files["long.mp4"])[1]["id"]
         found = until(port, number, "failed", "done")
-        assert "no verdict within 0.4 s" in found["error"]
+        assert "no verdict within 0.05 s; send a shorter video" in found["error"]
         assert call(port, "GET", f"/{number}/result")[0] == 504
