@@ -117,7 +117,7 @@ SILENT = {
     "train/config.py": (
         "epochs weights initial_weights center_on center_init center_lr center_weight_decay temperature delta "
         "generations generation_patience gain epoch_patience student_centers student_lr student_warmup augment "
-        "self_blend error_weights error_factor focal_gamma ambiguous ambiguous_draws"
+        "self_blend kd_on error_weights error_factor focal_gamma ambiguous ambiguous_draws"
     ),
     "dtn_fast/model/config.py": (
         "margin channels convs expert_hidden expert_activation expert_kernel gate noise noise_std noise_strength "
