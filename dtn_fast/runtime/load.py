@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dtn_fast.data.config import trained_corruptions
-from dtn_fast.device import choose_device
+from dtn_fast.device import choose_device, choose_threads
 from dtn_fast.errors import UsageError
 from dtn_fast.model.build import load_detector
 from dtn_fast.model.config import TrainedOn
@@ -33,11 +35,14 @@ def load_scorer(path: str | Path, runtime: Runtime = Runtime()) -> Scorer:
     not apply to it.
     """
     path = Path(path)
-    kinds = {".onnx": "onnx", ".mnn": "mnn", ".engine": "tensorrt", ".rtx": "tensorrt"}
-    takes = {".onnx": ("device", "provider"), ".mnn": (), ".engine": (), ".rtx": ()}
+    onnx = {"onnxruntime": "onnx", "openvino": "openvino", "auto": "race"}[runtime.runtime]
+    kinds = {".onnx": onnx, ".mnn": "mnn", ".engine": "tensorrt", ".rtx": "tensorrt"}
+    takes = {".onnx": ("device", "provider", "runtime", "threads"), ".mnn": ("threads",), ".engine": (), ".rtx": ()}
     for field in dataclasses.fields(runtime):
         value = getattr(runtime, field.name)
-        if value != field.default and field.name not in takes.get(path.suffix, ("device", "precision", "mode")):
+        if value != field.default and field.name not in takes.get(
+            path.suffix, ("device", "precision", "mode", "threads")
+        ):
             what = f"{path.suffix} file" if path.suffix in kinds else "checkpoint"
             raise UsageError(f"--{field.name} {value}: not for {path}, a {what}; leave it out")
     if path.suffix in kinds:
@@ -47,6 +52,9 @@ def load_scorer(path: str | Path, runtime: Runtime = Runtime()) -> Scorer:
 
         scorer: Scorer = import_module(f"dtn_fast.runtime.{kinds[path.suffix]}").load(path, runtime)
         return scorer
+    threads = choose_threads(runtime.threads)
+    if runtime.threads or threads < torch.get_num_threads():
+        torch.set_num_threads(threads)
     return TorchScorer(move_to(load_model(path), choose_device(runtime.device)), runtime=runtime)
 
 
