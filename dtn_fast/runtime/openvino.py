@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def request_of(proto: Any, name: str, threads: int = Runtime.threads) -> Any:
     it, which moves logits by hundredths.  Threads are not bound to cores, which they share with decoding, face finding
     and other processes.
     """
-    openvino = require("openvino", "openvino")
+    openvino = package()
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY",
                 "INFERENCE_NUM_THREADS": choose_threads(threads), "ENABLE_CPU_PINNING": False}  # fmt: skip
     core = openvino.Core()
@@ -63,6 +64,19 @@ def request_of(proto: Any, name: str, threads: int = Runtime.threads) -> Any:
         return core.compile_model(core.read_model(proto.SerializeToString()), "CPU", settings).create_infer_request()
     except RuntimeError as error:
         raise UsageError(f"{name}: OpenVINO cannot run it here ({reason(error)[:300]})") from error
+
+
+def package() -> Any:
+    """Imports OpenVINO without its telemetry, which gives the user a number in ~/intel and reports each import over the
+    network, unasked; OpenVINO does without it where its package cannot be imported."""
+    telemetry = "openvino_telemetry"
+    if "openvino" in sys.modules or telemetry in sys.modules:  # imported by another part of the program
+        return require("openvino", "openvino")
+    sys.modules[telemetry] = None  # type: ignore[assignment]
+    try:
+        return require("openvino", "openvino")
+    finally:
+        del sys.modules[telemetry]
 
 
 def load(path: Path, runtime: Runtime) -> OpenvinoScorer:

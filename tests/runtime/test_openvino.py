@@ -130,6 +130,12 @@ def test_a_missing_package_is_named(exported: Path, monkeypatch: pytest.MonkeyPa
         load_scorer(exported, OPENVINO)
 
 
+def test_nothing_is_reported(exported: Path) -> None:
+    """OpenVINO by itself writes a number for this user into the home folder, and reports over the network."""
+    load_scorer(exported, OPENVINO)
+    assert not [name for name in sys.modules if name.startswith("openvino_telemetry")]
+
+
 def test_verify_compares_onnxruntime_with_openvino(exported: Path, trained: Path, crops: Path) -> None:
     for reference, name in ((exported, "onnxruntime"), (trained, "torch")):
         found = verify(reference, exported, crops, runtime=OPENVINO)
