@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,42 +12,9 @@ from dtn_fast.device import choose_device
 from dtn_fast.errors import UsageError
 from dtn_fast.model.config import parse_config
 from dtn_fast.model.preprocess import normalise
-from dtn_fast.packages import require
+from dtn_fast.onnx_session import CPU, PROVIDERS, Provider, session_of
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.scorer import BATCH, COLUMNS, Scorer
-
-Provider = Literal["cpu", "cuda", "tensorrt"]
-PROVIDERS = {
-    "cpu": ["CPUExecutionProvider"],
-    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
-    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
-}
-CPU: Provider = "cpu"
-NEEDED = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu", "tensorrt": "onnxruntime-gpu"}
-
-
-def session_of(model: str | bytes, name: str, provider: Provider = CPU, optimise: bool = True) -> Any:
-    """Opens an onnxruntime session of a file or of serialised bytes.  ``optimise``: rewrite the graph, which also
-    changes the rounding of quantised values.  Raises UsageError naming ``name``."""
-    onnxruntime = require("onnxruntime", NEEDED[provider])
-    wanted = PROVIDERS[provider]
-    if wanted[0] not in onnxruntime.get_available_providers():
-        raise UsageError(
-            f"--provider {provider}: this onnxruntime has no {wanted[0]}; run: pip install {NEEDED[provider]}, "
-            "or use --provider cpu"
-        )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only: it warns of half-precision constants that it cannot fold on a CPU
-    if not optimise:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        session = onnxruntime.InferenceSession(model, options, providers=wanted)
-    except Exception as error:  # onnxruntime raises its own classes, one per status
-        raise UsageError(f"{name}: onnxruntime cannot run it here ({str(error).splitlines()[0][:300]})") from error
-    if session.get_providers()[0] != wanted[0]:
-        raise UsageError(f"{name}: onnxruntime fell back from {wanted[0]} to {session.get_providers()[0]}; "
-                         "its CUDA or TensorRT libraries are missing")  # fmt: skip
-    return session
 
 
 class OnnxScorer(Scorer):
