@@ -37,6 +37,10 @@ class DetectConfig:
     face_device: Literal["cpu", "cuda"] = "cpu"
     """Device that yunet searches on; cuda needs onnxruntime-gpu."""
 
+    decoder: Literal["cpu", "gpu"] = "cpu"
+    """Where videos are decoded.  gpu: by torchcodec, except those that are damaged, turned, HDR or of inexact times;
+    its colours differ by a few levels."""
+
     def __post_init__(self) -> None:
         check_ranges(self)
 

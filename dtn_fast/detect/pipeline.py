@@ -73,7 +73,7 @@ def detect(
     result, kept = Result(path), list[Picture]()
     begin = time.perf_counter()
     wanted = PerSecond(config.rate) if config.rate else config.frames or None
-    source = lambda check: frames_of(path, wanted, threads, check, result.reading)
+    source = lambda check: frames_of(path, wanted, threads, check, result.reading, config.decoder == "gpu")
     try:
         with (
             _Scoring(scorer, result, kept, pool) as scoring,
