@@ -206,5 +206,5 @@ class _Scoring:
             while kind is None and self._running:
                 self._collect()
         finally:
-            for future, _ in self._running:
-                future.cancel()
+            for running in self._running:
+                running[0].cancel()

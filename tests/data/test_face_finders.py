@@ -200,9 +200,18 @@ def test_yunet_finds_what_opencv_finds_with_it(shape: tuple[int, int], faces: in
     frame = cv2.resize(np.hstack([PHOTO, PHOTO[:, ::-1], PORTRAIT[64:].repeat(2, 0)]), shape[::-1])
     theirs = cv2.FaceDetectorYN.create(str(YUNET), "", shape[::-1], Y.YUNET_SCORE, Y.YUNET_OVERLAP, Y.YUNET_MOST)
     expected = theirs.detect(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))[1]
-    found = finder("yunet")._rows(frame)  # type: ignore[attr-defined]
+    found = finder("yunet")._rows(frame)
     assert len(found) == faces
     np.testing.assert_allclose(found, np.zeros((0, 15)) if expected is None else expected, atol=1e-3)
+
+
+def test_only_yunet_runs_on_a_gpu_and_a_missing_provider_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="--face-device cuda: for --faces yunet alone, and the finder is dlib"):
+        F.open_finder(FinderConfig("dlib"), provider="cuda")
+    monkeypatch.setattr(Y, "fetch_yunet", lambda: Path("yunet.onnx"))
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(UsageError, match=r"--face-device cuda: .* onnxruntime-gpu, or use --face-device cpu"):
+        F.open_finder(FinderConfig("yunet"), provider="cuda")
 
 
 @pytest.mark.skipif(YUNET is None, reason="no model: set DTN_YUNET")

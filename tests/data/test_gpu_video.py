@@ -52,7 +52,7 @@ class VideoDecoder:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> type[VideoDecoder]:
     package, decoders = ModuleType("torchcodec"), ModuleType("torchcodec.decoders")
-    decoders.VideoDecoder = VideoDecoder  # type: ignore[attr-defined]
+    decoders.VideoDecoder = VideoDecoder
     monkeypatch.setitem(sys.modules, "torchcodec", package)
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

@@ -71,8 +71,8 @@ def test_several_at_once_give_what_one_at_a_time_gives(inputs: list[str], finder
     assert (tmp_path / "1" / "results.json").read_text() == (tmp_path / "4" / "results.json").read_text()
     assert [result.path.name for result in four.results] == [Path(name).name for name in inputs]
     assert [path.name for path in four.annotated] == ["001-a.mp4", "003-c.mp4", "004-d.mp4"]
-    for a, b in zip(one.annotated, four.annotated, strict=True):
-        assert a.read_bytes() == b.read_bytes()
+    for path, other in zip(one.annotated, four.annotated, strict=True):
+        assert path.read_bytes() == other.read_bytes()
     assert (one.problems, one.notes) == (four.problems, four.notes)
     assert [len(result.frames) for result in four.results] == [40, 1, 3, 17, 0, 0]
     for a, b in zip(one.results, four.results, strict=True):
