@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +131,31 @@ def test_scoring_takes_turns_and_a_batch_holds_one_input(inputs: list[str], find
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_an_interrupt_ends_all(inputs: list[str], finder: DlibFinder, tmp_path: Path, jobs: int) -> None:
-    def watch(batch: BatchResult, _: str) -> None:
-        if batch.done >= 1:
+def test_an_interrupt_ends_all(tmp_path: Path, jobs: int) -> None:
+    begun, faces = threading.Event(), list[int]()
+
+    class Held(DlibFinder):
+        """Finds nothing before the interrupt."""
+
+        def __call__(self, frames: Sequence[np.ndarray], turned: bool = True) -> list[list[FoundFace]]:
+            begun.wait(60)
+            faces.append(len(frames))
+            return [[] for _ in frames]
+
+    def watch(batch: BatchResult, note: str) -> None:
+        if " frames" in note:
+            begun.set()
             raise KeyboardInterrupt
 
+    (tmp_path / "in").mkdir()
+    write_video(tmp_path / "in" / "0.mp4", [np.zeros((64, 64, 3), np.uint8)] * 500)
+    for number in range(1, 4):
+        os.link(tmp_path / "in" / "0.mp4", tmp_path / "in" / f"{number}.mp4")
+    many = [str(tmp_path / "in")]
     with pytest.raises(KeyboardInterrupt):
-        detect_many(inputs, scorer(), tmp_path, DetectConfig(0), finder=finder, watch=watch, work=BatchConfig(jobs))
+        detect_many(many, scorer(), tmp_path, DetectConfig(0), finder=Held(), watch=watch, work=BatchConfig(jobs))
     assert nobody_is_left()
+    assert len(faces) < 1000
     assert not (tmp_path / "results.json").exists()
 
 
