@@ -29,20 +29,16 @@ from dtn_fast.data.blend import self_blended
 from dtn_fast.data.config import AUGMENTATIONS, FinderConfig, PrepareConfig
 from dtn_fast.data.crop_dataset import CropDataset, ShardFiles
 from dtn_fast.data.dlib_finders import DlibFinder
+from dtn_fast.data.face_finders import open_finder
 from dtn_fast.data.face_tracker import FaceTracker
 from dtn_fast.data.faces import Box, crop_face, cut_of
-from dtn_fast.data.finder_base import FaceFinder
 from dtn_fast.data.loader import Loader
 from dtn_fast.data.open import open_data
 from dtn_fast.data.randomness import sample_seeds
 from dtn_fast.data.video import read_frames
 from dtn_fast.data.video_table import Video
 from dtn_fast.data.video_writer import write_video
-from dtn_fast.data.yunet_finder import YunetFinder
-from dtn_fast.detect.batch import detect_many
-from dtn_fast.detect.config import BatchConfig, DetectConfig
-from dtn_fast.detect.pipeline import BATCH as SCORED
-from dtn_fast.model.config import CropPolicy
+from dtn_fast.model.config import CropPolicy, FinderName
 from dtn_fast.packages import require
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
@@ -64,8 +60,8 @@ def cases(machine: Machine | None = None, quick: bool = False) -> Iterator[Case]
                 yield augment_case(kept[0], preset)
             yield blend_case(kept[1])
         if videos:
-            for finder in throughput_finders():
-                yield throughput_case(video[0], finder)
+            for name in throughput_finders():
+                yield throughput_case(video[0], name)
 
 
 @contextlib.contextmanager
@@ -175,13 +171,13 @@ def detect_case(path: Path, true: list[Box]) -> Case:
     )  # fmt: skip
 
 
-def throughput_finders() -> list[FaceFinder]:
-    """dlib, and YuNet if $DTN_YUNET names its model file."""
-    model = os.environ.get("DTN_YUNET")
-    return [DlibFinder(), *([YunetFinder(FinderConfig("yunet", Path(model)))] if model else [])]
+def throughput_finders() -> dict[FinderName, Path | None]:
+    """Model file by finder: dlib, which has none, and YuNet if $DTN_YUNET names its file."""
+    yunet = os.environ.get("DTN_YUNET")
+    return {"dlib": None, **({"yunet": Path(yunet)} if yunet else {})}
 
 
-def throughput_case(path: Path, finder: FaceFinder) -> Case:
+def throughput_case(path: Path, name: FinderName) -> Case:
     """Case of whole videos judged one at a time and several at once, two for each core and every frame of each.
 
     The lower bound is the larger of two times: the CPU seconds of the three stages, each run alone (decoding; finding,
@@ -189,7 +185,11 @@ def throughput_case(path: Path, finder: FaceFinder) -> Case:
     video, since a video's frames are decoded and searched in order.  The rest of the time goes to queues, copies,
     threads in each other's way, heat maps and the report.
     """
-    cores = torch.get_num_threads()
+    from dtn_fast.detect.batch import detect_many  # needs packages that the other suites do not
+    from dtn_fast.detect.config import BatchConfig, DetectConfig
+    from dtn_fast.detect.pipeline import BATCH as SCORED
+
+    cores, finder = torch.get_num_threads(), open_finder(FinderConfig(name, throughput_finders()[name]))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     preset = "paper" if device == "cuda" else "tiny"
     torch.manual_seed(0)
@@ -215,7 +215,7 @@ def throughput_case(path: Path, finder: FaceFinder) -> Case:
     many = lambda jobs: lambda: detect_many(inputs, scorer, out, config, finder=finder, work=BatchConfig(jobs))
     each = ", ".join(f"{name} {wall:.2f} s ({cpu:.2f} CPU seconds)" for name, (wall, cpu) in alone.items())
     return Case(
-        SUITE, f"Detect, {len(inputs)} videos of 1280x720, {len(frames)} frames each, {finder.name}, {preset} model, "
+        SUITE, f"Detect, {len(inputs)} videos of 1280x720, {len(frames)} frames each, {name}, {preset} model, "
         f"{cores} cores, share of the slowest stage",
         {f"detect --jobs {jobs}": many(jobs) for jobs in (1, cores)}, f"detect --jobs {cores}", "detect --jobs 1",
         len(inputs) * len(frames), lower_bound=max(work, *(wall for wall, _ in alone.values())),
@@ -335,9 +335,9 @@ def bench_video(compare, video: tuple[Path, list[Box]], case: Callable[..., Case
     compare(case(*video))
 
 
-@pytest.mark.parametrize("finder", throughput_finders(), ids=lambda finder: finder.name)
-def bench_throughput(compare, video: tuple[Path, list[Box]], finder: FaceFinder) -> None:
-    compare(throughput_case(video[0], finder))
+@pytest.mark.parametrize("name", throughput_finders())
+def bench_throughput(compare, video: tuple[Path, list[Box]], name: FinderName) -> None:
+    compare(throughput_case(video[0], name))
 
 
 def bench_reading(compare, kept: tuple[np.ndarray, CropDataset, Path]) -> None:
