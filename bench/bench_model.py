@@ -127,7 +127,7 @@ def _onnx(model: DTN, quantized: bool, precision: Literal["fp32", "fp16"], targe
 
 
 def _onnxruntime(quantized: bool, model: DTN, images: Tensor) -> Callable[[], Tensor]:
-    from dtn_fast.runtime.onnx import session_of
+    from dtn_fast.onnx_session import session_of
 
     session = session_of(_onnx(model, quantized, "fp32", "cpu"), "the model")
     array = images.numpy()

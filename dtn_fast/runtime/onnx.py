@@ -4,56 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.device import choose_device, choose_threads
+from dtn_fast.device import choose_device
 from dtn_fast.errors import UsageError
 from dtn_fast.model.config import ModelConfig, parse_config
 from dtn_fast.model.preprocess import normalise
-from dtn_fast.packages import require
+from dtn_fast.onnx_session import CPU, PROVIDERS, Provider, session_of
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.scorer import BATCH, COLUMNS, Scorer
-
-Provider = Literal["cpu", "cuda", "tensorrt"]
-PROVIDERS = {
-    "cpu": ["CPUExecutionProvider"],
-    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
-    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
-}
-CPU: Provider = "cpu"
-GPU_PACKAGE = "onnxruntime-gpu"
-
-
-def session_of(
-    model: str | bytes, name: str, provider: Provider = CPU, optimise: bool = True, threads: int = Runtime.threads
-) -> Any:
-    """Opens an onnxruntime session of a file or of serialised bytes.  ``optimise``: rewrite the graph, which also
-    changes the rounding of quantised values.  Raises UsageError naming ``name``."""
-    onnxruntime = require("onnxruntime", "" if provider == CPU else GPU_PACKAGE)
-    wanted = PROVIDERS[provider]
-    if wanted[0] not in onnxruntime.get_available_providers():
-        raise UsageError(
-            f"--provider {provider}: this onnxruntime has no {wanted[0]}; run: pip install {GPU_PACKAGE}, "
-            "or use --provider cpu"
-        )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only: it warns of half-precision constants that it cannot fold on a CPU
-    options.intra_op_num_threads = choose_threads(threads)
-    # its threads would go on spinning for milliseconds after a run, on cores where others decode and find faces
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    if not optimise:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        session = onnxruntime.InferenceSession(model, options, providers=wanted)
-    except Exception as error:  # onnxruntime raises its own classes, one per status
-        raise UsageError(f"{name}: onnxruntime cannot run it here ({str(error).splitlines()[0][:300]})") from error
-    if session.get_providers()[0] != wanted[0]:
-        raise UsageError(f"{name}: onnxruntime fell back from {wanted[0]} to {session.get_providers()[0]}; "
-                         "its CUDA or TensorRT libraries are missing")  # fmt: skip
-    return session
 
 
 class OnnxScorer(Scorer):

@@ -71,10 +71,10 @@ def package() -> Any:
     network, unasked; OpenVINO does without it where its package cannot be imported."""
     telemetry = "openvino_telemetry"
     if "openvino" in sys.modules or telemetry in sys.modules:  # imported by another part of the program
-        return require("openvino", "openvino")
+        return require("openvino")
     sys.modules[telemetry] = None  # type: ignore[assignment]
     try:
-        return require("openvino", "openvino")
+        return require("openvino")
     finally:
         del sys.modules[telemetry]
 
