@@ -125,8 +125,8 @@ def test_the_verb_ends_with_3_and_says_why(
     (stored,) = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     assert stored["verdict"] == "uncertain"
     assert "Uncertain: P(fake) 0." in (tmp_path / "out" / "report.html").read_text()
-    assert (
-        verb([str(tmp_path / "face.png")], checkpoint, tmp_path / "out", DetectConfig(threshold=0.1, novelty=False))
+    plain = DetectConfig(threshold=0.1, novelty=False)
+    assert verb([str(tmp_path / "face.png")], checkpoint, out=tmp_path / "out", config=plain) == 0
         == 0
     )
 
