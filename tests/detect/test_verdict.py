@@ -127,8 +127,6 @@ def test_the_verb_ends_with_3_and_says_why(
     assert "Uncertain: P(fake) 0." in (tmp_path / "out" / "report.html").read_text()
     plain = DetectConfig(threshold=0.1, novelty=False)
     assert verb([str(tmp_path / "face.png")], checkpoint, out=tmp_path / "out", config=plain) == 0
-        == 0
-    )
 
 
 def test_an_uncalibrated_model_is_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
