@@ -1,4 +1,5 @@
-"""Benchmark of the data path on one core: decoding, face finding, preparing, reading crops, augmentation.
+"""Benchmark of the data path on one core: decoding, face finding, preparing, reading crops, augmentation; and of
+detection on whole videos with all cores.
 
 Run: dtn-fast bench data
 """
@@ -7,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,13 +21,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from dtn_fast import DTN, DTNConfig
 from dtn_fast.bench.machine import Machine
 from dtn_fast.bench.measure import Case
 from dtn_fast.data.augment import Augment, DeviceAugment
 from dtn_fast.data.blend import self_blended
-from dtn_fast.data.config import AUGMENTATIONS, PrepareConfig
+from dtn_fast.data.config import AUGMENTATIONS, FinderConfig, PrepareConfig
 from dtn_fast.data.crop_dataset import CropDataset, ShardFiles
 from dtn_fast.data.dlib_finders import DlibFinder
+from dtn_fast.data.face_finders import open_finder
 from dtn_fast.data.face_tracker import FaceTracker
 from dtn_fast.data.faces import Box, crop_face, cut_of
 from dtn_fast.data.loader import Loader
@@ -33,8 +38,9 @@ from dtn_fast.data.randomness import sample_seeds
 from dtn_fast.data.video import read_frames
 from dtn_fast.data.video_table import Video
 from dtn_fast.data.video_writer import write_video
-from dtn_fast.model.config import CropPolicy
+from dtn_fast.model.config import CropPolicy, FinderName
 from dtn_fast.packages import require
+from dtn_fast.runtime.torch_scorer import TorchScorer
 
 SUITE = "data"
 FRAMES, SAMPLED, CROPS, BATCH = 120, 24, 1024, 64
@@ -42,16 +48,20 @@ FRAMES, SAMPLED, CROPS, BATCH = 120, 24, 1024, 64
 
 def cases(machine: Machine | None = None, quick: bool = False) -> Iterator[Case]:
     """Every case that this machine has the packages for."""
-    with one_core(), tempfile.TemporaryDirectory() as folder:
-        if all(map(importlib.util.find_spec, ("av", "dlib", "skimage"))):
-            video = film(Path(folder), FRAMES // (6 if quick else 1))
-            for case in (prepare_case, decode_case, detect_case):
-                yield case(*video)
-        kept = stored(Path(folder), CROPS // (8 if quick else 1))
-        yield reading_case(*kept)
-        for preset in sorted(AUGMENTATIONS):
-            yield augment_case(kept[0], preset)
-        yield blend_case(kept[1])
+    with tempfile.TemporaryDirectory() as folder:
+        with one_core():
+            if videos := all(map(importlib.util.find_spec, ("av", "dlib", "skimage"))):
+                video = film(Path(folder), FRAMES // (6 if quick else 1))
+                for case in (prepare_case, decode_case, detect_case):
+                    yield case(*video)
+            kept = stored(Path(folder), CROPS // (8 if quick else 1))
+            yield reading_case(*kept)
+            for preset in sorted(AUGMENTATIONS):
+                yield augment_case(kept[0], preset)
+            yield blend_case(kept[1])
+        if videos:
+            for name in throughput_finders():
+                yield throughput_case(video[0], name)
 
 
 @contextlib.contextmanager
@@ -161,6 +171,65 @@ def detect_case(path: Path, true: list[Box]) -> Case:
     )  # fmt: skip
 
 
+def throughput_finders() -> dict[FinderName, Path | None]:
+    """Model file by finder: dlib, which has none, and YuNet if $DTN_YUNET names its file."""
+    yunet = os.environ.get("DTN_YUNET")
+    return {"dlib": None, **({"yunet": Path(yunet)} if yunet else {})}
+
+
+def throughput_case(path: Path, name: FinderName) -> Case:
+    """Case of whole videos judged one at a time and several at once, two for each core and every frame of each.
+
+    The lower bound is the larger of two times: the CPU seconds of the three stages, each run alone (decoding; finding,
+    following and cropping faces; scoring), divided by the number of cores; and the seconds of the slowest stage of one
+    video, since a video's frames are decoded and searched in order.  The rest of the time goes to queues, copies,
+    threads in each other's way, heat maps and the report.
+    """
+    from dtn_fast.detect.batch import detect_many  # needs packages that the other suites do not
+    from dtn_fast.detect.config import BatchConfig, DetectConfig
+    from dtn_fast.detect.pipeline import BATCH as SCORED
+
+    cores, finder = torch.get_num_threads(), open_finder(FinderConfig(name, throughput_finders()[name]))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    preset = "paper" if device == "cuda" else "tiny"
+    torch.manual_seed(0)
+    scorer = TorchScorer(DTN(DTNConfig.preset(preset)).eval().to(device))
+    config, inputs, out = DetectConfig(frames=0), list[str](), path.parent / "detected"
+    for number in range(2 * cores):
+        inputs.append(str(path.with_name(f"{number}.mp4")))
+        Path(inputs[-1]).write_bytes(path.read_bytes())
+
+    def faces() -> list[np.ndarray]:
+        tracker = FaceTracker(finder, config.every)
+        cut = lambda image, face: crop_face(image, cut_of(face.box, None, CropPolicy()), scorer.config.image_size)
+        return [cut(frame.image, face) for frame in frames for face in tracker(frame.image)]
+
+    frames = list(read_frames(path))
+    crops = np.stack(faces())
+    stages: dict[str, Callable[[], object]] = {
+        "decoding": lambda: list(read_frames(path)), "finding faces": faces,
+        "scoring": lambda: [scorer.score(crops[k : k + SCORED]) for k in range(0, len(crops), SCORED)],
+    }  # fmt: skip
+    alone = {name: min(_seconds(stage) for _ in range(3)) for name, stage in stages.items()}
+    work = len(inputs) * sum(cpu for _, cpu in alone.values()) / cores
+    many = lambda jobs: lambda: detect_many(inputs, scorer, out, config, finder=finder, work=BatchConfig(jobs))
+    each = ", ".join(f"{name} {wall:.2f} s ({cpu:.2f} CPU seconds)" for name, (wall, cpu) in alone.items())
+    return Case(
+        SUITE, f"Detect, {len(inputs)} videos of 1280x720, {len(frames)} frames each, {name}, {preset} model, "
+        f"{cores} cores, share of the slowest stage",
+        {f"detect --jobs {jobs}": many(jobs) for jobs in (1, cores)}, f"detect --jobs {cores}", "detect --jobs 1",
+        len(inputs) * len(frames), lower_bound=max(work, *(wall for wall, _ in alone.values())),
+        notes=(f"the stages of one video alone, on the {device}: {each}",), rounds=3,
+    )  # fmt: skip
+
+
+def _seconds(call: Callable[[], object]) -> tuple[float, float]:
+    """Seconds that a call takes, and CPU seconds."""
+    start, cpu = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - start, time.process_time() - cpu
+
+
 class _Jpegs(Dataset):
     """Dataset of an image file per sample, read by PIL, as in most training code."""
 
@@ -264,6 +333,11 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list
 @pytest.mark.parametrize("case", [prepare_case, decode_case, detect_case])
 def bench_video(compare, video: tuple[Path, list[Box]], case: Callable[..., Case]) -> None:
     compare(case(*video))
+
+
+@pytest.mark.parametrize("name", throughput_finders())
+def bench_throughput(compare, video: tuple[Path, list[Box]], name: FinderName) -> None:
+    compare(throughput_case(video[0], name))
 
 
 def bench_reading(compare, kept: tuple[np.ndarray, CropDataset, Path]) -> None:

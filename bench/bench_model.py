@@ -111,6 +111,7 @@ def dtn_case(preset: str, batch: int, machine: Machine | None) -> Case:
                 bound, errors, tuple(notes), made, rounds, tail=True)  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1)  # two runtimes in a row run the same file
 def _onnx(model: DTN, quantized: bool, precision: Literal["fp32", "fp16"], target: Literal["cpu", "gpu"]) -> bytes:
     """The model as ONNX; INT8 is calibrated on noise, because the speed does not depend on the crops."""
     from dtn_fast.export.config import OnnxConfig, QuantizeConfig
@@ -126,11 +127,19 @@ def _onnx(model: DTN, quantized: bool, precision: Literal["fp32", "fp16"], targe
 
 
 def _onnxruntime(quantized: bool, model: DTN, images: Tensor) -> Callable[[], Tensor]:
-    from dtn_fast.runtime.onnx import session_of
+    from dtn_fast.onnx_session import session_of
 
     session = session_of(_onnx(model, quantized, "fp32", "cpu"), "the model")
     array = images.numpy()
     return lambda: torch.from_numpy(session.run(["logits"], {"images": array})[0])
+
+
+def _openvino(quantized: bool, model: DTN, images: Tensor) -> Callable[[], Tensor]:
+    from dtn_fast.runtime.openvino import read, request_of
+
+    request = request_of(read(_onnx(model, quantized, "fp32", "cpu"), "the model"), "the model")
+    array = images.numpy()
+    return lambda: torch.from_numpy(request.infer({"images": array})["logits"])
 
 
 def _mnn(model: DTN, images: Tensor) -> Callable[[], Tensor]:
@@ -164,7 +173,9 @@ def _engine(kind: str, quantized: bool, model: DTN, images: Tensor) -> Callable[
 
 ON_CPU: dict[str, Callable[[DTN, Tensor], Callable[[], Tensor]]] = {
     "onnxruntime float32": functools.partial(_onnxruntime, False),
+    "OpenVINO float32": functools.partial(_openvino, False),
     "onnxruntime INT8": functools.partial(_onnxruntime, True),
+    "OpenVINO INT8": functools.partial(_openvino, True),
     "MNN float32": _mnn,
 }
 ON_GPU: dict[str, Callable[[DTN, Tensor], Callable[[], Tensor]]] = {

@@ -9,11 +9,11 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from dtn_fast.device import cpu_name
 from dtn_fast.timing import seconds_of
 
 
@@ -53,15 +53,6 @@ def measure_machine(device: torch.device, dtype: torch.dtype, quick: bool = Fals
     return Machine(
         name, 2 * side**3 / product, 2 * source.numel() / copy, str(dtype).removeprefix("torch."), DATASHEETS.get(name)
     )
-
-
-def cpu_name() -> str:
-    """The processor's name; "CPU" if the system does not give it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        return next(line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return "CPU"
 
 
 def best_seconds(call: Callable[[], object], device: torch.device, rounds: int = 12) -> float:

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from dtn_fast.bench.machine import Machine, cpu_name
+from dtn_fast.bench.machine import Machine
 from dtn_fast.bench.measure import Measurement
+from dtn_fast.device import cpu_name
 from dtn_fast.errors import UsageError
 from dtn_fast.files import write_whole
 from dtn_fast.provenance import commit

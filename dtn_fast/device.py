@@ -1,9 +1,11 @@
-"""Choice of the device, and of a number format that it supports."""
+"""Choice of the device, of a number format that it supports, and of the number of threads on a CPU."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import torch
@@ -43,6 +45,65 @@ def choose_device(device: Device) -> str:
     if device == "cuda" and not available:
         raise UsageError("--device cuda: torch sees no GPU; use --device cpu")
     return "cuda" if device == "cuda" or (device == "auto" and available) else "cpu"
+
+
+def choose_threads(requested: int, root: Path = Path("/")) -> int:
+    """Number of threads for work on the CPU: ``requested``, or for 0 one per core that this process may use, within
+    the CPU quota of its container (cgroup v1 or v2, whole CPUs) and OMP_NUM_THREADS.
+
+    root: folder that holds proc/ and sys/.  Raises UsageError when more are requested than that allows.
+    """
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    limits = {"the CPU set of this process": len(usable)}
+    if (quota := _cpu_quota(root)) is not None:
+        limits["the CPU quota of this container"] = max(int(quota), 1)
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # of a list, one per nested level
+    if first.isdecimal() and int(first):
+        limits["OMP_NUM_THREADS"] = int(first)
+    reason = min(limits, key=lambda name: limits[name])
+    if requested > limits[reason]:
+        raise UsageError(f"--threads {requested}: {reason} allows {limits[reason]}; give fewer, or leave it out")
+    return requested or min(limits[reason], _cores(usable, root))
+
+
+def _cores(cpus: set[int], root: Path) -> int:
+    """Number of cores that ``cpus`` belong to; several CPUs of one core compute no faster than one."""
+    files = [root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in cpus]
+    try:
+        return len({file.read_text(encoding="utf-8") for file in files})
+    except OSError:  # not Linux
+        return len(cpus)
+
+
+def _cpu_quota(root: Path) -> float | None:
+    """CPUs that the control groups of this process grant, the least of its group and those above; None: any number."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = []
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+        for folder in (PurePosixPath(path), *PurePosixPath(path).parents):  # a container may see its own as the top
+            where = root / "sys/fs/cgroup" / ("cpu" if controllers else "") / folder.relative_to("/")
+            try:
+                quota, period = " ".join((where / file).read_text(encoding="utf-8") for file in files).split()
+                found += [int(quota) / int(period)] if int(quota) > 0 else []
+            except (OSError, ValueError):  # no such group here, or "max": no quota
+                continue
+    return min(found, default=None)
+
+
+def cpu_name() -> str:
+    """The processor's name; "CPU" if the system does not give it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        return next(line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return "CPU"
 
 
 def to_device(values: NDArray[Any], device: torch.device) -> Tensor:

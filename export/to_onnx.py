@@ -31,8 +31,8 @@ from dtn_fast.model.detector import Detector, state_bytes
 from dtn_fast.model.dtn import DTN
 from dtn_fast.model.fold import fold
 from dtn_fast.model.novelty import WithNovelty
+from dtn_fast.onnx_session import session_of
 from dtn_fast.packages import require
-from dtn_fast.runtime.onnx import session_of
 from dtn_fast.version import __version__
 
 OPSET = {"fp32": 20, "fp16": 20, "bf16": 22}  # lowest opset, from 20, whose convolutions take the dtype

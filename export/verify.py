@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,9 +74,12 @@ def verify(
 ) -> Verified:
     """Compares the file ``second`` with ``first`` on crops of ``data``, or on noise if it is None.
 
+    ``runtime.runtime`` is of the second file alone: a reference that is an ONNX file runs through onnxruntime.
+
     Raises UsageError when the split holds no crop, or the two take crops of different sizes.
     """
-    a, b = load_scorer(first, runtime), load_scorer(second, runtime)
+    reference = dataclasses.replace(runtime, runtime=Runtime.runtime)
+    a, b = load_scorer(first, reference), load_scorer(second, runtime)
     if a.config.crop != b.config.crop:
         tell(f"{first} takes crops by {a.config.crop or 'an unknown policy'}, {second} by "
              f"{b.config.crop or 'an unknown policy'}")  # fmt: skip
@@ -155,7 +159,9 @@ def layer_outputs(scorer: Scorer, path: Path, other: Path) -> LayerOutputs:
             return {module: value.astype(np.float32) for module, value in zip(names, values, strict=True)}
 
         return layers
-    raise UsageError(f"{path}: {scorer.name} shows no layers; --layers takes checkpoints and ONNX files")
+    raise UsageError(
+        f"{path}: {scorer.name} shows no layers; --layers takes checkpoints, and ONNX files in onnxruntime"
+    )
 
 
 def _has_nodes(path: Path) -> bool:

@@ -29,10 +29,12 @@ OTHER_THINGS = {
 """Fields of one name that several dataclasses declare, because they are different things."""
 OWN_SHAPES = ("dtn_fast/model/baselines.py",)
 """Published architectures: their constructors' defaults are the published sizes."""
-OWN_CONSTANTS = ("export/to_mnn.py", "dtn_fast/cli/prepare.py")
-"""Their TOLERANCE and LOG_EVERY are of the exporter's own check and of a log file: nobody may set them."""
-COMPUTES_ANYWHERE = ("device", "scale", "name")
-"""Parameters of inner functions that are no settings: where tensors are, a score's factor, a name for an error."""
+OWN_CONSTANTS = ("export/to_mnn.py", "dtn_fast/cli/prepare.py", "dtn_fast/data/open.py")
+"""Their TOLERANCE, LOG_EVERY and THREADS are of the exporter's own check, of a log file and of reading pictures: nobody
+may set them."""
+COMPUTES_ANYWHERE = ("device", "scale", "name", "threads")
+"""Parameters of inner functions that are no settings: where tensors are, a score's factor, a name for an error, threads
+of a video's decoder."""
 OPERATORS = ("kernels/mas_attention.py", "kernels/moe_gate.py", "kernels/reference.py")
 """The public operators: their defaults mean "none", whatever the model's are."""
 
@@ -117,7 +119,7 @@ SILENT = {
     "train/config.py": (
         "epochs weights initial_weights center_on center_init center_lr center_weight_decay temperature delta "
         "generations generation_patience gain epoch_patience student_centers student_lr student_warmup augment "
-        "self_blend error_weights error_factor focal_gamma ambiguous ambiguous_draws"
+        "self_blend kd_on error_weights error_factor focal_gamma ambiguous ambiguous_draws"
     ),
     "dtn_fast/model/config.py": (
         "margin channels convs expert_hidden expert_activation expert_kernel gate noise noise_std noise_strength "

@@ -54,6 +54,9 @@ class Recipe:
     """Adam's weight decay of the Ct-c centres (*choice*: decay would draw them together, to the origin)."""
     temperature: Positive = 2.0
     """Temperature of the softened probabilities (soft labels) in the KD loss (*choice*)."""
+    kd_on: Literal["all", "right"] = "all"
+    """Crops that the KD loss is on.  all: the paper's; right: those whose class the teacher gets right, because "the
+    soft label may contain wrong information" (*choice*)."""
     delta: Positive = 1.0
     """Constant added to the denominator of Ct-c, "a constant to avoid zero denominators" (Eq. 3; *choice*: Qi and Su's
     1)."""
@@ -109,6 +112,8 @@ class Recipe:
     limitations; *choice* of distance and amounts)."""
     ambiguous_draws: Annotated[int, Range(1, 100)] = 2
     """Number of times that an ambiguous crop is drawn where another is drawn once (*choice*)."""
+    replay_share: Annotated[float, Range(0, below=1)] = 0.5
+    """Share of old crops in each batch of ``dtn-fast finetune --replay``; 0: they are measured alone."""
     cache_teacher: Natural = 0
     """Fixed number of augmented views per crop.  The teacher labels each view once and its logits are kept.  0: new
     augmentation in every epoch, nothing kept."""
@@ -146,15 +151,43 @@ class Recipe:
 
         student: the recipe of a student of this initial training; None: it is not distilled.
         """
-        center = lambda of: "Ct-c" if of.center_on == "logits" else f"Ct-c on {of.center_on}"
-        joined = lambda weights, names: " + ".join(n for n, weight in zip(names, weights, strict=True) if weight)
-        augmented = lambda of: of.augment + (", self-blended fakes" if of.self_blend else "")
-        losses, augmentation = joined(self.initial_weights, ("CE", center(self))), augmented(self)
+        losses, augmentation = _in_words(self.initial_weights, ("CE", self._center)), self._augmentation
         if student is not None:
-            losses += f", then {joined(student.weights, ('CE', 'KD', center(student)))}"
-            augmentation = ", then ".join(dict.fromkeys((augmentation, augmented(student))))
+            losses += f", then {student._dsd}"
+            augmentation = ", then ".join(dict.fromkeys((augmentation, student._augmentation)))
         begin = "published weights" if self.pretrained else "from scratch"
         return f"{losses}; {begin}; augmentation {augmentation}"
+
+    def described_after(self, before: str, verb: str) -> str:
+        """The same of a training by DSD, ``verb``, of a model that was trained as ``before`` says."""
+        return f"{before or 'a recipe that is not recorded'}; {verb} by {self._dsd}, augmentation {self._augmentation}"
+
+    @property
+    def _dsd(self) -> str:
+        return _in_words(self.weights, ("CE", "KD", self._center))
+
+    @property
+    def _center(self) -> str:
+        return "Ct-c" if self.center_on == "logits" else f"Ct-c on {self.center_on}"
+
+    @property
+    def _augmentation(self) -> str:
+        return self.augment + (", self-blended fakes" if self.self_blend else "")
+
+
+def _in_words(weights: tuple[float, ...], names: tuple[str, ...]) -> str:
+    return " + ".join(name for name, weight in zip(names, weights, strict=True) if weight)
+
+
+def for_finetuning(recipe: Recipe) -> Recipe:
+    """The recipe by which a model that was trained by ``recipe`` is fine-tuned, unless its options are changed: on all
+    forgeries of the new data, for fewer epochs at a lower rate that does not fall, with KD where the teacher is right.
+    """
+    return replace(
+        recipe, epochs=5, lr=recipe.lr / 5, lr_step=5, methods=(), kd_on="right",
+        student_lr=1.0, student_warmup=1.0, epoch_patience=0, error_weights="none", ambiguous=0.0, cache_teacher=0,
+        self_blend=False, blend_share=1.0, pretrained=False, pretrained_from=(),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -170,7 +203,7 @@ CHAIN = ("generations", "min_generations", "generation_patience", "gain")
 """Fields of Recipe that say when the chain of students ends, and which generation is the best."""
 STUDENTS = (
     *CHAIN, "weights", "temperature", "student_centers", "student_lr", "student_warmup", "error_weights",
-    "error_factor", "focal_gamma", "ambiguous", "ambiguous_draws", "cache_teacher",
+    "error_factor", "focal_gamma", "ambiguous", "ambiguous_draws", "cache_teacher", "kd_on",
 )  # fmt: skip
 """Fields of Recipe that the initial training does not depend on."""
 INITIAL = ("initial_weights", "pretrained", "pretrained_from")

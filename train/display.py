@@ -56,9 +56,10 @@ def title(event: Step | Epoch, epochs: int) -> str:
 def line(report: Epoch, epochs: int) -> str:
     """Report of an epoch as one line."""
     skipped = f", {report.skipped} steps not finite" if report.skipped else ""
+    parts = "".join(f"{name} {auc:.4f}, " for name, auc in report.val_aucs.items())
     return (
         f"{title(report, epochs)}: loss {report.losses.get('loss', math.nan):.4f}, validation AUC {report.val_auc:.4f} "
-        f"(best {report.best_auc:.4f}), {report.images_per_second:.0f} images/s, "
+        f"({parts}best {report.best_auc:.4f}), {report.images_per_second:.0f} images/s, "
         f"{report.data_wait:.0%} of the time waiting for data, {report.memory:.1f} GB{skipped}"
     )
 
@@ -137,6 +138,7 @@ def _scalars(event: Step | Epoch) -> dict[str, float]:
     """Values of an event to plot, by name."""
     if isinstance(event, Epoch):
         values = {f"epoch/{name}": value for name, value in event.losses.items()}
+        values |= {f"val/auc_{name}": auc for name, auc in event.val_aucs.items()}
         return values | {"val/auc": event.val_auc, "val/acc": event.val_acc, "val/best_auc": event.best_auc}
     values = {f"step/{name}": value for name, value in event.losses.items()}
     if event.grad_norm is not None:

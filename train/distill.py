@@ -21,6 +21,7 @@ from dtn_fast.train.loop import Epoch, Step, fit
 from dtn_fast.train.run_folder import (
     CENTERS,
     STATE,
+    TEACHER,
     check_restart,
     claim_crops,
     claim_students,
@@ -29,6 +30,7 @@ from dtn_fast.train.run_folder import (
     load_run,
     record_student,
     summarise,
+    trained_further,
 )
 from dtn_fast.train.run_lock import locked
 from dtn_fast.train.step import check_centers
@@ -70,20 +72,24 @@ def distill(
             check_restart(run, restart)
         claim_students(run, recipe, restart)
         if restart is not None:
-            _centers(generation_folder(run, restart - 1), recipe)  # refused before anything is deleted
+            centers_of(generation_folder(run, restart - 1), recipe)  # refused before anything is deleted
             forget(run, restart)
+        how |= {"initial": initial}
+        if (run / TEACHER).is_dir():  # fine-tuned: its training began in another run
+            before = load_detector(generation_folder(run, 0)).config.trained_on
+            how |= {"facts": trained_further(before, dataset, recipe, "distilled")}
         for generation in range(1, recipe.generations + 1):
             teacher = load_detector(generation_folder(run, generation - 1)).requires_grad_(False)
             student = copy.deepcopy(teacher).requires_grad_(True)
             record_student(run, generation, recipe)
-            own = {**how, "initial": initial, "centers": _centers(generation_folder(run, generation - 1), recipe)}
+            own = {**how, "centers": centers_of(generation_folder(run, generation - 1), recipe)}
             yield from fit(student, dataset, recipe, generation_folder(run, generation), teacher, generation, **own)
             without_gain = generation - summarise(run)["best"]
             if without_gain >= recipe.generation_patience and generation >= recipe.min_generations:
                 break
 
 
-def _centers(teacher: Path, recipe: Recipe) -> Tensor | None:
+def centers_of(teacher: Path, recipe: Recipe) -> Tensor | None:
     """The Ct-c centres that a student starts with; None: new ones.  Raises UsageError when they do not fit."""
     if recipe.student_centers == "new":
         return None

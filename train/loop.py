@@ -22,6 +22,7 @@ from dtn_fast.data.blend import partly_blended, self_blended
 from dtn_fast.data.config import AUGMENTATIONS, NO_AUGMENTATION, turned_more
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.loader import Batch, Loader
+from dtn_fast.data.replay import parts_of
 from dtn_fast.data.synthetic_marker import STAMP
 from dtn_fast.data.video_table import REAL
 from dtn_fast.device import to_device
@@ -34,6 +35,7 @@ from dtn_fast.evaluation.metrics import Metrics, evaluate_scores
 from dtn_fast.files import write_whole
 from dtn_fast.model.build import TimmDetector
 from dtn_fast.model.card import CARD
+from dtn_fast.model.config import TrainedOn
 from dtn_fast.model.detector import Detector, check_state, write_card
 from dtn_fast.model.novelty import FILE as NOVELTY
 from dtn_fast.runtime.config import Runtime
@@ -51,8 +53,8 @@ from dtn_fast.train.run_folder import (
     STATE,
     STEPS,
     VALIDATION,
+    fingerprint_of,
     generation_folder,
-    rows_of,
     trained_on,
 )
 from dtn_fast.train.step import TrainStep, batch_of_rank
@@ -97,6 +99,8 @@ class Epoch(NamedTuple):
     data_wait: float
     memory: float
     skipped: int
+    val_aucs: dict[str, float] = {}  # noqa: RUF012 (never changed)
+    """Validation AUC of the new and of the old data, in fine-tuning with old data; ``val_auc`` is their mean."""
 
 
 class Stopped(DtnError):
@@ -190,18 +194,20 @@ def fit(
     stop: Callable[[], int] = lambda: 0,
     centers: Tensor | None = None,
     initial: Recipe | None = None,
+    facts: TrainedOn | None = None,
 ) -> Generator[Step | Epoch, None, None]:
     """Trains ``model`` and yields progress; with a ``teacher`` by DSD, else by CE + Ct-c.
 
     ``out`` receives the weights of the epoch with the best validation AUC, its Ct-c centres and validation scores,
     metrics.jsonl, steps.jsonl and the training state: a call on a folder with an unfinished run resumes it, with the
     same result as without the pause.  ``stop`` is called after every step; when it returns the number of a signal, the
-    state is saved and Stopped is raised.  centers: as in TrainStep.  initial: the recipe that the first
-    teacher was trained by; default: ``recipe``.  In a process group every process makes the same
-    call and the first one writes.  Raises UsageError when the image size does not fit or a split lacks a class,
-    DtnError when too many steps were not finite.
+    state is saved and Stopped is raised.  centers: as in TrainStep.  initial: the recipe that the first teacher was
+    trained by; default: ``recipe``.  facts: those of the training to store, if another came before; default: by
+    ``initial`` and ``recipe``.  With old data in ``dataset``, the validation AUC is the mean of the new and the old
+    data's.  In a process group every process makes the same call and the first one writes.  Raises UsageError when the
+    image size does not fit or a split lacks a class, DtnError when too many steps were not finite.
     """
-    facts = trained_on(initial or recipe, dataset, None if teacher is None else recipe)
+    facts = facts or trained_on(initial or recipe, dataset, None if teacher is None else recipe)
     model.config, model.novelty = dataclasses.replace(model.config, trained_on=facts, card=None), None
     loop = _Loop(model, dataset, recipe, out, teacher, generation, torch.device(device), execution, stop, centers)
     yield from loop.run()
@@ -214,7 +220,7 @@ def _write_card(model: Detector, dataset: CropDataset, recipe: Recipe, out: Path
     """Writes the model card of a trained generation, not calibrated yet, and its page."""
     with np.load(out / VALIDATION, allow_pickle=False) as stored:
         validation = stored["labels"], stored["scores"], stored["video"].tolist()
-    card = card_of_training(model, dataset, dataset.fingerprint(np.concatenate(rows_of(recipe, dataset))), validation)
+    card = card_of_training(model, dataset, fingerprint_of(recipe, dataset), validation)
     write_card(out, card)
     write_card_page(out, card, model.notice)
 
@@ -241,6 +247,7 @@ class _Loop:
             dataset = self_blended(dataset, recipe.seed)
         self.dataset = dataset
         train_rows, self.val_rows = splits(dataset, recipe, model)
+        self.parts = {name: videos[dataset.video[self.val_rows]] for name, videos in parts_of(dataset).items()}
         model.notice = STAMP if dataset.synthetic else ""
         self.step = TrainStep(model, recipe, execution, device, teacher, centers)
         preset = AUGMENTATIONS.get(recipe.augment)
@@ -258,7 +265,7 @@ class _Loop:
         self.loader = Loader(
             dataset, train_rows, batch, (recipe.seed, generation), recipe.real_repeat, *self.ranks, device=device,
             resident=execution.resident, transform=on_cpu, views=recipe.cache_teacher if teacher is not None else 0,
-            emphasis=emphasis,
+            emphasis=emphasis, replay=recipe.replay_share,
         )  # fmt: skip
         if self.loader.total < recipe.batch_size and recipe.batch_size > batch // recipe.accumulate:
             raise UsageError(
@@ -380,24 +387,33 @@ class _Loop:
         """Validates, keeps the weights if they are the best so far, moves to the next epoch and saves the state."""
         position, rate = self.position, clock.read()
         metrics, scores = self._validate()
-        assert metrics.auc is not None, "both classes are in the validation split, checked at the start"
+        labels = self.dataset.labels[self.val_rows]
+        aucs = {name: evaluate_scores(labels[part], scores[part], EvaluateConfig.threshold).auc
+                for name, part in self.parts.items()}  # fmt: skip
+        auc = metrics.auc if not aucs else float(np.mean([value for value in aucs.values() if value is not None]))
+        assert auc is not None, "both classes are in the validation split, checked at the start"
         assert metrics.acc is not None
         position.stale += 1
-        if metrics.auc > position.best:
-            position.best, position.stale = metrics.auc, 0
+        if auc > position.best:
+            position.best, position.stale = auc, 0
             if self.ranks.main:
                 for name in (CARD, CARD_PAGE, NOVELTY):  # of other weights
                     (self.out / name).unlink(missing_ok=True)
                 self.step.eval_model().save_pretrained(self.out)
                 save_centers(self.out / CENTERS, self.step.centers)
-                labels, video = self.dataset.labels[self.val_rows], self.dataset.video[self.val_rows]
-                write_whole(
-                    self.out / VALIDATION, lambda file: np.savez(file, labels=labels, scores=scores, video=video)
-                )
+                arrays: dict[str, Any] = {
+                    "labels": labels,
+                    "scores": scores,
+                    "video": self.dataset.video[self.val_rows],
+                }
+                if self.parts:
+                    arrays["parts"] = np.array(list(self.parts.values()))
+                write_whole(self.out / VALIDATION, lambda file: np.savez(file, **arrays))
         means = {name: value / max(position.counted, 1) for name, value in position.sums.items() if name != "grad_norm"}
         report = Epoch(
-            self.generation, position.epoch, lr, means, metrics.auc, metrics.acc, position.best, *rate, position.skipped
-        )
+            self.generation, position.epoch, lr, means, auc, metrics.acc, position.best, *rate, position.skipped,
+            {name: value for name, value in aucs.items() if value is not None},
+        )  # fmt: skip
         if self.ranks.main:
             append_line(self.out / METRICS, report._asdict())
         position.epoch, position.step, position.counted, position.sums, position.recent = (
@@ -467,7 +483,7 @@ def _lack(dataset: CropDataset, name: str, rows: NDArray[np.int64], may_blend: b
     """What the split ``name`` lacks, what the data holds, and how to get the rest."""
     fakes = int(dataset.labels[rows].sum())
     counts = collections.Counter((dataset.videos[v].split, dataset.videos[v].method) for v in dataset.video)
-    held = ", ".join(f"{split}/{method} {count}" for (split, method), count in sorted(counts.items()))
+    held = ", ".join(f"{split}/{method} {count}" for (split, method), count in sorted(counts.items()) if split)
     again = "prepare again with --splits train val (a folder of your own needs both, or is divided by prepare --split)"
     remedies = [f"add {'reals' if fakes else 'fakes'} to {name}" if len(rows) else again]
     if may_blend and not fakes and counts["train", REAL] and counts["val", REAL]:

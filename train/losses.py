@@ -30,11 +30,17 @@ def contrastive_center(
     return 0.5 * (each if samples is None else each * samples).mean()
 
 
-def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) of temperature-softened probabilities times T^2, mean over the batch (Eq. 6)."""
+def distillation(student: Tensor, teacher: Tensor, temperature: float, samples: Tensor | None = None) -> Tensor:
+    """KL(teacher || student) of temperature-softened probabilities times T^2, mean over the batch (Eq. 6).
+
+    samples as in :func:`cross_entropy`.
+    """
     log_student = (student / temperature).log_softmax(1)
     log_teacher = (teacher / temperature).log_softmax(1)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+    if samples is None:
+        return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+    each = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
+    return (each * samples).mean() * temperature**2
 
 
 def initial_loss(
@@ -64,15 +70,18 @@ def dsd_loss(
     delta: float,
     points: Tensor | None = None,
     samples: Tensor | None = None,
+    only_right: bool = False,
 ) -> dict[str, Tensor]:
     """Deepfake self-distillation (Eq. 7): w0 * CE + w1 * KD + w2 * Ct-c.  Returns each term and the ``loss``.
 
     The paper gives the weights 4, 0.4, 0.6; assigning them to CE, KD, Ct-c in this order is a *choice*.
     points as in :func:`initial_loss`.  samples: weight of each sample [B] in CE and Ct-c, the terms of its label; KD
-    does not get them, as it would repeat the teacher's error (*choice*).
+    does not get them, as it would repeat the teacher's error (*choice*).  only_right: KD of the samples alone whose
+    class the teacher gets right.
     """
+    right = (teacher_logits.argmax(1) == labels).float() if only_right else None
     ce = cross_entropy(logits, labels, samples)
-    kd = distillation(logits, teacher_logits.detach(), temperature)
+    kd = distillation(logits, teacher_logits.detach(), temperature, right)
     center = contrastive_center(logits if points is None else points, labels, centers, delta, samples)
     return {
         "loss": weights[0] * ce + weights[1] * kd + weights[2] * center,

@@ -34,6 +34,10 @@ STATE, METRICS, STEPS = "last.pt", "metrics.jsonl", "steps.jsonl"
 NONFINITE, VALIDATION = "nonfinite.jsonl", "validation.npz"
 CENTERS = "centers.safetensors"
 CROPS = "crops.json"
+TEACHER = "teacher"
+"""Folder of the model that a fine-tuned run began with, which taught it; other runs have none."""
+COMPARISON = "finetune"
+"""Name of the files, .json and .md, that compare a fine-tuned run with its teacher."""
 
 OLD_NAMES = {"patience": "epoch_patience"}
 """Fields of Recipe that had another name in version 0.1: old name -> new name."""
@@ -77,19 +81,22 @@ def gain(run: Path, before: int, after: int) -> Gain:
         with old, new:
             found = auc_gain_interval(
                 new["labels"], old["scores"], new["scores"], new["video"].tolist(), EvaluateConfig.bootstrap_draws,
-                EvaluateConfig.confidence,
+                EvaluateConfig.confidence, list(new.get("parts", ())),
             )  # fmt: skip
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         found = None
     return Gain(value, *(found or (None, None)))
 
 
-def start_run(run: Path, recipe: Recipe, config: ModelConfig) -> None:
+def start_run(run: Path, recipe: Recipe, config: ModelConfig, tuned: bool = False) -> None:
     """Writes recipe.json: the recipe and model of the run, which the caller has locked.
 
-    Raises UsageError when ``run`` already holds a run of another recipe or model, or the recipe needs published weights
-    that the model does not have.
+    tuned: whether it fine-tunes another run's model.  Raises UsageError when ``run`` already holds a run of another
+    recipe, model or kind, or the recipe needs published weights that the model does not have.
     """
+    held = "finetune" if (run / TEACHER).is_dir() else "train" if _begun(run) else ""
+    if held and tuned != (held == "finetune"):
+        raise UsageError(f"{run}: holds a run of dtn-fast {held}; choose another --out")
     if recipe.pretrained and not isinstance(config, TimmConfig):
         raise UsageError("--pretrained: only models of timm have published weights; name one with --timm")
     if _begun(run) and (run / RECIPE).is_file():
@@ -147,7 +154,7 @@ def claim_crops(run: Path, recipe: Recipe, dataset: CropDataset) -> None:
     A run of an earlier version, without that file, adopts these.  Raises UsageError when the run was begun on others.
     """
     train, val = rows_of(recipe, dataset)
-    these = RunCrops(dataset.folder, len(train), len(val), dataset.fingerprint(np.concatenate([train, val])))
+    these = RunCrops(dataset.folder, len(train), len(val), fingerprint_of(recipe, dataset))
     path, begun = run / CROPS, _begun(run)
     if distributed.ranks().main and not (begun and path.is_file()):
         if begun:
@@ -169,6 +176,14 @@ def rows_of(recipe: Recipe, dataset: CropDataset) -> list[NDArray[np.int64]]:
     return rows
 
 
+def fingerprint_of(recipe: Recipe, dataset: CropDataset) -> str:
+    """Hash of the crops that a recipe trains on and validates on; with old data, a plus and theirs follow that of the
+    new."""
+    rows = np.concatenate(rows_of(recipe, dataset))
+    old = dataset.is_old(rows)
+    return "+".join(dataset.fingerprint(rows[own]) for own in (~old, old)[: 1 + old.any()])
+
+
 def for_crops(config: ModelConfig, dataset: CropDataset) -> ModelConfig:
     """``config`` with the crop policy of the dataset's crops, so that detection cuts faces alike."""
     return config if dataset.crop is None else dataclasses.replace(config, crop=dataset.crop)
@@ -181,10 +196,19 @@ def trained_on(initial: Recipe, dataset: CropDataset, student: Recipe | None = N
     forgeries, kinds = set[str](), {kind for video in used for kind, _ in video.corruptions}
     for recipe in (initial, student or initial):
         if not recipe.self_blend or recipe.blend_share < 1:
-            forgeries |= {v.method for v in used if v.label and (not recipe.methods or v.method in recipe.methods)}
+            forgeries |= {v.method for v in dataset.videos_of("train", recipe.methods) if v.label}
         forgeries |= {METHOD} if recipe.self_blend else set()
         kinds |= trained_corruptions(recipe.augment, recipe.self_blend)
     return TrainedOn(tuple(sorted(forgeries)), tuple(sorted(kinds)), initial.described(student))
+
+
+def trained_further(before: TrainedOn | None, dataset: CropDataset, recipe: Recipe, verb: str) -> TrainedOn:
+    """Facts ``before`` of a model's training (None: unknown), and of its further training by DSD, ``verb``, on
+    ``dataset`` by ``recipe``."""
+    own, known = trained_on(recipe, dataset), before or TrainedOn((), ())
+    both = lambda name: tuple(sorted({*getattr(known, name), *getattr(own, name)}))
+    forgeries = both("forgeries") if known.forgeries else ()  # a part of them would say that the others are unseen
+    return TrainedOn(forgeries, both("corruptions"), recipe.described_after(known.recipe, verb))
 
 
 def load_run(run: Path) -> tuple[Recipe, ModelConfig]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import statistics
 import zipfile
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from dtn_fast.errors import UsageError
+from dtn_fast.evaluation.before_after import Comparison
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.metrics import evaluate_scores, roc
 from dtn_fast.evaluation.plotting import DASHES, drawing, svg_text
@@ -25,6 +27,7 @@ from dtn_fast.train.config import Recipe
 from dtn_fast.train.hard_samples import told
 from dtn_fast.train.log_lines import read_lines
 from dtn_fast.train.run_folder import (
+    COMPARISON,
     METRICS,
     NONFINITE,
     STEPS,
@@ -111,6 +114,7 @@ def write_run_report(run: Path) -> Path:
         generations=generations,
         best=best,
         gains={row["generation"]: (row["over"], row["gain"]) for row in judged if "gain" in row},
+        tuned=_comparison(run),
         stressed={g.number: told(generation_folder(run, g.number), student_recipe(run, g.number)) for g in generations},
         rule=student_recipe(run, max((g.number for g in generations), default=0)).gain,
         planned={g.number: student_recipe(run, g.number).epochs for g in generations},
@@ -125,6 +129,14 @@ def write_run_report(run: Path) -> Path:
     )
     write_whole(run / PAGE, page)
     return run / PAGE
+
+
+def _comparison(run: Path) -> Comparison | None:
+    """Comparison of a fine-tuned run with its teacher; None if there is none, or it is damaged."""
+    try:
+        return Comparison.from_json(json.loads((run / f"{COMPARISON}.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def read_generations(run: Path) -> Iterator[Generation]:

@@ -260,7 +260,10 @@ class TrainStep:
         if soft is None:
             losses = initial_loss(logits, labels, self.centers, r.delta, r.initial_weights, points)
         else:
-            losses = dsd_loss(logits, labels, soft, self.centers, r.weights, r.temperature, r.delta, points, samples)
+            only_right = r.kd_on == "right"
+            losses = dsd_loss(
+                logits, labels, soft, self.centers, r.weights, r.temperature, r.delta, points, samples, only_right
+            )
         return torch.stack([losses[name] for name in self._terms])
 
     def _update(self, healthy: Tensor) -> None:

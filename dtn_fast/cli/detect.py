@@ -10,7 +10,7 @@ import tyro
 
 from dtn_fast.cli.terminal import print_table, progress
 from dtn_fast.detect.batch import BatchResult, detect_many
-from dtn_fast.detect.config import DetectConfig
+from dtn_fast.detect.config import BatchConfig, DetectConfig
 from dtn_fast.detect.report import limits_in_words, sentences
 from dtn_fast.detect.verdict import RULE, Result, short_names
 from dtn_fast.errors import UsageError, one_line
@@ -33,6 +33,7 @@ def detect(
     out: Path = Path("detect"),
     config: Annotated[DetectConfig, tyro.conf.OmitArgPrefixes] = DetectConfig(),
     annotate: bool = False,
+    work: Annotated[BatchConfig, tyro.conf.OmitArgPrefixes] = BatchConfig(),
     runtime: Annotated[Runtime, tyro.conf.OmitArgPrefixes] = Runtime(),
 ) -> int:
     """Detect forged faces in images and videos: which people, and when.
@@ -55,6 +56,7 @@ def detect(
         out: Folder for the results.
         config: Frames to analyse, limits of the verdict, and how faces are found.
         annotate: Also write each video with faces framed and forged spans marked.
+        work: Number of inputs judged at once.
         runtime: Device and precision that the model runs with.
     """
     if (given := model or server) is None or (model and server):
@@ -66,12 +68,12 @@ def detect(
 
         def watch(batch: BatchResult, note: str) -> None:
             nonlocal printed
-            bar.update(task, total=batch.inputs, completed=len(batch.results), note=note)
+            bar.update(task, total=batch.inputs, completed=batch.done, note=note)
             for problem in batch.problems[printed:]:
                 print(f"dtn-fast: {one_line(problem)}", file=sys.stderr)
             printed = len(batch.problems)
 
-        batch = detect_many(inputs, scorer, out, config, annotate, watch=watch)
+        batch = detect_many(inputs, scorer, out, config, annotate, watch=watch, work=work)
     header = ["input", "verdict", "P(fake)", "people", "forged, seconds", "frames with a face"]
     folder, names = short_names([result.path for result in batch.results])
     cells = [_cells(result, name) for result, name in zip(batch.results, names, strict=True)]

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 
 from dtn_fast.cli.terminal import print_table
-from dtn_fast.device import choose_precision
+from dtn_fast.device import choose_precision, choose_threads
 from dtn_fast.packages import installed_by
+from dtn_fast.runtime.race import choices, folder
 
 NEEDS = {
     "torch": "",
@@ -25,6 +26,7 @@ NEEDS = {
     "onnx": "export",
     "onnxscript": "export",
     "onnxruntime": "export, ONNX inference",
+    "openvino": "ONNX inference on a CPU (--runtime openvino)",
     "MNN": ".mnn files, the fastest float32 on a CPU",
     "tensorrt": ".engine files, on an NVIDIA GPU",
     "tensorrt_rtx": ".rtx files; builds them anywhere",
@@ -52,8 +54,10 @@ def examine() -> Iterator[Section]:
     yield Section("Runtimes", ["model file", "runtime", "available"], [
         [file, through, probe() or "yes"] for file, through, probe in RUNTIMES
     ])  # fmt: skip
+    if raced := [[one.file, one.runtime, one.times(), one.machine] for one in choices()]:
+        yield Section(f"Choices of --runtime auto, in {folder()}", ["model file", "runtime", "times", "machine"], raced)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads, no GPU"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{choose_threads(0)} threads, no GPU"
     precision = str(choose_precision("auto", device)).removeprefix("torch.")
     yield Section(
         "Device",
@@ -114,6 +118,7 @@ RUNTIMES: list[tuple[str, str, Callable[[], str]]] = [
     (".onnx", "onnxruntime, CPU", _imports("onnxruntime")),
     (".onnx", "onnxruntime, CUDA (--provider cuda)", _provider("CUDAExecutionProvider")),
     (".onnx", "onnxruntime, TensorRT (--provider tensorrt)", _provider("TensorrtExecutionProvider")),
+    (".onnx", "OpenVINO, CPU (--runtime openvino)", _imports("openvino")),
     (".mnn", "MNN, CPU", _imports("MNN")),
     (".engine", "TensorRT", _imports("tensorrt", gpu=True)),
     (".rtx", "TensorRT-RTX, run", lambda: _imports("tensorrt_rtx", gpu=True)() or _rtx_gpu()),

@@ -119,10 +119,12 @@ def verify(
 
     Example: dtn-fast verify runs/first dtn.onnx --data crops --layers
 
+    Another runtime: dtn-fast verify dtn.onnx dtn.onnx --runtime openvino --data crops
+
     Exit code 1 when a logit differs by more than the tolerance.
 
     Args:
-        first: The reference: a run, a checkpoint, .onnx, .mnn, .engine or .rtx.
+        first: The reference: a run, a checkpoint, .onnx (through onnxruntime), .mnn, .engine or .rtx.
         second: The file to compare with the reference.
         data: Crops written by dtn-fast prepare, or a folder of face pictures.  Default: noise.
         config: Options of the comparison.

@@ -24,7 +24,7 @@ from dtn_fast.cli.doctor import doctor
 from dtn_fast.cli.evaluate import calibrate, evaluate, explain, report, robustness
 from dtn_fast.cli.export import export, inspect, repository, verify
 from dtn_fast.cli.prepare import corrupt, prepare, synthesize
-from dtn_fast.cli.train import ablate, distill, train
+from dtn_fast.cli.train import ablate, distill, finetune, train
 from dtn_fast.errors import DtnError, DtnWarning, UsageError
 from dtn_fast.ranges import checked
 from dtn_fast.runtime.load import RECIPE
@@ -41,7 +41,7 @@ def bench() -> None:
 # ------------------------------------------------------------------------------------------------- entry
 
 
-_TRAINER = (demo, synthesize, prepare, train, distill)
+_TRAINER = (demo, synthesize, prepare, train, distill, finetune)
 _EXPERIMENTER = (evaluate, calibrate, robustness, ablate, explain, report, corrupt, bench)
 _DEPLOYER = (export, verify, inspect, detect, serve, repository, doctor)
 VERBS = {verb.__name__: verb for verb in (*_TRAINER, *_EXPERIMENTER, *_DEPLOYER)}
@@ -73,6 +73,16 @@ def with_run(verb: Callable[..., None], arguments: list[str]) -> Callable[..., N
     from dtn_fast.train.run_folder import load_run
 
     return functools.partial(verb, recipe=load_run(Path(runs[-1]))[0])
+
+
+def with_source(verb: Callable[..., None], arguments: list[str]) -> Callable[..., None]:
+    """``verb`` with the fine-tuning recipe of the first run or generation in ``arguments`` but --out's as its default,
+    which other options then change."""
+    from dtn_fast.train.finetune import recipe_from
+
+    words = [(before, Path(word)) for before, word in itertools.pairwise(arguments) if before != "--out"]
+    sources = [word for _, word in words if any((at / RECIPE).is_file() for at in (word, word.parent))]
+    return functools.partial(verb, recipe=recipe_from(sources[0])) if sources else verb
 
 
 def renamed(arguments: list[str]) -> list[str]:
@@ -117,6 +127,8 @@ def _parsed(arguments: list[str]) -> Callable[[], int | None]:
     verbs = {**VERBS, **{verb.__name__: with_preset(verb, arguments) for verb in (train, ablate)}}
     if arguments[:1] == [distill.__name__]:
         verbs[distill.__name__] = with_run(distill, arguments)
+    if arguments[:1] == [finetune.__name__]:
+        verbs[finetune.__name__] = with_source(finetune, arguments)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):

@@ -87,6 +87,8 @@ class CropDataset:
     """[N] whether the crop's mask is known; a real's is, and blank."""
     folder: str = ""
     """Absolute path that the crops were opened from."""
+    first_old: int | None = None
+    """Number of the first video of the old data that fine-tuning replays; None: there are no old data."""
 
     @property
     def size(self) -> int:
@@ -136,10 +138,24 @@ class CropDataset:
         self.masks.fill(np.asarray(rows, np.int64), out)
         return out
 
+    def is_old(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether crops [n] are of the old data that fine-tuning replays."""
+        return np.zeros(len(rows), bool) if self.first_old is None else self.video[rows] >= self.first_old
+
     def select(self, split: str, methods: tuple[str, ...] = ()) -> NDArray[np.int64]:
-        """Crop numbers of a split: all its reals, and the fakes of ``methods`` (empty: all fakes)."""
-        good = np.array([v.split == split and (not v.label or not methods or v.method in methods) for v in self.videos])
-        return np.flatnonzero(good[self.video]) if len(self.videos) else np.empty(0, np.int64)
+        """Crop numbers of a split: all its reals, the fakes of ``methods`` (empty: all fakes), and all old fakes."""
+        good = np.zeros(len(self.videos), bool)
+        good[self._chosen(split, methods)] = True
+        return np.flatnonzero(good[self.video])
+
+    def videos_of(self, split: str, methods: tuple[str, ...] = ()) -> list[Video]:
+        """Videos of a split, chosen as in :meth:`select`."""
+        return [self.videos[number] for number in self._chosen(split, methods)]
+
+    def _chosen(self, split: str, methods: tuple[str, ...]) -> list[int]:
+        old = len(self.videos) if self.first_old is None else self.first_old
+        wanted = lambda number, v: not v.label or not methods or v.method in methods or number >= old
+        return [number for number, v in enumerate(self.videos) if v.split == split and wanted(number, v)]
 
     def evenly_spaced(self, split: str, count: int) -> NDArray[np.int64]:
         """``count`` crop numbers of a split (or all, when it has fewer), evenly spaced from the first to the last."""

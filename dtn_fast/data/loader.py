@@ -67,6 +67,32 @@ def epoch_order(
     return np.random.default_rng(seed).permutation(np.concatenate([rows[fake], np.tile(rows[~fake], repeat)]))
 
 
+def replay_order(
+    labels: NDArray[np.int64],
+    new: NDArray[np.int64],
+    old: NDArray[np.int64],
+    share: float,
+    seed: int,
+    emphasis: Emphasis | None = None,
+) -> NDArray[np.int64]:
+    """The rows of one epoch of fine-tuning, a ``share`` of them old, with as many reals as fakes of either data.
+
+    The larger class of the new data occurs once, the smaller is repeated, and one that is absent is the old data's.
+    The old rows are drawn anew for each epoch, none twice before all have been.  Every batch has each group's share.
+    """
+    rng = np.random.default_rng(seed)
+    if emphasis is not None:
+        new, old = (np.repeat(of, np.where(emphasis.strongly[of], emphasis.draws, 1)) for of in (new, old))
+    theirs = [old[labels[old] == label] for label in (0, 1)]
+    ours = [new[labels[new] == label] for label in (0, 1)]
+    count = max(map(len, ours))
+    replayed = round(count * share / (1 - share))
+    pairs = [(own if len(own) else other, count) for own, other in zip(ours, theirs, strict=True)]
+    groups = [np.resize(rng.permutation(rows), n) for rows, n in [*pairs, *((rows, replayed) for rows in theirs)]]
+    places = np.concatenate([(np.arange(len(g)) + rng.random(len(g))) / max(len(g), 1) for g in groups])
+    return np.concatenate(groups)[np.argsort(places, kind="stable")]
+
+
 _Places = tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.int64]]
 """Rows, seeds and views of a batch's samples."""
 
@@ -79,8 +105,9 @@ class Loader:
     same samples as one process would.  ``resident`` keeps the crops of ``rows`` in the device's memory.  ``transform``
     runs in the loader's thread.  ``prefetch`` batches are made in advance; for a GPU they are copied from pinned memory
     on a separate stream.  ``views``: number of fixed seeds per crop, whose augmented views recur in every epoch; 0:
-    every view is new.  ``emphasis``: crops that are drawn, weighted and augmented more.  Raises UsageError when there
-    are fewer ``rows`` than ``world``, or the crops do not fit the device's memory.
+    every view is new.  ``emphasis``: crops that are drawn, weighted and augmented more.  ``replay``: share of old
+    crops, if the dataset has such.  Raises UsageError when there are fewer ``rows`` than ``world``, or the crops do not
+    fit the device's memory.
     """
 
     def __init__(
@@ -98,18 +125,21 @@ class Loader:
         prefetch: int = 2,
         views: int = 0,
         emphasis: Emphasis | None = None,
+        replay: float = 0.0,
     ) -> None:
         if len(rows) < world:
             raise UsageError(f"{len(rows)} crops cannot be shared by {world} processes; use fewer")
         self.dataset, self.rows, self.batch_size, self.seed, self.repeat = dataset, rows, batch_size, seed, real_repeat
         self.rank, self.world, self.device = rank, world, torch.device(device)
         self.transform, self.prefetch, self.views, self.emphasis = transform, max(prefetch, 1), views, emphasis
+        self._replay, old = replay, dataset.is_old(rows)
+        self._new, self._old = rows[~old], rows[old]
         self.waited = 0.0
         """Seconds that the consumer has waited for data so far."""
         self._labels = dataset.labels
         self._free: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] = queue.SimpleQueue()
         self._view_seed = int(np.random.SeedSequence((*seed, 1 << 32)).generate_state(1, np.uint64)[0])
-        self.total = len(epoch_order(self._labels, rows, real_repeat, 0, emphasis))
+        self.total = len(self._order(0))
         """Number of samples in an epoch, over all ranks."""
         self._resident = self._upload() if resident else None
         self._stream: torch.cuda.Stream | None = None
@@ -123,7 +153,7 @@ class Loader:
         order_seed, sample_seed = (
             int(s) for s in np.random.SeedSequence((*self.seed, epoch)).generate_state(2, np.uint64)
         )
-        order = epoch_order(self._labels, self.rows, self.repeat, order_seed, self.emphasis)
+        order = self._order(order_seed)
         plan = []
         for step in range(start, len(self)):
             places = np.arange(step * self.batch_size * self.world, (step + 1) * self.batch_size * self.world)
@@ -139,6 +169,11 @@ class Loader:
                 yield Batch(crops, to_device(self._labels[rows], self.device), rows, seeds, views, *self._stress(rows))
         else:
             yield from self._prefetched(plan, epoch)
+
+    def _order(self, seed: int) -> NDArray[np.int64]:
+        if self.dataset.first_old is None:
+            return epoch_order(self._labels, self.rows, self.repeat, seed, self.emphasis)
+        return replay_order(self._labels, self._new, self._old, self._replay, seed, self.emphasis)
 
     def _read(self, rows: NDArray[np.int64], seeds: NDArray[np.uint64], epoch: int, out: NDArray[np.uint8]) -> None:
         self.dataset.crops.fill(rows, out, epoch)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dtn_fast.data.even_spacing import Wanted, chosen
+from dtn_fast.data.gpu_video import read_frames_on_gpu
 from dtn_fast.data.media import HEIC, PICTURES, VIDEOS, kind_of
 from dtn_fast.data.pictures import count_pictures, read_image, read_moving, read_times
 from dtn_fast.data.video import Frame, Reading, read_frames
@@ -17,28 +18,36 @@ from dtn_fast.packages import installed_by
 
 
 def frames_of(
-    path: Path, count: Wanted, threads: int = 0, check: Check = lambda: None, reading: Reading | None = None
+    path: Path,
+    count: Wanted,
+    threads: int = 0,
+    check: Check = lambda: None,
+    reading: Reading | None = None,
+    on_gpu: bool = False,
 ) -> Iterator[Frame]:
     """Yields the frame of a picture, or the frames of a video or moving picture that ``count`` names.
 
     ``threads``: of a video's decoder, 0 for one per core; ``check`` is called for every packet read; ``reading`` counts
-    what could not be decoded.  Raises MediaError when ``path`` is not a readable picture or video.
+    what could not be decoded; ``on_gpu``: decode videos as :func:`read_frames_on_gpu` does.  Raises MediaError when
+    ``path`` is not a readable picture or video.
     """
     reading = Reading() if reading is None else reading
     try:
-        yield from _frames(path, count, threads, check, reading)
+        yield from _frames(path, count, threads, check, reading, on_gpu)
     except (DtnError, OSError):
         raise
     except Exception as error:  # a decoder may raise anything, and the other files are not to pay for it
         raise MediaError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
 
 
-def _frames(path: Path, count: Wanted, threads: int, check: Check, reading: Reading) -> Iterator[Frame]:
+def _frames(path: Path, count: Wanted, threads: int, check: Check, reading: Reading, on_gpu: bool) -> Iterator[Frame]:
     if not path.is_file():
         raise MediaError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
     kind = kind_of(path)
     if kind == "picture":
         yield from _picture_frames(path, count, check, reading)
+    elif kind == "video" and on_gpu:
+        yield from read_frames_on_gpu(path, count, check, reading)
     elif kind == "video":
         yield from read_frames(path, count, threads, check, reading)
     elif kind == "unread":

@@ -209,10 +209,10 @@ def _shown(frame: Any, pixel_aspect: float) -> NDArray[np.uint8]:
     if pixel_aspect != 1:
         wide, high = max(pixel_aspect, 1.0), max(1 / pixel_aspect, 1.0)
         image = cv2.resize(image, (round(frame.width * wide), round(frame.height * high)))
-    return np.ascontiguousarray(turned(image, _orientation(frame)), np.uint8)
+    return np.ascontiguousarray(turned(image, orientation(frame)), np.uint8)
 
 
-def _orientation(frame: Any) -> int:
+def orientation(frame: Any) -> int:
     """The EXIF orientation (1 to 8) nearest to a frame's display matrix, 1 without one."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 from dtn_fast.data.config import FinderConfig, PrepareConfig
-from dtn_fast.ranges import Count, Natural, NotNegative, Share, check_ranges
+from dtn_fast.ranges import Count, Natural, NotNegative, Range, Share, check_ranges
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class DetectConfig:
     searches every frame."""
     finder: FinderConfig = field(default_factory=FinderConfig)
     """The face finder."""
+    face_device: Literal["cpu", "cuda"] = "cpu"
+    """Device that yunet searches on; cuda needs onnxruntime-gpu."""
+
+    decoder: Literal["cpu", "gpu"] = "cpu"
+    """Where videos are decoded.  gpu: by torchcodec, except those that are damaged, turned, HDR or of inexact times;
+    its colours differ by a few levels."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -47,3 +54,14 @@ class DetectConfig:
             if self.frames
             else "every frame"
         )
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Work on many inputs."""
+
+    jobs: Annotated[int, Range(0, 1024)] = 0
+    """Inputs judged at once; 0: one per core, up to 16.  The results are the same to the bit."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)

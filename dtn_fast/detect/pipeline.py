@@ -54,6 +54,8 @@ def detect(
     finder: FaceFinder | None = None,
     watch: Callable[[int], object] = lambda _: None,
     model: Detector | None = None,
+    threads: int = 0,
+    pool: ThreadPoolExecutor | None = None,
     reading: Reading | None = None,
 ) -> Result:
     """The verdict on one image or video; an unreadable input gives a result with an error, it does not raise.
@@ -61,18 +63,22 @@ def detect(
     finder: face finder to reuse over many inputs; default: a new one, of the model's crop policy unless ``config``
     names another.  watch: called with the number of frames read so far, also while waiting for a frame; an exception
     raised by it ends the work.  model: model for the heat maps; default: the scorer's, if it is a torch model.
-    reading: count of frames to fill while they are read; default: a new one.  Raises UsageError when a package is
-    missing.
+    threads: of the decoder, 0 for one per core.  pool: a pool of one thread, on which inputs that are judged at once
+    score their faces in turns; default: one for this input.  reading: count of frames to fill while they are read;
+    default: a new one.  Raises UsageError when a package is missing.
     """
+    if pool is None:
+        with ThreadPoolExecutor(1, "scoring") as pool:
+            return detect(path, scorer, config, finder, watch, model, threads, pool, reading)
     policy, side = crop_policy(scorer.config), scorer.config.image_size
     path, tracker = Path(path), FaceTracker(finder or finder_of(scorer, config), config.every)
     result, kept = Result(path, reading=reading or Reading()), list[Picture]()
     begin = time.perf_counter()
     wanted = PerSecond(config.rate) if config.rate else config.frames or None
-    source = lambda check: frames_of(path, wanted, check=check, reading=result.reading)
+    source = lambda check: frames_of(path, wanted, threads, check, result.reading, config.decoder == "gpu")
     try:
         with (
-            _Scoring(scorer, result, kept) as scoring,
+            _Scoring(scorer, result, kept, pool) as scoring,
             closing(_ahead(source, result.timing, lambda: watch(result.frames_read))) as frames,
         ):
             for frame in frames:
@@ -98,7 +104,7 @@ def detect(
         result.whole = framed(result.whole, result.frames, result.frame_limits, WHOLE)
     if result.ok:
         own = scorer.model if model is None and isinstance(scorer, TorchScorer) else model
-        result.pictures = _with_heat(kept, own, result.frame_limits)
+        result.pictures = pool.submit(_with_heat, kept, own, result.frame_limits).result()
     return result
 
 
@@ -114,7 +120,7 @@ def finder_of(scorer: Scorer, config: DetectConfig) -> FaceFinder:
     if config.finder.faces not in (None, policy.finder):
         tell(f"--faces {config.finder.faces}: the model was trained on the boxes of {policy.finder}; they are alike "
              "but not the same")  # fmt: skip
-    finder = open_finder(config.finder, policy)
+    finder = open_finder(config.finder, policy, config.face_device)
     if policy.align == "landmarks" and not finder.gives_points:
         raise UsageError("the model takes crops whose eyes are level, which needs landmarks; add --faces yunet or "
                          "--landmark-model FILE")  # fmt: skip
@@ -152,13 +158,15 @@ def _ahead(
 
 
 class _Scoring:
-    """Collects faces into batches in frame order, scores them on another thread and writes them into ``result``."""
+    """Collects faces into batches in frame order, scores them on ``pool``'s thread and writes them into ``result``.
 
-    def __init__(self, scorer: Scorer, result: Result, kept: list[Picture]) -> None:
-        self._scorer, self._result, self._kept = scorer, result, kept
+    A batch holds one input's faces, so that a score does not depend on what else is judged at the same time.
+    """
+
+    def __init__(self, scorer: Scorer, result: Result, kept: list[Picture], pool: ThreadPoolExecutor) -> None:
+        self._scorer, self._result, self._kept, self._pool = scorer, result, kept, pool
         self._pending: list[tuple[int, float, int, list[Tracked], list[NDArray[np.uint8]]]] = []
         self._running: list[tuple[Future[Scored], list[Any]]] = []
-        self._pool = ThreadPoolExecutor(1, "scoring")
 
     def add(self, frame: Frame, place: int, found: list[Tracked], crops: list[NDArray[np.uint8]]) -> None:
         self._pending.append((frame.number, frame.seconds, place, found, crops))  # without the frame's image
@@ -200,4 +208,5 @@ class _Scoring:
             while kind is None and self._running:
                 self._collect()
         finally:
-            self._pool.shutdown(cancel_futures=True)
+            for running in self._running:
+                running[0].cancel()

@@ -118,7 +118,7 @@ def card_of_training(
     """
     trained = model.config.trained_on
     counts = []
-    for split in sorted({video.split for video in dataset.videos}):
+    for split in sorted({video.split for video in dataset.videos} - {""}):
         rows = dataset.select(split)
         own = [video.label for video in dataset.videos if video.split == split]
         counts.append(SplitCounts(split, own.count(0), own.count(1), len(rows)))

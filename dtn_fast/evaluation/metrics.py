@@ -6,7 +6,7 @@ second, and because the bootstrap is twenty times faster on ranks computed once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -88,14 +88,22 @@ def auc_interval(
 
 
 def auc_gain_interval(
-    labels: ArrayLike, before: ArrayLike, after: ArrayLike, videos: Sequence[str], draws: int, confidence: float
-) -> tuple[float, float] | None:
+    labels: ArrayLike, before: ArrayLike, after: ArrayLike, videos: Sequence[str], draws: int, confidence: float,
+    parts: Iterable[NDArray] = (),
+) -> tuple[float, float] | None:  # fmt: skip
     """Confidence interval of the AUC of the scores ``after`` minus that of ``before``, both of the same frames.
 
-    As :func:`auc_interval`, each draw of videos serving both, so that what is hard about a video cancels.
+    As :func:`auc_interval`, each draw of videos serving both, so that what is hard about a video cancels.  parts: masks
+    [n]; with them, the interval of the mean of the parts' AUCs.
     """
-    old, new = (_drawn_aucs(labels, scores, videos, draws) for scores in (before, after))
-    return None if old is None or new is None else _interval(new - old, confidence)
+    y, old, new, names = (np.asarray(given) for given in (labels, before, after, videos))
+    gains = []
+    for part in parts or [np.ones(len(y), bool)]:
+        a, b = (_drawn_aucs(y[part], scores[part], names[part].tolist(), draws) for scores in (old, new))
+        if a is None or b is None:
+            return None
+        gains.append(b - a)
+    return _interval(np.mean(gains, 0), confidence)
 
 
 def mean_interval(values: ArrayLike, videos: ArrayLike, draws: int, confidence: float) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dtn_fast.device import Device
-from dtn_fast.ranges import NotNegative, check_ranges
+from dtn_fast.ranges import Natural, NotNegative, check_ranges
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,12 @@ class Runtime:
     eager."""
     provider: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
     """Execution provider of onnxruntime; auto: chosen by device."""
+    runtime: Literal["onnxruntime", "openvino", "auto"] = "onnxruntime"
+    """Runtime of an ONNX file; openvino: on a CPU alone.  auto: the faster of those installed that gives onnxruntime's
+    answers, by a race of a few seconds that is remembered for this machine and file."""
+    threads: Natural = 0
+    """Number of CPU threads that the model runs with; for a checkpoint, of the whole process.  0: one per core, within
+    the container's CPU quota and OMP_NUM_THREADS."""
     patience: NotNegative = 30.0
     """Seconds to try again when a server (http:// or grpc://) cannot be reached."""
 

@@ -8,8 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dtn_fast.data.config import trained_corruptions
-from dtn_fast.device import choose_device
+from dtn_fast.device import choose_device, choose_threads
 from dtn_fast.errors import UsageError
 from dtn_fast.model.build import load_detector
 from dtn_fast.model.config import TrainedOn
@@ -37,12 +39,16 @@ def load_scorer(path: str | Path, runtime: Runtime = Runtime()) -> Scorer:
     Raises UsageError when ``path`` is not a model, this machine cannot run it, or a changed option of ``runtime`` does
     not apply to it; DtnError when a server cannot be reached.
     """
-    kinds = {".onnx": "onnx", ".mnn": "mnn", ".engine": "tensorrt", ".rtx": "tensorrt"}
-    takes = {".onnx": ("device", "provider"), ".mnn": (), ".engine": (), ".rtx": (), SERVER: ("patience",)}
+    onnx = {"onnxruntime": "onnx", "openvino": "openvino", "auto": "race"}[runtime.runtime]
+    kinds = {".onnx": onnx, ".mnn": "mnn", ".engine": "tensorrt", ".rtx": "tensorrt"}
+    takes = {
+        ".onnx": ("device", "provider", "runtime", "threads"), ".mnn": ("threads",), ".engine": (), ".rtx": (),
+        SERVER: ("patience",),
+    }  # fmt: skip
     kind = SERVER if re.match(r"(https?|grpcs?):/", str(path)) else Path(path).suffix
     for field in dataclasses.fields(runtime):
         value = getattr(runtime, field.name)
-        if value != field.default and field.name not in takes.get(kind, ("device", "precision", "mode")):
+        if value != field.default and field.name not in takes.get(kind, ("device", "precision", "mode", "threads")):
             what = kind if kind == SERVER else f"{kind} file" if kind in kinds else "checkpoint"
             raise UsageError(f"--{field.name} {value}: not for {path}, a {what}; leave it out")
     if kind == SERVER:
@@ -57,6 +63,9 @@ def load_scorer(path: str | Path, runtime: Runtime = Runtime()) -> Scorer:
 
         scorer: Scorer = import_module(f"dtn_fast.runtime.{kinds[kind]}").load(path, runtime)
         return scorer
+    threads = choose_threads(runtime.threads)
+    if runtime.threads or threads < torch.get_num_threads():
+        torch.set_num_threads(threads)
     return TorchScorer(move_to(load_model(path), choose_device(runtime.device)), runtime=runtime)
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from dtn_fast.device import choose_threads
 from dtn_fast.errors import UsageError
 from dtn_fast.model.card import measures_novelty
 from dtn_fast.model.preprocess import normalise
@@ -29,11 +29,11 @@ BATCH = 8
 class MnnScorer(Scorer):
     """Scorer of an .mnn file; calls wait for one another, because each uses all cores."""
 
-    def __init__(self, path: Path, manifest: ExportManifest) -> None:
+    def __init__(self, path: Path, manifest: ExportManifest, threads: int = Runtime.threads) -> None:
         super().__init__(manifest.detector_config(), manifest.notice, "MNN", BATCH)
         self.weights = manifest.weights
         columns = COLUMNS if measures_novelty(self.config.card) else COLUMNS[:1]
-        self._net, self._lock = open_module(path, columns), threading.Lock()
+        self._net, self._lock = open_module(path, columns, threads), threading.Lock()
 
     def _outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
         x = normalise(crops, self.config).contiguous().numpy()
@@ -48,11 +48,11 @@ def forward(net: Any, images: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.column_stack([part.read() for part in out])  # a copy: MNN reuses the memory
 
 
-def open_module(path: Path, outputs: Sequence[str] = COLUMNS[:1]) -> Any:
+def open_module(path: Path, outputs: Sequence[str] = COLUMNS[:1], threads: int = Runtime.threads) -> Any:
     """Loads a module images [B, 3, S, S] -> ``outputs``.  Raises UsageError when MNN is missing or rejects the file."""
     nn = package().nn
-    threads = min(torch.get_num_threads(), os.cpu_count() or 1)
-    manager = nn.create_runtime_manager(({"backend": "CPU", "precision": "normal", "numThread": threads},))
+    settings = {"backend": "CPU", "precision": "normal", "numThread": choose_threads(threads)}
+    manager = nn.create_runtime_manager((settings,))
     try:
         net = nn.load_module_from_file(
             str(path), ["images"], list(outputs), runtime_manager=manager, shape_mutable=True, rearrange=True
@@ -79,4 +79,4 @@ def package() -> Any:
 
 
 def load(path: Path, runtime: Runtime) -> MnnScorer:
-    return MnnScorer(path, read_export_manifest(path, "mnn"))
+    return MnnScorer(path, read_export_manifest(path, "mnn"), runtime.threads)

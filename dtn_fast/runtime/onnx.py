@@ -2,52 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.device import choose_device
 from dtn_fast.errors import UsageError
-from dtn_fast.model.config import parse_config
+from dtn_fast.model.config import ModelConfig, parse_config
 from dtn_fast.model.preprocess import normalise
-from dtn_fast.packages import require
+from dtn_fast.onnx_session import CPU, PROVIDERS, Provider, session_of
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.scorer import BATCH, COLUMNS, Scorer
-
-Provider = Literal["cpu", "cuda", "tensorrt"]
-PROVIDERS = {
-    "cpu": ["CPUExecutionProvider"],
-    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
-    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
-}
-CPU: Provider = "cpu"
-GPU_PACKAGE = "onnxruntime-gpu"
-
-
-def session_of(model: str | bytes, name: str, provider: Provider = CPU, optimise: bool = True) -> Any:
-    """Opens an onnxruntime session of a file or of serialised bytes.  ``optimise``: rewrite the graph, which also
-    changes the rounding of quantised values.  Raises UsageError naming ``name``."""
-    onnxruntime = require("onnxruntime", "" if provider == CPU else GPU_PACKAGE)
-    wanted = PROVIDERS[provider]
-    if wanted[0] not in onnxruntime.get_available_providers():
-        raise UsageError(
-            f"--provider {provider}: this onnxruntime has no {wanted[0]}; run: pip install {GPU_PACKAGE}, "
-            "or use --provider cpu"
-        )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only: it warns of half-precision constants that it cannot fold on a CPU
-    if not optimise:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        session = onnxruntime.InferenceSession(model, options, providers=wanted)
-    except Exception as error:  # onnxruntime raises its own classes, one per status
-        raise UsageError(f"{name}: onnxruntime cannot run it here ({str(error).splitlines()[0][:300]})") from error
-    if session.get_providers()[0] != wanted[0]:
-        raise UsageError(f"{name}: onnxruntime fell back from {wanted[0]} to {session.get_providers()[0]}; "
-                         "its CUDA or TensorRT libraries are missing")  # fmt: skip
-    return session
 
 
 class OnnxScorer(Scorer):
@@ -58,21 +26,25 @@ class OnnxScorer(Scorer):
     """
 
     def __init__(
-        self, source: Path | bytes, provider: Provider = CPU, batch_size: int = BATCH, optimise: bool = True
+        self,
+        source: Path | bytes,
+        provider: Provider = CPU,
+        batch_size: int = BATCH,
+        optimise: bool = True,
+        threads: int = Runtime.threads,
     ) -> None:
         name = str(source) if isinstance(source, Path) else "the model"
         model = source if isinstance(source, bytes) else name
-        self.session = session_of(model, name, provider, optimise)
+        self.session = session_of(model, name, provider, optimise, threads)
         meta = self.session.get_modelmeta().custom_metadata_map
-        if "dtn_config" not in meta:
-            raise UsageError(f"{name}: an ONNX file, but not one written by dtn-fast export")
-        quantized = meta.get("quantized", "")
-        self.optimise = optimise and not (quantized and (meta["precision"] != "fp32" or "fp8" in quantized))
+        config = detector_config(meta, name)
+        self.quantized = meta.get("quantized", "")
+        self.optimise = optimise and not (self.quantized and (meta["precision"] != "fp32" or "fp8" in self.quantized))
         """Whether onnxruntime rewrites the graph."""
         if optimise > self.optimise:
-            self.session = session_of(model, name, provider, False)
+            self.session = session_of(model, name, provider, False, threads)
         title = "onnxruntime" + ("" if provider == "cpu" else f" {provider}")
-        super().__init__(parse_config(meta["dtn_config"], name), meta.get("notice", ""), title, batch_size)
+        super().__init__(config, meta.get("notice", ""), title, batch_size)
         self.input = self.session.get_inputs()[0].name
         self._names = [name for name in COLUMNS if name in {output.name for output in self.session.get_outputs()}]
         self.precision = meta.get("quantized", meta.get("precision", "fp32"))
@@ -87,6 +59,13 @@ class OnnxScorer(Scorer):
         return np.column_stack(self.session.run(self._names, self.feed(crops))).astype(np.float64)
 
 
+def detector_config(meta: Mapping[str, str], name: str) -> ModelConfig:
+    """The detector's configuration in an ONNX file's metadata.  Raises UsageError naming the file ``name``."""
+    if "dtn_config" not in meta:
+        raise UsageError(f"{name}: an ONNX file, but not one written by dtn-fast export")
+    return parse_config(meta["dtn_config"], name)
+
+
 def metadata(path: Path) -> dict[str, str]:
     """The metadata that ``dtn-fast export`` wrote into the file.  Raises UsageError for other files."""
     if not path.is_file():
@@ -96,10 +75,15 @@ def metadata(path: Path) -> dict[str, str]:
 
 def load(path: Path, runtime: Runtime) -> OnnxScorer:
     """Opens an ONNX file.  Raises UsageError when the file or the provider cannot be used here."""
+    return OnnxScorer(path, provider_of(runtime), threads=runtime.threads)
+
+
+def provider_of(runtime: Runtime) -> Provider:
+    """The execution provider that ``runtime`` asks for.  Raises UsageError when it asks for a GPU and there is none."""
     if runtime.provider != "auto":
-        return OnnxScorer(path, runtime.provider)
+        return runtime.provider
     wanted = choose_device(runtime.device) == "cuda" and (runtime.device == "cuda" or _has_cuda())
-    return OnnxScorer(path, "cuda" if wanted else "cpu")
+    return "cuda" if wanted else "cpu"
 
 
 def _has_cuda() -> bool:

@@ -83,8 +83,8 @@ class Connection:
 
     def __init__(self, address: Address) -> None:
         self.address, http = address, address.scheme == "http"
-        self._api = require(f"tritonclient.{address.scheme}", "dtn-fast[triton-client]")
-        self._utils = require("tritonclient.utils", "dtn-fast[triton-client]")
+        self._api = require(f"tritonclient.{address.scheme}")
+        self._utils = require("tritonclient.utils")
         self._client = self._api.InferenceServerClient(
             address.host, **({"connection_timeout": REACH, "network_timeout": ANSWER} if http else {})
         )

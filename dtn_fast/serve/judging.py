@@ -109,7 +109,7 @@ class Judge:
     def _found(self, upload: Upload, progress: Progress) -> dict[str, Any]:
         path, name = upload
         check, reading = progress.check, progress.reading
-        result = detect(path, self.batcher, self.detection, self._finder, check, self._model, reading)
+        result = detect(path, self.batcher, self.detection, self._finder, check, self._model, reading=reading)
         self.metrics.frames.inc(result.frames_read)
         self.metrics.faces.inc(sum(len(frame.faces) for frame in result.frames))
         if result.verdict == "failed":

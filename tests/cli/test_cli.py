@@ -20,6 +20,7 @@ from torch.distributed.run import get_args_parser
 from dtn_fast import DTN, DTNConfig
 from dtn_fast.cli import main as cli
 from dtn_fast.runtime.load import load_model
+from dtn_fast.train.config import for_finetuning
 
 
 def dtn_fast(
@@ -73,7 +74,20 @@ def test_distill_starts_from_the_recipe_of_its_run(trained: Path) -> None:
     assert call.keywords["run"] == trained
 
 
-@pytest.mark.parametrize("verb", ["train", "distill", "ablate"])
+def test_finetune_starts_from_the_recipe_of_its_run_wherever_it_stands(trained: Path, tmp_path: Path) -> None:
+    wanted = for_finetuning(RECIPE)
+    for source in (trained, trained / "generation-0"):
+        for words in (
+            ["finetune", str(source), "crops", "--epochs", "9"],
+            ["finetune", "--epochs", "9", "--out", str(tmp_path), str(source), "crops"],
+        ):
+            call = cli._parsed(words)
+            assert isinstance(call, functools.partial)
+            assert call.keywords["recipe"] == changed(wanted, epochs=9)
+            assert call.keywords["run"] == source
+
+
+@pytest.mark.parametrize("verb", ["train", "distill", "finetune", "ablate"])
 def test_torchrun_takes_the_command_shown(verb: str) -> None:
     """It takes the start of one of its own options, such as --run, for its own."""
     (line,) = re.findall(r"On 8 GPUs: torchrun (.*)", cli.VERBS[verb].__doc__ or "")
@@ -211,6 +225,41 @@ def test_deployment_from_the_command_line(run, trained: Path, crops: Path, video
         assert code == 2, words
         assert said in err, words
     assert not list(tmp_path.glob("x*"))
+
+
+def test_a_model_is_fine_tuned(run, trained: Path, crops: Path, tmp_path: Path) -> None:
+    """By one command, with the result beside the run; a second command goes on, and other verbs take the new run."""
+    words = ["--epochs", "1", "--batch-size", "8", "--augment", "none"]
+    methods = ["SynthBlend", "SynthSwap", "SynthResample"]
+    (tmp_path / "small.json").write_text(SMALL.to_json())
+    base, tuned = tmp_path / "run", tmp_path / "run-finetuned"
+    train = ["train", crops, "--out", base, "--config", tmp_path / "small.json", *words, "--methods", *methods]
+    assert run(*train)[0] == 0
+    command = ["finetune", base, crops, *words, "--methods", "SynthWarp", "--replay", crops]
+    for _ in range(2):
+        code, out, err = run(*command)
+        assert code == 0, err
+        assert re.search(r"│ new +│ all +│ 0", out)
+        assert re.search(r"│ old +│ SynthSwap +│ 0", out)
+        assert f"best weights in {tuned / 'generation-0'}" in out
+    assert {"finetune.json", "finetune.md", "report.html", "commands.jsonl"} <= {p.name for p in tuned.iterdir()}
+    assert run("evaluate", crops, "--model", tuned)[0] == 0
+    code, _, err = run("distill", crops, "--run", tuned, "--replay", crops, "--generations", "1")
+    assert code == 0, err
+    for given, said in (
+        (["distill", crops, "--run", tuned, "--generations", "1"], "name the same crops, or a new --out"),
+        (["distill", crops, "--run", base, "--replay", crops], "--replay: only of a run of dtn-fast finetune"),
+        (["finetune", tmp_path / "no", crops], "no such checkpoint"),
+        (["finetune", base, tmp_path / "no", "--out", tmp_path / "x"], "no prepared crops there"),
+        (["finetune", base, crops, "--replay", crops, "--out", tmp_path / "x"], "name the new forgeries by --methods"),
+        (["finetune", base, crops, "--replay-share", "1", "--out", tmp_path / "x"], "--replay-share 1"),
+        ([*command, "--out", base], "is the model to fine-tune"),
+        ([*command, "--lr", "0.5"], "lr 2e-05 (now 0.5)"),
+    ):
+        code, _, err = run(*given)
+        assert code == 2, given
+        assert said in err, (given, err)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_timm_model_takes_crops_of_any_size_or_names_its_own(run, crops: Path, tmp_path: Path) -> None:

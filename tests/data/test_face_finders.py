@@ -160,7 +160,7 @@ def test_model_files_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for config, message in (
         (FinderConfig("dlib", face_model=wrong), "dlib's HOG finder has no model file; add --faces yunet"),
         (FinderConfig("yunet", face_model=tmp_path / "none"), "none: no such file"),
-        (FinderConfig("yunet", face_model=wrong), "cannot run it as YuNet"),
+        (FinderConfig("yunet", face_model=wrong), r"wrong\.onnx \(use face_detection.* cannot run it here"),
         (FinderConfig("dlib-cnn"), "--faces dlib-cnn: needs --face-model mmod_human_face_detector.dat"),
         (FinderConfig("dlib-cnn", face_model=wrong), "not a face detector of dlib"),
         (FinderConfig("dlib", landmark_model=wrong), "not a shape predictor of dlib"),
@@ -195,10 +195,30 @@ def test_yunet_is_fetched_once_and_checked(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(YUNET is None, reason="no model: set DTN_YUNET")
+@pytest.mark.parametrize(("shape", "faces"), [((1080, 1920), 3), ((227, 403), 2), ((40, 64), 0)])
+def test_yunet_finds_what_opencv_finds_with_it(shape: tuple[int, int], faces: int) -> None:
+    frame = cv2.resize(np.hstack([PHOTO, PHOTO[:, ::-1], PORTRAIT[64:].repeat(2, 0)]), shape[::-1])
+    theirs = cv2.FaceDetectorYN.create(str(YUNET), "", shape[::-1], Y.YUNET_SCORE, Y.YUNET_OVERLAP, Y.YUNET_MOST)
+    expected = theirs.detect(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))[1]
+    found = finder("yunet")._rows(frame)
+    assert len(found) == faces
+    np.testing.assert_allclose(found, np.zeros((0, 15)) if expected is None else expected, atol=1e-3)
+
+
+def test_only_yunet_runs_on_a_gpu_and_a_missing_provider_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="--face-device cuda: for --faces yunet alone, and the finder is dlib"):
+        F.open_finder(FinderConfig("dlib"), provider="cuda")
+    monkeypatch.setattr(Y, "fetch_yunet", lambda: Path("yunet.onnx"))
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(UsageError, match=r"--face-device cuda: .* onnxruntime-gpu, or use --face-device cpu"):
+        F.open_finder(FinderConfig("yunet"), provider="cuda")
+
+
+@pytest.mark.skipif(YUNET is None, reason="no model: set DTN_YUNET")
 def test_a_network_that_is_no_face_finder_is_refused() -> None:
     """Another ONNX model, valid in itself."""
     old = Path(__file__).parents[1] / "old_files" / "model.onnx"
-    with pytest.raises(UsageError, match=r"model.onnx: OpenCV .* cannot run it as YuNet"):
+    with pytest.raises(UsageError, match=r"model.onnx \(use .*: onnxruntime cannot run it as YuNet"):
         F.open_finder(FinderConfig("yunet", old))
 
 

@@ -117,7 +117,7 @@ def test_the_verb_ends_with_3_and_says_why(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.fromarray(data.astronaut()).save(tmp_path / "face.png")
-    assert verb([str(tmp_path / "face.png")], checkpoint, tmp_path / "out") == UNCERTAIN == 3
+    assert verb([str(tmp_path / "face.png")], checkpoint, out=tmp_path / "out") == UNCERTAIN == 3
     printed = capsys.readouterr().out
     assert "uncertain: P(fake) 0." in printed
     assert "real up to 0.100" in printed
@@ -125,15 +125,13 @@ def test_the_verb_ends_with_3_and_says_why(
     (stored,) = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     assert stored["verdict"] == "uncertain"
     assert "Uncertain: P(fake) 0." in (tmp_path / "out" / "report.html").read_text()
-    assert (
-        verb([str(tmp_path / "face.png")], checkpoint, tmp_path / "out", DetectConfig(threshold=0.1, novelty=False))
-        == 0
-    )
+    plain = DetectConfig(threshold=0.1, novelty=False)
+    assert verb([str(tmp_path / "face.png")], checkpoint, out=tmp_path / "out", config=plain) == 0
 
 
 def test_an_uncalibrated_model_is_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     DTN(SMALL).save_pretrained(tmp_path / "model")
     Image.fromarray(data.astronaut()).save(tmp_path / "face.png")
-    assert verb([str(tmp_path / "face.png")], tmp_path / "model", tmp_path / "out") == 0
+    assert verb([str(tmp_path / "face.png")], tmp_path / "model", out=tmp_path / "out") == 0
     assert "There is no model card" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "results.json").read_text())["remarks"]

@@ -26,9 +26,10 @@ from dtn_fast.kernels import ops, reference
 from dtn_fast.kernels.onnx_nodes import body
 from dtn_fast.model.build import TimmDetector, build_detector
 from dtn_fast.model.config import TimmConfig
+from dtn_fast.onnx_session import session_of
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.load import load_model, load_scorer
-from dtn_fast.runtime.onnx import OnnxScorer, session_of
+from dtn_fast.runtime.onnx import OnnxScorer
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
 

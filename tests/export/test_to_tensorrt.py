@@ -172,7 +172,7 @@ TRTEXEC = {
     "--onnx", "--saveEngine", "--minShapes", "--optShapes", "--maxShapes", "--builderOptimizationLevel",
     "--hardwareCompatibilityLevel", "--versionCompatible", "--refit", "--stronglyTyped", "--useCudaGraph",
 }  # fmt: skip
-"""Flags in the help of trtexec 10.16 and 11 (samples/common/sampleOptions.cpp of NVIDIA/TensorRT)."""
+"""Flags in the help of trtexec (samples/common/sampleOptions.cpp of NVIDIA/TensorRT, as of version 11)."""
 TENSORRT_RTX = {*TRTEXEC, "--computeCapabilities", "--skipInference"}
 """Flags of the same tool for TensorRT-RTX, as its documentation names them."""
 

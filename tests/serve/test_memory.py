@@ -80,13 +80,13 @@ def test_large_pictures_wait_for_each_other(
     lock = threading.Lock()
     detect = judging.detect
 
-    def counted(*args: Any) -> object:
+    def counted(*args: Any, **named: Any) -> object:
         nonlocal inside, most
         with lock:
             inside += 1
             most = max(most, inside)
         try:
-            return detect(*args)
+            return detect(*args, **named)
         finally:
             with lock:
                 inside -= 1
