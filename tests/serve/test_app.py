@@ -101,7 +101,7 @@ def test_whatever_fails_is_one_line_of_json(model: DTN, files: dict[str, bytes])
 def test_a_video_that_never_gives_a_frame_ends_at_the_time_limit(
     model: DTN, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def endless(path: Path, count: object, check: Any, reading: Any) -> Iterator[Any]:
+    def endless(path: Path, count: object, threads: int, check: Any, *_: object) -> Iterator[Any]:
         while True:
             check()
             time.sleep(0.01)
