@@ -21,7 +21,7 @@ def from_fields(kind: type[Record], fields: Any, where: str, remedy: str = "") -
         if not isinstance(fields, Mapping):
             raise TypeError(f"expected an object, got {type(fields).__name__}")
         return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UsageError(f"{where}: not a valid {kind.__name__} ({error}){remedy}") from error
 
 
@@ -29,7 +29,7 @@ def from_json(kind: type[Record], text: str, where: str, remedy: str = "") -> Re
     """Parses JSON text and calls :func:`from_fields`."""
     try:
         fields = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not a valid {kind.__name__} ({error}){remedy}") from error
     return from_fields(kind, fields, where, remedy)
 

@@ -213,7 +213,7 @@ def module_of(node: Any) -> str:
     """Torch module that a node was traced from, such as blocks.0.qkv, from the exporter's metadata; empty: none."""
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
-            return ast.literal_eval(entry.value)[-2:][0].removeprefix("net.").removeprefix("net.")  # in WithNovelty
+            return ast.literal_eval(entry.value)[-2:][0].removeprefix("net.").removeprefix("detector.")
     return ""
 
 

@@ -17,6 +17,7 @@ from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.files import write_whole
 from dtn_fast.model.detector import Detector, move_to
 from dtn_fast.runtime.config import Runtime
+from dtn_fast.runtime.scorer import probability
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train import distributed
 from dtn_fast.train.config import Recipe
@@ -66,7 +67,7 @@ def emphasis_of(
     else:
         here = distributed.ranks()
         scorer = TorchScorer(move_to(copy.deepcopy(teacher), device), runtime=Runtime(mode="eager"))
-        mine = scorer.score_rows(dataset, rows[here.rank :: here.world])
+        mine = probability(scorer.logits_rows(dataset, rows[here.rank :: here.world]))  # whether calibrated or not
         scores = distributed.interleave(distributed.gather(mine))
         weights = weights_of(labels, scores, recipe, _read(before, rows)[1] if before.is_file() else None)
         if here.main:

@@ -7,6 +7,7 @@ import dataclasses
 import resource
 import signal
 import time
+import zipfile
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,6 @@ from dtn_fast.data.video_table import REAL
 from dtn_fast.device import to_device
 from dtn_fast.errors import DtnError, UsageError, tell
 from dtn_fast.evaluation.calibration import card_of_training
-from dtn_fast.evaluation.card_page import PAGE as CARD_PAGE
 from dtn_fast.evaluation.card_page import write_card_page
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.metrics import Metrics, evaluate_scores
@@ -37,7 +37,6 @@ from dtn_fast.model.build import TimmDetector
 from dtn_fast.model.card import CARD
 from dtn_fast.model.config import TrainedOn
 from dtn_fast.model.detector import Detector, check_state, write_card
-from dtn_fast.model.novelty import FILE as NOVELTY
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train import distributed
@@ -55,6 +54,7 @@ from dtn_fast.train.run_folder import (
     VALIDATION,
     fingerprint_of,
     generation_folder,
+    rows_of,
     trained_on,
 )
 from dtn_fast.train.step import TrainStep, batch_of_rank
@@ -218,11 +218,18 @@ def fit(
 
 def _write_card(model: Detector, dataset: CropDataset, recipe: Recipe, out: Path) -> None:
     """Writes the model card of a trained generation, not calibrated yet, and its page."""
-    with np.load(out / VALIDATION, allow_pickle=False) as stored:
-        validation = stored["labels"], stored["scores"], stored["video"].tolist()
-    card = card_of_training(model, dataset, fingerprint_of(recipe, dataset), validation)
+    try:
+        with np.load(out / VALIDATION, allow_pickle=False) as stored:
+            validation = stored["labels"], stored["scores"], stored["video"].tolist()
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        validation = None  # damaged, or of an earlier version
+    used = dict(zip(("train", "val"), rows_of(recipe, dataset), strict=True))
+    card = card_of_training(model, dataset, used, fingerprint_of(recipe, dataset), validation)
     write_card(out, card)
-    write_card_page(out, card, model.notice)
+    try:
+        write_card_page(out, card, model.notice)
+    except UsageError as error:  # the packages of pages need not be there
+        tell(f"{out}: no card.html ({error})")
 
 
 class _Loop:
@@ -397,8 +404,6 @@ class _Loop:
         if auc > position.best:
             position.best, position.stale = auc, 0
             if self.ranks.main:
-                for name in (CARD, CARD_PAGE, NOVELTY):  # of other weights
-                    (self.out / name).unlink(missing_ok=True)
                 self.step.eval_model().save_pretrained(self.out)
                 save_centers(self.out / CENTERS, self.step.centers)
                 arrays: dict[str, Any] = {

@@ -202,7 +202,7 @@ def _watch_training(start: Any, run: Path, recipe: Recipe, execution: Execution,
 
 
 def _print_end(run: Path) -> None:
-    from dtn_fast.evaluation.card_page import PAGE as CARD_PAGE
+    from dtn_fast.model.card import CARD_PAGE
     from dtn_fast.train.run_report import write_run_report
 
     best = best_checkpoint(run)

@@ -146,7 +146,7 @@ class CropDataset:
         """Crop numbers of a split: all its reals, the fakes of ``methods`` (empty: all fakes), and all old fakes."""
         good = np.zeros(len(self.videos), bool)
         good[self._chosen(split, methods)] = True
-        return np.flatnonzero(good[self.video])
+        return np.flatnonzero(good[self.video]) if len(good) else np.empty(0, np.int64)
 
     def videos_of(self, split: str, methods: tuple[str, ...] = ()) -> list[Video]:
         """Videos of a split, chosen as in :meth:`select`."""

@@ -17,9 +17,11 @@ class Limits(NamedTuple):
     real_up_to: float
     """P(fake) at and under which the verdict is real, unless it is fake; between the two it is uncertain."""
     false_alarms: float | None = None
-    """Expected share of real inputs over ``fake_from``; None: the model is not calibrated."""
+    """Expected share of real faces' tracks at or over ``fake_from``; None: the model is not calibrated."""
     reals: int | None = None
     """Number of real inputs that this expectation rests on."""
+    frames: int = 1
+    """Number of frames that the scores behind these limits are means of."""
     novel_from: float | None = None
     """Novelty over which an input is unlike the training data; None: not looked at."""
 
@@ -30,9 +32,17 @@ class Limits(NamedTuple):
     def __str__(self) -> str:
         expected = ""
         if self.false_alarms is not None:
-            expected = f" (expected false alarms {self.false_alarms:.1%}, on {self.reals} reals)"
+            expected = f" (expected false alarms {self.false_alarms:.1%} per person, on {self.reals} reals)"
         low = f", real up to {self.real_up_to:.3f}" if self.real_up_to < self.fake_from else ""
         return f"fake from P(fake) {self.fake_from:.3f}{expected}{low}"
+
+    def stricter(self, other: Limits) -> Limits:
+        """These limits with the higher and the lower of both; between them more is uncertain."""
+        both = [limits.novel_from for limits in (self, other) if limits.novel_from is not None]
+        return self._replace(
+            fake_from=max(self.fake_from, other.fake_from), real_up_to=min(self.real_up_to, other.real_up_to),
+            novel_from=max(both) if both else None,
+        )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         return self._asdict()
@@ -51,5 +61,6 @@ def limits_of(card: Card | None, config: DetectConfig, moving: bool) -> Limits:
     level = calibration.level(moving)
     novel = level.novel_from if config.novelty else None
     if config.threshold is None:
-        return Limits(level.fake_from, level.real_up_to, level.false_alarms, level.reals, novel)
-    return Limits(config.threshold, config.threshold, level.false_alarms_at(config.threshold), level.reals, novel)
+        return Limits(level.fake_from, level.real_up_to, level.false_alarms, level.reals, level.frames, novel)
+    expected = level.false_alarms_at(config.threshold)
+    return Limits(config.threshold, config.threshold, expected, level.reals, level.frames, novel)

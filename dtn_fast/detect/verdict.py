@@ -236,6 +236,8 @@ def judge(result: Result, card: Card | None, config: DetectConfig) -> None:
         return
     result.people = people_of(result.frames, result.frame_limits.fake_from, _stretches(result))
     deciding = _deciding(result.people, result.frames)
+    if config.threshold is None and 2 * len(deciding) < result.limits.frames:  # means of few frames vary more
+        result.limits = result.limits.stricter(result.frame_limits)
     result.score = float(np.mean([face.score for face in deciding]))
     measured = [face.novelty for face in deciding if face.novelty is not None]
     result.novelty = float(np.mean(measured)) if measured else None

@@ -6,7 +6,7 @@ The result is the model card in the checkpoint's folder, which exported files an
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from dtn_fast.data.crop_dataset import CropDataset
+from dtn_fast.data.even_spacing import evenly_spaced
 from dtn_fast.data.open import open_data
 from dtn_fast.device import choose_device
 from dtn_fast.errors import UsageError
@@ -22,10 +23,10 @@ from dtn_fast.evaluation.card_page import write_card_page
 from dtn_fast.evaluation.config import CalibrateConfig, EvaluateConfig
 from dtn_fast.evaluation.evaluate import are_stills, forgeries_of
 from dtn_fast.evaluation.metrics import auc_interval, by_video, evaluate_scores
-from dtn_fast.evaluation.reliability import even_odds, fit_temperature, level_of, rate_interval, video_weights
+from dtn_fast.evaluation.reliability import fit_temperature, level_of, rate_interval, video_weights
 from dtn_fast.model.card import Calibration, Card, Level, Measured, SplitCounts
 from dtn_fast.model.config import crop_policy
-from dtn_fast.model.detector import CONFIG, Detector, device_of, move_to, write_card
+from dtn_fast.model.detector import CONFIG, Detector, device_of, move_to, weights_checksum, write_card
 from dtn_fast.model.fold import frozen
 from dtn_fast.model.hooks import hooked
 from dtn_fast.model.novelty import Novelty, pooled
@@ -88,7 +89,8 @@ def calibrate(
     rates = (config.false_alarms, config.misses, config.unlike)
     levels = [_level(scores, temperature, moving, rates) for moving in ((False,) if stills else (False, True))]
     made = Calibration(
-        data=dataset.folder, fingerprint=dataset.fingerprint(rows), temperature=temperature,
+        data=dataset.folder, fingerprint=dataset.fingerprint(rows), weights=weights_checksum(model),
+        forgeries=forgeries_of(dataset, [model.config.trained_on])[0], temperature=temperature,
         frame=levels[0], video=levels[1] if len(levels) > 1 else None,
     )  # fmt: skip
     tested = _rows(dataset, "test", model) if config.split != "test" else rows[:0]
@@ -109,18 +111,21 @@ def calibrate(
 
 
 def card_of_training(
-    model: Detector, dataset: CropDataset, fingerprint: str, validation: tuple[NDArray, NDArray, list[str]] | None
+    model: Detector,
+    dataset: CropDataset,
+    used: Mapping[str, NDArray[np.int64]],
+    fingerprint: str,
+    validation: tuple[NDArray, NDArray, list[str]] | None,
 ) -> Card:
     """Card of a model that was just trained on ``dataset``, not calibrated.
 
-    fingerprint: of the training and validation crops.  validation: labels and scores [n] of the validation crops, and
-    their videos; None: unknown.
+    used: crops of each split, trained on and validated on.  fingerprint: of these.  validation: labels and scores [n]
+    of the validation crops, and their videos; None: unknown.
     """
     trained = model.config.trained_on
     counts = []
-    for split in sorted({video.split for video in dataset.videos} - {""}):
-        rows = dataset.select(split)
-        own = [video.label for video in dataset.videos if video.split == split]
+    for split, rows in used.items():
+        own = [dataset.videos[number].label for number in np.unique(dataset.video[rows])]
         counts.append(SplitCounts(split, own.count(0), own.count(1), len(rows)))
     return Card(
         data=dataset.folder, fingerprint=fingerprint, synthetic=bool(dataset.synthetic), splits=tuple(counts),
@@ -155,7 +160,8 @@ def _rows(dataset: CropDataset, split: str, model: Detector) -> NDArray[np.int64
 
 def _novelty(model: Detector, dataset: CropDataset, images: int) -> Novelty | None:
     """Statistics of the training crops; without such, or for a model without a layer for it, those it has."""
-    rows = dataset.evenly_spaced("train", images)
+    rows = _rows(dataset, "train", model)
+    rows = rows[evenly_spaced(len(rows), images)]
     folded = frozen(model)
     layer = folded.novelty_layer()
     if layer is None or len(rows) < 2:
@@ -186,7 +192,8 @@ def _level(scores: _Scores, temperature: float, moving: bool, rates: tuple[float
     _, after = _at_level(scores, probability(scores.logits / temperature), moving)
     novelty = None if scores.novelty is None else _at_level(scores, scores.novelty, moving)[1]
     weights = np.ones(len(labels)) if moving else video_weights(scores.videos)
-    return level_of(labels, before, after, weights, novelty, rates, EvaluateConfig.confidence)
+    frames = round(float(np.median(np.unique(scores.videos, return_counts=True)[1]))) if moving else 1
+    return level_of(labels, before, after, weights, novelty, rates, EvaluateConfig.confidence, frames)
 
 
 def _measured(scores: _Scores, made: Calibration, moving: bool) -> Measured:
@@ -208,29 +215,36 @@ def _measured(scores: _Scores, made: Calibration, moving: bool) -> Measured:
         return share, *rate_interval(share, cases, EvaluateConfig.confidence)
 
     everyone = np.ones(len(labels), bool)
-    share = float((even_odds(labels, weights) * novel).sum()) if len(set(labels.tolist())) > 1 else float(novel.mean())
     return Measured(
         level="video" if moving else "frame", reals=round(float(weights[labels == 0].sum())),
         fakes=round(float(weights[labels == 1].sum())), false_alarms=rate(fake, labels == 0),
         misses=rate(real, labels == 1), uncertain=rate(~fake & ~real, everyone), covered=rate(~wrong, everyone),
-        novel=None if scores.novelty is None else share,
+        novel=None if scores.novelty is None else float(np.average(novel, weights=weights)),
     )  # fmt: skip
 
 
 def _notes(made: Calibration, config: CalibrateConfig, model: Detector, dataset: CropDataset) -> list[str]:
     notes = []
     level = made.level(True)
-    if level.false_alarms > config.false_alarms:
-        notes.append(
-            f"{level.reals} real {'videos' if made.video else 'pictures'} cannot promise a false-alarm rate of "
-            f"{config.false_alarms:.2%}, which takes {int(np.ceil(1 / config.false_alarms)) - 1}; the limit is set for "
-            f"{level.false_alarms:.1%}"
-        )
+    unit = "videos" if made.video else "pictures"
+    for kind, count, wanted, bound, name in (
+        ("real", level.reals, config.false_alarms, level.false_alarms, "false alarms"),
+        ("fake", level.fakes, config.misses, level.misses, "misses"),
+        ("real", level.reals, config.unlike, level.novel_rate or 0, "inputs found unlike the training data"),
+    ):
+        if bound > wanted * (1 + 1e-6):
+            needed = int(np.ceil(1 / wanted)) - 1
+            notes.append(f"{name}: {wanted:.2%} takes {needed} {kind} {unit}, there are {count}; the limit is set for "
+                         f"{bound:.1%}")  # fmt: skip
+    if level.ece > level.ece_before:
+        rise = f"{level.ece_before:.3f} to {level.ece:.3f}"
+        notes.append(f"the calibration error of {unit} rose from {rise}: the temperature is that of single frames")
     if model.novelty is None:
         cause = "the data has no train split" if model.novelty_layer() is not None else "this network has no map for it"
         notes.append(f"inputs unlike the training data are not recognised: {cause}")
     if not made.measured:
-        notes.append("the limits were not tried on other people: the data has no test split")
+        why = "it was calibrated on" if config.split == "test" else "the data has none"
+        notes.append(f"the limits were not tried on a test split: {why}")
     if dataset.synthetic:
         notes.append("rendered faces: every rate here is one of the demo set, and says nothing about real deepfakes")
     return notes

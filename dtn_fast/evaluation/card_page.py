@@ -8,9 +8,8 @@ from typing import Any
 from dtn_fast.evaluation.plotting import drawing, svg_text
 from dtn_fast.files import write_whole
 from dtn_fast.html_page import data_uri, render
-from dtn_fast.model.card import Calibration, Card, Level, remarks
+from dtn_fast.model.card import CARD_PAGE, Calibration, Card, Level, remarks
 
-PAGE = "card.html"
 STYLE = {"svg.fonttype": "path", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
          "legend.frameon": False}  # fmt: skip
 
@@ -25,8 +24,8 @@ def write_card_page(folder: Path, card: Card, notice: str) -> Path:
         Path(__file__).with_name("card.html"), {"rate": rate, "interval": interval}, name=str(folder), card=card,
         notice=notice, remarks=remarks(card), levels=levels,
     )  # fmt: skip
-    write_whole(folder / PAGE, page)
-    return folder / PAGE
+    write_whole(folder / CARD_PAGE, page)
+    return folder / CARD_PAGE
 
 
 def calibration_table(made: Calibration) -> tuple[list[str], list[list[str]]]:

@@ -15,6 +15,10 @@ from dtn_fast.model.card import Level, OperatingPoint
 
 BINS = 15
 """Number of bins of the reliability diagram and the calibration error, as Guo et al. (2017) have it."""
+BOUNDS = (-5.0, 5.0)
+"""Range of the temperature's logarithm."""
+EPSILON = 1e-9
+"""Rounding of sums of weights."""
 RATES = (0.01, 0.001)
 """False-alarm rates of the operating points."""
 CURVE = 48
@@ -35,18 +39,25 @@ def even_odds(labels: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArra
 
 def fit_temperature(labels: NDArray[np.int64], logits: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
     """The temperature that minimises the negative log likelihood of logits [n, classes] (Guo et al., 2017), reals and
-    fakes weighing the same."""
+    fakes weighing the same.
+
+    The targets of a class of N videos are (N + 1) / (N + 2) and its complement (Platt, 1999), so that the temperature
+    of classes that are told apart without an error is not zero.
+    """
     from scipy.optimize import minimize_scalar
 
+    certain = (np.bincount(labels, weights, minlength=2) + 1) / (np.bincount(labels, weights, minlength=2) + 2)
+    target = np.where(labels == 1, certain[1], 1 - certain[0])
     weights = even_odds(labels, weights)
 
     def loss(log_temperature: float) -> float:
         z = logits / np.exp(log_temperature)
-        top = z.max(1)
-        total = top + np.log(np.exp(z - top[:, None]).sum(1))
-        return float((weights * (total - z[np.arange(len(z)), labels])).sum())
+        rest = np.delete(z, 1, axis=1)
+        top = rest.max(1)
+        odds = z[:, 1] - top - np.log(np.exp(rest - top[:, None]).sum(1))  # log of P(fake) / P(real)
+        return float((weights * (target * np.logaddexp(0, -odds) + (1 - target) * np.logaddexp(0, odds))).sum())
 
-    return float(np.exp(minimize_scalar(loss, bounds=(-5, 5), method="bounded", options={"xatol": 1e-6}).x))
+    return float(np.exp(minimize_scalar(loss, bounds=BOUNDS, method="bounded", options={"xatol": 1e-6}).x))
 
 
 def reliability(
@@ -80,7 +91,7 @@ def upper_limit(scores: NDArray[np.float64], weights: NDArray[np.float64], rate:
     cases = weights.sum()
     values, index = np.unique(-scores, return_inverse=True)  # highest score first
     mass = np.cumsum(np.bincount(index, weights))
-    kept = int(np.searchsorted(mass, rate * (cases + 1) - 1 + 1e-9, side="right"))  # values at or over the limit
+    kept = int(np.searchsorted(mass, rate * (cases + 1) - 1 + EPSILON, side="right"))  # values at or over the limit
     values = -values
     mass = np.append(0, mass)
     limit = np.nextafter(values[kept], np.inf) if kept < len(values) else values[-1]
@@ -128,7 +139,7 @@ def operating_point(
 ) -> OperatingPoint:
     """Threshold of a false-alarm rate, and the share of fakes that it finds."""
     real, fake = labels == 0, labels == 1
-    if rate * (weights[real].sum() + 1) < 1:
+    if rate * (weights[real].sum() + 1) < 1 - EPSILON:
         return OperatingPoint(rate, None)
     threshold, _ = upper_limit(scores[real], weights[real], rate)
     found = float(weights[fake][scores[fake] >= threshold].sum() / weights[fake].sum())
@@ -143,22 +154,27 @@ def level_of(
     novelty: NDArray[np.float64] | None,
     rates: tuple[float, float, float],
     confidence: float,
+    frames: int,
 ) -> Level:
     """Calibration of scores [n] with and without the temperature; both classes must be there.
 
-    rates: wanted share of false alarms, of misses, and of inputs like the training data found unlike it.
+    frames: median number of frames that a score is the mean of.  rates: wanted share of false alarms, of misses, and of
+    inputs like the training data found unlike it.
     """
     real, fake = labels == 0, labels == 1
     fake_from, false_alarms = upper_limit(after[real], weights[real], rates[0])
-    mirrored, misses = upper_limit(1 - after[fake], weights[fake], rates[1])
-    real_up_to = 1 - mirrored
-    novel = (None, None) if novelty is None else upper_limit(novelty, weights, rates[2])
+    mirrored, misses = upper_limit(-after[fake], weights[fake], rates[1])
+    real_up_to = -mirrored
+    novel: tuple[float | None, float | None] = (None, None)
+    if novelty is not None:  # that of the class which needs the higher one
+        each = [upper_limit(novelty[own], weights[own], rates[2]) for own in (real, fake)]
+        novel = max(limit for limit, _ in each), max(bound for _, bound in each)
     bins = [reliability(labels, scores, weights) for scores in (before, after)]
     errors = [calibration_error(found) for found in bins]
     briers = [brier_score(labels, scores, weights) for scores in (before, after)]
     cases = float(weights[real].sum())
     return Level(
-        reals=round(cases), fakes=round(float(weights[fake].sum())),
+        frames=frames, reals=round(cases), fakes=round(float(weights[fake].sum())),
         fake_from=max(fake_from, real_up_to), real_up_to=min(fake_from, real_up_to), false_alarms=false_alarms,
         false_alarms_high=limit_high(false_alarms, cases, confidence), misses=misses,
         ece=errors[1], ece_before=errors[0], brier=briers[1], brier_before=briers[0], bins=bins[1], bins_before=bins[0],

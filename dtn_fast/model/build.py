@@ -74,16 +74,16 @@ class TimmDetector(Detector):
         return {}
 
     def novelty_layer(self) -> nn.Module | None:
-        """The map that timm names whose side is nearest to an eighth of the input's, or an early block of a ViT."""
+        """The map that timm names whose side is nearest to 1/16 of the input's, or a ViT's block half way."""
         info, named = getattr(self.net, "feature_info", None), dict(self.net.named_modules())
         maps = [entry for entry in info if entry.get("module") in named] if isinstance(info, list) else []
-        for entry in sorted(maps, key=lambda entry: abs(math.log2(entry.get("reduction", 1) / 8))):
+        for entry in sorted(maps, key=lambda entry: abs(math.log2(entry.get("reduction", 1) / 16))):
             layer = named[entry["module"]]
             shape = self._output_of(layer)
             if len(shape) == 3 and shape[0] == entry.get("num_chs"):
                 return layer
         blocks = getattr(self.net, "blocks", None)
-        layer = blocks[(len(blocks) - 1) // 3] if isinstance(blocks, nn.Sequential) and len(blocks) else None
+        layer = blocks[(len(blocks) - 1) // 2] if isinstance(blocks, nn.Sequential) and len(blocks) else None
         return layer if layer is not None and len(self._output_of(layer)) == 2 else None
 
     def _output_of(self, layer: nn.Module) -> tuple[int, ...]:

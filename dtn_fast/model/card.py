@@ -16,7 +16,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from dtn_fast.dataclass_json import from_fields
 from dtn_fast.errors import UsageError
 
-CARD = "card.json"
+CARD, CARD_PAGE = "card.json", "card.html"
 CHANCE = 0.6
 """Validation AUC under which, or with an interval that reaches down to 0.5, a model counts as near chance."""
 
@@ -53,7 +53,7 @@ class OperatingPoint(_Checked):
     detected: float | None = None
     """Share of the fakes at or over the threshold."""
     low: float | None = None
-    """Lower end of its 95 % interval (Clopper and Pearson, 1934)."""
+    """Lower end of the 95 % interval of ``detected`` (Clopper and Pearson, 1934)."""
     high: float | None = None
 
 
@@ -61,6 +61,8 @@ class OperatingPoint(_Checked):
 class Level(_Checked):
     """Calibration at one level: of single frames and pictures, or of videos."""
 
+    frames: int
+    """Median number of frames that a score is the mean of; 1: single frames."""
     reals: int
     """Number of real videos (or pictures) that the limits rest on."""
     fakes: int
@@ -69,11 +71,11 @@ class Level(_Checked):
     real_up_to: float
     """P(fake) at and under which the verdict is real; between the two it is uncertain."""
     false_alarms: float
-    """Share of reals called fake that ``fake_from`` does not exceed on average."""
+    """Bound on the expected share of reals at or over ``fake_from``, one face track each."""
     false_alarms_high: float
-    """Upper end of its 95 % interval, given these reals."""
+    """Upper end of the 95 % interval of that share, given these reals."""
     misses: float
-    """Share of fakes called real that ``real_up_to`` does not exceed on average."""
+    """Bound on the expected share of fakes at or under ``real_up_to``."""
     ece: float
     """Expected calibration error (Guo et al., 2017), after the temperature."""
     ece_before: float
@@ -89,12 +91,18 @@ class Level(_Checked):
     novel_from: float | None = None
     """Novelty over which an input is unlike the training data; None: the model does not measure it."""
     novel_rate: float | None = None
-    """Share of inputs like the training data that are found unlike it, at most, on average."""
+    """Bound on the expected share of inputs like the training data over ``novel_from``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        shares = (self.false_alarms, self.misses, self.ece, self.brier)
+        if not self.real_up_to <= self.fake_from or not all(0 <= share <= 1 for share in shares):
+            raise UsageError("Level: its limits cross, or a rate is not from 0 to 1")
 
     def false_alarms_at(self, threshold: float) -> float:
-        """Share of the validation reals at or over ``threshold``."""
+        """Bound on the expected share of reals at or over ``threshold``, from the validation reals there."""
         above = [rate for at, rate, _ in self.curve if at <= threshold]
-        return above[-1] if above else 1.0
+        return (self.reals * (above[-1] if above else 1.0) + 1) / (self.reals + 1)
 
 
 @dataclass(frozen=True)
@@ -110,11 +118,11 @@ class Measured(_Checked):
     misses: tuple[float, float, float] | None
     """Share of fakes called real."""
     uncertain: tuple[float, float, float] | None
-    """Share of all called uncertain, whatever the reason."""
+    """Share of all inputs of the split called uncertain, whatever the reason."""
     covered: tuple[float, float, float] | None
-    """Share of all whose verdict is not wrong."""
+    """Share of all inputs whose verdict is not wrong."""
     novel: float | None = None
-    """Share of all that are found unlike the training data."""
+    """Share of all inputs found unlike the training data."""
 
 
 @dataclass(frozen=True)
@@ -125,18 +133,22 @@ class Calibration(_Checked):
     """Folder of the crops."""
     fingerprint: str
     """Hash of the validation crops, as ``CropDataset.fingerprint`` makes it."""
+    weights: str
+    """Checksum of the weights that were calibrated; empty: unknown."""
+    forgeries: tuple[str, ...]
+    """Forgeries of the fakes."""
     temperature: float
     """Divisor of the logits before the softmax (Guo et al., 2017)."""
     frame: Level
     video: Level | None
     """None: the data holds pictures only."""
     measured: tuple[Measured, ...] = ()
-    """The same limits tried on the test split, whose people are others; empty: it has none."""
+    """The same limits tried on the test split; empty: it has none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0:
-            raise UsageError(f"Calibration.temperature is {self.temperature}; it must be above 0")
+        if not 1e-3 <= self.temperature <= 1e3:
+            raise UsageError(f"Calibration.temperature is {self.temperature}; it must be from 0.001 to 1000")
 
     def level(self, moving: bool) -> Level:
         """The level of a video or a picture; that of frames where there is no other."""
@@ -195,10 +207,6 @@ def temperature_of(card: Card | None) -> float:
 def measures_novelty(card: Card | None) -> bool:
     """Whether a model of this card has statistics of its training data, and its files an output ``novelty``."""
     return card is not None and card.calibration is not None and card.calibration.frame.novel_from is not None
-
-
-def with_calibration(card: Card, calibration: Calibration | None) -> Card:
-    return dataclasses.replace(card, calibration=calibration)
 
 
 # ------------------------------------------------------------------------------------------- types of JSON values

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from dtn_fast.dataclass_json import from_json
 from dtn_fast.errors import UsageError
 from dtn_fast.files import json_text, write_whole
-from dtn_fast.model.card import CARD, Card, measures_novelty
+from dtn_fast.model.card import CARD, CARD_PAGE, Card, measures_novelty
+from dtn_fast.model.novelty import FILE as NOVELTY
 from dtn_fast.model.novelty import Novelty
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -45,8 +46,8 @@ class Detector(nn.Module):
         return {}
 
     def novelty_layer(self) -> nn.Module | None:
-        """The layer whose output's channel means tell how unlike the training data an input is (``WithNovelty``), about
-        a third of the way into the network: a map [B, C, h, w] or tokens [B, N, C]; None: this detector has none."""
+        """The layer whose output tells how unlike the training data an input is (``WithNovelty``), some way into the
+        network: a map [B, C, h, w] or tokens [B, N, C]; None: this detector has none."""
         return None
 
     def classifiers(self) -> list[nn.Module]:
@@ -70,10 +71,12 @@ class Detector(nn.Module):
         facts = {"notice": self.notice, **_checksums(state, self.notice, text)}
         write_whole(Path(folder) / WEIGHTS, _in_order(save(state, facts)))
         write_whole(Path(folder) / CONFIG, text)
-        if self.config.card is not None:
-            write_card(Path(folder), self.config.card)
+        for name in (CARD, CARD_PAGE, NOVELTY):  # of the weights that were there before
+            (Path(folder) / name).unlink(missing_ok=True)
         if self.novelty is not None:
             self.novelty.save(Path(folder))
+        if self.config.card is not None:
+            write_card(Path(folder), self.config.card)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, config: Any = None) -> Self:
@@ -104,6 +107,10 @@ class Detector(nn.Module):
                 raise UsageError(f"{folder / name}: damaged (another checksum than when it was written); copy or train "
                                  "the model again")  # fmt: skip
         card = read_card(folder)
+        known = card.calibration.weights if card is not None and card.calibration is not None else ""
+        if known and known != _checksums(state, notice, text)[WEIGHTS]:
+            raise UsageError(f"{folder / CARD}: its calibration is of other weights; delete it, then run dtn-fast "
+                             "calibrate")  # fmt: skip
         model = cls(dataclasses.replace(config, card=card))
         model.notice, model.novelty = notice, Novelty.load(folder) if measures_novelty(card) else None
         check_state(model, state, where)
@@ -150,6 +157,11 @@ def _checksums(state: dict[str, Tensor], notice: str, config: str) -> dict[str, 
     for part in state_bytes(state):
         crc = zlib.crc32(part, crc)
     return {WEIGHTS: f"{crc:08x}", CONFIG: f"{zlib.crc32(config.encode()):08x}"}
+
+
+def weights_checksum(model: Detector) -> str:
+    """The checksum of a model's weights and notice that its checkpoint stores."""
+    return _checksums(model.state_dict(), model.notice, "")[WEIGHTS]
 
 
 def check_folder(folder: Path) -> None:

@@ -74,9 +74,9 @@ class DTN(Detector):
         return layers
 
     def novelty_layer(self) -> nn.Module | None:
-        """The third group's pool; of a timm backbone, its map."""
+        """The fourth group's pool, or a timm backbone."""
         pools = [layer for layer in self.backbone if isinstance(layer, nn.MaxPool2d)]
-        return pools[2] if len(pools) == 5 else self.backbone
+        return pools[3] if len(pools) == 5 else self.backbone
 
     def get_classifier(self) -> nn.Module:
         return self.head

@@ -1,8 +1,8 @@
 """Novelty: how unlike the training data an input is, a distance in the model's feature space.
 
-The features are the channel means of a map a third of the way into the network, where inputs that differ in texture or
-light still differ; the last maps hold only what tells fakes from reals, and take a cartoon or a photograph for either.
-The distance is Mahalanobis' (Lee et al., 2018), with the covariance of the training crops.
+The features are the means of each channel over the four quarters of a map some way into the network, where inputs that
+differ in texture, light or layout still differ; the last maps hold only what tells fakes from reals, and take noise or
+a photograph for either.  The distance is Mahalanobis' (Lee et al., 2018), with the covariance of the training crops.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ FILE = "novelty.safetensors"
 """File of a checkpoint folder."""
 
 
+REMEDY = "delete card.json beside it, then run dtn-fast calibrate"
+
+
 class Novelty(NamedTuple):
     """Mean and whitening of the features of the training crops."""
 
     mean: Tensor
-    """[C] float32."""
+    """[F] float32."""
     whiten: Tensor
-    """[C, C] float32; (x - mean) @ whiten has the identity as its covariance."""
+    """[F, F] float32; (x - mean) @ whiten has the identity as its covariance."""
 
     @classmethod
     def fit(cls, features: NDArray[np.float64]) -> Novelty:
-        """From features [n, C] of training crops, their covariance shrunk (Ledoit and Wolf, 2004)."""
+        """From features [n, F] of training crops, their covariance shrunk (Ledoit and Wolf, 2004)."""
         from sklearn.covariance import ledoit_wolf
 
         mean = features.mean(0)
@@ -57,10 +60,11 @@ class Novelty(NamedTuple):
             stored = load_file(path)
             made = cls(stored["mean"], stored["whiten"])
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise UsageError(f"{path}: damaged ({error}); run dtn-fast calibrate again") from error
+            raise UsageError(f"{path}: missing or damaged ({error}); {REMEDY}") from error
         count = made.mean.numel()
-        if made.mean.shape != (count,) or made.whiten.shape != (count, count) or made.mean.dtype != torch.float32:
-            raise UsageError(f"{path}: tensors of another shape or dtype; run dtn-fast calibrate again")
+        good = made.mean.shape == (count,) and made.whiten.shape == (count, count)
+        if not good or any(t.dtype != torch.float32 or not t.isfinite().all() for t in made):
+            raise UsageError(f"{path}: tensors of another shape or dtype, or not finite; {REMEDY}")
         return made
 
 
@@ -75,7 +79,7 @@ class WithNovelty(nn.Module):
 
     def __init__(self, net: nn.Module, layer: nn.Module, novelty: Novelty) -> None:
         super().__init__()
-        self.net = net
+        self.detector = net
         device = next(net.parameters()).device
         self.register_buffer("mean", novelty.mean.to(device))
         self.register_buffer("whiten", novelty.whiten.to(device))
@@ -84,12 +88,23 @@ class WithNovelty(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         self._map.clear()
-        logits = self.net(images)
-        features = pooled(self._map.pop()) - self.mean
-        distance = (features @ self.whiten).square().mean(1, keepdim=True).sqrt()
+        logits = self.detector(images)
+        features = pooled(self._map.pop())
+        if features.shape[1] != self.mean.shape[0]:
+            raise UsageError(f"the novelty statistics are of {self.mean.shape[0]} features, the model has "
+                             f"{features.shape[1]}; {REMEDY}")  # fmt: skip
+        distance = ((features - self.mean) @ self.whiten).square().mean(1, keepdim=True).sqrt()
         return torch.cat((logits.float(), distance), 1)
 
 
 def pooled(features: Tensor) -> Tensor:
-    """Channel means [B, C] float32 of a map [B, C, h, w] or of tokens [B, N, C]."""
-    return features.float().mean((2, 3) if features.dim() == 4 else 1)
+    """Channel means float32 over the quarters of a map [B, C, h, w]: [B, 4 C]; or over tokens [B, N, C]: [B, C].
+
+    Quarters of an odd side overlap by a row or column.
+    """
+    x = features.float()
+    if x.dim() == 3:
+        return x.mean(1)
+    h, w = (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2
+    quarters = (x[:, :, :h, :w], x[:, :, :h, -w:], x[:, :, -h:, :w], x[:, :, -h:, -w:])
+    return torch.cat([quarter.mean((2, 3)) for quarter in quarters], 1)

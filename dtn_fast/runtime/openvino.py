@@ -42,7 +42,7 @@ class OpenvinoScorer(Scorer):
 def read(model: bytes, name: str) -> Any:
     """The onnx.ModelProto of a serialised model, its dtn:: nodes replaced by their bodies, because OpenVINO reads no
     functions.  Raises UsageError naming ``name`` when the bytes are no ONNX model."""
-    onnx, inliner = require("onnx", "onnx"), require("onnx.inliner", "onnx")
+    onnx, inliner = require("onnx"), require("onnx.inliner")
     try:
         return inliner.inline_local_functions(onnx.load_model_from_string(model))
     except Exception as error:  # of protobuf's implementations, each with its own classes

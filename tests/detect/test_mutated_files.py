@@ -115,13 +115,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_detect_judges_or_names_every_file(files: Path, tmp_path: Path) -> None:
     DTN(SMALL).save_pretrained(tmp_path / "model")
     ran = run("detect", files / "set", "--model", tmp_path / "model", "--out", tmp_path / "out", "--frames", 6)
-    assert ran.returncode in (0, 1), ran.stderr[-3000:]
+    assert ran.returncode in (0, 1, 3), ran.stderr[-3000:]
     assert "Traceback" not in ran.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     assert len(results) == TOTAL
     named = ran.stderr
     for row in results:
-        judged = row["verdict"] in ("real", "fake")
+        judged = row["verdict"] in ("real", "fake", "uncertain")
         assert judged or row["verdict"] in ("failed", "no face")
         assert judged == (row["error"] is None)
         assert not judged or row["frames_read"] + row["frames_lost"] == row["frames_asked"] > 0, row["path"]
@@ -129,8 +129,9 @@ def test_detect_judges_or_names_every_file(files: Path, tmp_path: Path) -> None:
         if not judged or row["frames_lost"] / row["frames_asked"] > DetectConfig.max_lost:
             assert Path(row["path"]).name in named, row["path"]
         assert not lost or row["notes"] or not judged
-    assert sum(row["verdict"] in ("real", "fake") for row in results) > TOTAL / 10
-    assert ran.returncode == int(any(Path(row["path"]).name in named for row in results))
+    assert sum(row["verdict"] in ("real", "fake", "uncertain") for row in results) > TOTAL / 10
+    uncertain = 3 * any(row["verdict"] == "uncertain" for row in results)
+    assert ran.returncode == (1 if any(Path(row["path"]).name in named for row in results) else uncertain)
 
 
 def test_prepare_crops_or_names_every_file(files: Path, tmp_path: Path) -> None:

@@ -27,14 +27,14 @@ from dtn_fast.model.novelty import Novelty
 CURVE = ((0.1, 1.0, 1.0), (0.5, 0.25, 0.9), (0.7, 0.05, 0.8))
 
 
-def level(fake_from: float, real_up_to: float, novel_from: float | None = 2.0) -> Level:
+def level(fake_from: float, real_up_to: float, novel_from: float | None = 2.0, frames: int = 1) -> Level:
     point = OperatingPoint(0.01, None)
     return Level(
-        20, 20, fake_from, real_up_to, 0.05, 0.1, 0.1, 0.01, 0.02, 0.1, 0.1, (), (), (point,), CURVE, novel_from
+        frames, 20, 20, fake_from, real_up_to, 0.05, 0.1, 0.1, 0.01, 0.02, 0.1, 0.1, (), (), (point,), CURVE, novel_from
     )
 
 
-CALIBRATED = Calibration("crops", "f", 1.0, level(0.8, 0.2), level(0.7, 0.4))
+CALIBRATED = Calibration("crops", "f", "", (), 1.0, level(0.8, 0.2), level(0.7, 0.4, frames=10))
 CARD = Card("crops", "f", False, (), (), "dlib", "", (), 0.9, (0.85, 0.95), "1", "c", CALIBRATED)
 
 
@@ -44,8 +44,8 @@ def test_limits_are_the_model_s_unless_the_user_names_a_threshold() -> None:
     assert (picture.fake_from, picture.real_up_to) == (0.8, 0.2)
     assert [video.verdict(score) for score in (0.4, 0.41, 0.69, 0.7)] == ["real", "uncertain", "uncertain", "fake"]
     named = limits_of(CARD, DetectConfig(threshold=0.6, novelty=False), True)
-    assert named == Limits(0.6, 0.6, 0.25, 20, None)  # the share of validation reals at or over the next lower one
-    assert str(named) == "fake from P(fake) 0.600 (expected false alarms 25.0%, on 20 reals)"
+    assert named == Limits(0.6, 0.6, 6 / 21, 20, 10, None)  # five of 20 reals at or over the next lower threshold
+    assert str(named) == "fake from P(fake) 0.600 (expected false alarms 28.6% per person, on 20 reals)"
     assert str(video).endswith("real up to 0.400")
     stills = dataclasses.replace(CARD, calibration=dataclasses.replace(CALIBRATED, video=None))
     assert limits_of(stills, DetectConfig(), True).fake_from == 0.8
@@ -83,8 +83,19 @@ def test_doubts(change: dict[str, Any], verdict: str, reason: str) -> None:
     assert result.verdict == verdict
     assert [reason in text for text in result.reasons] == [True] * bool(reason)
     stored = result.to_json()
-    assert (stored["verdict"], stored["reasons"], stored["threshold"]) == (verdict, result.reasons, 0.7)
-    assert json.loads(json.dumps(stored))["limits"]["real_up_to"] == 0.4
+    assert (stored["verdict"], stored["reasons"], stored["threshold"]) == (
+        verdict,
+        result.reasons,
+        result.limits.fake_from,
+    )
+    assert json.loads(json.dumps(stored))["limits"]["real_up_to"] == result.limits.real_up_to
+
+
+def test_few_frames_are_judged_by_the_stricter_limits() -> None:
+    for frames, verdict in ((5, "fake"), (4, "uncertain")):
+        result = video(score=0.75, frames=frames)
+        judge(result, CARD, DetectConfig())
+        assert result.verdict == verdict
 
 
 def test_doubts_can_be_switched_off() -> None:
@@ -107,7 +118,7 @@ def test_the_deciding_person_s_faces_count_alone() -> None:
 def checkpoint(tmp_path: Path) -> Path:
     sure = dataclasses.replace(CALIBRATED, frame=level(0.9, 0.1), video=None)
     model = DTN(dataclasses.replace(SMALL, card=dataclasses.replace(CARD, calibration=sure)))
-    width = SMALL.channels[2]
+    width = 4 * SMALL.channels[3]
     model.novelty = Novelty.fit(np.random.default_rng(0).normal(size=(100, width)))
     model.save_pretrained(tmp_path / "model")
     return tmp_path / "model"

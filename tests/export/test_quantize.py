@@ -158,7 +158,11 @@ def test_the_gate_measures_and_fails_past_its_limits(trained: Path, dataset: Cro
     assert result.auc is not None
     with pytest.raises(DtnError, match="moves a logit by"):
         check_accuracy(reference, made, dataset, replace(loose, max_logit_change=result.worst / 2))
-    unlike = to_proto(DTN(SMALL).eval(), OnnxConfig("fp32"))  # other weights: another AUC
+    assert result.auc > 0.5
+    reverse = load_model(trained)
+    with torch.no_grad():
+        reverse.head.weight.neg_()  # another AUC, and a lower one
+    unlike = to_proto(reverse, OnnxConfig("fp32"))
     drop = result.auc - (check_accuracy(reference, unlike, dataset, loose).auc_quantized or 0)
     with pytest.raises(DtnError, match="AUC, over the limit"):
         check_accuracy(reference, unlike, dataset, replace(loose, max_auc_drop=drop - 1e-6))

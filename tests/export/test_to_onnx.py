@@ -169,8 +169,10 @@ def test_the_file_stands_alone(exported: Path, trained: Path, dataset: CropDatas
     assert [p.name for p in exported.parent.iterdir()] == ["model.onnx"]
     scorer = load_scorer(exported)
     assert isinstance(scorer, OnnxScorer)
-    assert dataclasses.replace(scorer.config, trained_on=None) == SMALL
-    assert scorer.config.trained_on == load_model(trained).config.trained_on is not None
+    assert dataclasses.replace(scorer.config, trained_on=None, card=None) == SMALL
+    assert scorer.config == load_model(trained).config
+    assert scorer.config.trained_on is not None
+    assert scorer.config.card is not None
     assert scorer.notice.startswith("synthetic")
     crops = dataset.get(np.arange(5))
     assert scorer.score(crops) == pytest.approx(load_scorer(trained).score(crops), abs=1e-5)

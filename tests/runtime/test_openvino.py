@@ -126,7 +126,7 @@ def test_unusable_files_and_options_are_named(exported: Path, trained: Path, tmp
 
 def test_a_missing_package_is_named(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(UsageError, match="openvino is not installed; run: pip install openvino"):
+    with pytest.raises(UsageError, match="openvino is not installed; run: pip install 'dtn-fast\\[openvino\\]'"):
         load_scorer(exported, OPENVINO)
 
 
