@@ -117,8 +117,9 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         remedy = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         raise SystemExit(_fail(f"{where}{error.strerror or error}{remedy}", 1)) from None
-    except KeyboardInterrupt:
-        raise SystemExit(_fail("interrupted; run the same command to resume training or rendering", 130)) from None
+    except KeyboardInterrupt as stopped:
+        rest = str(stopped) or "run the same command to resume training or rendering"
+        raise SystemExit(_fail(f"interrupted; {rest}", 130)) from None
     raise SystemExit(code or 0)
 
 

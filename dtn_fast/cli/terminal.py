@@ -22,6 +22,8 @@ from dtn_fast.evaluation.tables import ResultTable
 
 LONG = 30
 """Length in characters above which the text of a table's cell is folded; an AUC with its interval is shorter."""
+LEAST = 14
+"""Width that a folded column keeps in a narrow terminal, if its text needs it."""
 
 
 def print_result_table(table: ResultTable) -> None:
@@ -77,7 +79,8 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     table = Table()
     for place, name in enumerate(header):  # narrow terminals fold names and sentences, not verdicts
         sentence = max((len(row[place]) for row in rows), default=0) > LONG
-        table.add_column(name, overflow="fold", no_wrap=place > 0 and not sentence)
+        widest = max(len(name), *(len(row[place]) for row in rows), 0)
+        table.add_column(name, overflow="fold", no_wrap=place > 0 and not sentence, min_width=min(widest, LEAST))
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # brackets in a file's name are no markup
     console().print(title, style="italic", markup=False, soft_wrap=True)

@@ -121,6 +121,11 @@ def detect_many(
             _write(batch, scorer, out)
             raise type(failed)(f"{failed}; {kept}") from failed
         raise
+    except KeyboardInterrupt:
+        kept = f"{len(batch.results)} of {batch.inputs} inputs are done, in {out}"
+        batch.notes.append(f"interrupted; {kept}")
+        _write(batch, scorer, out)  # in place of an earlier run's
+        raise KeyboardInterrupt(kept) from None
     batch.timing.wall = time.perf_counter() - begin
     if batch.own:
         batch.notes.append(f"{out}: {batch.own} annotated copies of an earlier run were left out")

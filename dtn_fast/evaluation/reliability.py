@@ -165,6 +165,11 @@ def level_of(
     fake_from, false_alarms = upper_limit(after[real], weights[real], rates[0])
     mirrored, misses = upper_limit(-after[fake], weights[fake], rates[1])
     real_up_to = -mirrored
+    if real_up_to > fake_from:  # they cross, and change places: between them neither class is likely
+        fake_from, real_up_to = real_up_to, fake_from
+        over, under = after[real] >= fake_from, after[fake] <= real_up_to
+        false_alarms = float((weights[real][over].sum() + 1) / (weights[real].sum() + 1))
+        misses = float((weights[fake][under].sum() + 1) / (weights[fake].sum() + 1))
     novel: tuple[float | None, float | None] = (None, None)
     if novelty is not None:  # that of the class which needs the higher one
         each = [upper_limit(novelty[own], weights[own], rates[2]) for own in (real, fake)]
@@ -175,7 +180,7 @@ def level_of(
     cases = float(weights[real].sum())
     return Level(
         frames=frames, reals=round(cases), fakes=round(float(weights[fake].sum())),
-        fake_from=max(fake_from, real_up_to), real_up_to=min(fake_from, real_up_to), false_alarms=false_alarms,
+        fake_from=fake_from, real_up_to=real_up_to, false_alarms=false_alarms,
         false_alarms_high=limit_high(false_alarms, cases, confidence), misses=misses,
         ece=errors[1], ece_before=errors[0], brier=briers[1], brier_before=briers[0], bins=bins[1], bins_before=bins[0],
         points=tuple(operating_point(labels, after, weights, rate, confidence) for rate in RATES),

@@ -149,6 +149,7 @@ def test_limits_of_a_weak_and_of_a_perfect_model() -> None:
     assert sure.real_up_to < sure.fake_from  # between the classes, uncertain; in neither
     assert (clear[labels == 0] <= sure.real_up_to).mean() > 0.9
     assert (clear[labels == 1] >= sure.fake_from).mean() > 0.85
+    assert (sure.false_alarms, sure.misses) == (1 / 101, 1 / 101)  # of the limits in force, which changed places
     assert [sure.false_alarms_at(t) for t in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 1 / 101, 1 / 101])
 
 
