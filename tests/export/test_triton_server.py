@@ -401,14 +401,14 @@ def test_a_server_that_stays_away_is_named_and_what_was_done_is_kept(
     server: TritonServer, videos: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    def detect_then_kill(path: Path, *args: Any) -> Any:
+    def detect_then_kill(path: Path, *args: Any, **how: Any) -> Any:
         if path == videos[1]:
             server.kill()
-        return pipeline.detect(path, *args)
+        return pipeline.detect(path, *args, **how)
 
     monkeypatch.setattr(batch, "detect", detect_then_kill)
     address, out = f"http://127.0.0.1:{server.http}", tmp_path / "out"
-    words = ["detect", *map(str, videos), "--server", address, "--patience", "0.5", "--out", str(out)]
+    words = ["detect", *map(str, videos), "--server", address, "--patience", "0.5", "--out", str(out), "--jobs", "1"]
     monkeypatch.setattr(sys, "argv", ["dtn-fast", *words])
     with pytest.raises(SystemExit) as stop:
         cli.main()
