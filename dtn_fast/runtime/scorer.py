@@ -103,7 +103,7 @@ class Scorer(ABC):
             bad = int((~np.isfinite(outputs)).any(1).sum())
             what = "logits" if not np.isfinite(outputs[:, : self.config.num_classes]).all() else "novelty"
             raise DtnError(
-                f"{self.name}: {what} of {bad} of {len(outputs)} crops not finite; use a model of higher precision"
+                f"{self.name}: {what} of {bad} of {len(outputs)} crops are not finite; use a model of higher precision"
             )
         return outputs
 

@@ -232,7 +232,7 @@ def test_a_fine_tuned_run_resumes_to_the_bit_and_goes_on_like_any_other(
     card = load_model(run).config.card
     assert card is not None
     assert (card.fingerprint, card.calibration) == (json.loads((run / CROPS).read_text())["fingerprint"], None)
-    assert [counts.split for counts in card.splits] == ["test", "train", "val"]
+    assert [counts.split for counts in card.splits] == ["train", "val"]
     before, kept = load_model(base).state_dict(), load_model(run / TEACHER).state_dict()
     assert all(torch.equal(before[name], kept[name]) for name in before)
     assert "/new --replay /old" in (run / CROPS).read_text()
