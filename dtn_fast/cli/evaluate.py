@@ -124,7 +124,7 @@ def calibrate(
     assert made.card.calibration is not None
     print_table(f"Calibration of {made.folder}", *calibration_table(made.card.calibration))
     if made.card.calibration.measured:
-        print_table("Tried on other people: the test split (95 % intervals)", *measured_table(made.card.calibration))
+        print_table("Tried on the test split (95 % intervals)", *measured_table(made.card.calibration))
     for note in made.notes:
         print(note)
     record(made.folder)

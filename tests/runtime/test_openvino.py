@@ -31,13 +31,6 @@ from dtn_fast.runtime.mnn import package
 OPENVINO = Runtime(runtime="openvino")
 
 
-@pytest.fixture(scope="module")
-def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    export_onnx(load_model(trained), path)
-    return path
-
-
 def test_answers_as_onnxruntime_from_many_threads(exported: Path, dataset: CropDataset) -> None:
     scorer = load_scorer(exported, OPENVINO)
     assert scorer.name == "OpenVINO"

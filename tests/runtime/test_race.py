@@ -17,16 +17,8 @@ from dtn_fast.cli.doctor import examine
 from dtn_fast.errors import DtnWarning, UsageError
 from dtn_fast.export.to_onnx import export_onnx
 from dtn_fast.runtime import Runtime, load_scorer, race
-from dtn_fast.runtime.load import load_model
 
 AUTO = Runtime(runtime="auto")
-
-
-@pytest.fixture(scope="module")
-def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    export_onnx(load_model(trained), path)
-    return path
 
 
 @pytest.fixture(autouse=True)
