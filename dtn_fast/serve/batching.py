@@ -32,7 +32,7 @@ class MicroBatcher(Scorer):
         self._jobs: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._closed = False
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="batching", daemon=True)
         self._thread.start()
 
     def _outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:

@@ -51,9 +51,10 @@ def test_answers_are_as_the_document_says(port: int) -> None:
 
 
 def test_every_route_is_in_the_document(model: DTN) -> None:
-    routes = {}
-    for route in Service(TorchScorer(model), ServeConfig()).app.app.routes:
+    routes, service = {}, Service(TorchScorer(model), ServeConfig())
+    for route in service.app.app.routes:
         routes[route.path] = {method.lower() for method in route.methods} - {"head"}
+    service.judge.close()
     paths = document("")["paths"]
     assert {path: set(operations) - {"parameters"} for path, operations in paths.items()} == routes
 
