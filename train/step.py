@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dtn_fast.cuda_graph import WARM_UP, capture, warm_up
 from dtn_fast.device import choose_precision
 from dtn_fast.errors import UsageError
+from dtn_fast.model.adapt import effort_penalty
 from dtn_fast.model.backbone import Backbone
 from dtn_fast.model.detector import Detector
 from dtn_fast.model.dtn import DTN
@@ -63,6 +64,8 @@ class TrainStep:
                 module.norm_kernels = execution.norm_kernels
             if isinstance(module, Backbone):
                 module.pad_input = execution.pad_input
+        if execution.grad_checkpointing:
+            model.set_grad_checkpointing()
         self.model = self._place(model)
         if here.world > 1 and recipe.sync_bn:
             self.model = synchronise_bn(self.model, device)  # type: ignore[assignment]
@@ -73,6 +76,8 @@ class TrainStep:
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False) if recipe.ema else None
         self.teacher = self._freeze(teacher, execution.fold_teacher) if teacher is not None else None
         names = ("loss", "ce", "kd", "center") if teacher is not None else ("loss", "ce", "center")
+        if effort_penalty(self.model) is not None:
+            names = (*names, "penalty")
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.names: tuple[str, ...] = names if self.scaler.is_enabled() else (*names, "grad_norm")
         self._terms = names
@@ -81,9 +86,10 @@ class TrainStep:
         self._how: dict[str, Any] = {
             "fused": self.fused or None, "foreach": None if self.fused else True, "capturable": self.captured,
         }  # fmt: skip
-        self._parameters = [*self.model.parameters(), self.centers]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._parameters = [*trained, self.centers]
         self._rates = recipe.lr, recipe.center_lr or recipe.lr
-        groups = (list(self.model.parameters()), recipe.weight_decay), ([self.centers], recipe.center_weight_decay)
+        groups = (trained, recipe.weight_decay), ([self.centers], recipe.center_weight_decay)
         self.optimizer = torch.optim.Adam([
             {"params": chosen, "weight_decay": decay, "lr": torch.tensor(lr, device=device) if self.captured else lr}
             for (chosen, decay), lr in zip(groups, self._rates, strict=True)
@@ -180,11 +186,12 @@ class TrainStep:
         return model.to(memory_format=torch.channels_last) if self.channels_last else model  # type: ignore[call-overload]
 
     def _freeze(self, teacher: Detector, folded: bool) -> Detector:
-        """A frozen copy of ``teacher``; if ``folded``, its weights are cast once, not by autocast in every step."""
+        """A frozen copy of ``teacher``; if ``folded``, a DTN's weights are cast once, not by autocast in every step."""
         copied = self._place(copy.deepcopy(teacher)).eval().requires_grad_(False)
-        if not (folded and isinstance(copied, DTN)):
+        if not folded:
             return copied
-        return self._place(frozen(copied)).to(self.dtype)
+        copied = self._place(frozen(copied))
+        return copied.to(self.dtype) if isinstance(copied, DTN) else copied
 
     def _compute(self, crops: Tensor, labels: Tensor, soft: Tensor | None, samples: Tensor | None) -> Outcome:
         self.optimizer.zero_grad(set_to_none=True)
@@ -205,7 +212,7 @@ class TrainStep:
                     logits = self._run(x)
                 if teaching and self._stream is not None:
                     torch.cuda.current_stream(self.device).wait_stream(self._stream)
-                terms = self._losses(logits.float(), y, s, w)
+                terms = self._losses(logits.float(), y, s, w, effort_penalty(self.model))
                 self.scaler.scale(terms[0] / parts).backward()
             total += terms.detach() / parts
         assert self.centers.grad is not None
@@ -225,9 +232,10 @@ class TrainStep:
 
     @torch.no_grad()
     def _average(self, ema: Detector, healthy: Tensor) -> None:
-        """Moves the average of the weights towards the weights."""
-        averages: list[Tensor] = list(ema.parameters())
-        moves = list(torch._foreach_sub(list(self.model.parameters()), averages))
+        """Moves the average of the trained weights towards the weights."""
+        pairs = zip(self.model.parameters(), ema.parameters(), strict=True)
+        weights, averages = zip(*((own, mean) for own, mean in pairs if own.requires_grad), strict=True)
+        moves = list(torch._foreach_sub(weights, averages))
         torch._foreach_mul_(moves, healthy * (1 - self.recipe.ema))
         torch._foreach_add_(averages, moves)
 
@@ -252,7 +260,9 @@ class TrainStep:
         with torch.no_grad(), self._autocast() if cast == torch.float32 else nullcontext():
             return self._ask(images.to(cast)).float()
 
-    def _stacked_losses(self, given: Tensor, labels: Tensor, soft: Tensor | None, samples: Tensor | None) -> Tensor:
+    def _stacked_losses(
+        self, given: Tensor, labels: Tensor, soft: Tensor | None, samples: Tensor | None, penalty: Tensor | None
+    ) -> Tensor:
         r, classes = self.recipe, self.config.num_classes
         logits, points = given[:, :classes], given[:, classes:] if given.shape[1] > classes else None
         if r.center_on == "probabilities":
@@ -264,6 +274,8 @@ class TrainStep:
             losses = dsd_loss(
                 logits, labels, soft, self.centers, r.weights, r.temperature, r.delta, points, samples, only_right
             )
+        if penalty is not None:
+            losses |= {"loss": losses["loss"] + r.penalty * penalty, "penalty": penalty}
         return torch.stack([losses[name] for name in self._terms])
 
     def _update(self, healthy: Tensor) -> None:
