@@ -283,7 +283,9 @@ FFPP = Recipe(
     min_generations=3,
     gain="any",
 )
-FOUNDATION = {
+RunPreset = Literal["paper", "tiny", "ffpp-c23", "robustness", "cross-manipulation", "demo", "clip", "dinov2", "dinov3",
+                    "eva02", "siglip2"]  # fmt: skip
+FOUNDATION: dict[RunPreset, str] = {
     "clip": "vit_large_patch14_clip_224.openai",
     "dinov2": "vit_large_patch14_reg4_dinov2.lvd142m",
     "dinov3": "vit_large_patch16_dinov3.lvd1689m",
@@ -291,8 +293,6 @@ FOUNDATION = {
     "siglip2": "vit_large_patch16_siglip_256.v2_webli",
 }
 """Pretrained transformers of timm's registry by preset."""
-RunPreset = Literal["paper", "tiny", "ffpp-c23", "robustness", "cross-manipulation", "demo", "clip", "dinov2", "dinov3",
-                    "eva02", "siglip2"]  # fmt: skip
 PRESETS: dict[RunPreset, Preset] = {
     "paper": Preset("paper", Recipe()),
     "tiny": Preset("tiny", Recipe()),
@@ -314,7 +314,7 @@ PRESETS: dict[RunPreset, Preset] = {
     **{
         name: Preset(timm, Recipe(epochs=10, lr=2e-4, lr_step=5, pretrained=True), Adaptation("effort"))
         for name, timm in FOUNDATION.items()
-    },  # type: ignore[dict-item]
+    },
 }
 """Presets by name.  paper, tiny: that model with the paper's recipe, on every forgery in the data.  ffpp-c23: the
 paper's training on FaceForensics++, to its student 3 ("so we chose student 3 as our model").  robustness: the same for

@@ -26,6 +26,8 @@ class AdaptedLinear(nn.Module):
     stores as one, are adapted each by itself.  left: [k, O / k, r], scale: [k, r], right: [k, r, I].
     """
 
+    scale: Tensor
+
     def __init__(self, source: nn.Linear, rank: int) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = source.in_features, source.out_features, rank
@@ -139,11 +141,11 @@ def adapt(net: nn.Module, how: Adaptation, trained: list[nn.Module]) -> None:
     found = 0
     for module in [m for m in net.modules() if isinstance(getattr(m, "num_heads", None), int)]:
         for name, layer in list(module.named_children()):
-            inner = layer[-1] if isinstance(layer, nn.Sequential) and isinstance(layer[0], HeadScale) else layer
+            scale, inner = _parts(layer)
             if not isinstance(inner, nn.Linear) or inner in trained:
                 continue
             made = KINDS[how.adapt](inner, how.rank_of(inner.in_features))
-            setattr(module, name, made if inner is layer else nn.Sequential(layer[0], made))
+            setattr(module, name, made if scale is None else nn.Sequential(scale, made))
             found += 1
     if not found:
         raise ValueError("it has no attention whose projections are linear layers")
@@ -176,13 +178,17 @@ def merged(model: Detector) -> Detector:
                 setattr(module, name, child.merged())
     for module in list(made.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Sequential) and len(child) == 2 and isinstance(child[0], HeadScale):
-                setattr(module, name, _without_scale(*child))
+            scale, layer = _parts(child)
+            if scale is not None and isinstance(layer, nn.Linear):
+                gates = scale.head_scale.detach().double().sigmoid()
+                gates = gates.repeat_interleave(layer.in_features // len(gates))
+                layer.weight.data.copy_(layer.weight.double() * gates)
+                setattr(module, name, layer)
     return made
 
 
-def _without_scale(scale: HeadScale, layer: nn.Linear) -> nn.Linear:
-    gates = scale.head_scale.double().sigmoid()
-    with torch.no_grad():
-        layer.weight.copy_(layer.weight.double() * gates.repeat_interleave(layer.in_features // len(gates)))
-    return layer
+def _parts(layer: nn.Module) -> tuple[HeadScale | None, nn.Module]:
+    """The head scales before a layer, None without them, and the layer itself."""
+    if isinstance(layer, nn.Sequential) and len(layer) == 2 and isinstance(scale := layer[0], HeadScale):
+        return scale, layer[1]
+    return None, layer

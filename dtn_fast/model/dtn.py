@@ -40,10 +40,11 @@ class DTN(Detector):
         self.gate: nn.Module = MoEGate(config) if config.num_experts else nn.Identity()
         self.pos_embed = nn.Parameter(torch.empty(1, self.num_features, side, side))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        self.blocks = nn.Sequential(*(LEVTBlock(config) for _ in range(config.depth)))
-        for place, block in enumerate(self.blocks):
-            block.drop_path_rate = config.drop_path_rate * place / max(config.depth - 1, 1)
-        self.head = nn.Linear(self.num_features, config.num_classes)
+        last = max(config.depth - 1, 1)
+        self.blocks = nn.Sequential(*(
+            LEVTBlock(config, config.drop_path_rate * place / last) for place in range(config.depth)
+        ))  # fmt: skip
+        self.head: nn.Module = nn.Linear(self.num_features, config.num_classes)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> the last block's map [B, C, H / 32, W / 32]."""

@@ -98,7 +98,7 @@ def fold(model: DTN, attention: AttentionPath | None = None) -> FoldedDTN:
     attention: ``native`` (torch's scaled_dot_product_attention) or ``kernel`` (this package's); default: ``kernel`` on
     a GPU, ``native`` elsewhere.  All weights are folded in float64 and rounded once.
     """
-    device = model.head.weight.device
+    device = device_of(model)
     path = attention or ("kernel" if device.type == "cuda" else "native")
     with torch.no_grad():
         return FoldedDTN(model, path).to(device).eval().requires_grad_(False)

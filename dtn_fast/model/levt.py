@@ -75,11 +75,12 @@ class LEVTBlock(nn.Module):
 
     norm_kernels = True
     grad_checkpointing = False
-    drop_path_rate = 0.0
-    """Probability in training that the block leaves a sample as it is; the others' change is divided by 1 - rate."""
 
-    def __init__(self, config: DTNConfig) -> None:
+    def __init__(self, config: DTNConfig, drop_path_rate: float = 0.0) -> None:
         super().__init__()
+        self.drop_path_rate = drop_path_rate
+        """Probability in training that the block leaves a sample as it is; the others' change is divided by 1 - rate.
+        """
         width = config.channels[-1]
         hidden = width * config.mlp_ratio
         self.norm1 = nn.BatchNorm2d(width)

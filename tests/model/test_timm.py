@@ -112,7 +112,8 @@ def test_some_of_its_maps() -> None:
     short = made(features_only=True, out_indices=(1, 3)).eval()
     assert all(torch.equal(a, every[place]) for a, place in zip(short(IMAGES), (1, 3), strict=True))
     assert len(list(short.parameters())) < len(list(model.parameters()))
-    for indices in (6, 0, (5,), ()):
+    wrong: list[Any] = [6, 0, (5,), ()]
+    for indices in wrong:
         with pytest.raises(ValueError, match="the model has the maps 0 to 4"):
             model.forward_intermediates(IMAGES, indices)
     with pytest.raises(ValueError, match="NCHW"):
