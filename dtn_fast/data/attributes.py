@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dtn_fast.data.datasets.parsing import read_table, without_ending
 from dtn_fast.data.video_table import Video, noun
-from dtn_fast.errors import UsageError
+from dtn_fast.errors import UsageError, one_line
 
 MOST = 20
 """Maximum number of values of an attribute."""
@@ -37,8 +37,8 @@ def attributes_of(
     kept = {}
     for name, values in found.items():
         spelled: dict[str, str] = {}
-        same = [spelled.setdefault(value.casefold(), value) for value in values]
-        count = len(set(same) - {""})
+        same = [spelled.setdefault(value.casefold(), one_line(value)) for value in values]
+        count, name = len(set(same) - {""}), one_line(name)
         if count > MOST:
             notes.append(f"left out: {name} has {count} values, more than {MOST}; write ranges, such as 20-39")
         elif count:

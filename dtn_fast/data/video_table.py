@@ -167,7 +167,7 @@ def _repeated(videos: list[Video]) -> list[Problem]:
         if other is not video:
             where = f"in both {other.split} and {video.split}" if other.split != video.split else "listed twice"
             found.append(Problem("labels", f"video {video.path} is {where}"))
-    return _shortened(found)
+    return shortened(found)
 
 
 def _leaks(videos: list[Video]) -> list[Problem]:
@@ -184,10 +184,10 @@ def _leaks(videos: list[Video]) -> list[Problem]:
         if home.get(video.target, video.split) != video.split:
             text = f"{video.path} ({video.split}) was made from {video.target} ({home[video.target]})"
             found.append(Problem("leaks", text))
-    return _shortened(found)
+    return shortened(found)
 
 
-def _shortened(problems: list[Problem]) -> list[Problem]:
+def shortened(problems: list[Problem]) -> list[Problem]:
     """The first problem with the number of others, so that the error stays one line."""
     if len(problems) < 2:
         return problems
