@@ -7,8 +7,8 @@ percentile bootstrap over people.
 The gaps of all attributes, in false alarms and in AUC, are tested together by a max-statistic permutation test
 (Westfall and Young, 1993): the people change their groups at random, those with reals, with fakes or with both among
 themselves, and a gap counts as found when its difference, in standard deviations over the permutations, is more than
-the largest of all gaps is by chance.  The intervals of the gaps are those of this test: they hold together, and exclude
-0 exactly when the gap is found.
+the largest of all gaps is by chance.  The intervals of the gaps are those of this test: they are simultaneous, and
+exclude 0 exactly when the gap is found.
 """
 
 from __future__ import annotations
@@ -182,12 +182,11 @@ def measure_groups(
             member = own == value
             those = [person for person, kept in zip(people, member, strict=True) if kept]
             rows.append(_group(name, value, labels[member], scores[member], alarms[member], those, config))
+    gaps = _gaps(rows, labels, scores, alarms, people, values, config)
     notes = [f"P(fake) from {threshold:.3f} counts as fake",
              f"a group needs {config.group_size} people (videos, where people are unknown) of a kind for a metric",
-             f"{100 * config.confidence:g} % intervals; those of the {{}} gaps hold together, by a max-statistic "
-             f"permutation test of {config.bootstrap_draws:,} permutations"]  # fmt: skip
-    gaps = _gaps(rows, labels, scores, alarms, people, values, config)
-    notes[2] = notes[2].format(len(gaps))
+             f"{100 * config.confidence:g} % intervals; those of the {len(gaps)} gaps are simultaneous, by a "
+             f"max-statistic permutation test of {config.bootstrap_draws:,} permutations"]  # fmt: skip
     return GroupTable(rows, gaps, threshold, notes)
 
 
@@ -207,28 +206,25 @@ def _group(
     config: EvaluateConfig,
 ) -> Group:
     real = labels == 0
-    counts = [len({person for person, kept in zip(people, kind, strict=True) if kept}) for kind in (real, ~real)]
-    enough = [count >= config.group_size for count in counts]
-    auc, rates = None, list[Estimate | None]()
-    if all(enough):
+    count = lambda kind: len({person for person, kept in zip(people, kind, strict=True) if kept})
+    real_people, fake_people = count(real), count(~real)
+
+    def rate(wrong: NDArray[np.bool_], of: int) -> Estimate | None:
+        """Share of the videos that are wrong, and its interval for as many cases as there are people."""
+        if of < config.group_size:
+            return None
+        share = float(wrong.mean())
+        return (share, *rate_interval(share, of, config.confidence))
+
+    auc = None
+    if min(real_people, fake_people) >= config.group_size:
         between = auc_interval(labels, scores, people, config.bootstrap_draws, config.confidence)
         found = evaluate_scores(labels, scores, 0.5).auc
         assert between is not None
         assert found is not None, "both classes are there"
         auc = (found, *between)
-    for wrong, count, large in zip((alarms[real], ~alarms[~real]), counts, enough, strict=True):
-        rate = float(wrong.mean()) if large else 0.0
-        rates.append((rate, *rate_interval(rate, count, config.confidence)) if large else None)
-    return Group(attribute, value, int(real.sum()), int((~real).sum()), *counts, auc, *rates)
-
-
-class _Pair(NamedTuple):
-    """Two groups of an attribute, by their places among its values, and a metric that both have."""
-
-    metric: Metric
-    attribute: str
-    first: Group
-    second: Group
+    return Group(attribute, value, int(real.sum()), int((~real).sum()), real_people, fake_people, auc,
+                 rate(alarms[real], real_people), rate(~alarms[~real], fake_people))  # fmt: skip
 
 
 def _gaps(
@@ -241,58 +237,53 @@ def _gaps(
     config: EvaluateConfig,
 ) -> list[Gap]:
     """The gaps between all pairs of large enough groups, of each metric the widest first."""
-    pairs = [_Pair(metric, a.attribute, a, b) for metric, part in _PARTS.items()
-             for a, b in itertools.combinations(rows, 2)
-             if a.attribute == b.attribute and getattr(a, part) and getattr(b, part)]  # fmt: skip
+    large = {metric: [place for place, row in enumerate(rows) if getattr(row, part)] for metric, part in _PARTS.items()}
+    pairs = [(metric, a, b) for metric, places in large.items() for a, b in itertools.combinations(places, 2)
+             if rows[a].attribute == rows[b].attribute]  # fmt: skip
     if not pairs:
         return []
-    codes = {name: np.unique(own, return_inverse=True) for name, own in values.items()}  # "" is the first, if there
-    of_person: dict[tuple[str, ...], int] = {}  # who changes groups: a person, or the videos that share all values
-    unit = np.array([of_person.setdefault(key, len(of_person))
+    numbers: dict[
+        tuple[str, ...], int
+    ] = {}  # those who change groups: people, or the part of one's videos that is alike
+    unit = np.array([numbers.setdefault(key, len(numbers))
                      for key in zip(people, *(own.tolist() for own in values.values()), strict=True)])  # fmt: skip
     alike = _strata(unit, labels, values)
-    first_video = np.unique(unit, return_index=True)[1]
+    first = np.unique(unit, return_index=True)[1]
+    member = np.array([values[row.attribute][first] == row.value for row in rows])  # [rows, units]
     _, rank = np.unique(scores, return_inverse=True)
+    real = labels == 0
 
-    def measured(order: NDArray[np.int64]) -> NDArray[np.float64]:
+    def differences(order: NDArray[np.int64]) -> NDArray[np.float64]:
         """The differences of all pairs when unit u has the groups of unit ``order[u]``."""
-        metrics: dict[tuple[Metric, str, str], float] = {}
-        found = []
-        for pair in pairs:
-            two = []
-            for group in (pair.first, pair.second):
-                key = pair.metric, pair.attribute, group.value
-                if key not in metrics:
-                    names, code = codes[pair.attribute]
-                    member = (code[first_video][order] == int(np.searchsorted(names, group.value)))[unit]
-                    metrics[key] = (float(alarms[member & (labels == 0)].mean()) if pair.metric == "false alarms"
-                                    else _auc(labels[member], rank[member]))  # fmt: skip
-                two.append(metrics[key])
-            found.append(two[0] - two[1])
-        return np.array(found)
+        found = {metric: np.full(len(rows), np.nan) for metric in _PARTS}
+        for place, row in enumerate(rows):
+            own = member[place][order][unit]
+            if row.false_alarms:
+                found["false alarms"][place] = alarms[own & real].mean()
+            if row.auc:
+                found["AUC"][place] = _auc(labels[own], rank[own])
+        return np.array([found[metric][a] - found[metric][b] for metric, a, b in pairs])
 
-    rng, draws = np.random.default_rng(0), np.empty((config.bootstrap_draws, len(pairs)))
-    for draw in range(config.bootstrap_draws):
-        order = np.arange(len(of_person))
+    rng, drawn = np.random.default_rng(0), []
+    for _ in range(config.bootstrap_draws):
+        order = np.arange(len(numbers))
         for own in alike:
             order[own] = rng.permutation(own)
-        draws[draw] = measured(order)
-    seen = measured(np.arange(len(of_person)))
-    deviation = draws.std(0)
-    scaled = lambda differences: np.abs(differences) / np.where(deviation > 0, deviation, np.inf)
-    largest = np.sort(scaled(draws).max(1))[::-1]
-    allowed = int((1 - config.confidence) * (config.bootstrap_draws + 1) + 1e-9)
+        drawn.append(differences(order))
+    seen, deviation = differences(np.arange(len(numbers))), np.std(drawn, 0)
+    scaled = lambda difference: np.abs(difference) / np.where(deviation > 0, deviation, np.inf)
+    largest = np.sort(scaled(np.array(drawn)).max(1))[::-1]
+    allowed = int((1 - config.confidence) * (len(drawn) + 1) + 1e-9)  # permutations that a found gap may be under
     reach = largest[allowed - 1] if allowed else np.inf
     gaps = []
-    for pair, difference, size, spread in zip(pairs, seen, scaled(seen), deviation, strict=True):
-        high, low = (pair.first, pair.second) if difference >= 0 else (pair.second, pair.first)
-        part = _PARTS[pair.metric]
-        middle = float(abs(difference))
+    for (metric, a, b), difference, size, spread in zip(pairs, seen, scaled(seen), deviation, strict=True):
+        high, low = (rows[a], rows[b]) if difference >= 0 else (rows[b], rows[a])
+        middle, above = float(abs(difference)), int((largest >= size).sum())
         width = float(reach * spread) if spread > 0 else np.inf if middle else 0.0  # no permutation changes it
-        bounds = max(middle - width, -1.0), min(middle + width, 1.0)
-        p = float((1 + (largest >= size).sum()) / (len(largest) + 1))
-        both = getattr(high, part)[0], getattr(low, part)[0]
-        gaps.append(Gap(pair.metric, pair.attribute, high.value, low.value, both, bounds, p))
+        least = middle - width if above < allowed else min(middle - width, 0.0)  # not above 0 by rounding
+        both = getattr(high, _PARTS[metric])[0], getattr(low, _PARTS[metric])[0]
+        interval = max(least, -1.0), min(middle + width, 1.0)
+        gaps.append(Gap(metric, high.attribute, high.value, low.value, both, interval, (1 + above) / (1 + len(drawn))))
     return sorted(gaps, key=lambda gap: (gap.metric != "false alarms", -gap.difference))
 
 

@@ -83,6 +83,10 @@ def test_intervals_are_those_of_the_test() -> None:
             assert gap.found == (gap.p <= 0.05), gap
             assert gap.difference >= 0
             assert gap.interval[0] <= gap.difference <= gap.interval[1]
+    few = dataclasses.replace(QUICK, group_size=3)
+    for seed in range(30):  # few people: many permutations are as far apart as what is seen
+        for gap in measured(seed, 3.0, few, people=16, fakes=1).gaps:
+            assert gap.found == (gap.p <= 0.05), gap
     labels, scores, people, attributes = population(1, 0.8)
     width = lambda known: np.ptp(measure_groups(labels, scores, people, known, 0.5, QUICK).gaps[0].interval)
     rng = np.random.default_rng(0)
