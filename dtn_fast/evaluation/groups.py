@@ -14,6 +14,7 @@ exclude 0 exactly when the gap is found.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -111,6 +112,9 @@ class GroupTable(NamedTuple):
             if not own:
                 said.append(f"No gap in {metric} can be measured: no attribute has two groups that are large enough.")
                 continue
+            if not own[0].difference:
+                said.append(f"No gap in {metric}: no two groups that are large enough differ.")
+                continue
             said.append(f"Widest gap in {metric}: {own[0]}.")
             if others := [gap for gap in own[1:] if gap.found]:
                 names = "; ".join(f"{gap.attribute}, {gap.high} over {gap.low}" for gap in others[:NAMED])
@@ -190,10 +194,9 @@ def measure_groups(
     return GroupTable(rows, gaps, threshold, notes)
 
 
-def _natural(text: str) -> tuple[float, str]:
-    """Sorting key: leading numbers by size."""
-    digits = "".join(itertools.takewhile(str.isdigit, text))
-    return (float(digits) if digits else float("inf"), text)
+def _natural(text: str) -> str:
+    """Sorting key: numbers by size."""
+    return re.sub(r"\d+", lambda number: number[0].zfill(9), text)
 
 
 def _group(

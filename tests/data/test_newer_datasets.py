@@ -166,6 +166,10 @@ def test_df40_lists_are_read_together(tmp_path: Path) -> None:
     )
     assert "left out: 5 videos of test that are in it twice" in table.notes
     assert by_family({v.method for v in table.videos if v.label}, {}).keys() == {"swap", "reenactment"}
+    put(tmp_path, "sadtalker/train/frames/000_003/0.png")  # a pair of the test split in another list's training split
+    rows = {"000_003": {"label": "sadtalker_Fake", "frames": ["sadtalker/train/frames/000_003/0.png"]}}
+    put(tmp_path, "dataset_json/sadtalker.json", data={"sadtalker": {"sadtalker_Fake": {"train": rows}}})
+    refused(tmp_path, source, r"identity pair 000\+003 is in both .*--allow leaks accepts that")
     for path in (tmp_path / "dataset_json").iterdir():
         path.unlink()
     refused(tmp_path, source, "no JSON file there")

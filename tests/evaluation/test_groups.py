@@ -155,6 +155,10 @@ def test_small_groups_say_so() -> None:
     assert len(measure_groups(labels, scores, people, {"age": attributes["age"]}, 0.5, few).gaps) == 2
     still = measure_groups(labels, np.full(len(labels), 0.1), people, {"gender": attributes["gender"]}, 0.5, QUICK)
     assert [(gap.difference, gap.found, gap.p) for gap in still.gaps] == [(0, False, 1), (0, False, 1)]
+    assert still.sentences()[0] == "No gap in false alarms: no two groups that are large enough differ."
+    tones = ["Monk 2", "monk", "Monk 10", "Monk 1"] * (len(labels) // 4)
+    values = [row.value for row in measure_groups(labels, scores, people, {"tone": tones}, 0.5, QUICK).rows]
+    assert values == ["Monk 1", "Monk 2", "Monk 10", "monk"]
     assert not any(gap.found for gap in measured(1, 3.0, EvaluateConfig(bootstrap_draws=9)).gaps), (
         "too few draws to say"
     )
