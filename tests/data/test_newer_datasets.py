@@ -140,7 +140,7 @@ def test_aiface_frames_of_a_video_stay_in_one_split(tmp_path: Path, monkeypatch:
     source = Source("aiface", root_map=("/their/set=.",))
     splits = lambda: Counter(video.split for video in read(tmp_path, source).videos if video.label)
     assert splits() == {"train": 40}
-    monkeypatch.setattr(aiface_module, "FRAMES", 39)
+    monkeypatch.setattr(aiface_module, "ONE_VIDEO", 39)
     assert splits().keys() == {"train", "val"}
     assert {v.split for v in read(tmp_path, replace(source, splits=("test",))).videos} == {"test"}
 

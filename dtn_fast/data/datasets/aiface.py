@@ -35,7 +35,7 @@ ATTRIBUTES = {
 """Column -> name of the attribute, and of its numbers; the last three are of the first version."""
 REAL_SOURCES = ("ffhq", "imdbwiki", "celeba", "casiawebface")
 """Datasets of real pictures alone, in lower case without signs."""
-FRAMES = 300
+ONE_VIDEO = 300
 """Number of pictures up to which a folder counts as the frames of one video, which stay in one split."""
 
 
@@ -65,7 +65,7 @@ def read_aiface(root: Path, source: Source) -> VideoTable:
                 raise UsageError(f"{path}: row {number} has the target {row['target']!r}; 0 (real) or 1 was expected")
             fake, generator = int(row["target"]), _generator(name)
             parent = name.rpartition("/")[0]
-            place = carve_split(parent if sizes[parent] <= FRAMES else name, 10) if split == "train" else split
+            place = carve_split(parent if sizes[parent] <= ONE_VIDEO else name, 10) if split == "train" else split
             attributes = tuple((ATTRIBUTES[column][0], known.get(_code(row[column]), _code(row[column])))
                                for column, known in names.items() if row[column])  # fmt: skip
             videos.append(Video(name, fake, generator if fake else REAL, place, frames=(name,), attributes=attributes))
