@@ -50,9 +50,14 @@ _NAMES = {
 """Family -> names of its forgeries, as the datasets' folders, lists and papers spell them."""
 
 
+def plain_name(name: str) -> str:
+    """A name in lower case without signs, as spellings of one name have in common."""
+    return "".join(filter(str.isalnum, name.casefold()))
+
+
 def _key(name: str) -> str:
-    """A name without case and signs, DeepfakeBench's ending ``_Fake`` and DeeperForensics' perturbations."""
-    key = "".join(filter(str.isalnum, name.casefold()))
+    """The plain name of a forgery without DeepfakeBench's ending ``_Fake`` and DeeperForensics' perturbations."""
+    key = plain_name(name)
     return "endtoend" if key.startswith("endtoend") else key.removesuffix("fake")
 
 

@@ -5,9 +5,9 @@ are shares of videos, with Clopper and Pearson's interval for as many cases as t
 percentile bootstrap over people.
 
 The gaps of all attributes, in false alarms and in AUC, are tested together by a max-statistic permutation test
-(Westfall and Young, 1993): the people change their groups at random, those with reals, with fakes or with both among
-themselves, and a gap counts as found when its difference, in standard deviations over the permutations, is more than
-the largest of all gaps is by chance.  The intervals of the gaps are those of this test: they are simultaneous, and
+(Westfall and Young, 1993): people are permuted among the groups, those with reals, with fakes and with both apart, and
+a gap counts as found when its difference, in standard deviations over the permutations, is more than the largest of all
+gaps is by chance.  The intervals of the gaps are those of this test: they are simultaneous, and
 exclude 0 exactly when the gap is found.
 """
 

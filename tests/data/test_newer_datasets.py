@@ -90,6 +90,10 @@ def test_deepfake_eval_labels_are_of_the_picture(tmp_path: Path) -> None:
     assert "left out: 1 files of video-metadata-publish.csv whose label is unknown" in notes
     assert "left out: 1 rows of image-metadata-publish.csv without a file's name" in notes
     assert "people are not published: the splits are not audited for them" in notes
+    odd = "a.mp4,2024-11-14,Fake,Unknown,\u2028 odd\x0b signs,test"  # comments are the public's
+    edit(tmp_path / "video-metadata-publish.csv", "a.mp4,2024-11-14,Fake,Unknown,,test", odd)
+    edit(tmp_path / "video-metadata-publish.csv", '"voice, cloned"', '"voice,\ncloned"')
+    assert len(read(tmp_path, source).videos) == 5
     (tmp_path / "video-metadata-publish.csv").unlink()
     table = read(tmp_path, source)
     assert "video-metadata-publish.csv is missing: its video-data is not read" in table.notes

@@ -20,8 +20,8 @@ from pathlib import Path
 from dtn_fast.data.config import Source
 from dtn_fast.data.datasets.parsing import carve_split, check_columns, keep_wanted, read_table
 from dtn_fast.data.datasets.root_map import RootMap
-from dtn_fast.data.forgery_families import OTHER, families_of
-from dtn_fast.data.video_table import REAL, Problem, Video, VideoTable, audit, shortened
+from dtn_fast.data.forgery_families import OTHER, families_of, plain_name
+from dtn_fast.data.video_table import REAL, SPLITS, Problem, Video, VideoTable, audit, shortened
 from dtn_fast.errors import UsageError
 
 ATTRIBUTES = {
@@ -49,10 +49,8 @@ def read_aiface(root: Path, source: Source) -> VideoTable:
     if folder is None:
         raise UsageError(f"{root}: no test.csv in it or in dataset/; is it the AI-Face root?")
     roots = RootMap(root, source.root_map, lambda name: os.path.isfile(root / name))
-    wanted = [name for name in ("train", "test") if not source.splits or {"train": {"train", "val"},
-              "test": {"test"}}[name] & set(source.splits)]  # fmt: skip
     videos, wrong, notes = list[Video](), list[Problem](), list[str]()
-    for split in wanted:
+    for split in sorted({"test" if split == "test" else "train" for split in source.splits or SPLITS}):
         path = folder / f"{split}.csv"
         rows = read_table(path)
         check_columns(rows, ("image path", "target"), path)
@@ -70,7 +68,7 @@ def read_aiface(root: Path, source: Source) -> VideoTable:
                                for column, known in names.items() if row[column])  # fmt: skip
             videos.append(Video(name, fake, generator if fake else REAL, place, frames=(name,), attributes=attributes))
             made = {"whole-face", "editing"} & set(families_of(generator))
-            if (made and not fake) or (fake and _plain(generator) in REAL_SOURCES):
+            if (made and not fake) or (fake and plain_name(generator) in REAL_SOURCES):
                 text = f"{path.name} lists {name} as {'fake' if fake else 'real'}, which its folder contradicts"
                 wrong.append(Problem("labels", text))
     notes.append("people are not published: the splits are not audited for them")
@@ -98,9 +96,5 @@ def _code(cell: str) -> str:
 def _generator(path: str) -> str:
     """The folder of a path that names its generator or source."""
     folders = [part for part in path.split("/")[:-1] if part]
-    known = (name for name in folders if families_of(name) != (OTHER,) or _plain(name) in REAL_SOURCES)
+    known = (name for name in folders if families_of(name) != (OTHER,) or plain_name(name) in REAL_SOURCES)
     return next(known, folders[-1 if path.startswith("/") else 0] if folders else "unnamed")
-
-
-def _plain(name: str) -> str:
-    return "".join(filter(str.isalnum, name.casefold()))

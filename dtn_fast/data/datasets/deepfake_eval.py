@@ -8,7 +8,7 @@ Real, Fake or Unknown; train or test | a public copy of the list |
 | public readers of the set |
 | folders video-data, image-data, audio-data | the same |
 
-Not checked against the dataset itself, which is gated; who is in a video is not published, nor is the generator.
+Not checked against the dataset itself, which is gated.  Neither the people in a file nor its generator are published.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ METHOD = "in the wild"
 LISTS = {"video-data": ("video-metadata-publish.csv", "video ground truth"),
          "image-data": ("image-metadata-publish.csv", "ground truth")}  # fmt: skip
 """Folder -> its list, and the column of the picture's label."""
-TRUTHS = {"real": 0, "fake": 1, "unknown": None}
+TRUTHS = {"real": 0, "fake": 1, "unknown": None, "": None}
+"""Labels in lower case, and whether the picture is forged; None: not known."""
 
 
 def read_deepfake_eval(root: Path, source: Source) -> VideoTable:
     """Reads Deepfake-Eval-2024: the official test set; the official training set is train and, a tenth of it, val.
 
-    The label is of the picture: a video whose sound alone is forged is a real.  Without a known label a file is left
-    out.  The sound files are not read.
+    The label is that of the picture: a video whose sound alone is forged is a real.  Files whose label is not known are
+    left out, and the sound files are not read.
     """
     videos = []
     notes = Counter[str]()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 import zlib
 from collections.abc import Sequence
@@ -97,7 +98,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
     Raises UsageError when the file is not such a table, or a row has more cells than the header.
     """
     try:
-        found = list(csv.DictReader(read_text(path).splitlines(), restkey=_SURPLUS, restval=""))
+        found = list(csv.DictReader(io.StringIO(read_text(path), newline=""), restkey=_SURPLUS, restval=""))
     except csv.Error as error:
         raise UsageError(f"{path}: not a CSV table ({error})") from error
     for number, row in enumerate(found, 2):
