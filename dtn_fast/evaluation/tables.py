@@ -266,6 +266,14 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (safe(header), ["---"] * len(header), *map(safe, rows))]
 
 
+def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]], comments: Sequence[str] = ()) -> str:
+    """LaTeX tabular (booktabs) of text; its first two columns are flush left."""
+    shape = "ll" + "c" * (len(header) - 2)
+    lines = [*(f"% {comment}" for comment in comments), rf"\begin{{tabular}}{{{shape}}}", r"\toprule",
+             _line(map(_tex, header)), r"\midrule", *(_line(map(_tex, row)) for row in rows)]  # fmt: skip
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
