@@ -87,6 +87,12 @@ class Adaptation:
         if self.rank and self.adapt == "none":
             raise UsageError("--rank: only with --adapt lora or effort")
 
+    def __str__(self) -> str:
+        """The adaptation in words, empty for none."""
+        words = {"none": "", "lora": "LoRA", "effort": "Effort"}[self.adapt]
+        words += f" of rank {self.rank}" if self.rank else ""
+        return " and ".join(filter(None, (words, "MAS" if self.mas else "")))
+
     def rank_of(self, width: int) -> int:
         """The rank for projections of ``width`` inputs.  Raises ValueError when it is none of such."""
         rank = self.rank or {"lora": 8, "effort": 1}[self.adapt]
