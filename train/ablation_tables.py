@@ -160,6 +160,11 @@ ABLATIONS: dict[str, Ablation] = {
                     "initial_weights": CE_CENTER}, distil=True),
         )
     )), cost=True),
+    "mixers": Ablation("Attention or a state space (the paper's outlook)", (
+        Variant("attention", distil=True), Variant("attention w/o MAS", {"mas": False}, distil=True),
+        Variant("state space", {"mixer": "mamba"}, distil=True),
+        Variant("state space w/o MAS", {"mixer": "mamba", "mas": False}, distil=True),
+    ), cost=True),
     "limitations": Ablation("Wrong and ambiguous samples (the paper's limitations)", (
         Variant("DSD", distil=True),
         *(Variant(f"DSD, {name}", recipe=how, distil=True) for name, how in (

@@ -264,7 +264,7 @@ def ablate(
     Args:
         name: cross-dataset and cross-manipulation (Tables 1 and 2); components, soft-labels, losses, local-connection,
             moe, mas, depth, generations (3 to 10); noise, center-dimension, backbones or experts (Figure 6);
-            limitations (section 6).
+            limitations and mixers (section 6 and its outlook).
         data: Crops to train on, written by dtn-fast prepare.
         tests: Crops whose test split is measured.  Default: the crops of --data.
         test_names: Names of the tests in the table; the paper's are FF++, Celeb-DF, DFDC, DF-1.0, DFD.

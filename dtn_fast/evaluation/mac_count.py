@@ -27,7 +27,8 @@ class Count(NamedTuple):
     """Multiply-accumulates per image as thop counts them: convolutions and linear layers, four operations per element
     of an affine norm, no attention products."""
     attention_macs: int
-    """Multiply-accumulates of the two products inside a DTN's attention, which thop does not count; 0 for others."""
+    """Multiply-accumulates of the two products inside a DTN's attention or state space, which thop does not count; 0
+    for others."""
 
 
 @functools.cache
@@ -37,7 +38,9 @@ def count(config: DTNConfig) -> Count:
         model = DTN(config).eval()
     tokens = (config.image_size // 32) ** 2
     whole = count_layers(model, config.image_size)
-    return Count(*whole[:3], attention_macs=config.depth * 2 * tokens**2 * config.channels[-1])
+    width = config.channels[-1]
+    products = 2 * width if config.mixer == "attention" else width + config.state_size
+    return Count(*whole[:3], attention_macs=config.depth * products * tokens**2)
 
 
 def count_layers(

@@ -176,6 +176,11 @@ class DTNConfig:
     """Initial head and expert scales, before the sigmoid (*choice*)."""
     reattention: bool = False
     """Mix attention maps across heads by a 1x1 convolution and BN (DeepViT; Table 8) in place of MAS."""
+    mixer: Literal["attention", "mamba"] = "attention"
+    """Mixture of tokens in a block: attention (the paper's), or a state space as in Mamba-2, in both directions (the
+    paper's outlook), with MAS on its heads."""
+    state_size: int = 64
+    """Size of the state of the mixer mamba (*choice*: Mamba-2's)."""
     local_connection: bool = True
     """Depthwise 3x3 + BN after attention (Eq. 23)."""
     drop_rate: float = 0.0
@@ -236,6 +241,10 @@ class DTNConfig:
             (self.gate == "max" or self.expert_kernel == 1, "expert_kernel", "1 with the vanilla gate"),
             (self.expert_activation == "relu" or self.expert_kernel == 1, "expert_kernel", "1 with this activation"),
             (self.noise in ("gaussian", "none") or self.expert_kernel == 1, "expert_kernel", "1 with this noise"),
+            (self.mixer in ("attention", "mamba"), "mixer", "attention or mamba"),
+            (self.state_size > 0, "state_size", ">= 1"),
+            (self.mixer == "attention" or self.partition == "after", "partition", "after with the mixer mamba"),
+            (self.mixer == "attention" or not self.reattention, "reattention", "False with the mixer mamba"),
             (not (self.mas and self.reattention), "reattention", "False with MAS, which it replaces"),
             (0 <= self.depth <= 1000, "depth", "0 to 1000"),
             (self.mlp_ratio > 0, "mlp_ratio", ">= 1"),

@@ -23,6 +23,7 @@ from dtn_fast.model.dtn import DTN
 from dtn_fast.model.levt import LEVTBlock
 from dtn_fast.model.mas import reattend
 from dtn_fast.model.moe_gate import OPEN
+from dtn_fast.model.state_space import StateSpace
 
 AttentionPath = Literal["native", "kernel"]
 
@@ -46,16 +47,29 @@ class FoldedDTN(DTN):
 
 
 class FoldedBlock(nn.Module):
-    """An LEVT block as two products around attention, a depthwise convolution and two products."""
+    """An LEVT block as two products around attention, or a state space, a depthwise convolution and two products."""
 
     open_heads: Tensor
 
     def __init__(self, block: LEVTBlock, attention: AttentionPath) -> None:
         super().__init__()
-        self.num_heads = block.attention.num_heads
         source = block.attention
+        self.local: nn.Module = nn.Identity()
+        if isinstance(block.local, nn.Sequential):
+            self.local = fold_conv(*block.local)
+        expand, norm, shrink = block.mlp[0], block.mlp[1], block.mlp[3]
+        weight, bias = _after_norm(*_pointwise(expand), block.norm2)
+        self.expand = _linear(*_before_norm(weight, bias, norm), like=expand.weight)  # type: ignore[arg-type]
+        self.shrink = _linear(*_pointwise(shrink), like=shrink.weight)  # type: ignore[arg-type]
+        if isinstance(source, StateSpace):
+            weight, bias = _after_norm(source.inputs.weight.double(), None, block.norm1)
+            self.path = "mixer"
+            self.mixer = copy.deepcopy(source)
+            self.mixer.inputs = _linear(weight, bias, like=source.inputs.weight)
+            return
+        self.num_heads = source.num_heads
         self.mix: nn.Module | None = None if source.mix is None else fold_conv(*source.mix)
-        self.path = attention if self.mix is None else "native"
+        self.path: str = attention if self.mix is None else "native"
         width = source.out.out_features
         size = width // self.num_heads
         weight, bias = _after_norm(source.qkv.weight.double(), None, block.norm1)
@@ -66,30 +80,24 @@ class FoldedBlock(nn.Module):
         gates = source.head_scale.double().sigmoid().repeat_interleave(size)
         self.out = _linear(source.out.weight.double() * gates, source.out.bias.double(), like=source.out.weight)
         self.register_buffer("open_heads", torch.full_like(source.head_scale, OPEN), persistent=False)
-        self.local: nn.Module = nn.Identity()
-        if isinstance(block.local, nn.Sequential):
-            self.local = fold_conv(*block.local)
-        expand, norm, shrink = block.mlp[0], block.mlp[1], block.mlp[3]
-        weight, bias = _after_norm(*_pointwise(expand), block.norm2)
-        self.expand = _linear(*_before_norm(weight, bias, norm), like=expand.weight)  # type: ignore[arg-type]
-        self.shrink = _linear(*_pointwise(shrink), like=shrink.weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W], channels_last
         height, width = x.shape[-2:]
-        qkv = self.qkv(x.flatten(2).transpose(1, 2)).unflatten(2, (3, self.num_heads, -1))  # [B, N, 3, heads, D]
-        if self.path == "kernel":
-            mixed = mas_attention_packed(qkv, self.open_heads).flatten(2)
-        else:
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-            mixed = (
-                F.scaled_dot_product_attention(q, k, v, scale=1.0)
-                if self.mix is None
-                else reattend(q, k, v, self.mix, 1.0)
-            )
-            mixed = mixed.transpose(1, 2).flatten(2)
-        x = x + self.local(self.out(mixed).transpose(1, 2).unflatten(2, (height, width)))
-        tokens = self.shrink(F.gelu(self.expand(x.flatten(2).transpose(1, 2))))  # [B, N, C]
+        tokens = x.flatten(2).transpose(1, 2)  # [B, N, C]
+        mixed = self.mixer(tokens) if self.path == "mixer" else self.out(self._attended(tokens))
+        x = x + self.local(mixed.transpose(1, 2).unflatten(2, (height, width)))
+        tokens = self.shrink(F.gelu(self.expand(x.flatten(2).transpose(1, 2))))
         return x + tokens.transpose(1, 2).unflatten(2, (height, width))
+
+    def _attended(self, tokens: Tensor) -> Tensor:  # [B, N, C], before the projection
+        qkv = self.qkv(tokens).unflatten(2, (3, self.num_heads, -1))  # [B, N, 3, heads, D]
+        if self.path == "kernel":
+            return mas_attention_packed(qkv, self.open_heads).flatten(2)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = (
+            F.scaled_dot_product_attention(q, k, v, scale=1.0) if self.mix is None else reattend(q, k, v, self.mix, 1.0)
+        )
+        return mixed.transpose(1, 2).flatten(2)
 
 
 def fold(model: DTN, attention: AttentionPath | None = None) -> FoldedDTN:

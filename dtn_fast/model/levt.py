@@ -10,6 +10,7 @@ from dtn_fast.kernels.ops import fuses_local_connection, local_connection, mas_a
 from dtn_fast.model.config import DTNConfig
 from dtn_fast.model.mas import head_mixer, reattend
 from dtn_fast.model.norm import recomputed, trains, update_statistics
+from dtn_fast.model.state_space import StateSpace
 
 
 class ScaledAttention(nn.Module):
@@ -84,8 +85,11 @@ class LEVTBlock(nn.Module):
         width = config.channels[-1]
         hidden = width * config.mlp_ratio
         self.norm1 = nn.BatchNorm2d(width)
-        self.attention = ScaledAttention(width, config.num_heads, config.mas, config.mas_init, config.reattention,
-                                         config.partition == "before")  # fmt: skip
+        heads, mas = config.num_heads, (config.mas, config.mas_init)
+        self.attention: nn.Module = (
+            StateSpace(width, heads, config.state_size, *mas) if config.mixer == "mamba"
+            else ScaledAttention(width, heads, *mas, config.reattention, config.partition == "before")
+        )  # fmt: skip
         self.local: nn.Module = nn.Identity()
         if config.local_connection:
             self.local = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, groups=width), nn.BatchNorm2d(width))
