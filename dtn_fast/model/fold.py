@@ -63,13 +63,13 @@ class FoldedBlock(nn.Module):
         self.shrink = _linear(*_pointwise(shrink), like=shrink.weight)  # type: ignore[arg-type]
         if isinstance(source, StateSpace):
             weight, bias = _after_norm(source.inputs.weight.double(), None, block.norm1)
-            self.path = "mixer"
+            self.path: str = "mixer"
             self.mixer = copy.deepcopy(source)
             self.mixer.inputs = _linear(weight, bias, like=source.inputs.weight)
             return
         self.num_heads = source.num_heads
         self.mix: nn.Module | None = None if source.mix is None else fold_conv(*source.mix)
-        self.path: str = attention if self.mix is None else "native"
+        self.path = attention if self.mix is None else "native"
         width = source.out.out_features
         size = width // self.num_heads
         weight, bias = _after_norm(source.qkv.weight.double(), None, block.norm1)

@@ -86,7 +86,7 @@ class LEVTBlock(nn.Module):
         hidden = width * config.mlp_ratio
         self.norm1 = nn.BatchNorm2d(width)
         heads, mas = config.num_heads, (config.mas, config.mas_init)
-        self.attention: nn.Module = (
+        self.attention: StateSpace | ScaledAttention = (
             StateSpace(width, heads, config.state_size, *mas) if config.mixer == "mamba"
             else ScaledAttention(width, heads, *mas, config.reattention, config.partition == "before")
         )  # fmt: skip

@@ -48,7 +48,7 @@ def test_an_adaptation_is_counted_as_trained_and_not_as_parameters() -> None:
 def test_a_chart_of_auc_against_cost() -> None:
     torch.manual_seed(0)
     cells = lambda auc: {level: {"A": Cell(0.5, auc, (0.6, 0.9))} for level in ("frame", "video")}
-    rows = [TableRow(name, cells(auc), after={"GMAC": (cost, "")})  # type: ignore[arg-type]
+    rows = [TableRow(name, cells(auc), after={"GMAC": (cost, "")})
             for name, auc, cost in (("one", 0.7, "0.150"), ("two", None, "81.1"))]  # fmt: skip
     chart = ResultTable("x", "title", ("A",), rows, cost="GMAC").cost_chart()
     assert chart.startswith("<?xml")
