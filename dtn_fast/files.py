@@ -7,6 +7,7 @@ file without any error.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from dtn_fast.errors import UsageError
 
 
 def write_whole(path: Path, content: bytes | str | Callable[[BinaryIO], object], shared: bool = False) -> None:
@@ -75,14 +78,16 @@ def _finite(data: Any) -> Any:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes ``folder``.  Raises OSError naming it when no file can be written there."""
+    """Makes ``folder``.  Raises UsageError when no file can be written there, OSError when the disk is full."""
     probe = folder / f".{secrets.token_hex(6)}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(folder)) from error
+        if error.errno == errno.ENOSPC:
+            raise OSError(error.errno, error.strerror, str(folder)) from error
+        raise UsageError(f"{folder}: cannot be written to ({error.strerror}); choose another folder") from error
 
 
 def longest_name(folder: Path) -> int:

@@ -14,7 +14,7 @@ from dtn_fast.export.quantize import AccuracyCheck, Sensitivity, check_accuracy,
 from dtn_fast.export.to_mnn import export_mnn
 from dtn_fast.export.to_onnx import Parity, check, to_proto
 from dtn_fast.export.to_tensorrt import Built, check_target, export_engine
-from dtn_fast.files import write_whole
+from dtn_fast.files import check_writable, write_whole
 from dtn_fast.model.detector import Detector
 from dtn_fast.runtime.load import load_model
 from dtn_fast.runtime.torch_scorer import TorchScorer
@@ -63,6 +63,7 @@ def export(
     written.
     """
     _check_options(model, out, onnx, quantization, engine)
+    check_writable(out.parent)  # before the work, which would be lost
     made = Exported(out)
     if model.suffix == ".onnx":
         watch(f"building {out}", 0, 0)

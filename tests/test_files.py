@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dtn_fast.errors import DtnError, one_line
+from dtn_fast.errors import DtnError, UsageError, one_line
 from dtn_fast.files import check_writable, fitting_name, json_text, longest_name, replacing, write_whole
 
 
@@ -47,6 +47,5 @@ def test_a_folder_that_takes_no_file_is_named(tmp_path: Path) -> None:
     assert [*(tmp_path / "new" / "deep").iterdir()] == []
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file" / "x", Path("/proc/x")):
-        with pytest.raises(OSError, match=r"Not a directory|No such file") as error:
+        with pytest.raises(UsageError, match=r"cannot be written to \((Not a directory|No such file).*; choose"):
             check_writable(folder)
-        assert error.value.filename == str(folder)

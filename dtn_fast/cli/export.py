@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from dtn_fast.cli.terminal import print_table, progress, steps
-from dtn_fast.errors import DtnError
+from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.export.config import EngineConfig, OnnxConfig, QuantizeConfig, RepositoryConfig, VerifyConfig
 from dtn_fast.ranges import Count
 from dtn_fast.runtime.config import Runtime
@@ -148,18 +148,20 @@ def verify(
 
 
 def inspect(engine: Annotated[Path, tyro.conf.Positional], batch: Count | None = None) -> None:
-    """Show the metadata of an engine, ONNX or MNN file; for an engine on its GPU also its layers and their times.
+    """Show the metadata of a model file or a run; for an engine on its GPU also its layers and their times.
 
     For an ONNX file also the commands by which the tools trtexec, tensorrt_rtx and polygraphy make engines of it.
 
     Example: dtn-fast inspect dtn.engine --batch 8
 
     Args:
-        engine: An .engine, .rtx, .mnn or .onnx file.
-        batch: Time each layer at this batch size.
+        engine: An .engine, .rtx, .mnn or .onnx file, a run or a checkpoint folder.
+        batch: Time each layer of an engine at this batch size.
     """
     import torch
 
+    if batch and engine.suffix not in (".engine", ".rtx"):
+        raise UsageError(f"--batch: times the layers of an engine, and {engine} is none; leave it out")
     from dtn_fast.runtime.describe import describe
 
     print_table(str(engine), ["field", "value"], [[name, value] for name, value in describe(engine).items()])

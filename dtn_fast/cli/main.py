@@ -104,6 +104,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # the bytes of a file's name may be no text of the terminal's encoding
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended as by Ctrl-C: what is finished is kept
     try:
         if sys.argv[1:2] == ["bench"]:  # bench also runs without tyro, so it parses its own arguments
             from dtn_fast.bench.run import main as run
@@ -121,6 +122,8 @@ def main() -> None:
         remedy = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         raise SystemExit(_fail(f"{where}{error.strerror or error}{remedy}", 1)) from None
     except KeyboardInterrupt as stopped:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda received, _: os._exit(128 + received))  # threads may be long in ending
         rest = str(stopped) or "run the same command to resume training or rendering"
         raise SystemExit(_fail(f"interrupted; {rest}", 130)) from None
     raise SystemExit(code or 0)

@@ -10,10 +10,16 @@ from typing import Any
 
 from dtn_fast.errors import UsageError
 from dtn_fast.runtime.export_manifest import read_export_manifest
+from dtn_fast.runtime.load import best_checkpoint, load_model
 
 
 def describe(path: Path) -> dict[str, str]:
-    """Metadata of a model file as text, for a table.  Raises UsageError when dtn-fast export did not write it."""
+    """Metadata of a model file, run or checkpoint folder as text, for a table.  Raises UsageError when dtn-fast did not
+    write it."""
+    if path.is_dir():
+        model = load_model(path)
+        sizes = {"parameters": f"{sum(p.numel() for p in model.parameters()):,}", "notice": model.notice}
+        return {"checkpoint": str(best_checkpoint(path)), **sizes, **_rows("config", dataclasses.asdict(model.config))}
     if path.suffix == ".onnx":
         from dtn_fast.runtime.onnx import metadata
 

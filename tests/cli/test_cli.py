@@ -5,10 +5,14 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import os
 import re
 import shlex
+import signal
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ from torch.distributed.run import get_args_parser
 
 from dtn_fast import DTN, DTNConfig
 from dtn_fast.cli import main as cli
+from dtn_fast.detect import batch
 from dtn_fast.runtime.load import load_model
 from dtn_fast.train.config import for_finetuning
 
@@ -447,6 +452,50 @@ def test_full_disk_and_interrupt(run, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setitem(cli.VERBS, "doctor", interrupted)
     assert run("doctor")[0] == 130
+
+
+def test_detect_keeps_what_is_finished_when_it_is_ended(
+    run, small: DTN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small.save_pretrained(tmp_path / "m")
+    names = [tmp_path / f"{number:02}.png" for number in range(20)]
+    for name in names:
+        Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(name)
+    real = batch.detect
+
+    def ended(path: Path, *args: Any, **how: Any) -> Any:
+        if path == names[3]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        return real(path, *args, **how)
+
+    monkeypatch.setattr(batch, "detect", ended)
+    code, _, err = run("detect", *names, "--model", tmp_path / "m", "--out", tmp_path / "out", "--jobs", "1")
+    assert code == 130
+    found = re.search(r"error: interrupted; (\d+) of 20 inputs are done, in ", err)
+    assert found, err
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert len(stored) == int(found[1]) in (2, 3)
+
+
+def test_a_folder_that_takes_no_file_is_wrong_usage(run, small: DTN, tmp_path: Path) -> None:
+    small.save_pretrained(tmp_path / "m")
+    (tmp_path / "file").touch()
+    for words in (("detect", tmp_path / "file", "--model", tmp_path / "m", "--out", tmp_path / "file" / "x"),
+                  ("export", tmp_path / "m", "--out", tmp_path / "file" / "m.onnx")):  # fmt: skip
+        code, _, err = run(*words)
+        assert code == 2
+        assert "file: cannot be written to" in err or "file/x: cannot be written to" in err
+
+
+def test_inspect_of_a_run(run, small: DTN, tmp_path: Path) -> None:
+    small.save_pretrained(tmp_path / "m")
+    code, out, _ = run("inspect", tmp_path / "m")
+    assert code == 0
+    assert re.search(r"config.image_size\s+│ 64", out)
+    code, _, err = run("inspect", tmp_path / "m", "--batch", "2")
+    assert code == 2
+    assert "--batch: times the layers of an engine" in err
 
 
 def test_doctor_and_progress(run) -> None:
