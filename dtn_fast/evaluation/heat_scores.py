@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.crop_dataset import CropDataset
+from dtn_fast.data.crop_dataset import NO_MASKS, CropDataset
 from dtn_fast.data.even_spacing import evenly_spaced
 from dtn_fast.data.forged_face import FORGED
 from dtn_fast.errors import UsageError
@@ -150,7 +150,7 @@ def masked_fakes(dataset: CropDataset, split: str, count: int, name: str) -> Cro
     Raises UsageError when the crops, named ``name``, have no masks.
     """
     if dataset.masks is None:
-        raise UsageError(f"{name}: these crops have no masks to score heat maps against; prepare again with --masks")
+        raise UsageError(f"{name}: {NO_MASKS}")
     rows = dataset.select(split)
     rows = rows[dataset.labels[rows] == 1]
     if dataset.mask_known is not None:

@@ -8,7 +8,7 @@ import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from dtn_fast.files import json_text, write_whole
 from dtn_fast.model.card import CARD, CARD_PAGE, Card, measures_novelty
 from dtn_fast.model.novelty import FILE as NOVELTY
 from dtn_fast.model.novelty import Novelty
+
+if TYPE_CHECKING:
+    from dtn_fast.model.mask_head import MaskHead
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 Depth = Literal["backbone", "gate", "last-block", "head"]
@@ -40,6 +43,9 @@ class Detector(nn.Module):
     novelty: Novelty | None = None
     """Statistics of the training crops, by ``dtn-fast calibrate``; None: novelty is not measured."""
 
+    mask_head: MaskHead | None
+    """Head for the map of the forged pixels, if ``config.mask_head``."""
+
     def cam_layers(self) -> dict[Depth, nn.Module]:
         """The layers whose output Grad-CAM explains, a map [B, C, h, w] or tokens [B, N, C] whose last ones are the
         patches of a square, from the input on; empty: this detector has none."""
@@ -49,6 +55,11 @@ class Detector(nn.Module):
         """The layer whose output tells how unlike the training data an input is (``WithNovelty``), some way into the
         network: a map [B, C, h, w] or tokens [B, N, C]; None: this detector has none."""
         return None
+
+    def mask_layers(self) -> list[nn.Module]:
+        """The layers whose output the mask head reads, each called once and in this order in a forward pass: maps
+        [B, C, h, w] or tokens [B, N, C]; empty: this detector has none."""
+        return []
 
     def classifiers(self) -> list[nn.Module]:
         """The layers that make the logits, here the last linear one; their inputs are the detector's features."""
@@ -188,6 +199,14 @@ def patch_side(tokens: int) -> int:
     four others; 0: no square."""
     side = math.isqrt(tokens)
     return side if tokens - side**2 <= 5 else 0
+
+
+def as_map(output: Tensor) -> Tensor:
+    """A map [B, C, h, w] as it is; of tokens [B, N, C] the patches, as a map."""
+    if output.dim() == 4:
+        return output
+    side = patch_side(output.shape[1])
+    return output[:, -(side**2) :].transpose(1, 2).unflatten(2, (side, side))
 
 
 def device_of(model: nn.Module) -> torch.device:
