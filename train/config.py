@@ -57,6 +57,10 @@ class Recipe:
     kd_on: Literal["all", "right"] = "all"
     """Crops that the KD loss is on.  all: the paper's; right: those whose class the teacher gets right, because "the
     soft label may contain wrong information" (*choice*)."""
+    mask_weight: NotNegative = 0.0
+    """Weight of the mask loss, binary cross-entropy plus Dice, of a head that maps the forged pixels; above 0, the
+    model gets that head.  Needs crops with masks, of dtn-fast prepare, or --self-blend; fakes whose mask is not known
+    are skipped.  0: no such head, the paper's model."""
     delta: Positive = 1.0
     """Constant added to the denominator of Ct-c, "a constant to avoid zero denominators" (Eq. 3; *choice*: Qi and Su's
     1)."""
@@ -151,7 +155,8 @@ class Recipe:
 
         student: the recipe of a student of this initial training; None: it is not distilled.
         """
-        losses, augmentation = _in_words(self.initial_weights, ("CE", self._center)), self._augmentation
+        losses = self._with_mask(_in_words(self.initial_weights, ("CE", self._center)))
+        augmentation = self._augmentation
         if student is not None:
             losses += f", then {student._dsd}"
             augmentation = ", then ".join(dict.fromkeys((augmentation, student._augmentation)))
@@ -164,7 +169,10 @@ class Recipe:
 
     @property
     def _dsd(self) -> str:
-        return _in_words(self.weights, ("CE", "KD", self._center))
+        return self._with_mask(_in_words(self.weights, ("CE", "KD", self._center)))
+
+    def _with_mask(self, losses: str) -> str:
+        return losses + " + mask" * (self.mask_weight > 0)
 
     @property
     def _center(self) -> str:
@@ -301,6 +309,11 @@ Figure 5, which measures "various unseen corruptions", with an augmentation that
 cross-manipulation: training on a single forgery (choose it by --methods), to be tested on each forgery.  demo: the
 training of ``dtn-fast demo``."""
 DEFAULT_PRESET: RunPreset = "paper"
+
+
+def with_mask_head(model: ModelConfig, recipe: Recipe) -> ModelConfig:
+    """``model``, with a mask head if ``recipe`` trains one."""
+    return replace(model, mask_head=True) if recipe.mask_weight else model
 
 
 def choose_model(preset: RunPreset, config: Path | None, timm: str) -> ModelConfig:

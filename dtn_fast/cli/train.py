@@ -55,12 +55,12 @@ def train(
         wandb: A Weights & Biases project to log to as well.
         device: Device to train on.
     """
-    from dtn_fast.train.config import choose_model
+    from dtn_fast.train.config import choose_model, with_mask_head
     from dtn_fast.train.distill import train_initial
     from dtn_fast.train.run_folder import for_crops, start_run
     from dtn_fast.train.run_lock import locked
 
-    model = choose_model(preset, config, timm)
+    model = with_mask_head(choose_model(preset, config, timm), recipe)
     with connect(choose_device(device)) as where:
         dataset = open_data(data, model.image_size)
         if timm:

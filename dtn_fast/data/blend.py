@@ -14,7 +14,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.crop_dataset import CropDataset, CropSource, Masks
+from dtn_fast.data.crop_dataset import CropDataset, CropSource
+from dtn_fast.data.masks import Masks
 from dtn_fast.errors import UsageError
 
 METHOD = "SelfBlended"
@@ -135,9 +136,7 @@ class BlendedCrops:
     def __len__(self) -> int:
         return 2 * len(self._rows)
 
-    def fill(
-        self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0, masks: Masks | None = None
-    ) -> None:
+    def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0, masks: Masks | None = None) -> None:
         real = rows % len(self._rows)
         self._crops.fill(self._rows[real], out, epoch)
 
@@ -197,9 +196,7 @@ class MixedCrops:
     def __len__(self) -> int:
         return len(self._crops)
 
-    def fill(
-        self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0, masks: Masks | None = None
-    ) -> None:
+    def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0, masks: Masks | None = None) -> None:
         draws = [np.random.default_rng((self._seed, epoch, int(row), 2)) for row in rows]
         blend = np.array([bool(self._fake[row]) and rng.random() < self._share
                           for row, rng in zip(rows, draws, strict=True)], bool)  # fmt: skip

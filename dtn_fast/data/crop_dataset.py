@@ -8,12 +8,13 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.even_spacing import evenly_spaced
+from dtn_fast.data.masks import NO_MASKS, Masks
 from dtn_fast.data.video_table import Video, video_of
 from dtn_fast.dataclass_json import from_fields
 from dtn_fast.errors import UsageError, tell
@@ -23,18 +24,8 @@ from dtn_fast.model.config import CropPolicy, ModelConfig, crop_policy
 INDEX, VERSION = "index.json", 4
 SHARDS = "shards"
 """Folder of the shard files."""
-NO_MASKS = "these crops have no masks; prepare a dataset that has them, with --masks"
 OLD_SHARDS = {2: "parts", 3: SHARDS}
 """Name of the folder, and of the list of shard files in the index, in older versions of the index."""
-
-
-class Masks(NamedTuple):
-    """Forged pixels of crops, to be filled beside them."""
-
-    pixels: NDArray[np.uint8]
-    """[n, S, S] 0 where untouched, up to 255 where forged."""
-    known: NDArray[np.bool_]
-    """[n] whether a crop's mask is known; a real's is, and blank."""
 
 
 class CropSource(Protocol):
@@ -45,9 +36,7 @@ class CropSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def fill(
-        self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int, masks: Masks | None = None
-    ) -> None:
+    def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int, masks: Masks | None = None) -> None:
         """Writes the crops ``rows`` into ``out`` [n, S, S, 3] RGB; only self-blended crops depend on ``epoch``.
 
         masks: receives the masks of the crops that the source makes itself, and is left alone elsewhere."""
@@ -65,9 +54,7 @@ class ShardFiles:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def fill(
-        self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0, masks: Masks | None = None
-    ) -> None:
+    def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0, masks: Masks | None = None) -> None:
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
             raise IndexError(f"rows {rows.min()}..{rows.max()} of {len(self)} crops")
         shard = np.searchsorted(self._starts, rows, side="right") - 1
@@ -153,9 +140,7 @@ class CropDataset:
         """[N] whether a crop's mask is known; of data without masks, a real's is."""
         return self.labels == 0 if self.mask_known is None else self.mask_known
 
-    def fill(
-        self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0, masks: Masks | None = None
-    ) -> None:
+    def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0, masks: Masks | None = None) -> None:
         """Writes the crops ``rows`` into ``out`` [n, S, S, 3] RGB and, if given, their masks into ``masks``."""
         if masks is not None:
             masks.known[:] = self.masked[rows]

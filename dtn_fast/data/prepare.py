@@ -28,8 +28,9 @@ from dtn_fast.data.face_finders import open_finder
 from dtn_fast.data.face_tracker import FaceTracker, Tracked
 from dtn_fast.data.faces import Box, crop_face, cut_of, resize_square
 from dtn_fast.data.finder_base import FaceFinder
-from dtn_fast.data.forged_face import FORGED, Mask, forged_faces, masks_of
+from dtn_fast.data.forged_face import Mask, forged_faces, masks_of
 from dtn_fast.data.frames import landmarks, video_frames
+from dtn_fast.data.masks import FORGED
 from dtn_fast.data.video import Frame, Reading
 from dtn_fast.data.video_table import Video, VideoTable
 from dtn_fast.data.yunet_finder import YUNET_SHA256

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.blend import METHOD, self_blended
-from dtn_fast.data.crop_dataset import CropDataset, Masks
+from dtn_fast.data.crop_dataset import CropDataset
+from dtn_fast.data.masks import Masks
 from dtn_fast.data.video_table import SPLITS
 from dtn_fast.errors import UsageError, tell
 
@@ -27,9 +28,7 @@ class JoinedCrops:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def fill(
-        self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0, masks: Masks | None = None
-    ) -> None:
+    def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0, masks: Masks | None = None) -> None:
         of = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(of):
             places = np.flatnonzero(of == number)

@@ -14,9 +14,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.data.crop_dataset import NO_MASKS, CropDataset
+from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.even_spacing import evenly_spaced
-from dtn_fast.data.forged_face import FORGED
+from dtn_fast.data.masks import FORGED, NO_MASKS
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.metrics import mean_interval, roc
