@@ -31,6 +31,8 @@ class EvaluateConfig:
     """Number of bootstrap draws of videos for each confidence interval."""
     confidence: Annotated[float, Range(above=0, below=1)] = 0.95
     """Confidence level of the AUC's intervals."""
+    mask_fakes: Count = 400
+    """Number of fakes of each forgery on which the masks of a mask head are measured."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

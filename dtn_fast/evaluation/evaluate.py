@@ -12,6 +12,7 @@ from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.video_table import noun
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
+from dtn_fast.evaluation.localisation import MaskScore, localisation, mask_table
 from dtn_fast.evaluation.metrics import Metrics, auc_interval, by_video, evaluate_scores
 from dtn_fast.evaluation.tables import markdown_table
 from dtn_fast.model.config import TrainedOn
@@ -46,6 +47,8 @@ class Evaluation(NamedTuple):
     unreadable: int
     frames_per_video: float
     notice: str
+    masks: list[MaskScore] = []  # noqa: RUF012 (never changed)
+    """Scores of the model's masks against the data's; empty: one of them has none."""
 
     def note(self) -> str:
         """The first row's protocol note."""
@@ -66,11 +69,14 @@ class Evaluation(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         rows = [{**r._asdict(), "frame": r.frame._asdict(), "video": r.video._asdict()} for r in self.rows]
-        return {**self._asdict(), "rows": rows, "note": self.note()}
+        masks = [score._asdict() for score in self.masks]
+        return {**self._asdict(), "rows": rows, "masks": masks, "note": self.note()}
 
     def markdown(self) -> str:
         header, body = self.table()
         text = "\n".join(markdown_table(header, body))
+        if self.masks:
+            text += "\n\nMasks, percent:\n\n" + "\n".join(markdown_table(*mask_table(self.masks)))
         return f"{text}\n\n{self.note()}.{' **' + self.notice + '**' if self.notice else ''}\n"
 
 
@@ -83,12 +89,13 @@ def evaluate(
     dataset: CropDataset,
     config: EvaluateConfig = EvaluateConfig(),
     groups: Mapping[str, tuple[str, ...]] | None = None,
+    masks: bool = False,
 ) -> Evaluation:
     """Scores every crop of a split once and measures each group of forgeries against all reals of the split.
 
     groups: row title -> forgeries; default: those that the model was trained on together, if the set has such, and the
-    others together; then one by one.  Raises UsageError when the split is
-    empty or the crops do not have the model's size and margin.
+    others together; then one by one.  masks: also score the masks of a mask head, if the data has masks.  Raises
+    UsageError when the split is empty or the crops do not have the model's size and margin.
     """
     split, rows = config.split, dataset.select(config.split)
     if not len(rows):
@@ -117,6 +124,7 @@ def evaluate(
         unreadable=sum(bool(state["error"]) for state in states),
         frames_per_video=len(rows) / max(len(set(names.tolist())), 1),
         notice=scorer.notice,
+        masks=localisation(scorer, dataset, groups, config) if masks else [],
     )
 
 
