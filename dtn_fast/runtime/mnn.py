@@ -19,7 +19,7 @@ from dtn_fast.model.preprocess import normalise
 from dtn_fast.packages import require
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.export_manifest import ExportManifest, read_export_manifest
-from dtn_fast.runtime.scorer import COLUMNS, Scorer, columns, outputs_of
+from dtn_fast.runtime.scorer import COLUMNS, Scorer, outputs_of, side_by_side
 
 BATCH = 8
 """Number of crops that are run at once."""
@@ -36,7 +36,7 @@ class MnnScorer(Scorer):
     def _outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
         x = normalise(crops, self.config).contiguous().numpy()
         with self._lock:
-            return columns(forward(self._net, x))
+            return side_by_side(forward(self._net, x))
 
 
 def forward(net: Any, images: NDArray[np.float32]) -> list[NDArray[np.float32]]:

@@ -62,6 +62,10 @@ class Scorer(ABC):
         """
         return self._gather(self._checked(crops))
 
+    def columns(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """All outputs of crops, a mask's columns too: [B, columns].  Raises as :meth:`outputs`."""
+        return self._gather(self._checked(crops), mask_side(self.config) ** 2)
+
     def _checked(self, crops: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
         side = self.config.image_size
         if crops.dtype != np.uint8 or crops.shape[1:] != (side, side, 3):
@@ -81,8 +85,7 @@ class Scorer(ABC):
 
     def judge(self, crops: NDArray[np.uint8]) -> Scored:
         """P(fake), novelty and mask of the crops."""
-        side = mask_side(self.config)
-        outputs = self._gather(self._checked(crops), side**2)
+        side, outputs = mask_side(self.config), self.columns(crops)
         split = outputs.shape[1] - side**2
         mask = outputs[:, split:].reshape(-1, side, side).astype(np.float32) if side else None
         return self.scored(outputs[:, :split])._replace(mask=mask)
@@ -125,7 +128,7 @@ def outputs_of(config: ModelConfig) -> list[str]:
     return [name for name in COLUMNS if given[name]]
 
 
-def columns(outputs: Iterable[NDArray[Any]]) -> NDArray[np.float64]:
+def side_by_side(outputs: Iterable[NDArray[Any]]) -> NDArray[np.float64]:
     """Outputs of a file, each [B, ...], side by side: [B, columns]."""
     return np.column_stack([output.reshape(len(output), -1) for output in outputs]).astype(np.float64)
 

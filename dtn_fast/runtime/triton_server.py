@@ -17,7 +17,7 @@ from dtn_fast.errors import DtnError, UsageError, reason, tell
 from dtn_fast.model.config import parse_config
 from dtn_fast.packages import require
 from dtn_fast.runtime.config import Runtime
-from dtn_fast.runtime.scorer import BATCH, COLUMNS, Scorer, columns
+from dtn_fast.runtime.scorer import BATCH, COLUMNS, Scorer, side_by_side
 
 MODEL = "dtn"
 """Name of the model when an address has none: the default of ``dtn-fast repository``."""
@@ -183,7 +183,7 @@ class TritonScorer(Scorer):
         outputs = self._patiently(lambda connection: connection.infer(crops, self._names))
         if outputs[0].shape != (len(crops), self.config.num_classes):
             raise DtnError(f"{self.address}: answered with logits {list(outputs[0].shape)} for {len(crops)} crops")
-        return columns(outputs)
+        return side_by_side(outputs)
 
     def _patiently(self, ask: Callable[[Connection], Answer]) -> Answer:
         """The answer to ``ask``, tried again while the server cannot be reached and patience lasts."""
