@@ -262,8 +262,8 @@ class TrainStep:
             return self._ask(images.to(cast)).float()
 
     def _stacked_losses(
-        self, given: Tensor, labels: Tensor, soft: Tensor | None, samples: Tensor | None, mask: Tensor | None,
-        masks: Tensor | None,
+        self, given: Tensor, labels: Tensor, soft: Tensor | None, samples: Tensor | None,
+        mask: Tensor | None = None, masks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The loss terms, stacked; mask: the mask head's logits [B, m, m], if it is trained on ``masks`` [B, m, m]."""
         r, classes = self.recipe, self.config.num_classes

@@ -142,12 +142,14 @@ class CropDataset:
 
     def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0, masks: Masks | None = None) -> None:
         """Writes the crops ``rows`` into ``out`` [n, S, S, 3] RGB and, if given, their masks into ``masks``."""
-        if masks is not None:
-            masks.known[:] = self.masked[rows]
-            if self.masks is None:
-                masks.pixels[:] = 0
-            else:
-                self.masks.fill(rows, masks.pixels)
+        if masks is None:
+            self.crops.fill(rows, out, epoch)
+            return
+        masks.known[:] = self.masked[rows]
+        if self.masks is None:
+            masks.pixels[:] = 0
+        else:
+            self.masks.fill(rows, masks.pixels)
         self.crops.fill(rows, out, epoch, masks)
 
     def get_masks(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:

@@ -19,11 +19,9 @@ from dtn_fast.device import to_device
 from dtn_fast.errors import UsageError
 from dtn_fast.producer_thread import produced
 
-Transform = Callable[
-    [NDArray[np.uint8], NDArray[np.uint64], NDArray[np.bool_] | None, NDArray[np.uint8] | None], NDArray[np.uint8]
-]
+Transform = Callable[..., NDArray[np.uint8]]
 """Augmentation on the CPU, in the loader's thread: crops [n, S, S, 3], a seed per crop, which crops to augment strongly
-(None: none), and masks [n, S, S] to move likewise in place (None: none) -> augmented crops."""
+(None: none) and, if the loader gives masks, these [n, S, S], to be moved in place -> augmented crops."""
 
 
 class Emphasis(NamedTuple):
@@ -194,7 +192,7 @@ class Loader:
         self.dataset.fill(rows, out, epoch, masks)
         if self.transform is not None:
             strongly = None if self.emphasis is None else self.emphasis.strongly[rows]
-            out[...] = self.transform(out, seeds, strongly, None if masks is None else masks.pixels)
+            out[...] = self.transform(out, seeds, strongly, *([] if masks is None else [masks.pixels]))
         return None if masks is None else to_device(masks.small(self._mask_side), self.device)
 
     def _masks(self, count: int) -> Masks | None:
