@@ -92,7 +92,7 @@ class Traced(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.raw:
             x = x.float().permute(0, 3, 1, 2) * self.scale + self.shift  # TensorRT wants the cast first
-        x, mask = x.to(self.dtype), ()
+        x, mask = x.to(self.dtype), tuple[Tensor, ...]()
         if self.tap is None:
             outputs = self.net(x).float()
         else:

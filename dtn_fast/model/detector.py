@@ -8,7 +8,7 @@ import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from dtn_fast.files import json_text, write_whole
 from dtn_fast.model.card import CARD, CARD_PAGE, Card, measures_novelty
 from dtn_fast.model.novelty import FILE as NOVELTY
 from dtn_fast.model.novelty import Novelty
-
-if TYPE_CHECKING:
-    from dtn_fast.model.mask_head import MaskHead
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 Depth = Literal["backbone", "gate", "last-block", "head"]
@@ -43,8 +40,8 @@ class Detector(nn.Module):
     novelty: Novelty | None = None
     """Statistics of the training crops, by ``dtn-fast calibrate``; None: novelty is not measured."""
 
-    mask_head: MaskHead | None
-    """Head for the map of the forged pixels, if ``config.mask_head``."""
+    mask_head: nn.Module | None
+    """The MaskHead that maps the forged pixels, if ``config.mask_head``."""
 
     def cam_layers(self) -> dict[Depth, nn.Module]:
         """The layers whose output Grad-CAM explains, a map [B, C, h, w] or tokens [B, N, C] whose last ones are the

@@ -43,7 +43,7 @@ def steps(config: DTNConfig, recipe: Recipe, masks: Tensor | None, teacher: bool
         generator = torch.Generator().manual_seed(number)
         crops = torch.randint(256, (8, 64, 64, 3), generator=generator, dtype=torch.uint8)
         torch.manual_seed(number)
-        step.last = step(crops, torch.arange(8) % 2, masks=masks)  # type: ignore[attr-defined]
+        step.last = step(crops, torch.arange(8) % 2, masks=masks)
     return step
 
 
@@ -90,11 +90,11 @@ def test_accumulated_and_traced_steps_and_features_are_the_same_training(monkeyp
     whole = functools.partial(torch.compile, backend="eager", fullgraph=True)  # traces as any backend would, in seconds
     monkeypatch.setattr(torch, "compile", whole)
     traced = steps(quiet, still, known, compile="on")
-    torch.testing.assert_close(traced.last.values, one.last.values, rtol=1e-3, atol=1e-3)  # type: ignore[attr-defined]
+    torch.testing.assert_close(traced.last.values, one.last.values, rtol=1e-3, atol=1e-3)
     parts = steps(quiet, changed(LEARNS, accumulate=2), known)
-    assert parts.last.values[names] == pytest.approx(one.last.values[names].item(), rel=0.05)  # type: ignore[attr-defined]
+    assert parts.last.values[names] == pytest.approx(one.last.values[names].item(), rel=0.05)
     features = steps(quiet, changed(LEARNS, center_on="features"), known)
-    assert features.last.values[names] == pytest.approx(one.last.values[names].item(), rel=0.05)  # type: ignore[attr-defined]
+    assert features.last.values[names] == pytest.approx(one.last.values[names].item(), rel=0.05)
 
 
 def test_a_head_that_is_missing_or_not_trained_is_told() -> None:
