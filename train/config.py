@@ -311,11 +311,6 @@ training of ``dtn-fast demo``."""
 DEFAULT_PRESET: RunPreset = "paper"
 
 
-def with_mask_head(model: ModelConfig, recipe: Recipe) -> ModelConfig:
-    """``model``, with a mask head if ``recipe`` trains one."""
-    return replace(model, mask_head=True) if recipe.mask_weight else model
-
-
 def choose_model(preset: RunPreset, config: Path | None, timm: str) -> ModelConfig:
     """The model configuration in the JSON file ``config``, of the timm model ``timm``, or else of the preset.
 

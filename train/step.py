@@ -299,8 +299,8 @@ def trains_masks(model: Detector, recipe: Recipe) -> bool:
     Raises UsageError when it wants a head that the model lacks.
     """
     if recipe.mask_weight and model.mask_head is None:
-        raise UsageError(f"--mask-weight {recipe.mask_weight:g}: the model has no mask head; train it anew with this "
-                         "option, or leave it out")  # fmt: skip
+        raise UsageError(f"--mask-weight {recipe.mask_weight:g}: the model has no mask head; dtn-fast train and "
+                         "finetune add one with this option, or leave it out")  # fmt: skip
     if not recipe.mask_weight and model.mask_head is not None:
         tell("the mask head stays as it is, while the model below it changes; train both with --mask-weight 1")
         model.mask_head.requires_grad_(False)

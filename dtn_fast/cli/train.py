@@ -42,6 +42,8 @@ def train(
 
     Example: dtn-fast train data/crops --out runs/first --preset ffpp-c23 --epochs 20
 
+    With a map of the forged pixels: dtn-fast train data/crops --out runs/maps --mask-weight 1
+
     On 8 GPUs: torchrun --nproc-per-node 8 -m dtn_fast train data/crops --out runs/first --preset ffpp-c23
 
     Args:
@@ -55,12 +57,12 @@ def train(
         wandb: A Weights & Biases project to log to as well.
         device: Device to train on.
     """
-    from dtn_fast.train.config import choose_model, with_mask_head
+    from dtn_fast.train.config import choose_model
     from dtn_fast.train.distill import train_initial
-    from dtn_fast.train.run_folder import for_crops, start_run
+    from dtn_fast.train.run_folder import for_crops, for_masks, start_run
     from dtn_fast.train.run_lock import locked
 
-    model = with_mask_head(choose_model(preset, config, timm), recipe)
+    model = for_masks(choose_model(preset, config, timm), recipe)
     with connect(choose_device(device)) as where:
         dataset = open_data(data, model.image_size)
         if timm:

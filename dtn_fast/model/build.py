@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from types import MappingProxyType
@@ -158,6 +159,17 @@ def build_detector(
 ) -> Detector:
     """A detector with fresh weights, or a timm model with published ones."""
     return DTN(config) if isinstance(config, DTNConfig) else TimmDetector(config, pretrained, files)
+
+
+def with_mask_head(model: Detector) -> Detector:
+    """``model`` with a new mask head, in eval mode; itself if it has one.  Raises UsageError when it has no map for
+    it."""
+    if model.mask_head is not None:
+        return model
+    made = build_detector(dataclasses.replace(model.config, mask_head=True))
+    made.load_state_dict({**made.state_dict(), **model.state_dict()})
+    made.notice, made.novelty = model.notice, model.novelty
+    return made.eval()
 
 
 def load_detector(folder: Path) -> Detector:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,15 @@ from dtn_fast.errors import DtnWarning, UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.heat_scores import GAUSSIAN, HEAD, UNIFORM
 from dtn_fast.evaluation.localisation import localisation
+from dtn_fast.model.build import load_detector
 from dtn_fast.model.config import DTNConfig
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train.config import Execution, Recipe
+from dtn_fast.train.distill import distill
+from dtn_fast.train.finetune import begin, finetune
 from dtn_fast.train.loop import fit
 from dtn_fast.train.losses import mask_loss
+from dtn_fast.train.run_lock import locked
 from dtn_fast.train.step import TrainStep
 
 CPU = torch.device("cpu")
@@ -130,7 +135,7 @@ def spotted(count: int = 96) -> CropDataset:
     )  # fmt: skip
 
 
-def test_a_painted_region_is_localised(tmp_path) -> None:
+def test_a_painted_region_is_localised(tmp_path: Path) -> None:
     data = spotted()
     recipe = changed(LEARNS, epochs=12, lr=3e-3, augment="none", lr_step=20)
     torch.manual_seed(0)
@@ -146,3 +151,23 @@ def test_a_painted_region_is_localised(tmp_path) -> None:
     blind = dataclasses.replace(data, mask_known=data.labels == 0)
     with pytest.raises(UsageError, match="--mask-weight: no fake of the train split has a known mask"):
         list(fit(DTN(MASKED), blind, recipe, tmp_path / "blind"))
+
+
+def test_fine_tuning_adds_a_head_to_a_model_without_one_and_students_keep_it(tmp_path: Path) -> None:
+    data, source = spotted(), tmp_path / "source"
+    torch.manual_seed(0)
+    DTN(SMALL).save_pretrained(source)
+    recipe = changed(LEARNS, epochs=1, augment="none", student_centers="new")
+    with locked(tmp_path / "run"):
+        begin(tmp_path / "run", source, recipe)
+        begin(tmp_path / "run", source, recipe)  # as a resumed run does
+    list(finetune(tmp_path / "run", data))
+    events = list(distill(tmp_path / "run", data, recipe=dataclasses.replace(recipe, generations=1)))
+    assert "mask" in events[0].losses
+    model = load_detector(tmp_path / "run/generation-1")
+    assert TorchScorer(model).judge(data.get(np.arange(2))).mask is not None
+    assert model.config.trained_on.recipe.endswith("distilled by CE + KD + Ct-c + mask, augmentation none")
+    with pytest.raises(
+        UsageError, match="--mask-weight 1: the model has no mask head; dtn-fast train and finetune add"
+    ):
+        TrainStep(load_detector(source), LEARNS, Execution(), CPU)
