@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from small import SMALL
+from torch import Tensor
 
 from dtn_fast import DTN, DTNConfig
 from dtn_fast.errors import UsageError
+from dtn_fast.model import backbone
 from dtn_fast.model.build import TimmDetector, build_detector, load_detector
 from dtn_fast.model.config import ModelConfig, TimmConfig, mask_side
 from dtn_fast.model.detector import Detector
@@ -110,3 +113,21 @@ def test_a_model_without_a_map_and_a_wrong_setting_are_refused(monkeypatch) -> N
         TimmDetector(TimmConfig("resnet10t", 64, mask_head=True))
     with pytest.raises(UsageError, match=r"DTNConfig.mask_head is 1; it must be true or false"):
         dataclasses.replace(SMALL, mask_head=1)
+
+
+def test_it_reads_the_pool_also_where_a_kernel_does_normalisation_relu_and_pool_at_once(monkeypatch) -> None:
+    """As on a GPU in training, here with a stand-in for the kernel."""
+
+    def at_once(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
+        y = F.batch_norm(x, None, None, weight, bias, training=True, eps=eps).relu()
+        fused.append(pool)
+        return F.max_pool2d(y, 2) if pool else y, x.mean((0, 2, 3)), x.var((0, 2, 3))
+
+    fused = list[bool]()
+    images, model = torch.randn(4, 3, 64, 64), lively(dataclasses.replace(MASKED, noise_std=0.0)).train()
+    expected = WithMask(model, model)(images)
+    monkeypatch.setattr(backbone, "fuses_bn", lambda x, pool: True)
+    monkeypatch.setattr(backbone, "bn_relu", at_once)
+    for found, wanted in zip(WithMask(model, model)(images), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    assert fused == [True, True, False, True, True], "the third group's pool runs by itself"
