@@ -327,7 +327,8 @@ class _Loop:
             lr = self.step.set_time(epoch, number, steps)
             crops = batch.crops
             if self.augment:
-                crops = self.augment(crops, batch.seeds, batch.strongly, batch.masks)
+                masks = [] if batch.masks is None else [batch.masks]
+                crops = self.augment(crops, batch.seeds, batch.strongly, *masks)
             soft = self.soft.get(batch) if self.soft else None
             outcome = self.step(crops, batch.labels, soft, batch.weights, batch.masks)
             if self.soft is not None and outcome.soft is not None:
