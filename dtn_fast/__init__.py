@@ -1,7 +1,6 @@
 """dtn_fast: the DTN face-forgery detector, its training, evaluation, export and deployment, with fused GPU kernels."""
 
 import os
-import sys
 
 # Before torch is imported: its idle threads spin briefly, then sleep.  Two threads, the tiny model in training: beside
 # one busy process 1.4 times as fast as spinning, alone 5 % slower (sleeping at once: 1.6 times, and 16 % slower).
@@ -11,9 +10,9 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 from dtn_fast.model.config import DTNConfig
 from dtn_fast.model.dtn import DTN
+from dtn_fast.model.timm_compat import register_models
 from dtn_fast.version import __version__
 
 __all__ = ["DTN", "DTNConfig", "__version__"]
 
-if sys.modules.get("timm"):  # timm takes seconds to import: register only if it is imported already
-    from dtn_fast.model import timm_registry  # noqa: F401
+register_models()

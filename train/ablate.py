@@ -17,6 +17,7 @@ from dtn_fast.data.crop_dataset import CropDataset, full_fingerprint
 from dtn_fast.data.open import open_data
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
+from dtn_fast.evaluation.cost import Cost, cost_of
 from dtn_fast.evaluation.evaluate import forgeries_of
 from dtn_fast.evaluation.mac_count import count
 from dtn_fast.evaluation.paper_numbers import TABLE10, PaperValues
@@ -240,9 +241,12 @@ class _Rows:
             facts = {"variant": variant.label, "generation": generation, "tests": self._crops, "digest": digest,
                      "weights": str(weights.relative_to(run.parent.parent))}  # fmt: skip
             row = known.get(title)
-            if row is None or {k: row.facts.get(k) for k in facts} != facts:
+            costs = ABLATIONS[self._name].cost
+            if row is None or {k: row.facts.get(k) for k in facts} != facts or costs > ("cost" in row.facts):
                 row = self._measured(title, weights.parent, facts, device)
             shown = {"validation AUC": (f"{100 * best_auc(run, generation):.2f}", ""), **after}
+            if ABLATIONS[self._name].cost:
+                shown |= {title: (text, "") for title, text in Cost(**row.facts["cost"]).columns().items()}
             shown["recipe"] = self._recipe(variant.label, generation), ""
             if not variant.every_generation:
                 shown["generation"] = str(generation), ""
@@ -252,6 +256,8 @@ class _Rows:
 
     def _measured(self, title: str, folder: Path, facts: dict[str, Any], device: str) -> TableRow:
         scorer = _Shared(move_to(load_detector(folder), device))
+        if ABLATIONS[self._name].cost:
+            facts = {**facts, "cost": dataclasses.asdict(cost_of(scorer.model))}
         for step in measure(scorer, self._tests, self._by_forgery, EvaluateConfig(), self._trained):
             if isinstance(step, Measured):
                 facts = {**facts, "column_notes": step.column_notes}
@@ -276,14 +282,18 @@ class _Rows:
         column_notes = rows[0].facts["column_notes"] if rows else {}
         notes = [GENERATION] if any("generation" in row.after for row in rows) else []
         notes += [MIXED] if len({row.after.get("recipe") for row in rows}) > 1 else []
-        notes += [SIZES] if any("GMAC" in row.after for row in rows) else []
+        if ablation.cost:
+            notes += [COST, *sorted({f"images/s: {row.facts['cost']['where']}" for row in rows})]
+        else:
+            notes += [SIZES] if any("GMAC" in row.after for row in rows) else []
         columns, acc = tuple(column_notes), not ablation.by_forgery
         notes = [*notes, made_by()]
         measured = [(row.name, row.before) for row in rows]
         printed = [row for row in printed_rows(self._name) if (row.name, row.before) not in measured]
         return ResultTable(
-            self._name, ablation.title, columns, rows, acc, in_columns(printed, columns), column_notes, tuple(notes)
-        )
+            self._name, ablation.title, columns, rows, acc, in_columns(printed, columns), column_notes, tuple(notes),
+            "GMAC" if ablation.cost else "",
+        )  # fmt: skip
 
 
 class _Shared(TorchScorer):
@@ -302,6 +312,12 @@ TOLD = {"weights", "initial_weights", "center_on", "augment", "self_blend", "pre
 SIZES = (
     "M params and GMAC are counted as in the paper: a DTN at the image size used here, other transformers at 224 "
     "pixels; the paper's DTN takes 256 pixels"
+)
+
+
+COST = (
+    "GMAC per image, attention's products included; images/s: scoring of batches of 16 crops, what is trained merged "
+    "into the weights; M trained: parameters that training changes"
 )
 
 

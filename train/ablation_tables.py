@@ -28,9 +28,9 @@ from dtn_fast.evaluation.paper_numbers import (
 from dtn_fast.evaluation.protocols import table_2
 from dtn_fast.evaluation.tables import PaperRow
 from dtn_fast.model.build import publishes_weights, timm_config
-from dtn_fast.model.config import DTNConfig, TimmConfig
+from dtn_fast.model.config import Adaptation, DTNConfig, TimmConfig
 from dtn_fast.model.pretrained import weights_of
-from dtn_fast.train.config import BaselineConfig, Recipe
+from dtn_fast.train.config import FOUNDATION, BaselineConfig, Recipe
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Variant:
 
     name: str
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Changed fields of DTNConfig; or ``{"timm": NAME}`` for another detector."""
+    """Changed fields of DTNConfig; or ``{"timm": NAME}`` for another detector, with the fields of its Adaptation."""
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Changed fields of Recipe."""
     untaught: bool = False
@@ -65,11 +65,14 @@ class Ablation(NamedTuple):
     variants: tuple[Variant, ...]
     by_forgery: bool = False
     """Whether each variant is trained on each forgery alone and tested on every forgery."""
+    cost: bool = False
+    """Whether the table shows what each model costs, and a chart its AUC against that."""
 
 
 CE, CE_CENTER = (1.0, 0.0), (1.0, 1.0)
 PLAIN = {"num_experts": 0, "mas": False}
 UNSCALED = {"mas": False, "expert_scales": False}
+ADAPTED = {"pretrained": True, "lr": 2e-4}
 ABLATIONS: dict[str, Ablation] = {
     "cross-dataset": Ablation("Within-dataset and cross-dataset evaluation (Table 1)", (
         Variant("CViT", {"timm": "cvit"}, paper=TABLE1["CViT"]),
@@ -144,12 +147,19 @@ ABLATIONS: dict[str, Ablation] = {
         Variant("vanilla Ct-c", recipe={"center_on": "features"}),
         Variant("low-dimensional Ct-c"),
     )),
-    "backbones": Ablation("Other backbones (Figure 6c)", tuple(
+    "backbones": Ablation("Other backbones (Figure 6c), and pretrained transformers", (*(
         variant for name in ("vgg", "resnet34", "resnet50", "efficientnet_b0", "efficientnet_b4") for variant in (
             Variant(name, {"backbone": name, "depth": 0, **PLAIN}),
             Variant(f"{name} + ours", {"backbone": name}),
         )
-    )),
+    ), *(
+        variant for name, timm in FOUNDATION.items() for variant in (
+            Variant(f"{name} LoRA", {"timm": timm, "adapt": "lora"}, ADAPTED),
+            Variant(f"{name} Effort", {"timm": timm, "adapt": "effort"}, ADAPTED),
+            Variant(f"{name} Effort + ours", {"timm": timm, "adapt": "effort", "mas": True}, {**ADAPTED,
+                    "initial_weights": CE_CENTER}, distil=True),
+        )
+    )), cost=True),
     "limitations": Ablation("Wrong and ambiguous samples (the paper's limitations)", (
         Variant("DSD", distil=True),
         *(Variant(f"DSD, {name}", recipe=how, distil=True) for name, how in (
@@ -185,7 +195,8 @@ def configure(
         ce, _, center = changed.weights
         changed = dataclasses.replace(changed, weights=(ce, 0.0, center))
     if name:
-        return timm_config(name, model.image_size, model.crop), changed
+        adaptation = Adaptation(**{k: v for k, v in variant.model.items() if k != "timm"})
+        return dataclasses.replace(timm_config(name, model.image_size, model.crop), adaptation=adaptation), changed
     return dataclasses.replace(model, **variant.model), changed
 
 

@@ -13,7 +13,7 @@ from dtn_fast.data.config import AugmentName
 from dtn_fast.data.synthetic_marker import HELD_OUT, METHODS
 from dtn_fast.errors import UsageError
 from dtn_fast.model.build import timm_config
-from dtn_fast.model.config import DTNConfig, ModelConfig, TimmConfig, read_config
+from dtn_fast.model.config import Adaptation, DTNConfig, ModelConfig, TimmConfig, read_config
 from dtn_fast.model.pretrained import files_of
 from dtn_fast.ranges import Count, Natural, NotNegative, Positive, Range, Seed, check_ranges
 
@@ -52,6 +52,8 @@ class Recipe:
     """Adam's learning rate of the Ct-c centres, divided when ``lr`` is (*choice*).  Default: ``lr``."""
     center_weight_decay: NotNegative = 0.0
     """Adam's weight decay of the Ct-c centres (*choice*: decay would draw them together, to the origin)."""
+    penalty: NotNegative = 1.0
+    """Weight of Effort's losses, which keep what is trained orthogonal to the pretrained weights (--adapt effort)."""
     temperature: Positive = 2.0
     """Temperature of the softened probabilities (soft labels) in the KD loss (*choice*)."""
     kd_on: Literal["all", "right"] = "all"
@@ -240,7 +242,10 @@ class Execution:
     cudnn_benchmark: bool = True
     """Let cuDNN time its convolution algorithms and keep the fastest."""
     fold_teacher: bool = True
-    """Fold BN and head scales of the frozen teacher into its weights."""
+    """Fold BN, head scales and adaptations of the frozen teacher into its weights."""
+    grad_checkpointing: bool = False
+    """Compute the layers' insides again in the backward in place of keeping them, for models or batches that do not fit
+    into memory: a third more work, same gradients; without CUDA graphs, and compiled only if asked for."""
     teacher_stream: bool = True
     """Run the teacher on its own CUDA stream, in parallel with the student's forward pass."""
     resident: bool = False
@@ -254,7 +259,8 @@ class Execution:
         check_ranges(self)
 
     def compiled(self, device: torch.device) -> bool:
-        return self.compile == "on" or (self.compile == "auto" and device.type == "cuda")
+        auto = device.type == "cuda" and not self.grad_checkpointing
+        return self.compile == "on" or (self.compile == "auto" and auto)
 
     def captured(self, device: torch.device, world: int) -> bool:
         """Whether to run steps as a CUDA graph.  Raises UsageError when ``cuda_graph`` is on but cannot be used."""
@@ -262,6 +268,7 @@ class Execution:
             "needs a GPU" if device.type != "cuda"
             else "needs a single process" if world > 1
             else "needs --fused-adam" if not self.fused_adam
+            else "needs --no-grad-checkpointing" if self.grad_checkpointing
             else ""
         )  # fmt: skip
         if self.cuda_graph == "on" and obstacle:
@@ -270,10 +277,11 @@ class Execution:
 
 
 class Preset(NamedTuple):
-    """A model preset and its training recipe."""
+    """A model, a preset of DTNConfig or of timm's registry, its training recipe and its adaptation."""
 
     model: str
     recipe: Recipe
+    adaptation: Adaptation = Adaptation()
 
 
 FFPP = Recipe(
@@ -283,7 +291,16 @@ FFPP = Recipe(
     min_generations=3,
     gain="any",
 )
-RunPreset = Literal["paper", "tiny", "ffpp-c23", "robustness", "cross-manipulation", "demo"]
+RunPreset = Literal["paper", "tiny", "ffpp-c23", "robustness", "cross-manipulation", "demo", "clip", "dinov2", "dinov3",
+                    "eva02", "siglip2"]  # fmt: skip
+FOUNDATION: dict[RunPreset, str] = {
+    "clip": "vit_large_patch14_clip_224.openai",
+    "dinov2": "vit_large_patch14_reg4_dinov2.lvd142m",
+    "dinov3": "vit_large_patch16_dinov3.lvd1689m",
+    "eva02": "eva02_large_patch14_224.mim_m38m",
+    "siglip2": "vit_large_patch16_siglip_256.v2_webli",
+}
+"""Pretrained transformers of timm's registry by preset."""
 PRESETS: dict[RunPreset, Preset] = {
     "paper": Preset("paper", Recipe()),
     "tiny": Preset("tiny", Recipe()),
@@ -302,27 +319,40 @@ PRESETS: dict[RunPreset, Preset] = {
             min_generations=2,
         ),
     ),
+    **{
+        name: Preset(timm, Recipe(epochs=10, lr=2e-4, lr_step=5, pretrained=True), Adaptation("effort"))
+        for name, timm in FOUNDATION.items()
+    },
 }
 """Presets by name.  paper, tiny: that model with the paper's recipe, on every forgery in the data.  ffpp-c23: the
 paper's training on FaceForensics++, to its student 3 ("so we chose student 3 as our model").  robustness: the same for
 Figure 5, which measures "various unseen corruptions", with an augmentation that holds none of them.
 cross-manipulation: training on a single forgery (choose it by --methods), to be tested on each forgery.  demo: the
-training of ``dtn-fast demo``."""
+training of ``dtn-fast demo``.  clip, dinov2, dinov3, eva02, siglip2: a pretrained ViT-L, adapted by Effort with its
+learning rate (*choice*: epochs), on crops of 256 pixels."""
 DEFAULT_PRESET: RunPreset = "paper"
 
 
-def choose_model(preset: RunPreset, config: Path | None, timm: str) -> ModelConfig:
-    """The model configuration in the JSON file ``config``, of the timm model ``timm``, or else of the preset.
+def choose_model(
+    preset: RunPreset, config: Path | None, timm: str, adaptation: Adaptation = Adaptation()
+) -> ModelConfig:
+    """The model configuration in the JSON file ``config``, of the timm model ``timm``, or else of the preset, a timm
+    model with ``adaptation``.
 
     A timm model has its own mean and standard deviation, unless the file states others.  Raises UsageError when both
-    ``config`` and ``timm`` are given, or the file holds no model configuration.
+    ``config`` and ``timm`` are given, the file holds no model configuration, or ``adaptation`` is given for a DTN or
+    besides the file's.
     """
     if timm and config:
         raise UsageError("--timm and --config both name a model; give one")
-    base = DTNConfig.preset(PRESETS[preset].model)
-    if timm:
-        return timm_config(timm, base.image_size)
-    made = read_config(config) if config else base
+    name = timm or (PRESETS[preset].model if preset in FOUNDATION and not config else "")
+    if name:
+        size = DTNConfig.image_size if preset in FOUNDATION else DTNConfig.preset(PRESETS[preset].model).image_size
+        return replace(timm_config(name, size), adaptation=adaptation)
+    made = read_config(config) if config else DTNConfig.preset(PRESETS[preset].model)
+    if adaptation != PRESETS[preset].adaptation:
+        raise UsageError("--adapt, --rank and --mas: only for a model of timm; name one with --timm, or write them "
+                         "into --config's adaptation")  # fmt: skip
     if config and isinstance(made, TimmConfig):
         stated, own = json.loads(config.read_text(encoding="utf-8")), timm_config(made.timm, made.image_size)
         made = replace(made, **{name: getattr(own, name) for name in ("mean", "std") if name not in stated})

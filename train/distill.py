@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from dtn_fast.data.crop_dataset import CropDataset
-from dtn_fast.errors import UsageError
+from dtn_fast.errors import UsageError, tell
 from dtn_fast.model.build import build_detector, load_detector
 from dtn_fast.model.detector import WEIGHTS
 from dtn_fast.model.pretrained import files_of
 from dtn_fast.train.checkpoint import load_centers
 from dtn_fast.train.config import Recipe
+from dtn_fast.train.distributed import ranks
 from dtn_fast.train.loop import Epoch, Step, fit
 from dtn_fast.train.run_folder import (
     CENTERS,
@@ -47,6 +48,10 @@ def train_initial(run: Path, dataset: CropDataset, **how: Any) -> Generator[Step
         torch.manual_seed(recipe.seed)
         begun = (generation_folder(run, 0) / STATE).is_file()  # its weights are in the state
         model = build_detector(config, recipe.pretrained and not begun, files_of(recipe.pretrained_from))
+        sizes = [sum(p.numel() for p in model.parameters() if not only or p.requires_grad) for only in (True, False)]
+        if sizes[0] < sizes[1] and ranks().main:
+            tell(f"{run}: trains {sizes[0] / 1e6:.3f} of {sizes[1] / 1e6:.3f} M parameters "
+                 f"({sizes[0] / sizes[1]:.2%})")  # fmt: skip
         yield from fit(model, dataset, recipe, generation_folder(run, 0), **how)
         summarise(run)
 

@@ -207,7 +207,10 @@ def fit(
     data's.  In a process group every process makes the same call and the first one writes.  Raises UsageError when the
     image size does not fit or a split lacks a class, DtnError when too many steps were not finite.
     """
-    facts = facts or trained_on(initial or recipe, dataset, None if teacher is None else recipe)
+    if facts is None:
+        facts = trained_on(initial or recipe, dataset, None if teacher is None else recipe)
+        if adapted := str(getattr(model.config, "adaptation", "")):
+            facts = dataclasses.replace(facts, recipe=f"{facts.recipe}; {adapted}")
     model.config, model.novelty = dataclasses.replace(model.config, trained_on=facts, card=None), None
     loop = _Loop(model, dataset, recipe, out, teacher, generation, torch.device(device), execution, stop, centers)
     yield from loop.run()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dtn_fast.cuda_graph import WARM_UP, capture, warm_up
 from dtn_fast.device import choose_precision
 from dtn_fast.errors import UsageError, tell
+from dtn_fast.model.adapt import effort_penalty
 from dtn_fast.model.backbone import Backbone
 from dtn_fast.model.detector import Detector
 from dtn_fast.model.dtn import DTN
@@ -64,6 +65,8 @@ class TrainStep:
                 module.norm_kernels = execution.norm_kernels
             if isinstance(module, Backbone):
                 module.pad_input = execution.pad_input
+        if execution.grad_checkpointing:
+            model.set_grad_checkpointing()
         self.model = self._place(model)
         if here.world > 1 and recipe.sync_bn:
             self.model = synchronise_bn(self.model, device)  # type: ignore[assignment]
@@ -76,6 +79,8 @@ class TrainStep:
         self.teacher = self._freeze(teacher, execution.fold_teacher) if teacher is not None else None
         names = ("loss", "ce", "kd", "center") if teacher is not None else ("loss", "ce", "center")
         names = (*names, "mask") if masked else names
+        if effort_penalty(self.model) is not None:
+            names = (*names, "penalty")
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.names: tuple[str, ...] = names if self.scaler.is_enabled() else (*names, "grad_norm")
         self._terms = names
@@ -84,9 +89,10 @@ class TrainStep:
         self._how: dict[str, Any] = {
             "fused": self.fused or None, "foreach": None if self.fused else True, "capturable": self.captured,
         }  # fmt: skip
-        self._parameters = [*self.model.parameters(), self.centers]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._parameters = [*trained, self.centers]
         self._rates = recipe.lr, recipe.center_lr or recipe.lr
-        groups = (list(self.model.parameters()), recipe.weight_decay), ([self.centers], recipe.center_weight_decay)
+        groups = (trained, recipe.weight_decay), ([self.centers], recipe.center_weight_decay)
         self.optimizer = torch.optim.Adam([
             {"params": chosen, "weight_decay": decay, "lr": torch.tensor(lr, device=device) if self.captured else lr}
             for (chosen, decay), lr in zip(groups, self._rates, strict=True)
@@ -187,11 +193,12 @@ class TrainStep:
         return model.to(memory_format=torch.channels_last) if self.channels_last else model  # type: ignore[call-overload]
 
     def _freeze(self, teacher: Detector, folded: bool) -> Detector:
-        """A frozen copy of ``teacher``; if ``folded``, its weights are cast once, not by autocast in every step."""
+        """A frozen copy of ``teacher``; if ``folded``, a DTN's weights are cast once, not by autocast in every step."""
         copied = self._place(copy.deepcopy(teacher)).eval().requires_grad_(False)
-        if not (folded and isinstance(copied, DTN)):
+        if not folded:
             return copied
-        return self._place(frozen(copied)).to(self.dtype)
+        copied = self._place(frozen(copied))
+        return copied.to(self.dtype) if isinstance(copied, DTN) else copied
 
     def _compute(
         self, crops: Tensor, labels: Tensor, soft: Tensor | None, samples: Tensor | None, masks: Tensor | None
@@ -214,7 +221,7 @@ class TrainStep:
                     logits, mask = (self._run(x), None) if m is None else self._run(x)
                 if teaching and self._stream is not None:
                     torch.cuda.current_stream(self.device).wait_stream(self._stream)
-                terms = self._losses(logits.float(), y, s, w, mask, m)
+                terms = self._losses(logits.float(), y, s, w, effort_penalty(self.model), mask, m)
                 self.scaler.scale(terms[0] / parts).backward()
             total += terms.detach() / parts
         assert self.centers.grad is not None
@@ -234,9 +241,10 @@ class TrainStep:
 
     @torch.no_grad()
     def _average(self, ema: Detector, healthy: Tensor) -> None:
-        """Moves the average of the weights towards the weights."""
-        averages: list[Tensor] = list(ema.parameters())
-        moves = list(torch._foreach_sub(list(self.model.parameters()), averages))
+        """Moves the average of the trained weights towards the weights."""
+        pairs = zip(self.model.parameters(), ema.parameters(), strict=True)
+        weights, averages = zip(*((own, mean) for own, mean in pairs if own.requires_grad), strict=True)
+        moves = list(torch._foreach_sub(weights, averages))
         torch._foreach_mul_(moves, healthy * (1 - self.recipe.ema))
         torch._foreach_add_(averages, moves)
 
@@ -263,7 +271,7 @@ class TrainStep:
 
     def _stacked_losses(
         self, given: Tensor, labels: Tensor, soft: Tensor | None, samples: Tensor | None,
-        mask: Tensor | None = None, masks: Tensor | None = None,
+        penalty: Tensor | None = None, mask: Tensor | None = None, masks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The loss terms, stacked; mask: the mask head's logits [B, m, m], if it is trained on ``masks`` [B, m, m]."""
         r, classes = self.recipe, self.config.num_classes
@@ -280,6 +288,8 @@ class TrainStep:
         if mask is not None and masks is not None:
             losses["mask"] = mask_loss(mask.float(), masks)
             losses["loss"] = losses["loss"] + r.mask_weight * losses["mask"]
+        if penalty is not None:
+            losses |= {"loss": losses["loss"] + r.penalty * penalty, "penalty": penalty}
         return torch.stack([losses[name] for name in self._terms])
 
     def _update(self, healthy: Tensor) -> None:

@@ -39,11 +39,14 @@ def evaluate(
     model_names: tuple[str, ...] = (),
     trained_on: tuple[str, ...] = (),
     self_blend: bool = False,
+    by_family: bool = False,
     runtime: Annotated[Runtime, tyro.conf.OmitArgPrefixes] = Runtime(),
 ) -> None:
     """Measure models on prepared crops, at frame and video level, by one of the paper's protocols.
 
     Example: dtn-fast evaluate data/crops --model runs/first --out runs/first/test
+
+    By groups of people: dtn-fast evaluate data/crops --model runs/first --groups attributes.csv --out groups
 
     Table 1: dtn-fast evaluate ffpp celebdf dfdc df1 dfd --model runs/dtn runs/cvit --out table1
     --data-names FF++ Celeb-DF DFDC DF-1.0 DFD
@@ -58,16 +61,20 @@ def evaluate(
             cross-manipulation: models trained on one forgery each, by forgeries (Table 2); auto: within for one model
             and one dataset, else cross-dataset.
         config: Split, threshold and intervals.
-        out: Also write OUT.json, OUT.md and OUT.tex and, with several models or datasets, OUT.svg.
+        out: Also write OUT.json, OUT.md and OUT.tex and, with several models or datasets or groups, OUT.svg.
         data_names: Names of the datasets in the table; the paper's are FF++, Celeb-DF, DFDC, DF-1.0, DFD.
         model_names: Names of the models in the table.
         trained_on: For cross-manipulation, the forgery that each model was trained on.  Default: as it records.
         self_blend: Measure against self-blended copies of the reals instead of the data's fakes.
+        by_family: Add columns of each family of forgeries to the table of several models or datasets; the table of one
+            model has them.
         runtime: Device and precision that the models run with.
     """
     if out is not None and out.name in ("", ".."):
         raise UsageError(f"--out {out}: a folder; name the files in it, such as {out / 'table1'}")
-    steps = evaluate_models(model, data, config, protocol, model_names, data_names, trained_on, self_blend, runtime)
+    steps = evaluate_models(
+        model, data, config, protocol, model_names, data_names, trained_on, self_blend, runtime, by_family
+    )
     made: Within | ResultTable | None = None
     with progress() as bar:
         task = bar.add_task("scoring", total=len(model) * len(data), note="")
@@ -82,6 +89,9 @@ def evaluate(
         if made.result.masks:
             print_table("Masks against the data's, percent (intervals over videos)", *mask_table(made.result.masks))
         print(made.result.note() + (f"\n{made.result.notice}" if made.result.notice else ""))
+        if made.result.groups:
+            print_table("By group; rates in percent", *made.result.groups.text())
+            print("\n".join(made.result.groups.sentences()))
     else:
         made = dataclasses.replace(made, notes=(*made.notes, made_by()))
         print_result_table(made)

@@ -53,7 +53,8 @@ Exit codes: 0 success, 1 some inputs failed, 2 wrong usage."""
 
 
 def with_preset(verb: Callable[..., None], arguments: list[str]) -> Callable[..., None]:
-    """``verb`` with the recipe of the last --preset in ``arguments`` as its default, which other options then change.
+    """``verb`` with the recipe, and train with the adaptation, of the last --preset in ``arguments`` as defaults, which
+    other options then change.
 
     tyro's own presets are subcommands, a bare word in a fixed place; this keeps --preset an option in any order.
     """
@@ -61,7 +62,9 @@ def with_preset(verb: Callable[..., None], arguments: list[str]) -> Callable[...
     names = [value for option, value in itertools.pairwise(words) if option == "--preset"]
     if not names or names[-1] not in PRESETS:
         return verb
-    return functools.partial(verb, recipe=PRESETS[names[-1]].recipe)
+    preset = PRESETS[names[-1]]
+    own = {"adaptation": preset.adaptation} if verb is train else {}
+    return functools.partial(verb, recipe=preset.recipe, **own)
 
 
 def with_run(verb: Callable[..., None], arguments: list[str]) -> Callable[..., None]:

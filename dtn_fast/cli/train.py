@@ -15,6 +15,7 @@ from dtn_fast.data.open import open_data
 from dtn_fast.device import Device, choose_device
 from dtn_fast.evaluation.before_after import Comparison
 from dtn_fast.evaluation.tables import ResultTable
+from dtn_fast.model.config import Adaptation
 from dtn_fast.provenance import record
 from dtn_fast.ranges import Natural
 from dtn_fast.runtime.load import best_checkpoint, load_model
@@ -32,6 +33,7 @@ def train(
     out: Path,
     recipe: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = Recipe(),
     execution: Annotated[Execution, tyro.conf.OmitArgPrefixes] = Execution(),
+    adaptation: Annotated[Adaptation, tyro.conf.OmitArgPrefixes] = Adaptation(),
     preset: RunPreset = DEFAULT_PRESET,
     config: Path | None = None,
     timm: str = "",
@@ -46,12 +48,15 @@ def train(
 
     On 8 GPUs: torchrun --nproc-per-node 8 -m dtn_fast train data/crops --out runs/first --preset ffpp-c23
 
+    A pretrained ViT-L of which 0.07 % is trained: dtn-fast train data/crops --out runs/clip --preset clip
+
     Args:
         data: Crops written by dtn-fast prepare, or a folder of face pictures: <split>/<real or a forgery's name>/.
         out: Folder of the run.
         recipe: Training recipe; *choice* marks values that the paper leaves open.
         execution: Options of speed and safety.
-        preset: Model, and default values of the recipe's options; --preset NAME --help shows them.
+        adaptation: Changes to a timm model, and the parameters of it that are trained.
+        preset: Model, and default values of the other options; --preset NAME --help shows them.
         config: A JSON file of DTNConfig or TimmConfig fields instead of the preset's model.
         timm: A model of timm's registry instead of the preset's, such as legacy_xception, for crops of any size.
         wandb: A Weights & Biases project to log to as well.
@@ -62,7 +67,7 @@ def train(
     from dtn_fast.train.run_folder import for_crops, for_masks, start_run
     from dtn_fast.train.run_lock import locked
 
-    model = for_masks(choose_model(preset, config, timm), recipe)
+    model = for_masks(choose_model(preset, config, timm, adaptation), recipe)
     with connect(choose_device(device)) as where:
         dataset = open_data(data, model.image_size)
         if timm:

@@ -155,8 +155,8 @@ class PrepareConfig:
 
 
 Dataset = Literal[
-    "ffpp", "dfd", "celebdf-v1", "celebdf-v2", "dfdc", "dfdc-preview", "deeperforensics", "deepfakebench", "folder",
-    "reals",
+    "ffpp", "dfd", "celebdf-v1", "celebdf-v2", "dfdc", "dfdc-preview", "deeperforensics", "deepfakebench", "aiface",
+    "deepfake-eval-2024", "fakeavceleb", "folder", "reals",
 ]  # fmt: skip
 Split = Literal["train", "val", "test"]
 
@@ -172,18 +172,20 @@ class Source:
     splits: tuple[Split, ...] = ()
     """Splits to read.  Default: all, but only test for Celeb-DF, DFD and DFDC, as the protocols never train on them."""
     split: str = "80/10/10"
-    """Percent that are train, val and test of a folder without split folders, and of reals.  All of a person's folder
-    (the one directly in the class folder, of the same name for reals and forgeries), and equal files, go to one."""
+    """Percent that are train, val and test of a folder without split folders, of reals, and of FakeAVCeleb's people.
+    All of a person's folder (the one directly in the class folder, of the same name for reals and forgeries), and equal
+    files, go to one."""
     methods: tuple[str, ...] = ()
     """Forgeries to read.  Default: all that the dataset contains."""
     compression: str = "c23"
     """Compression level to read (raw, c23 or c40) of a dataset that comes in several."""
     lists: Path | None = None
     """Folder of FF++'s train.json, val.json and test.json (default: ROOT/splits, or else ROOT), or DeepfakeBench's JSON
-    file of the dataset (default: the only one in ROOT or its dataset_json)."""
+    file of the dataset, or a folder of such files that are read together, as DF40 has them (default: the only file in
+    ROOT or its dataset_json)."""
     root_map: tuple[str, ...] = ()
-    """Pairs OLD=NEW for DeepfakeBench's lists: paths that begin with the folder OLD, such as /data or C:/data, are in
-    the folder NEW, which is below ROOT (. for ROOT itself) or an absolute path."""
+    """Pairs OLD=NEW for the lists of DeepfakeBench and AI-Face: paths that begin with the folder OLD, such as /data or
+    C:/data, are in the folder NEW, which is below ROOT (. for ROOT itself) or an absolute path."""
     ffpp: Path | None = None
     """Root folder of FaceForensics++, whose real videos are the reals of DeeperForensics."""
     variants: tuple[str, ...] = ("end_to_end_random_level",)

@@ -149,7 +149,7 @@ def _stores_masks(table: VideoTable, out: Path, config: PrepareConfig) -> bool:
 
 def _claim(job: PrepareJob) -> None:
     """Records the job in ``out``/job.json.  Raises UsageError when that file records another job."""
-    rows = json.dumps([_portable(video)._asdict() for video in job.table.videos]).encode()
+    rows = json.dumps([_portable(video).to_json() for video in job.table.videos]).encode()
     wanted = {"version": VERSION, "size": job.size, **_settings(job.config), "dataset": job.table.dataset,
               "videos": len(job.table.videos), "manifest": hashlib.sha256(rows).hexdigest()}  # fmt: skip
     path = job.out / JOB
@@ -417,7 +417,7 @@ def _write_index(job: PrepareJob) -> None:
             for k, state in enumerate(states)
             if state["rows"]
         ],
-        "videos": [video._asdict() for video in job.table.videos],
+        "videos": [video.to_json() for video in job.table.videos],
         "status": status,
         **joined,
     }

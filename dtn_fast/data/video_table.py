@@ -40,6 +40,13 @@ class Video(NamedTuple):
     """Paths under the root of the video's pictures, in order; empty: ``path`` is a video file."""
     corruptions: tuple[tuple[str, int], ...] = ()
     """Perturbations (name, level) of :mod:`dtn_fast.data.corrupt`, applied in this order before face finding."""
+    attributes: tuple[tuple[str, str], ...] = ()
+    """Attributes (name, value) of the person shown, such as ("gender", "female"), by the dataset's own lists."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as a JSON object; without attributes it is as earlier versions wrote it."""
+        row = self._asdict()
+        return row if self.attributes else {name: value for name, value in row.items() if name != "attributes"}
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,7 @@ def _repeated(videos: list[Video]) -> list[Problem]:
         if other is not video:
             where = f"in both {other.split} and {video.split}" if other.split != video.split else "listed twice"
             found.append(Problem("labels", f"video {video.path} is {where}"))
-    return _shortened(found)
+    return shortened(found)
 
 
 def _leaks(videos: list[Video]) -> list[Problem]:
@@ -177,10 +184,10 @@ def _leaks(videos: list[Video]) -> list[Problem]:
         if home.get(video.target, video.split) != video.split:
             text = f"{video.path} ({video.split}) was made from {video.target} ({home[video.target]})"
             found.append(Problem("leaks", text))
-    return _shortened(found)
+    return shortened(found)
 
 
-def _shortened(problems: list[Problem]) -> list[Problem]:
+def shortened(problems: list[Problem]) -> list[Problem]:
     """The first problem with the number of others, so that the error stays one line."""
     if len(problems) < 2:
         return problems
@@ -189,7 +196,7 @@ def _shortened(problems: list[Problem]) -> list[Problem]:
 
 def video_of(row: dict[str, Any]) -> Video:
     """Makes a table's row from its JSON object."""
-    lists = {name: tuple(row[name]) for name in ("identities", "frames")}
-    return Video(
-        **{**row, **lists, "corruptions": tuple((str(name), int(level)) for name, level in row["corruptions"])}
-    )
+    lists: dict[str, Any] = {name: tuple(row[name]) for name in ("identities", "frames")}
+    lists["corruptions"] = tuple((str(name), int(level)) for name, level in row["corruptions"])
+    lists["attributes"] = tuple((str(name), str(value)) for name, value in row.get("attributes", ()))
+    return Video(**{**row, **lists})

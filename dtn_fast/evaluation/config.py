@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from dtn_fast.data.config import Split
 from dtn_fast.data.corrupt import PERTURBATIONS, check
+from dtn_fast.data.forgery_families import named_families
 from dtn_fast.errors import UsageError
 from dtn_fast.model.detector import Depth
 from dtn_fast.ranges import Count, Range, Rate, Seed, Share, Workers, check_ranges
@@ -33,9 +35,21 @@ class EvaluateConfig:
     """Confidence level of the AUC's intervals."""
     mask_fakes: Count = 400
     """Number of fakes of each forgery on which the masks of a mask head are measured."""
+    families: tuple[str, ...] = ()
+    """Families of forgeries that the program does not know, such as MyGAN=whole-face,diffusion.  Families are swap,
+    reenactment, whole-face, editing, diffusion and other; unknown forgeries are other."""
+    groups: Path | None = None
+    """CSV file that groups people: a column video (path or file name) or identity (of a fake the target), and a column
+    for each attribute, such as gender.  Attributes by the dataset's own lists are used without it."""
+    group_threshold: Share | None = None
+    """P(fake) from which a group's real counts as a false alarm.  Default: the limit of the model's calibration for
+    videos or pictures, or without calibration --threshold."""
+    group_size: Count = 10
+    """Number of people (or videos, where people are unknown) that a group needs for a metric."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        named_families(self.families)
 
 
 @dataclass(frozen=True)

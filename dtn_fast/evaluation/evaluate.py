@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dtn_fast.data.attributes import attributes_of
 from dtn_fast.data.crop_dataset import CropDataset
+from dtn_fast.data.forgery_families import by_family, named_families
 from dtn_fast.data.video_table import noun
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
+from dtn_fast.evaluation.groups import GroupTable, measure_groups
 from dtn_fast.evaluation.localisation import MaskScore, localisation, mask_table
 from dtn_fast.evaluation.metrics import Metrics, auc_interval, by_video, evaluate_scores
 from dtn_fast.evaluation.tables import markdown_table
@@ -27,7 +30,7 @@ MANY = 8
 class EvaluationRow(NamedTuple):
     fakes: str
     """The forgery measured against all reals of the split; "all": those that the model was trained on, or without a
-    record of them every one; "unseen": the others."""
+    record of them every one; "unseen": the others; "family ...": those of a family."""
     frame: Metrics
     video: Metrics
     """Without metrics where each crop is a picture of its own: they would be those of the frames."""
@@ -47,6 +50,8 @@ class Evaluation(NamedTuple):
     unreadable: int
     frames_per_video: float
     notice: str
+    groups: GroupTable | None = None
+    """Metrics by groups of people; None: no attributes are known."""
     masks: list[MaskScore] = []  # noqa: RUF012 (never changed)
     """Scores of the model's masks against the data's; empty: one of them has none."""
 
@@ -69,15 +74,16 @@ class Evaluation(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         rows = [{**r._asdict(), "frame": r.frame._asdict(), "video": r.video._asdict()} for r in self.rows]
-        masks = [score._asdict() for score in self.masks]
-        return {**self._asdict(), "rows": rows, "masks": masks, "note": self.note()}
+        masks, groups = [score._asdict() for score in self.masks], self.groups and self.groups.to_json()
+        return {**self._asdict(), "rows": rows, "masks": masks, "groups": groups, "note": self.note()}
 
     def markdown(self) -> str:
         header, body = self.table()
         text = "\n".join(markdown_table(header, body))
         if self.masks:
             text += "\n\nMasks, percent:\n\n" + "\n".join(markdown_table(*mask_table(self.masks)))
-        return f"{text}\n\n{self.note()}.{' **' + self.notice + '**' if self.notice else ''}\n"
+        groups = f"\n{self.groups.markdown()}" if self.groups else ""
+        return f"{text}\n\n{self.note()}.{' **' + self.notice + '**' if self.notice else ''}\n{groups}"
 
 
 def _text(interval: tuple[float, float] | None) -> str:
@@ -94,7 +100,8 @@ def evaluate(
     """Scores every crop of a split once and measures each group of forgeries against all reals of the split.
 
     groups: row title -> forgeries; default: those that the model was trained on together, if the set has such, and the
-    others together; then one by one.  masks: also score the masks of a mask head, if the data has masks.  Raises
+    others together; then by family and one by one; and by groups of people, where attributes are known.  masks: also
+    score the masks of a mask head, if the data has masks.  Raises
     UsageError when the split is empty or the crops do not have the model's size and margin.
     """
     split, rows = config.split, dataset.select(config.split)
@@ -107,10 +114,17 @@ def evaluate(
     unit = noun([video for video in dataset.videos if video.split == split])
     drawn = f"{100 * config.confidence:g} % intervals by {config.bootstrap_draws:,} bootstrap draws of {unit}"
     stills = are_stills(dataset, rows)
-    table = []
+    table, people = [], None
     if groups is None:
         seen, others = forgeries_of(dataset, [scorer.config.trained_on])
-        groups = {"all": seen, **({"unseen": others} if others else {}), **{m: (m,) for m in dataset.methods}}
+        families = {f"family {name}": own for name, own in families_in(dataset, config).items()}
+        groups = {
+            "all": seen,
+            **({"unseen": others} if others else {}),
+            **families,
+            **{m: (m,) for m in dataset.methods},
+        }
+        people = _by_group(scorer, dataset, rows, scores, stills, config)
     for title, group in groups.items():
         keep = (labels == 0) | np.isin(kinds, group)
         note = f"{protocol_note(dataset, split, group)}; {drawn}"
@@ -124,8 +138,42 @@ def evaluate(
         unreadable=sum(bool(state["error"]) for state in states),
         frames_per_video=len(rows) / max(len(set(names.tolist())), 1),
         notice=scorer.notice,
+        groups=people,
         masks=localisation(scorer, dataset, groups, config) if masks else [],
     )
+
+
+def families_in(dataset: CropDataset, config: EvaluateConfig) -> dict[str, tuple[str, ...]]:
+    """Family -> its forgeries of ``dataset``; empty when all are in the same families.  Raises UsageError when
+    ``config`` names a family of a forgery that is not there."""
+    return by_family(dataset.methods, named_families(config.families))
+
+
+def _by_group(
+    scorer: Scorer,
+    dataset: CropDataset,
+    rows: NDArray[np.int64],
+    scores: NDArray[np.float64],
+    stills: bool,
+    config: EvaluateConfig,
+) -> GroupTable | None:
+    """Metrics of the videos (or pictures) of the crops ``rows`` by their people's attributes; None: none are known."""
+    numbers = list(dict.fromkeys(dataset.video[rows].tolist()))
+    videos = [dataset.videos[number] for number in numbers]
+    known, notes = attributes_of(dataset.videos, config.split, config.groups)
+    attributes = {name: [values[number] for number in numbers] for name, values in known.items()}
+    if not attributes:
+        return None
+    labels, means = by_video([str(number) for number in dataset.video[rows]], dataset.labels[rows], scores)
+    calibration = scorer.config.card.calibration if scorer.config.card is not None else None
+    threshold, origin = config.group_threshold, "--group-threshold"
+    if threshold is None and calibration is not None:
+        threshold, origin = calibration.level(not stills).fake_from, "the limit of the model's calibration"
+    elif threshold is None:
+        threshold, origin = config.threshold, "--threshold, as the model is not calibrated"
+    people = [video.identities[0] if video.identities else video.path for video in videos]
+    table = measure_groups(labels, means, people, attributes, threshold, config)
+    return table._replace(notes=[f"the threshold is {origin}", *table.notes, *notes])
 
 
 def forgeries_of(dataset: CropDataset, trained: Iterable[TrainedOn | None]) -> tuple[tuple[str, ...], tuple[str, ...]]:

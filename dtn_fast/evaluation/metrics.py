@@ -80,8 +80,9 @@ def auc_interval(
     """Confidence interval of the AUC by the percentile bootstrap over videos; None with a single class.
 
     A drawn video brings all its frames, since they are not independent; reals and fakes are drawn separately, so that
-    both are in every draw.  labels and scores as in :func:`evaluate_scores`, videos as in :func:`by_video`; draws:
-    number of bootstrap draws; confidence: level of the interval, such as 0.95.
+    both are in every draw.  Where ``videos`` names people, those who have both kinds are drawn apart as well.  labels
+    and scores as in :func:`evaluate_scores`, videos as in :func:`by_video`; draws: number of bootstrap draws;
+    confidence: level of the interval, such as 0.95.
     """
     values = _drawn_aucs(labels, scores, videos, draws)
     return None if values is None else _interval(values, confidence)
@@ -128,16 +129,15 @@ def _drawn_aucs(labels: ArrayLike, scores: ArrayLike, videos: Sequence[str], dra
     """AUC in each bootstrap draw [draws], the same draws for all scores; None with a single class."""
     y, s = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     names, video = np.unique(np.asarray(videos), return_inverse=True)
-    kinds = np.zeros(len(names), np.int64)
-    kinds[video] = y
-    if len(set(kinds.tolist())) < 2:
+    if len(set(y.tolist())) < 2:
         return None
+    kinds = np.array([(np.bincount(video, y == kind) > 0) for kind in (0, 1)]).T @ (1, 2)  # 3: has both
+    drawn_apart = [np.flatnonzero(kinds == kind) for kind in (1, 2, 3) if (kinds == kind).any()]
     _, rank = np.unique(s, return_inverse=True)
     rng, values = np.random.default_rng(0), np.empty(draws)
     for draw in range(draws):
         times = np.zeros(len(names))
-        for kind in (0, 1):
-            own = np.flatnonzero(kinds == kind)
+        for own in drawn_apart:
             times += np.bincount(rng.choice(own, len(own)), minlength=len(names))
         weight = times[video]
         real, fake = (np.bincount(rank, weight * (y == kind)) for kind in (0, 1))

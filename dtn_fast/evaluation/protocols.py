@@ -16,7 +16,7 @@ from dtn_fast.data.open import open_data
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation import paper_numbers
 from dtn_fast.evaluation.config import EvaluateConfig
-from dtn_fast.evaluation.evaluate import Evaluation, evaluate, forgeries_of
+from dtn_fast.evaluation.evaluate import Evaluation, evaluate, families_in, forgeries_of
 from dtn_fast.evaluation.tables import Cell, Cells, PaperRow, ResultTable, TableRow
 from dtn_fast.files import json_text, write_whole
 from dtn_fast.model.config import TrainedOn
@@ -49,12 +49,14 @@ def measure(
     by_forgery: bool,
     config: EvaluateConfig,
     trained: Sequence[TrainedOn | None],
+    by_family: bool = False,
 ) -> Iterator[str | Measured]:
     """Measures one model on every test set: yields each set's name before measuring it, then the metrics.
 
     by_forgery: measure each forgery of a set separately; otherwise those that the models of the table were trained on
     together, and the others together.  trained: facts of the training of every model in the table, so that all rows
-    have the same columns.  Raises UsageError like ``evaluate``, and when a set has no forgery to test on.
+    have the same columns.  by_family: measure each family of forgeries as well.  Raises UsageError like ``evaluate``,
+    and when a set has no forgery to test on.
     """
     found = Measured({"frame": {}, "video": {}}, {})
     for name, dataset in tests.items():
@@ -63,6 +65,9 @@ def measure(
         groups = {name: seen, **({f"{name}, unseen": others} if others else {})}
         if by_forgery:
             groups = {paper_numbers.FF_NAMES.get(m, m): (m,) for m in dataset.methods}
+        if by_family:
+            where = "" if by_forgery else f"{name}, "
+            groups |= {f"{where}family {family}": own for family, own in families_in(dataset, config).items()}
         if not dataset.methods:
             raise UsageError(f"{name}: holds no forgery to test on")
         _fill(found, evaluate(scorer, dataset, config, groups))
@@ -85,13 +90,16 @@ def within(name: str, dataset: str, result: Evaluation) -> ResultTable:
 
 
 def cross_dataset(
-    entries: Sequence[Entry], datasets: Mapping[str, CropDataset], config: EvaluateConfig = EvaluateConfig()
+    entries: Sequence[Entry],
+    datasets: Mapping[str, CropDataset],
+    config: EvaluateConfig = EvaluateConfig(),
+    by_family: bool = False,
 ) -> Iterator[str | ResultTable]:
     """Measures every model on every dataset (Table 1): yields a label before each measurement, then the table.
 
-    Raises UsageError like ``evaluate``.
+    by_family: add columns of each dataset's families of forgeries.  Raises UsageError like ``evaluate``.
     """
-    for step in _measure_all(entries, datasets, False, config):
+    for step in _measure_all(entries, datasets, False, config, by_family):
         yield step if isinstance(step, str) else cross_dataset_table(*step)
 
 
@@ -103,13 +111,17 @@ def cross_dataset_table(rows: list[TableRow], column_notes: dict[str, str]) -> R
 
 
 def cross_manipulation(
-    entries: Sequence[Entry], dataset: CropDataset, config: EvaluateConfig = EvaluateConfig()
+    entries: Sequence[Entry],
+    dataset: CropDataset,
+    config: EvaluateConfig = EvaluateConfig(),
+    by_family: bool = False,
 ) -> Iterator[str | ResultTable]:
     """Measures models trained on one forgery each on every forgery of one dataset (Table 2).
 
-    Yields a label before each measurement, then the table.  Raises UsageError like ``measure``.
+    Yields a label before each measurement, then the table.  by_family: add columns of the families of forgeries.
+    Raises UsageError like ``measure``.
     """
-    for step in _measure_all(entries, {"the data": dataset}, True, config):
+    for step in _measure_all(entries, {"the data": dataset}, True, config, by_family):
         yield step if isinstance(step, str) else cross_manipulation_table(*step)
 
 
@@ -136,13 +148,17 @@ def in_columns(rows: Iterable[PaperRow], columns: Collection[str]) -> list[Paper
 
 
 def _measure_all(
-    entries: Sequence[Entry], tests: Mapping[str, CropDataset], by_forgery: bool, config: EvaluateConfig
+    entries: Sequence[Entry],
+    tests: Mapping[str, CropDataset],
+    by_forgery: bool,
+    config: EvaluateConfig,
+    by_family: bool,
 ) -> Iterator[str | tuple[list[TableRow], dict[str, str]]]:
     rows, column_notes = [], {}
     trained = [entry.scorer.config.trained_on for entry in entries]
     recorded = any(facts and facts.recipe for facts in trained)
     for entry in entries:
-        for step in measure(entry.scorer, tests, by_forgery, config, trained):
+        for step in measure(entry.scorer, tests, by_forgery, config, trained, by_family):
             if isinstance(step, str):
                 yield f"{entry.name} on {step}"
                 continue
@@ -180,10 +196,13 @@ class Within(NamedTuple):
     result: Evaluation
 
     def write(self, out: Path) -> list[Path]:
-        """Writes ``out``.json, .md and .tex, and returns them."""
-        table = within(self.name, self.dataset, self.result)
+        """Writes ``out``.json, .md, .tex and, with groups of people, .svg, and returns them."""
+        table, groups = within(self.name, self.dataset, self.result), self.result.groups
         texts = {".json": json_text(self.result.to_json(), indent=1), ".md": self.result.markdown(),
                  ".tex": "\n".join(map(table.latex, table.levels))}  # fmt: skip
+        if groups:
+            texts[".tex"] += f"\n{groups.latex()}"
+            texts[".svg"] = groups.chart(self.result.notice)
         for suffix, text in texts.items():
             write_whole(out.with_name(out.name + suffix), text)
         return [out.with_name(out.name + suffix) for suffix in texts]
@@ -199,6 +218,7 @@ def evaluate_models(
     trained_on: Sequence[str] = (),
     self_blend: bool = False,
     runtime: Runtime = Runtime(),
+    by_family: bool = False,
 ) -> Iterator[str | Within | ResultTable]:
     """Measures model files on folders of crops by a protocol of the paper: yields a label before each measurement, then
     the result.
@@ -206,10 +226,13 @@ def evaluate_models(
     protocol: ``within`` gives Within, the others a ResultTable; ``auto`` is ``within`` for one model on one dataset,
     else ``cross-dataset``.  trained_on: for ``cross-manipulation`` the forgery that each model was trained on; default:
     as the model records it.  self_blend: measure against self-blended copies of the reals instead of the data's
-    fakes.  Raises UsageError on options that do not fit each other, and like ``evaluate``.
+    fakes.  by_family: add columns of the families of forgeries; ``within`` always has them.  Raises UsageError on
+    options that do not fit each other, and like ``evaluate``.
     """
     chosen = _choose_protocol(protocol, models, data, trained_on)
     manipulation = chosen == "cross-manipulation"
+    if config.groups is not None and chosen != "within":
+        raise UsageError(f"--groups {config.groups}: takes one model, one dataset and --protocol within")
     names = names_of(models, model_names, "model-names", once=not manipulation)
     scorers = [load_scorer(path, runtime) for path in models]
     forgeries = _forgeries(models, scorers, trained_on) if manipulation else [""] * len(models)
@@ -229,9 +252,9 @@ def evaluate_models(
         return
     entries = [Entry(*entry) for entry in zip(names, scorers, forgeries, strict=True)]
     if manipulation:
-        yield from cross_manipulation(entries, sets[0], config)
+        yield from cross_manipulation(entries, sets[0], config, by_family)
     else:
-        yield from cross_dataset(entries, dict(zip(columns, sets, strict=True)), config)
+        yield from cross_dataset(entries, dict(zip(columns, sets, strict=True)), config, by_family)
 
 
 def _choose_protocol(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dtn_fast.evaluation.paper_numbers import Pair
-from dtn_fast.evaluation.plotting import drawing, svg_text
+from dtn_fast.evaluation.plotting import MARKERS, drawing, svg_text
 from dtn_fast.files import json_text, write_whole
 
 Level = Literal["frame", "video"]
@@ -83,6 +83,8 @@ class ResultTable:
     column_notes: dict[str, str] = field(default_factory=dict)
     """Protocol note of each column."""
     notes: tuple[str, ...] = ()
+    cost: str = ""
+    """Title of a column of numbers in ``TableRow.after`` that a second chart shows the AUC against; empty: none."""
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -212,6 +214,27 @@ class ResultTable:
             figure.supxlabel("\n".join(words), fontsize=9)
             return svg_text(figure)
 
+    def cost_chart(self, level: Level = "frame") -> str:
+        """SVG chart with a panel per test set: the AUC of each row with its interval against its cost, logarithmic."""
+        with drawing() as Figure:
+            figure = Figure(figsize=(1.0 + 4.2 * len(self.columns), 4.2), layout="constrained")
+            for panel, column in zip(
+                figure.subplots(1, len(self.columns), squeeze=False)[0], self.columns, strict=True
+            ):
+                for place, row in enumerate(self.rows):
+                    cell, at = row.cells[level][column], float(row.after[self.cost][0])
+                    if cell.auc is None:
+                        continue
+                    ends = cell.interval or (cell.auc, cell.auc)
+                    error = [[100 * max(cell.auc - ends[0], 0)], [100 * max(ends[1] - cell.auc, 0)]]
+                    panel.errorbar(at, 100 * cell.auc, error, fmt=MARKERS[place % len(MARKERS)], label=row.name)
+                panel.set_xscale("log")
+                panel.set(title=column, xlabel=f"{self.cost} per image", ylabel=f"{level} AUC, percent")
+                panel.grid(alpha=0.3)
+            figure.legend(*panel.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+            figure.supxlabel("\n".join(self.notices), fontsize=9)
+            return svg_text(figure)
+
     def to_json(self) -> dict[str, Any]:
         cells = lambda of: {level: {c: cell._asdict() for c, cell in row.items()} for level, row in of.items()}
         pairs = lambda of: {c: pair._asdict() for c, pair in of.items()}
@@ -222,13 +245,15 @@ class ResultTable:
                 "column_notes": self.column_notes, "notes": self.notes}  # fmt: skip
 
     def write(self, out: Path) -> list[Path]:
-        """Writes OUT.json, OUT.md, OUT.tex and OUT.svg, and returns their paths."""
+        """Writes OUT.json, OUT.md, OUT.tex and OUT.svg, with a cost also OUT-cost.svg, and returns their paths."""
         texts = {
             ".json": json_text(self.to_json(), indent=1),
             ".md": self.markdown(),
             ".tex": "\n".join(self.latex(level) for level in self.levels),
             ".svg": self.chart(),
         }
+        if self.cost:
+            texts["-cost.svg"] = self.cost_chart()
         made = [out.with_name(out.name + suffix) for suffix in texts]
         for path, text in zip(made, texts.values(), strict=True):
             write_whole(path, text)
@@ -239,6 +264,14 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
     """Lines of a Markdown table, with the text of its cells escaped."""
     safe = lambda cells: [cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells]
     return ["| " + " | ".join(cells) + " |" for cells in (safe(header), ["---"] * len(header), *map(safe, rows))]
+
+
+def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]], comments: Sequence[str] = ()) -> str:
+    """LaTeX tabular (booktabs) of text; its first two columns are flush left."""
+    shape = "ll" + "c" * (len(header) - 2)
+    lines = [*(f"% {comment}" for comment in comments), rf"\begin{{tabular}}{{{shape}}}", r"\toprule",
+             _line(map(_tex, header)), r"\midrule", *(_line(map(_tex, row)) for row in rows)]  # fmt: skip
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
 def _percent(value: float | None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from dtn_fast.errors import UsageError
 from dtn_fast.kernels.ops import bn_relu, fuses_bn
 from dtn_fast.model.config import STRIDE, DTNConfig
-from dtn_fast.model.norm import trains, update_statistics
+from dtn_fast.model.norm import recomputed, trains, update_statistics
 from dtn_fast.model.timm_compat import import_timm
 
 INPUT_CHANNELS = 8
@@ -28,11 +30,25 @@ class Backbone(nn.Sequential):
 
     norm_kernels = True
     pad_input = False
+    grad_checkpointing = False
     read = -1
     """Number of the pool whose output is read by another part of the model, and so is not fused; -1: none."""
 
     def forward(self, x: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, C, H / 32, W / 32]
-        layers = list(self)
+        if not (self.grad_checkpointing and self.training):
+            return self.run(list(self), x)
+        for group in self.groups():
+            x = recomputed(functools.partial(self.run, group), group, x)
+        return x
+
+    def groups(self) -> list[list[nn.Module]]:
+        """The layers of each group, which its pool ends."""
+        ends = [place + 1 for place, layer in enumerate(self) if isinstance(layer, nn.MaxPool2d)]
+        return [list(self)[begin:end] for begin, end in itertools.pairwise([0, *ends])]
+
+    def run(self, layers: list[nn.Module], x: Tensor) -> Tensor:
+        """The output of consecutive layers, which begin with a convolution."""
+        layers = list(layers)
         while layers:
             layer = layers.pop(0)
             # (torch 2.11 cannot trace bool of a list)
@@ -49,7 +65,7 @@ class Backbone(nn.Sequential):
             if follows:
                 norm = layers.pop(0)
                 pool = len(layers) > 1 and isinstance(layers[1], nn.MaxPool2d)
-                pool = pool and len(self) - len(layers) + 1 != self.read
+                pool = pool and (self.read < 0 or layers[1] is not self[self.read])
                 x, done = self._normalised(x, layer.bias, norm, pool)
                 del layers[:done]
         return x

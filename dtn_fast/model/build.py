@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from dtn_fast.errors import UsageError
+from dtn_fast.model.adapt import adapt, initialise
 from dtn_fast.model.config import CropPolicy, DTNConfig, TimmConfig, read_config
 from dtn_fast.model.detector import CONFIG, Depth, Detector, check_folder, device_of, patch_side
 from dtn_fast.model.dtn import DTN
 from dtn_fast.model.hooks import hooked
+from dtn_fast.model.mas import with_mas
 from dtn_fast.model.mask_head import MaskHead
 from dtn_fast.model.pretrained import Files, create_model, weights_of
 from dtn_fast.model.timm_compat import import_timm
@@ -25,7 +27,7 @@ class TimmDetector(Detector):
     """A timm model as a detector, with fresh weights or, if ``pretrained``, those in ``files`` or else on timm's hub.
 
     Raises UsageError when timm is missing or does not know the name, a file does not hold the weights, or the model has
-    no map for the mask head that it should have.
+    no attention that is adapted, or no map for the mask head that it should have.
     """
 
     config_class = TimmConfig
@@ -33,8 +35,6 @@ class TimmDetector(Detector):
     def __init__(self, config: TimmConfig, pretrained: bool = False, files: Files = MappingProxyType({})) -> None:
         super().__init__()
         timm = import_timm()
-        from dtn_fast.model import timm_registry  # noqa: F401  (it registers this package's own models)
-
         self.config, self.num_classes = config, config.num_classes
         known = _published(config.timm)
         # a model with positions for one image size only, as ViTs, is made for the crops' size
@@ -49,6 +49,14 @@ class TimmDetector(Detector):
         except Exception as error:  # timm and the hub raise RuntimeError, ValueError, OSError, their own ...
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UsageError(f"{config.timm}: timm cannot make it ({reason}); see timm.list_models()") from error
+        try:
+            if config.adaptation.mas:
+                with_mas(self.net)
+            if config.adaptation.adapt != "none":
+                adapt(self.net, config.adaptation, self.classifiers())
+        except ValueError as error:
+            raise UsageError(f"{config.timm}: cannot be adapted so: {error}; choose a ViT, or leave --adapt and --mas "
+                             "out") from error  # fmt: skip
         self.mask_head = None
         if config.mask_head:
             if not (layers := self.mask_layers()):
@@ -58,6 +66,13 @@ class TimmDetector(Detector):
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, S, S] -> [B, num_classes]
         return self.net(images)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        try:
+            self.net.set_grad_checkpointing(enable)
+        except (AttributeError, AssertionError):
+            name = self.config.timm
+            raise UsageError(f"{name}: has no gradient checkpointing; leave --grad-checkpointing out") from None
 
     def classifiers(self) -> list[nn.Module]:
         """The layers that the model itself names, or else the last linear one."""
@@ -157,8 +172,10 @@ def publishes_weights(name: str) -> bool:
 def build_detector(
     config: DTNConfig | TimmConfig, pretrained: bool = False, files: Files = MappingProxyType({})
 ) -> Detector:
-    """A detector with fresh weights, or a timm model with published ones."""
-    return DTN(config) if isinstance(config, DTNConfig) else TimmDetector(config, pretrained, files)
+    """A detector to be trained, with fresh weights, or a timm model with published ones."""
+    made = DTN(config) if isinstance(config, DTNConfig) else TimmDetector(config, pretrained, files)
+    initialise(made)
+    return made
 
 
 def with_mask_head(model: Detector) -> Detector:

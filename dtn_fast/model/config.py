@@ -8,11 +8,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from dtn_fast.dataclass_json import from_fields
 from dtn_fast.errors import UsageError
 from dtn_fast.model.card import Card
+from dtn_fast.ranges import Range, check_ranges
 
 NOISES = ("gaussian", "blur", "contrast", "compression", "none")
 ACTIVATIONS = ("relu", "gelu", "none")
@@ -68,8 +69,42 @@ class TrainedOn:
                 raise UsageError(f"TrainedOn.{name} is {values!r}; it must be a list of names")
 
 
+@dataclass(frozen=True)
+class Adaptation:
+    """Changes to a pretrained transformer of timm, and the parameters of it that are trained."""
+
+    adapt: Literal["none", "lora", "effort"] = "none"
+    """Parameters of a timm transformer that are trained.  none: all of them; lora: the classifier and products of low
+    rank that are added to the attention's weights (Hu et al., 2022); effort: the classifier and the directions of the
+    smallest singular values of the attention's weights, kept orthogonal to the others (Yan et al., 2025)."""
+    rank: Annotated[int, Range(0, 4096)] = 0
+    """Rank of what is trained of each projection of queries, keys, values and heads; 0: 8 for lora, 1 for effort (as
+    published)."""
+    mas: bool = False
+    """Scale each attention head of a timm transformer by a learnable sigmoid (Eq. 20), trained in any case; the answers
+    are the same at first."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.rank and self.adapt == "none":
+            raise UsageError("--rank: only with --adapt lora or effort")
+
+    def __str__(self) -> str:
+        """The adaptation in words, empty for none."""
+        words = {"none": "", "lora": "LoRA", "effort": "Effort"}[self.adapt]
+        words += f" of rank {self.rank}" if self.rank else ""
+        return " and ".join(filter(None, (words, "MAS" if self.mas else "")))
+
+    def rank_of(self, width: int) -> int:
+        """The rank for projections of ``width`` inputs.  Raises ValueError when it is none of such."""
+        rank = self.rank or {"lora": 8, "effort": 1}[self.adapt]
+        if rank > width:
+            raise ValueError(f"rank {rank} is over its width {width}")
+        return rank
+
+
 def _check(config: Any) -> None:
-    """Replaces the decoded JSON objects in ``crop``, ``trained_on`` and ``card`` by their dataclasses.
+    """Replaces decoded JSON objects by their dataclasses.
 
     Raises UsageError on a single class, or a mean or standard deviation that is none."""
     for name in ("mean", "std"):
@@ -81,8 +116,9 @@ def _check(config: Any) -> None:
         raise UsageError(f"{type(config).__name__}.num_classes is {config.num_classes}; it must be >= 2")
     if not isinstance(config.mask_head, bool):
         raise UsageError(f"{type(config).__name__}.mask_head is {config.mask_head!r}; it must be true or false")
-    for name, kind in (("crop", CropPolicy), ("trained_on", TrainedOn), ("card", Card)):
-        value = getattr(config, name)
+    parts = {"crop": CropPolicy, "trained_on": TrainedOn, "card": Card, "adaptation": Adaptation}
+    for name in parts.keys() & {field.name for field in dataclasses.fields(config)}:
+        kind, value = parts[name], getattr(config, name)
         if isinstance(value, Mapping):
             object.__setattr__(config, name, from_fields(kind, value, name))
         elif not isinstance(value, kind | None):
@@ -146,6 +182,11 @@ class DTNConfig:
     """Mix attention maps across heads by a 1x1 convolution and BN (DeepViT; Table 8) in place of MAS."""
     local_connection: bool = True
     """Depthwise 3x3 + BN after attention (Eq. 23)."""
+    drop_rate: float = 0.0
+    """Dropout of the pooled features before the classifier, in training (*choice*: the paper has none)."""
+    drop_path_rate: float = 0.0
+    """Rate at which the last block is left out for a sample in training; it rises linearly from 0 at the first
+    (stochastic depth, Huang et al., 2016; *choice*: the paper has none)."""
     num_classes: int = 2
     """Number of logits; logit 0 is real, logit 1 fake."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -192,6 +233,8 @@ class DTNConfig:
             (self.expert_kernel in (1, 3), "expert_kernel", "1 or 3"),
             (self.noise_std >= 0, "noise_std", ">= 0"),
             (self.noise_strength >= 0, "noise_strength", ">= 0"),
+            (0 <= self.drop_rate < 1, "drop_rate", "0 to below 1"),
+            (0 <= self.drop_path_rate < 1, "drop_path_rate", "0 to below 1"),
             (self.gate in ("max", "vanilla"), "gate", "max or vanilla"),
             (self.noise in NOISES, "noise", " or ".join(NOISES)),
             (isinstance(self.backbone, str) and bool(self.backbone), "backbone", "vgg or a model of timm"),
@@ -252,6 +295,8 @@ class TimmConfig:
     """RGB mean subtracted from pixels in [0, 1]; ``dtn-fast train`` takes that of timm's weights of the model."""
     std: tuple[float, float, float] = DTNConfig.std
     """RGB standard deviation that divides the result; ``dtn-fast train`` takes that of timm's weights."""
+    adaptation: Adaptation = Adaptation()
+    """Changes to the model, and the parameters of it that are trained."""
     mask_head: bool = False
     """Add a head that maps the forged pixels, at 1/8 of the crop's side, beside the logits, which stay the same;
     ``dtn-fast train --mask-weight`` adds and trains it."""

@@ -63,6 +63,11 @@ class Detector(nn.Module):
         linear: list[nn.Module] = [module for module in self.modules() if isinstance(module, nn.Linear)]
         return linear[-1:]
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Computes the insides of the layers again in the backward, in place of keeping them.  Raises UsageError when
+        the model cannot."""
+        raise UsageError(f"{type(self).__name__}: has no gradient checkpointing; leave --grad-checkpointing out")
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes model.safetensors, with checksums of both files, config.json and, if the model has such, card.json and
         novelty.safetensors into ``folder``, each atomically."""
@@ -156,7 +161,8 @@ def state_bytes(state: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
     """Names, dtypes, shapes and values of tensors, by name: what a digest of weights covers."""
     for name, tensor in sorted(state.items()):
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-        yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        whole = tensor.detach().cpu().contiguous()  # of a single value, strides may be any
+        yield whole.as_strided((whole.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def _checksums(state: dict[str, Tensor], notice: str, config: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtn_fast.kernels.ops import mas_attention_packed
+from dtn_fast.model.adapt import merged
 from dtn_fast.model.backbone import Backbone
 from dtn_fast.model.detector import Detector, device_of, move_to
 from dtn_fast.model.dtn import DTN
@@ -32,7 +33,7 @@ class FoldedDTN(DTN):
     def __init__(self, model: DTN, attention: AttentionPath) -> None:
         nn.Module.__init__(self)  # not DTN's: the layers come from ``model``
         self.config, self.notice, self.novelty = model.config, model.notice, model.novelty
-        self.num_classes, self.num_features = model.num_classes, model.num_features
+        self.num_classes, self.num_features, self.global_pool = model.num_classes, model.num_features, model.global_pool
         vgg = isinstance(model.backbone, Backbone)
         self.backbone: nn.Sequential = _fold_backbone(model.backbone) if vgg else copy.deepcopy(model.backbone)
         self.gate = copy.deepcopy(model.gate)
@@ -98,7 +99,7 @@ def fold(model: DTN, attention: AttentionPath | None = None) -> FoldedDTN:
     attention: ``native`` (torch's scaled_dot_product_attention) or ``kernel`` (this package's); default: ``kernel`` on
     a GPU, ``native`` elsewhere.  All weights are folded in float64 and rounded once.
     """
-    device = model.head.weight.device
+    device = device_of(model)
     path = attention or ("kernel" if device.type == "cuda" else "native")
     with torch.no_grad():
         return FoldedDTN(model, path).to(device).eval().requires_grad_(False)
@@ -160,6 +161,7 @@ def _linear(weight: Tensor, bias: Tensor, like: Tensor) -> nn.Linear:
 
 
 def frozen(model: Detector) -> Detector:
-    """A copy of ``model`` for inference on its device, without gradients: a DTN is folded, others are in eval mode."""
-    copied: Detector = fold(model) if isinstance(model, DTN) else copy.deepcopy(model).eval().requires_grad_(False)
+    """A copy of ``model`` for inference on its device, without gradients: a DTN is folded, another's adapted layers are
+    merged."""
+    copied: Detector = fold(model) if isinstance(model, DTN) else merged(model).eval().requires_grad_(False)
     return move_to(copied, device_of(model))

@@ -9,7 +9,7 @@ from dtn_fast.kernels import reference
 from dtn_fast.kernels.ops import fuses_local_connection, local_connection, mas_attention_packed
 from dtn_fast.model.config import DTNConfig
 from dtn_fast.model.mas import head_mixer, reattend
-from dtn_fast.model.norm import trains, update_statistics
+from dtn_fast.model.norm import recomputed, trains, update_statistics
 
 
 class ScaledAttention(nn.Module):
@@ -74,9 +74,13 @@ class LEVTBlock(nn.Module):
     """One block on a map [B, C, H, W]: X + LC(Attention(BN(X))), then X + MLP(BN(X))."""
 
     norm_kernels = True
+    grad_checkpointing = False
 
-    def __init__(self, config: DTNConfig) -> None:
+    def __init__(self, config: DTNConfig, drop_path_rate: float = 0.0) -> None:
         super().__init__()
+        self.drop_path_rate = drop_path_rate
+        """Probability in training that the block leaves a sample as it is; the others' change is divided by 1 - rate.
+        """
         width = config.channels[-1]
         hidden = width * config.mlp_ratio
         self.norm1 = nn.BatchNorm2d(width)
@@ -91,6 +95,13 @@ class LEVTBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        y = recomputed(self._run, [self], x) if self.grad_checkpointing and self.training else self._run(x)
+        if not (self.drop_path_rate and self.training):
+            return y
+        kept = 1 - self.drop_path_rate
+        return x + (y - x) * (torch.rand(len(x), 1, 1, 1, device=x.device) < kept).to(x.dtype) / kept
+
+    def _run(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         tokens = self.norm1(x).flatten(2).transpose(1, 2)  # [B, HW, C], a view of a channels_last map
         mixed = self.attention(tokens).transpose(1, 2).unflatten(2, (height, width))  # [B, C, H, W]

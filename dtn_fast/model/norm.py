@@ -1,9 +1,14 @@
-"""Update of BN running statistics where a kernel computes the batch statistics."""
+"""BN's running statistics where a kernel computes the batch's, and where the forward pass is computed twice."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import checkpoint
 
 
 def trains(norm: nn.Module) -> bool:
@@ -27,3 +32,24 @@ def update_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: in
         norm.num_batches_tracked += 1
         norm.running_mean.lerp_(mean, norm.momentum)
         norm.running_var.lerp_(var * (count / max(count - 1, 1)), norm.momentum)
+
+
+def recomputed(function: Callable[[Tensor], Tensor], parts: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """function(x), of which the backward computes the insides again in place of keeping them (gradient checkpointing,
+    Chen et al., 2016).  The BNs in ``parts`` update their running statistics the first time alone."""
+    norms = [module for part in parts for module in part.modules() if isinstance(module, _NormBase)]
+    again = lambda: (contextlib.nullcontext(), _statistics_kept(norms))
+    return checkpoint(function, x, use_reentrant=False, context_fn=again)
+
+
+@contextlib.contextmanager
+def _statistics_kept(norms: list[_NormBase]) -> Iterator[None]:
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+            norm.num_batches_tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
+        yield
+    finally:
+        for norm, (momentum, tracked) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, tracked

@@ -1,9 +1,15 @@
-"""Import of timm that also works with a CPU-only torch."""
+"""Import of timm that also works with a CPU-only torch, and that registers this package's models."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,10 +19,48 @@ from dtn_fast.packages import require
 
 @functools.cache
 def import_timm() -> Any:
-    """Imports the timm package.  Raises UsageError when it is not installed.
+    """Imports the timm package.  Raises UsageError when it is not installed."""
+    _prepare_torchvision()
+    return require("timm")
 
-    timm needs torchvision, and PyPI's torchvision is built for CUDA: with a CPU-only torch its import fails, because it
-    describes two operators that then do not exist.  Declaring them first is enough; nothing here calls them.
+
+def register_models() -> None:
+    """Registers this package's models in timm's registry: now if timm is imported, or else once it is, because its
+    import takes seconds."""
+    if sys.modules.get("timm"):
+        importlib.import_module(REGISTRY)
+    else:
+        sys.meta_path.insert(0, _TimmFinder())
+
+
+REGISTRY = "dtn_fast.model.timm_registry"
+
+
+class _TimmFinder(importlib.abc.MetaPathFinder):
+    """Finds timm as Python does, once, and has :data:`REGISTRY` imported after it."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "timm":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                _prepare_torchvision()
+                run(module)
+                importlib.import_module(REGISTRY)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _prepare_torchvision() -> None:
+    """Makes torchvision importable.
+
+    timm needs it, and PyPI's is built for CUDA: with a CPU-only torch its import fails, because it describes two
+    operators that then do not exist.  Declaring them first is enough; nothing here calls them.
     """
     try:
         importlib.import_module("torchvision")
@@ -26,7 +70,6 @@ def import_timm() -> Any:
         if "operator torchvision::" not in str(error):
             raise
         _declare_torchvision_operators()
-    return require("timm")
 
 
 _torchvision_library: torch.library.Library | None = None

@@ -148,6 +148,15 @@ def test_the_whole_path(run, video_set: Path, tmp_path: Path) -> None:
     assert (tmp_path / "test.md").read_text().startswith("| fakes")
     written = next(line for line in out.splitlines() if line.startswith("written: ")).split()[1:]
     assert written == [str(tmp_path / name) for name in ("test.json", "test.md", "test.tex", "commands.jsonl")]
+    (first, second), *_ = json.loads((video_set / "splits/test.json").read_text())
+    (tmp_path / "groups.csv").write_text(f"identity,gender\n{first},man\n{second},woman\n")
+    groups = "--groups", tmp_path / "groups.csv", "--group-size", "1", "--families", "SynthWarp=other"
+    code, out, err = run("evaluate", crops, "--model", training, *groups, "--out", tmp_path / "test")
+    assert code == 0, err
+    assert "family other" in out
+    assert "By group; rates in percent" in out
+    assert re.search(r"^Widest gap in AUC: gender, |^No gap in AUC: ", out, re.MULTILINE)
+    assert (tmp_path / "test.svg").is_file()
     code, out, _ = run("export", training, "--out", onnx)
     assert code == 0
     assert "largest error" in out

@@ -204,6 +204,81 @@ def bench(root: Path, separator: str = "/", store: str = "") -> Miniature:
     return source, rows, ""
 
 
+def aiface(root: Path, version: int = 2) -> Miniature:
+    """AI-Face's lists: deepfake videos' frames, GANs, diffusion models and real sources, in the README's columns."""
+    header = "Image Path,Gender,Age,Skin Tone,Intersection,Target"
+    cells, people = "{gender},3,{tone},0", [("gender", "{sex}"), ("age", "adult"), ("skin tone", "Monk {tone}")]
+    if version == 1:
+        header = "Image Path,Uncertainty Score Gender,Ground Truth Gender,Ground Truth Age,Ground Truth Race,Target"
+        cells, people = "0.1,{gender},2,1", [("gender", "{sex}"), ("age", "senior"), ("race", "White")]
+    rows, lists = [], {"train": [header], "test": [header]}
+    for number, (name, split, method) in enumerate([
+        ("AttGAN/a.png", "train", "AttGAN"), ("FF++/Face2Face/002_007/0.png", "val", "Face2Face"),
+        ("FFHQ/b.png", "train", "real"), ("FF++/Deepfakes/000_003/0.png", "train", "Deepfakes"),
+        ("FF++/Deepfakes/000_003/n.png", "train", "Deepfakes"),
+        ("Latent_Diffusion/c.png", "test", "Latent_Diffusion"), ("imdb_wiki/d.png", "test", "real"),
+        ("Unheard/e.png", "test", "Unheard"),
+    ]):  # fmt: skip
+        facts = {"gender": number % 2, "sex": ("female", "male")[number % 2], "tone": number + 1}
+        row = f"{name},{cells.format(**facts)},{int(method != 'real')}"
+        lists["test" if split == "test" else "train"].append(row)
+        known = tuple((key, value.format(**facts)) for key, value in people)
+        rows.append(Video(name, int(method != "real"), method, split, frames=(name,), attributes=known))
+    put(root, *(row.path for row in rows))
+    for split, lines in lists.items():
+        put(root, f"dataset/{split}.csv", data="\n".join(lines) + "\n")
+    return Source("aiface"), rows, ""
+
+
+def deepfake_eval(root: Path) -> Miniature:
+    head = "Filename,Date,Video Ground Truth,Audio Ground Truth,Public Comments,Finetuning Set"
+    put(root, "video-metadata-publish.csv", data="\n".join([
+        head, "a.mp4,2024-11-14,Fake,Unknown,,test", 'b.mp4,2024-11-14,Real,Fake,"voice, cloned",test',
+        "-c.mp4,2024-11-13,Real,Real,,train", "d.mp4,2024-11-13,Unknown,Fake,,test", "",
+    ]))  # fmt: skip
+    put(root, "image-metadata-publish.csv", data="\n".join([
+        "Filename,Ground Truth,Finetuning Set", "r.jpg,Fake,Train", "f.png,Real,Test", "#NAME?,Real,Test", "",
+    ]))  # fmt: skip
+    rows = [
+        Video("video-data/a.mp4", 1, "in the wild", "test"),
+        Video("video-data/b.mp4", 0, "real", "test"),
+        Video("video-data/-c.mp4", 0, "real", "train"),
+        Video("image-data/r.jpg", 1, "in the wild", "val", frames=("image-data/r.jpg",)),
+        Video("image-data/f.png", 0, "real", "test", frames=("image-data/f.png",)),
+    ]
+    put(root, *(row.path for row in rows))
+    return Source("deepfake-eval-2024"), rows, ""
+
+
+AV_HEADER = "source,target1,target2,method,category,type,race,gender,path,"
+
+
+def fakeavceleb(root: Path) -> Miniature:
+    rows, lines = [], [AV_HEADER]
+    for split, one, race, gender in (  # the splits that these ids are drawn to
+        ("train", "id00001", "African", "men"), ("val", "id00016", "Asian (East)", "women"),
+        ("test", "id00010", "Caucasian (American)", "women"),
+    ):  # fmt: skip
+        at = f"{race}/{gender}/{one}"
+        real = f"RealVideo-RealAudio/{at}/00109.mp4"
+        facts = {"attributes": (("race", race), ("gender", gender))}
+        rows += [
+            Video(real, 0, "real", split, (one,), **facts),
+            Video(f"FakeVideo-FakeAudio/{at}/00109_1.mp4", 1, "wav2lip", split, (one,), target=real, **facts),
+            Video(f"FakeVideo-RealAudio/{at}/00109_2.mp4", 1, "fsgan", split, (one, one), target=real, **facts),
+        ]
+        for kind, file, method, target in (
+            ("RealVideo-RealAudio", "00109", "real", "-"), ("RealVideo-FakeAudio", "00109_fake", "rtvc", "-"),
+            ("FakeVideo-FakeAudio", "00109_1", "wav2lip", "-"), ("FakeVideo-RealAudio", "00109_2", "fsgan", one),
+            ("FakeVideo-FakeAudio", "00109_1", "faceswap-wav2lip", "-"), ("FakeVideo-RealAudio", "00109_3", "fsgan",
+             "id00001" if split == "test" else "id00010"),
+        ):  # fmt: skip
+            lines.append(f"{one},{target},-,{method},A,{kind},{race},{gender},{file}.mp4,FakeAVCeleb/{kind}/{at}")
+    put(root, "meta_data.csv", data="\n".join(lines) + "\n")
+    put(root, *(row.path for row in rows))
+    return Source("fakeavceleb"), rows, "meta_data.csv lists 3 real videos, published are 500"
+
+
 def folder(root: Path) -> Miniature:
     rows = [
         Video("train/real/a.mp4", 0, "real", "train"),
@@ -238,6 +313,10 @@ MINIATURES: dict[str, Callable[[Path], Miniature]] = {
     "deepfakebench \\": functools.partial(bench, separator="\\"),
     "deepfakebench lmdb": functools.partial(bench, store="FF_lmdb"),
     "deepfakebench \\ lmdb": functools.partial(bench, separator="\\", store="FF_lmdb"),
+    "aiface": aiface,
+    "aiface, first version": functools.partial(aiface, version=1),
+    "deepfake-eval-2024": deepfake_eval,
+    "fakeavceleb": fakeavceleb,
     "folder": folder,
     "reals": reals,
 }
@@ -250,7 +329,7 @@ def test_rows_and_their_frames(tmp_path: Path, name: str) -> None:
         assert "(--allow counts accepts that)" in refused(tmp_path, source, published)
     table = read(tmp_path, replace(source, allow=("counts",) if published else ()))
     assert sorted(table.videos) == sorted(rows)
-    assert (table.crops, table.lmdb) == (source.dataset == "deepfakebench", source.lmdb)
+    assert (table.crops, table.lmdb) == (source.dataset in ("deepfakebench", "aiface"), source.lmdb)
     assert any(note.startswith("accepted: ") and published in note for note in table.notes) == bool(published)
     for row in table.videos:
         frames = list(video_frames(tmp_path, row, 2, table.lmdb))
@@ -263,7 +342,7 @@ def test_rows_and_their_frames(tmp_path: Path, name: str) -> None:
         assert sorted(unasked.videos) == sorted(row for row in rows if row.split == "test")
 
 
-TREES = [name for name in MINIATURES if not re.search("bench|folder|reals", name)]
+TREES = [name for name in MINIATURES if not re.search("bench|folder|reals|aiface", name)]
 
 
 def test_folders_of_splits_by_any_name(tmp_path: Path) -> None:
@@ -323,7 +402,7 @@ def test_folders_without_splits_are_divided(tmp_path: Path) -> None:
     for split in ("80/20", "80/10/5", "a/b/c", "80/10/-10", "80/10/10/0", ""):
         with pytest.raises(UsageError, match=f"--split {split}: percent of train, val and test were expected"):
             Source("folder", split=split)
-    refused(tmp_path, Source("celebdf-v2", split="50/0/50"), "--split: for --dataset folder and reals only")
+    refused(tmp_path, Source("celebdf-v2", split="50/0/50"), "--split: for --dataset folder, reals, fakeavceleb only")
     (tmp_path / "Real").rename(tmp_path / "Genuine")
     refused(tmp_path, Source("folder"), "no real/ beside forgeries")
 
@@ -607,9 +686,18 @@ LISTS: dict[str, tuple[str, Callable[[str], Any]]] = {  # file, and its content 
     "dfdc-preview": ("dataset.json", lambda name: {name: {"label": "real", "set": "test"}}),
     "deeperforensics": ("lists/splits/train.txt", str),
     "deepfakebench": ("bench.json", lambda name: one({"frames": [name]})),
+    "aiface": ("dataset/train.csv", "Image Path,Target\n{},1".format),
+    "fakeavceleb": (
+        "meta_data.csv",
+        f"{AV_HEADER}\na,-,-,real,A,RealVideo-RealAudio,,,{{}},RealVideo-RealAudio".format,
+    ),
 }
 DEEPER: dict[str, tuple[str, Callable[[str], Any]]] = {
     "dfdc original": ("dfdc_train_part_0/metadata.json", lambda name: {"a.mp4": {"label": "FAKE", "original": name}}),
+    "deepfake-eval-2024": (
+        "video-metadata-publish.csv",
+        "Filename,Video Ground Truth,Finetuning Set\n{},Real,test".format,
+    ),
     "deepfakebench masks": ("bench.json", lambda name: one({"frames": ["a/b.png"], "masks": [name]})),
 }
 

@@ -96,13 +96,15 @@ def test_all_is_what_the_model_was_trained_on_and_the_rest_is_apart(dataset: Cro
     a, b, *rest = dataset.methods
     result_of = lambda *names: evaluate(trained_on(*names), dataset, FEW)
     rows = {row.fakes: row for row in result_of(a, b, "elsewhere").rows}
-    assert [*rows] == ["all", "unseen", *dataset.methods]
-    for title, group in (("all", (a, b)), ("unseen", tuple(rest))):
+    families = {"family swap": ("SynthBlend", "SynthSwap"), "family reenactment": ("SynthWarp",),
+                "family editing": ("SynthResample",)}  # fmt: skip
+    assert [*rows] == ["all", "unseen", *families, *dataset.methods]
+    for title, group in (("all", (a, b)), ("unseen", tuple(rest)), *families.items()):
         direct = evaluate(trained_on(), dataset, FEW, groups={"x": group}).rows[0]
         assert rows[title] == direct._replace(fakes=title)
         assert f"fakes by {', '.join(group)};" in rows[title].note
     for names in ((), ("elsewhere",), dataset.methods):
-        assert [row.fakes for row in result_of(*names).rows] == ["all", *dataset.methods]
+        assert [row.fakes for row in result_of(*names).rows] == ["all", *families, *dataset.methods]
         assert result_of(*names).rows[0].video.fakes == 2 * len(dataset.methods)
     table = within("DTN", "FF++", result_of(a, b))
     assert table.rows[0].cells["frame"]["FF++"].auc == rows["all"].frame.auc
@@ -133,6 +135,23 @@ def test_models_of_different_recipes_are_marked(dataset: CropDataset) -> None:
     assert "CE + Ct-c; from scratch" in table.latex("frame")
     table, _ = result(cross_dataset([Entry("old", made["old"])], {"FF++": dataset}, FEW))
     assert table.text("frame")[0] == ["model", "FF++ ACC", "FF++ AUC"], "of nothing anything is recorded"
+
+
+def test_families_are_columns_when_asked_and_may_be_named(dataset: CropDataset) -> None:
+    one, names = [Entry("x", trained_on(), "DF")], ["swap", "reenactment", "editing"]
+    table, _ = result(cross_dataset(one, {"FF++": dataset}, FEW, by_family=True))
+    assert table.columns == ("FF++", *(f"FF++, family {name}" for name in names))
+    swaps = evaluate(trained_on(), dataset, FEW, groups={"x": ("SynthBlend", "SynthSwap")}).rows[0]
+    assert table.rows[0].cells["video"]["FF++, family swap"].auc == swaps.video.auc
+    table, _ = result(cross_manipulation(one, dataset, FEW, by_family=True))
+    assert table.columns == (*dataset.methods, *(f"family {name}" for name in names))
+    named = dataclasses.replace(FEW, families=tuple(f"{method}=other" for method in dataset.methods))
+    assert [row.fakes for row in evaluate(trained_on(), dataset, named).rows] == ["all", *dataset.methods]
+    named = dataclasses.replace(FEW, families=("SynthWarp=whole-face,diffusion",))
+    rows = {row.fakes: row for row in evaluate(trained_on(), dataset, named).rows}
+    assert rows["family diffusion"].frame == rows["SynthWarp"].frame
+    with pytest.raises(UsageError, match=r"--families Nope=.*: no such forgery here; there are SynthBlend"):
+        evaluate(trained_on(), dataset, dataclasses.replace(FEW, families=("Nope=swap",)))
 
 
 @pytest.fixture

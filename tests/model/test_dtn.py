@@ -217,21 +217,6 @@ def test_a_flipped_bit_is_found(small: DTN, tmp_path: Path) -> None:
     assert DTN.from_pretrained(tmp_path).config.mas_init == 1.0
 
 
-def test_timm_registry(tmp_path: Path) -> None:
-    from dtn_fast.model import timm_registry  # noqa: F401  (must come before timm: see its docstring)
-
-    timm = pytest.importorskip("timm")
-    with torch.device("meta"):
-        model = timm.create_model("dtn_paper")
-    assert sum(p.numel() for p in model.parameters()) == 29_945_206
-    assert {"dtn_paper", "dtn_tiny"} <= set(timm.list_models("dtn*"))
-    tiny = timm.create_model("dtn_tiny", img_size=64, num_classes=3).eval()
-    assert tiny(torch.randn(1, 3, 64, 64)).shape == (1, 3)
-    assert tiny.default_cfg["input_size"] == (3, 128, 128)
-    with pytest.raises(UsageError, match="no pretrained weights"):
-        timm.create_model("dtn_tiny", pretrained=True)
-
-
 def test_a_configuration_of_any_size_takes_no_memory(small: DTN, tmp_path: Path) -> None:
     small.save_pretrained(tmp_path)
     weights, wide = (

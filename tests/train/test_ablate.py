@@ -25,12 +25,12 @@ from dtn_fast.evaluation.protocols import in_columns
 from dtn_fast.evaluation.tables import Cell, ResultTable, TableRow
 from dtn_fast.model import backbone, build
 from dtn_fast.model.build import build_detector
-from dtn_fast.model.config import NOISES, TimmConfig
+from dtn_fast.model.config import NOISES, Adaptation, TimmConfig
 from dtn_fast.model.moe_gate import MoEGate, disturb
 from dtn_fast.train import ablate as ablations
 from dtn_fast.train.ablate import Working, ablate, folder_of
 from dtn_fast.train.ablation_tables import ABLATIONS, configure, printed_rows, variants_of
-from dtn_fast.train.config import PRESETS, BaselineConfig, Execution, Recipe
+from dtn_fast.train.config import FOUNDATION, PRESETS, BaselineConfig, Execution, Recipe
 from dtn_fast.train.losses import contrastive_center, initial_loss
 from dtn_fast.train.step import TrainStep
 
@@ -66,6 +66,7 @@ def test_every_variant_can_be_made(name: str) -> None:
         assert all(0 < value <= 100 for pair in variant.paper.values() for value in pair if value is not None)
 
 
+PUBLISHED = {"pretrained": True, "lr": 2e-4}
 CHANGES: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     "losses": {
         "CE loss": ({}, {"initial_weights": (1.0, 0.0)}),
@@ -103,6 +104,10 @@ CHANGES: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     "backbones": {
         **{f"{n}": ({"backbone": n, "depth": 0, "num_experts": 0, "mas": False}, {}) for n in BACKBONES},
         **{f"{n} + ours": ({"backbone": n, "depth": 6, "num_experts": 2, "mas": True}, {}) for n in BACKBONES},
+        **{f"{n} LoRA": ({"timm": t, "adaptation": Adaptation("lora")}, PUBLISHED) for n, t in FOUNDATION.items()},
+        **{f"{n} Effort": ({"timm": t, "adaptation": Adaptation("effort")}, PUBLISHED) for n, t in FOUNDATION.items()},
+        **{f"{n} Effort + ours": ({"timm": t, "adaptation": Adaptation("effort", 0, True)}, PUBLISHED)
+           for n, t in FOUNDATION.items()},
     },
 }  # fmt: skip
 
@@ -190,24 +195,27 @@ SMALL_BACKBONES = {"resnet34": "resnet10t", "resnet50": "resnet14t", "efficientn
 class SmallTimm:
     """timm whose models that the paper compares with are small: training them at full size takes minutes."""
 
-    def __init__(self, timm: Any) -> None:
-        self._timm = timm
+    def __init__(self, timm: Any, full: bool) -> None:
+        self._timm, self.full = timm, full
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._timm, name)
 
     def create_model(self, name: str, **how: Any) -> Any:
+        if name in FOUNDATION.values():  # of 300 M parameters, whose weights are on timm's hub
+            how |= {"pretrained": False, "embed_dim": 48, "depth": 1, "num_heads": 2}
+            return self._timm.create_model("eva02_tiny_patch14_224" if "eva" in name else "vit_tiny_patch16_224", **how)
+        if self.full:
+            return self._timm.create_model(name, **how)
         family = name.removesuffix("_mas").removesuffix("_reattention")
         return self._timm.create_model(SMALL_BACKBONES.get(name, name), **how, **SMALL_BASELINES.get(family, {}))
 
 
 @pytest.fixture(autouse=True)
 def small_baselines(monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
-    if full:
-        return
     real = build.import_timm
     for module in (build, backbone):
-        monkeypatch.setattr(module, "import_timm", lambda: SmallTimm(real()))
+        monkeypatch.setattr(module, "import_timm", lambda: SmallTimm(real(), full))
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -242,7 +250,12 @@ def test_an_ablation_trains_measures_and_resumes(
     printed = variants[0].paper.get("FF++")
     if printed:
         assert f"[{printed.auc:.2f}]" in body[0][2]
-    assert ("M params" in header) == (variants[0].size is not None)
+    assert ("M params" in header) == (variants[0].size is not None or whole.cost)
+    assert (tmp_path / f"{name}-cost.svg").is_file() == whole.cost
+    if whole.cost:
+        assert all(float(row.after[title][0]) > 0 for row in made.rows for title in ("M trained", "GMAC", "images/s"))
+        shares = [float(r.after["M trained"][0]) / float(r.after["M params"][0]) for r in made.rows]
+        assert [share < 1 for share in shares] == ["adapt" in v.model for v in variants]
     assert "synthetic faces" in (tmp_path / f"{name}.md").read_text()
     stored = json.loads((tmp_path / f"{name}.json").read_text())
     assert [TableRow.from_json(row) for row in stored["rows"]] == made.rows

@@ -9,10 +9,13 @@ from typing import get_args
 
 from dtn_fast.data.config import Dataset, Source
 from dtn_fast.data.corrupt import check
+from dtn_fast.data.datasets.aiface import read_aiface
 from dtn_fast.data.datasets.celebdf import read_celebdf
 from dtn_fast.data.datasets.deeperforensics import read_deeperforensics
+from dtn_fast.data.datasets.deepfake_eval import read_deepfake_eval
 from dtn_fast.data.datasets.deepfakebench import read_deepfakebench
 from dtn_fast.data.datasets.dfdc import read_dfdc, read_dfdc_preview
+from dtn_fast.data.datasets.fakeavceleb import read_fakeavceleb
 from dtn_fast.data.datasets.ffpp import read_dfd, read_ffpp
 from dtn_fast.data.datasets.folder import read_folder, read_reals
 from dtn_fast.data.video_table import SPLITS, VideoTable
@@ -30,7 +33,7 @@ def read(root: Path, source: Source = Source()) -> VideoTable:
         raise UsageError(f"--dataset {source.dataset}: known are {', '.join(get_args(Dataset))}")
     for option, datasets in OWN_OPTIONS.items():
         if source.dataset not in datasets and getattr(source, option) != getattr(Source, option):
-            raise UsageError(f"--{option.replace('_', '-')}: for --dataset {' and '.join(datasets)} only")
+            raise UsageError(f"--{option.replace('_', '-')}: for --dataset {', '.join(datasets)} only")
     return _corrupted(READERS[source.dataset](root, source), source)
 
 
@@ -63,8 +66,11 @@ READERS: dict[str, Callable[[Path, Source], VideoTable]] = {
     "dfdc-preview": read_dfdc_preview,
     "deeperforensics": read_deeperforensics,
     "deepfakebench": read_deepfakebench,
+    "aiface": read_aiface,
+    "deepfake-eval-2024": read_deepfake_eval,
+    "fakeavceleb": read_fakeavceleb,
     "folder": read_folder,
     "reals": read_reals,
 }
-OWN_OPTIONS = {"split": ("folder", "reals"), "root_map": ("deepfakebench",)}
+OWN_OPTIONS = {"split": ("folder", "reals", "fakeavceleb"), "root_map": ("deepfakebench", "aiface")}
 """Options that only these datasets have."""

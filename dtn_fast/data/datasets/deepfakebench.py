@@ -20,6 +20,8 @@ from dtn_fast.errors import UsageError
 BENCH_METHODS = dict(zip(("FF-DF", "FF-F2F", "FF-FH", "FF-FS", "FF-NT"), FFPP_METHODS, strict=True))
 PRECEDENCE = ("test", "train", "val")
 """The split that a video listed in several belongs to: the first of these."""
+JOINS = re.compile(r"[A-Z]+All")
+"""Names of DF40's lists that join the others of a family, and do not say by which forgery a video is."""
 FIELDS = {"label", "frames", "masks"}
 """Fields of a video."""
 
@@ -44,14 +46,16 @@ class _Row(NamedTuple):
 def read_deepfakebench(root: Path, source: Source) -> VideoTable:
     """Reads DeepfakeBench's preprocessed faces: its JSON, frames in folders or an LMDB, either path separator.
 
-    The published lists repeat videos of one split in another.  Each is read once, in the first of PRECEDENCE.
+    The published lists repeat videos of one split in another.  Each is read once, in the first of PRECEDENCE, and by
+    the forgery of the first list that has it; lists that join others are the last.
     """
-    path, notes = _list_of(root, source)
+    path, lists, notes = _lists_of(root, source)
     store = open_lmdb(source.lmdb) if source.lmdb else None
     holds = store.__contains__ if store else lambda name: os.path.isfile(root / name)
     exists = (lambda video: all(map(holds, video.frames))) if store else None
     roots, left_out = RootMap(root, source.root_map, holds), Counter[str]()
-    rows = _without_copies(list(_rows(path, source.compression, roots, left_out)), path, left_out)
+    listed = [row for one in lists for row in _rows(one, source.compression, roots, left_out)]
+    rows = _without_copies(listed, path, left_out)
     notes += [f"left out: {count} {what}" for what, count in sorted(left_out.items())]
     there = [split for split in SPLITS if any(row.split == split for row in rows)]
     if missing := [split for split in source.splits if split not in there]:
@@ -65,17 +69,22 @@ def read_deepfakebench(root: Path, source: Source) -> VideoTable:
     return audit(table, {}, source.allow, exists=exists)
 
 
-def _list_of(root: Path, source: Source) -> tuple[Path, list[str]]:
-    """The JSON file to read, and a note if it is the only one in the root's folders of lists."""
+def _lists_of(root: Path, source: Source) -> tuple[Path, list[Path], list[str]]:
+    """The JSON file or folder of JSON files, the files to read, and a note on which they are if it was not said."""
     if source.lists is None:
         found = sorted(path for folder in (root, root / "dataset_json") for path in folder.glob("[!.]*.json"))
         if len(found) == 1:
-            return found[0], [f"list: {found[0]}"]
+            return found[0], found, [f"list: {found[0]}"]
         some = f"; {root} has {', '.join(path.name for path in found[:5])}" if found else ""
         raise UsageError(f"{root}: give DeepfakeBench's JSON file of the dataset by --lists{some}")
+    if source.lists.is_dir():
+        found = sorted(source.lists.glob("[!.]*.json"), key=lambda path: (bool(JOINS.match(path.name)), path.name))
+        if not found:
+            raise UsageError(f"--lists {source.lists}: no JSON file there; give DeepfakeBench's lists")
+        return source.lists, found, [f"{len(found)} lists of {source.lists}"]
     if not source.lists.is_file():
         raise UsageError(f"--lists {source.lists}: not a file; give DeepfakeBench's JSON file of the dataset")
-    return source.lists, []
+    return source.lists, [source.lists], []
 
 
 def _rows(path: Path, compression: str, roots: RootMap, left_out: Counter[str]) -> Iterator[_Row]:

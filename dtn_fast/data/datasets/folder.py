@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import unicodedata
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from dtn_fast.data.config import Source
-from dtn_fast.data.datasets.parsing import keep_wanted, relative_path
+from dtn_fast.data.datasets.parsing import draw_split, keep_wanted, relative_path
 from dtn_fast.data.media import CLUTTER, MAY_MOVE, Kind, MediaFiles, find_media, kind_by_name, kind_of
 from dtn_fast.data.pictures import count_pictures
 from dtn_fast.data.video_table import REAL, SPLITS, Video, VideoTable, audit
@@ -74,7 +73,7 @@ def read_folder(root: Path, source: Source = Source()) -> VideoTable:
 def read_reals(root: Path, source: Source = Source()) -> VideoTable:
     """Reads a folder of real faces or videos, divided as --split says by the name of the file (or of its folder)."""
     left_out = MediaFiles()
-    videos = [Video(path, 0, REAL, _drawn(os.fsencode(path), source), frames=frames)
+    videos = [Video(path, 0, REAL, draw_split(os.fsencode(path), source), frames=frames)
               for path, frames in _media(root, root, left_out)]  # fmt: skip
     notes = _notes(root, left_out)
     if not videos:
@@ -146,22 +145,14 @@ def _draw(kind: Path, path: Path, source: Source, drawn: Counter[str]) -> str:
     person, *below = path.relative_to(kind).parts
     if below or path.is_dir():
         drawn["videos by their person's folder"] += 1
-        return _drawn(unicodedata.normalize("NFC", person).casefold().encode("utf-8", "surrogateescape"), source)
+        return draw_split(unicodedata.normalize("NFC", person).casefold().encode("utf-8", "surrogateescape"), source)
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(ENDS)
         file.seek(max(size - ENDS, 0))
         key = b"%d" % size + head + file.read(ENDS)
     drawn["files by content"] += 1
-    return _drawn(key, source)
-
-
-def _drawn(key: bytes, source: Source) -> str:
-    """The split of whatever ``key`` names, the same on every machine."""
-    number = zlib.crc32(key)
-    percent = number % 10 * 10 + number // 10 % 10
-    train, val, _ = source.shares
-    return "train" if percent < train else "val" if percent < train + val else "test"
+    return draw_split(key, source)
 
 
 def _notes(root: Path, left_out: MediaFiles) -> list[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from dtn_fast.errors import UsageError
 
 LONGEST = 1024
 """Maximum length in bytes of a listed path."""
+_SURPLUS = "\0"
+"""Name of the cells of a row that the header does not name."""
 
 
 def keep_wanted(table: VideoTable, source: Source, default: tuple[str, ...] = SPLITS) -> VideoTable:
@@ -37,6 +41,14 @@ def keep_wanted(table: VideoTable, source: Source, default: tuple[str, ...] = SP
 def carve_split(key: str, parts: int) -> str:
     """Assigns about one key in ``parts`` to val and the others to train; the same on every machine."""
     return "val" if zlib.crc32(key.encode()) % parts == 0 else "train"
+
+
+def draw_split(key: bytes, source: Source) -> str:
+    """The split of the person or file that ``key`` names, by the shares of ``--split``; the same on every machine."""
+    number = zlib.crc32(key)
+    percent = number % 10 * 10 + number // 10 % 10
+    train, val, _ = source.shares
+    return "train" if percent < train else "val" if percent < train + val else "test"
 
 
 def safe_path(name: object, source: Path) -> str:
@@ -81,12 +93,26 @@ def read_object(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header, whose names become lower case."""
+    """The rows of a CSV file with a header, whose names become lower case; a missing cell is empty.
+
+    Raises UsageError when the file is not such a table, or a row has more cells than the header.
+    """
     try:
-        rows = csv.DictReader(read_text(path).splitlines())
-        return [{str(k).strip().lower(): str(v).strip() for k, v in row.items()} for row in rows]
+        found = list(csv.DictReader(io.StringIO(read_text(path), newline=""), restkey=_SURPLUS, restval=""))
     except csv.Error as error:
         raise UsageError(f"{path}: not a CSV table ({error})") from error
+    for number, row in enumerate(found, 2):
+        if any(row.pop(_SURPLUS, ())):
+            raise UsageError(f"{path}: row {number} has more cells than the header; quote cells that hold commas")
+    return [{str(k).strip().lower(): str(v).strip() for k, v in row.items()} for row in found]
+
+
+def check_columns(rows: list[dict[str, str]], wanted: Sequence[str], path: Path) -> None:
+    """Raises UsageError when a table has no rows or lacks a column of ``wanted``."""
+    if not rows:
+        raise UsageError(f"{path}: has no rows below its header")
+    if missing := [name for name in wanted if name not in rows[0]]:
+        raise UsageError(f"{path}: has no column {missing[0]!r}; its columns are {', '.join(rows[0])}")
 
 
 def videos_in(folder: Path) -> list[Path]:
