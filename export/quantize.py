@@ -85,11 +85,14 @@ class AccuracyCheck(NamedTuple):
 
 
 def layers(proto: Any) -> list[Layer]:
-    """Layers that can be quantised, in order, named by their torch modules, such as backbone.3 or blocks.0.qkv."""
+    """Layers that can be quantised, in order, named by their torch modules, such as backbone.3 or blocks.0.qkv; the
+    mask head stays as it is."""
     constants = {tensor.name for tensor in proto.graph.initializer}
     found: list[Layer] = []
     convs = 0
     for node in proto.graph.node:
+        if module_of(node).startswith("mask_head."):
+            continue
         if node.op_type == "Conv":
             convs += 1
             groups = next((a.i for a in node.attribute if a.name == "group"), 1)

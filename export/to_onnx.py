@@ -30,9 +30,11 @@ from dtn_fast.model.card import temperature_of
 from dtn_fast.model.detector import Detector, state_bytes
 from dtn_fast.model.dtn import DTN
 from dtn_fast.model.fold import fold
+from dtn_fast.model.mask_head import Tap, WithMask
 from dtn_fast.model.novelty import WithNovelty
 from dtn_fast.onnx_session import session_of
 from dtn_fast.packages import require
+from dtn_fast.runtime.scorer import outputs_of
 from dtn_fast.version import __version__
 
 OPSET = {"fp32": 20, "fp16": 20, "bf16": 22}  # lowest opset, from 20, whose convolutions take the dtype
@@ -53,14 +55,14 @@ NOVELTY = "net"
 class Parity(NamedTuple):
     batch: int
     error: float
-    """Largest absolute difference between torch's and onnxruntime's logits."""
+    """Largest absolute difference between torch's and onnxruntime's logits, or pixels of a mask."""
     scale: float
     """Largest absolute logit, at least 1."""
 
 
 class Traced(nn.Module):
     """Module that the exporter traces: input as in OnnxConfig -> logits [B, classes], P(fake) [B] and, if the model
-    measures it, novelty [B], all float32."""
+    gives them, novelty [B] and mask [B, m, m], all float32."""
 
     scale: Tensor
     shift: Tensor
@@ -77,6 +79,7 @@ class Traced(nn.Module):
                     module.fused_attn = False  # type: ignore[assignment]
         self.net.to(self.dtype)
         self.classes, self.temperature = model.config.num_classes, temperature_of(model.config.card)
+        self.tap = Tap(self.net) if model.config.mask_head else None
         layer = self.net.novelty_layer()
         if model.novelty is not None and layer is not None:
             self.net = WithNovelty(self.net, layer, model.novelty)
@@ -89,20 +92,26 @@ class Traced(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.raw:
             x = x.float().permute(0, 3, 1, 2) * self.scale + self.shift  # TensorRT wants the cast first
-        outputs = self.net(x.to(self.dtype)).float()
+        x, mask = x.to(self.dtype), tuple[Tensor, ...]()
+        if self.tap is None:
+            outputs = self.net(x).float()
+        else:
+            outputs, found = self.tap(self.net, x)
+            outputs, mask = outputs.float(), (found.float().sigmoid(),)
         logits = outputs[:, : self.classes] if isinstance(self.net, WithNovelty) else outputs
         score = (logits if self.temperature == 1 else logits / self.temperature).softmax(1)[:, 1]
-        return (logits, score, outputs[:, self.classes]) if isinstance(self.net, WithNovelty) else (logits, score)
+        novelty = (outputs[:, self.classes],) if isinstance(self.net, WithNovelty) else ()
+        return (logits, score, *novelty, *mask)
 
 
 def export_onnx(model: Detector, path: Path, config: OnnxConfig = OnnxConfig()) -> list[Parity]:
     """Exports ``model`` to ``path`` after comparing it with torch (float32, not folded) at three batch sizes.
 
     Input ``crops`` uint8 [batch, S, S, 3] or ``images`` float32 [batch, 3, S, S]; outputs ``logits`` [batch, 2],
-    ``score`` [batch], P(fake) by the model's temperature, and of a calibrated model ``novelty`` [batch]; dynamic batch,
-    opset 20 (bf16: 22).  The file is written only if every comparison
-    passes.  onnxruntime cannot compute bfloat16 on a CPU: such a model is compared with its values in float32.
-    Raises UsageError when an onnx package is missing, DtnError when the logits differ.
+    ``score`` [batch], P(fake) by the model's temperature, of a calibrated model ``novelty`` [batch], and of one with a
+    mask head ``mask`` [batch, m, m], P(forged); dynamic batch, opset 20 (bf16: 22).  The file is written only if every
+    comparison passes.  onnxruntime cannot compute bfloat16 on a CPU: such a model is compared with its values in
+    float32.  Raises UsageError when an onnx package is missing, DtnError when the logits differ.
     """
     proto = to_proto(model, config)
     report = check(model, proto, config, str(path))
@@ -129,7 +138,7 @@ def to_proto(model: Detector, config: OnnxConfig) -> Any:
     onnx = require_onnx()
     model = model.cpu().eval()
     example, traced = example_inputs(model.config, config.input, 2, seed=0), Traced(model, config)
-    names = ["logits", "score", *(["novelty"] if isinstance(traced.net, WithNovelty) else [])]
+    names = ["logits", "score", *outputs_of(model.config)[1:]]
     try:
         with _quiet(), tracing(config.nodes):
             program = torch.onnx.export(
@@ -171,15 +180,21 @@ def to_proto(model: Detector, config: OnnxConfig) -> Any:
 
 
 def compare(model: Detector, proto: Any, config: OnnxConfig, batches: tuple[int, ...]) -> list[Parity]:
-    """Compares onnxruntime's logits with those of ``model`` at each batch size."""
+    """Compares onnxruntime's logits, and masks, with those of ``model`` at each batch size."""
     session = session_of(runnable(proto).SerializeToString(), "the model")
+    reference: nn.Module = model
+    if model.mask_head is not None:
+        reference = WithMask(copied := copy.deepcopy(model), copied)
     report = []
     for batch in batches:
         x = example_inputs(model.config, config.input, batch, seed=batch)
         with torch.inference_mode():
-            expected = model(_images(x, model.config)).numpy()
-        got = session.run(["logits"], {config.input: x.numpy()})[0]
-        report.append(Parity(batch, float(np.abs(got - expected).max()), max(1.0, float(np.abs(expected).max()))))
+            expected = reference(_images(x, model.config))
+        logits, *masks = expected if isinstance(expected, tuple) else (expected,)
+        wanted = [logits.numpy(), *(mask.sigmoid().numpy() for mask in masks)]
+        got = session.run(["logits", "mask"][: len(wanted)], {config.input: x.numpy()})
+        error = max(float(np.abs(a - b).max()) for a, b in zip(got, wanted, strict=True))
+        report.append(Parity(batch, error, max(1.0, float(logits.abs().max()))))
     return report
 
 

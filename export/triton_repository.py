@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from dtn_fast.errors import UsageError
 from dtn_fast.export.config import RepositoryConfig
 from dtn_fast.files import write_whole
-from dtn_fast.model.card import measures_novelty
+from dtn_fast.model.config import mask_side
 from dtn_fast.runtime.export_manifest import read_export_manifest
 from dtn_fast.runtime.onnx import OnnxScorer
+from dtn_fast.runtime.scorer import outputs_of
 
 MODEL = Template("""name: "$name"
 $backend
@@ -169,8 +170,10 @@ def _of_engine(model: Path) -> _Described:
     manifest = read_export_manifest(model, "tensorrt")
     least, _, most = manifest.batches
     config = manifest.detector_config()
-    novelty = [_Output("novelty", ())] if measures_novelty(config.card) else []
-    outputs = [_Output("logits", (config.num_classes,)), _Output("score", ()), *novelty]
+    side = mask_side(config)
+    shapes: dict[str, tuple[int, ...]] = {"novelty": (), "mask": (side, side)}
+    further = [_Output(name, shapes[name]) for name in outputs_of(config)[1:]]
+    outputs = [_Output("logits", (config.num_classes,)), _Output("score", ()), *further]
     return _Described(manifest.input, manifest.config, manifest.notice, manifest.weights, outputs, least, most)
 
 

@@ -43,6 +43,8 @@ class Agreement(NamedTuple):
     """Number of crops on which the two verdicts (threshold 0.5) agree."""
     auc: tuple[float | None, float | None]
     """Frame AUC of each model; None without labels of both classes."""
+    worst_mask: float | None = None
+    """Largest difference of P(forged) of a pixel; None: not both have a mask head."""
 
 
 class LayerError(NamedTuple):
@@ -116,6 +118,10 @@ def compare(
     outputs = first.outputs(crops), second.outputs(crops)
     scores = first.scored(outputs[0]).score, second.scored(outputs[1]).score
     logits = [out[:, : first.config.num_classes] for out in outputs]
+    worst_mask = None
+    if first.config.mask_head and second.config.mask_head:
+        masks = first.judge(crops).mask, second.judge(crops).mask
+        worst_mask = float(np.abs(masks[0] - masks[1]).max())  # type: ignore[operator]
     change = np.abs(logits[0] - logits[1])
     areas = (
         (None, None)
@@ -125,6 +131,7 @@ def compare(
     return Agreement(
         len(crops), float(change.max()), float(change.mean()), float(np.abs(scores[0] - scores[1]).max()),
         int(((scores[0] >= EvaluateConfig.threshold) == (scores[1] >= EvaluateConfig.threshold)).sum()), areas,  # type: ignore[arg-type]
+        worst_mask,
     )  # fmt: skip
 
 

@@ -59,6 +59,10 @@ class Recipe:
     kd_on: Literal["all", "right"] = "all"
     """Crops that the KD loss is on.  all: the paper's; right: those whose class the teacher gets right, because "the
     soft label may contain wrong information" (*choice*)."""
+    mask_weight: NotNegative = 0.0
+    """Weight of the mask loss, binary cross-entropy plus Dice, of a head that maps the forged pixels; above 0, the
+    model gets that head.  Needs crops with masks, of dtn-fast prepare, or --self-blend; fakes whose mask is not known
+    are skipped.  0: no such head, the paper's model."""
     delta: Positive = 1.0
     """Constant added to the denominator of Ct-c, "a constant to avoid zero denominators" (Eq. 3; *choice*: Qi and Su's
     1)."""
@@ -153,7 +157,8 @@ class Recipe:
 
         student: the recipe of a student of this initial training; None: it is not distilled.
         """
-        losses, augmentation = _in_words(self.initial_weights, ("CE", self._center)), self._augmentation
+        losses = self._with_mask(_in_words(self.initial_weights, ("CE", self._center)))
+        augmentation = self._augmentation
         if student is not None:
             losses += f", then {student._dsd}"
             augmentation = ", then ".join(dict.fromkeys((augmentation, student._augmentation)))
@@ -166,7 +171,10 @@ class Recipe:
 
     @property
     def _dsd(self) -> str:
-        return _in_words(self.weights, ("CE", "KD", self._center))
+        return self._with_mask(_in_words(self.weights, ("CE", "KD", self._center)))
+
+    def _with_mask(self, losses: str) -> str:
+        return losses + " + mask" * (self.mask_weight > 0)
 
     @property
     def _center(self) -> str:

@@ -17,7 +17,7 @@ from dtn_fast.data.replay import NEW, joined, only, part, parts_of
 from dtn_fast.errors import UsageError, tell
 from dtn_fast.evaluation.before_after import Comparison, compare
 from dtn_fast.files import json_text, write_whole
-from dtn_fast.model.build import load_detector
+from dtn_fast.model.build import load_detector, with_mask_head
 from dtn_fast.model.detector import Detector, move_to
 from dtn_fast.runtime.load import RECIPE, best_checkpoint, load_model
 from dtn_fast.runtime.torch_scorer import TorchScorer
@@ -69,17 +69,21 @@ def folder_for(source: Path, out: Path | None = None) -> Path:
 
 def begin(run: Path, source: Path, recipe: Recipe) -> None:
     """Starts a fine-tuned run, which the caller has locked, from the best weights of ``source``, a run or a checkpoint
-    folder, and keeps a copy of these as its teacher.
+    folder, and keeps a copy of these as its teacher, with a new mask head if ``recipe`` trains one that it lacks.
 
     Raises UsageError when ``source`` is no checkpoint, or ``run`` holds a run of another model or recipe.
     """
     model = load_model(source)
     if recipe.self_blend:
         raise UsageError("--self-blend: not in fine-tuning, which learns from the new data's own fakes; drop it")
+    own = model.state_dict()
+    if recipe.mask_weight:
+        torch.manual_seed(recipe.seed)
+        model = with_mask_head(model)
     kept = run / TEACHER
     if kept.is_dir():
         known, now = load_detector(kept).state_dict(), model.state_dict()
-        if known.keys() != now.keys() or not all(torch.equal(known[name], now[name]) for name in now):
+        if known.keys() != now.keys() or not all(torch.equal(known[name], own[name]) for name in own):
             raise UsageError(f"{run}: began with other weights than {source} has now; choose another --out")
     start_run(run, recipe, dataclasses.replace(model.config, card=None), tuned=True)
     if distributed.ranks().main and not kept.is_dir():

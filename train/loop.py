@@ -35,7 +35,7 @@ from dtn_fast.evaluation.metrics import Metrics, evaluate_scores
 from dtn_fast.files import write_whole
 from dtn_fast.model.build import TimmDetector
 from dtn_fast.model.card import CARD
-from dtn_fast.model.config import TrainedOn
+from dtn_fast.model.config import TrainedOn, mask_side
 from dtn_fast.model.detector import Detector, check_state, write_card
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.torch_scorer import TorchScorer
@@ -276,6 +276,7 @@ class _Loop:
             dataset, train_rows, batch, (recipe.seed, generation), recipe.real_repeat, *self.ranks, device=device,
             resident=execution.resident, transform=on_cpu, views=recipe.cache_teacher if teacher is not None else 0,
             emphasis=emphasis, replay=recipe.replay_share,
+            mask_side=mask_side(model.config) if recipe.mask_weight else 0,
         )  # fmt: skip
         if self.loader.total < recipe.batch_size and recipe.batch_size > batch // recipe.accumulate:
             raise UsageError(
@@ -327,8 +328,12 @@ class _Loop:
             # the seed depends on the step's position alone, so a resumed run draws the same random numbers
             torch.manual_seed(seed_of(self.recipe.seed, self.generation, epoch, number, self.ranks.rank))
             lr = self.step.set_time(epoch, number, steps)
-            crops = self.augment(batch.crops, batch.seeds, batch.strongly) if self.augment else batch.crops
-            outcome = self.step(crops, batch.labels, self.soft.get(batch) if self.soft else None, batch.weights)
+            crops = batch.crops
+            if self.augment:
+                masks = [] if batch.masks is None else [batch.masks]
+                crops = self.augment(crops, batch.seeds, batch.strongly, *masks)
+            soft = self.soft.get(batch) if self.soft else None
+            outcome = self.step(crops, batch.labels, soft, batch.weights, batch.masks)
             if self.soft is not None and outcome.soft is not None:
                 self.soft.put(batch, outcome.soft)
             self.loader.release(batch)
@@ -483,6 +488,9 @@ def splits(dataset: CropDataset, recipe: Recipe, model: Detector) -> tuple[NDArr
     for name, rows in (("train", train_rows), ("val", val_rows)):
         if set(dataset.labels[rows].tolist()) != {0, 1}:
             raise UsageError(_lack(dataset, name, rows, not recipe.self_blend))
+    if recipe.mask_weight and not (dataset.masked & (dataset.labels == 1))[train_rows].any():
+        raise UsageError(f"--mask-weight: no fake of the train split has a known mask ({dataset.folder}); prepare a "
+                         "dataset that has masks, with --masks, or add --self-blend")  # fmt: skip
     dataset.check_fits(model.config, "the model")
     return train_rows, val_rows
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtn_fast.data.masks import UNKNOWN
+
 
 def cross_entropy(logits: Tensor, labels: Tensor, samples: Tensor | None = None) -> Tensor:
     """Cross-entropy with the labels (Eq. 2), a scalar; samples: weight of each sample [B], of mean 1 over the data."""
@@ -41,6 +43,22 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float, samples: 
         return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
     each = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
     return (each * samples).mean() * temperature**2
+
+
+def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Binary cross-entropy plus soft Dice (Milletari et al., 2016) of a mask head, as nnU-Net adds them (Isensee et
+    al., 2021), a scalar.
+
+    logits: [B, h, w]; masks: [B, h, w] uint8, the forged percentage of each pixel's area; masks that are UNKNOWN count
+    in neither term nor mean.
+    """
+    known = (masks[:, 0, 0] != UNKNOWN).to(logits.dtype)
+    wanted = masks.to(logits.dtype) / 100
+    entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean((1, 2))
+    found = logits.sigmoid()
+    both, total = (found * wanted).sum((1, 2)), found.sum((1, 2)) + wanted.sum((1, 2))
+    dice = 1 - (2 * both + 1) / (total + 1)  # 1: so that a blank mask that is found blank has none
+    return ((entropy + dice) * known).sum() / known.sum().clamp_min(1)
 
 
 def initial_loss(

@@ -189,6 +189,11 @@ def for_crops(config: ModelConfig, dataset: CropDataset) -> ModelConfig:
     return config if dataset.crop is None else dataclasses.replace(config, crop=dataset.crop)
 
 
+def for_masks(config: ModelConfig, recipe: Recipe) -> ModelConfig:
+    """``config``, with a mask head if ``recipe`` trains one."""
+    return dataclasses.replace(config, mask_head=True) if recipe.mask_weight else config
+
+
 def trained_on(initial: Recipe, dataset: CropDataset, student: Recipe | None = None) -> TrainedOn:
     """Facts of a training by ``initial`` on ``dataset``, the data as prepared, and of a distillation by ``student``,
     which begins with the weights of that training."""

@@ -16,17 +16,18 @@ from torch import Tensor, nn
 
 from dtn_fast.cuda_graph import WARM_UP, capture, warm_up
 from dtn_fast.device import choose_precision
-from dtn_fast.errors import UsageError
+from dtn_fast.errors import UsageError, tell
 from dtn_fast.model.adapt import effort_penalty
 from dtn_fast.model.backbone import Backbone
 from dtn_fast.model.detector import Detector
 from dtn_fast.model.dtn import DTN
 from dtn_fast.model.fold import frozen
 from dtn_fast.model.levt import LEVTBlock
+from dtn_fast.model.mask_head import WithMask
 from dtn_fast.model.preprocess import normalise
 from dtn_fast.train.config import Execution, Recipe
 from dtn_fast.train.distributed import mean, ranks, synchronise_bn
-from dtn_fast.train.losses import dsd_loss, initial_centers, initial_loss
+from dtn_fast.train.losses import dsd_loss, initial_centers, initial_loss, mask_loss
 
 
 class Outcome(NamedTuple):
@@ -72,10 +73,12 @@ class TrainStep:
         if centers is None:
             centers = initial_centers(*center_shape(model, recipe), recipe.center_init, recipe.seed)
         check_centers(centers, model, recipe)
+        masked = trains_masks(model, recipe)
         self.centers = nn.Parameter(centers.to(device, copy=True))
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False) if recipe.ema else None
         self.teacher = self._freeze(teacher, execution.fold_teacher) if teacher is not None else None
         names = ("loss", "ce", "kd", "center") if teacher is not None else ("loss", "ce", "center")
+        names = (*names, "mask") if masked else names
         if effort_penalty(self.model) is not None:
             names = (*names, "penalty")
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -103,6 +106,8 @@ class TrainStep:
         self._run: nn.Module | Callable[..., Tensor] = (
             WithFeatures(self.model) if recipe.center_on == "features" else self.model
         )
+        if masked:
+            self._run = WithMask(self._run, self.model)
         self._losses: Callable[..., Tensor] = self._stacked_losses
         self._ask: nn.Module | Callable[..., Tensor] | None = self.teacher
         if here.world > 1:
@@ -112,18 +117,20 @@ class TrainStep:
             self._ask = torch.compile(self.teacher) if self.teacher is not None else None
 
     def __call__(
-        self, crops: Tensor, labels: Tensor, soft: Tensor | None = None, samples: Tensor | None = None
-    ) -> Outcome:
+        self, crops: Tensor, labels: Tensor, soft: Tensor | None = None, samples: Tensor | None = None,
+        masks: Tensor | None = None,
+    ) -> Outcome:  # fmt: skip
         """Trains on one batch, without waiting for the device.
 
         crops: [B, S, S, 3] uint8, labels: [B] int64, both on the device.  soft: the teacher's logits [B, classes] if
         they are cached; None: compute them.  samples: weights [B] float32 of the samples in DSD, in every call or none.
+        masks: [B, m, m] uint8 as in Batch, of a model whose mask head is trained.
         """
         if not self.captured:
-            return self._compute(crops, labels, soft, samples)
+            return self._compute(crops, labels, soft, samples, masks)
         if (kind := soft is None) not in self._graphs:
             self._graphs[kind] = _Graph(self._compute)
-        return self._graphs[kind](crops, labels, soft, samples)
+        return self._graphs[kind](crops, labels, soft, samples, masks)
 
     def set_time(self, epoch: int, step: int = 0, steps: int = 1) -> float:
         """Sets the learning rates of step ``step`` of the ``steps`` of an epoch; returns the model's.
@@ -193,7 +200,9 @@ class TrainStep:
         copied = self._place(frozen(copied))
         return copied.to(self.dtype) if isinstance(copied, DTN) else copied
 
-    def _compute(self, crops: Tensor, labels: Tensor, soft: Tensor | None, samples: Tensor | None) -> Outcome:
+    def _compute(
+        self, crops: Tensor, labels: Tensor, soft: Tensor | None, samples: Tensor | None, masks: Tensor | None
+    ) -> Outcome:
         self.optimizer.zero_grad(set_to_none=True)
         images = normalise(crops, self.config, self.device)
         if not self.channels_last:
@@ -203,16 +212,16 @@ class TrainStep:
             soft = self._teach(images)
         self._statistics.keep()
         parts = self.recipe.accumulate
-        split = [[None] * parts if t is None else t.chunk(parts) for t in (images, labels, soft, samples)]
+        split = [[None] * parts if t is None else t.chunk(parts) for t in (images, labels, soft, samples, masks)]
         total = torch.zeros(len(self._terms), device=self.device)
-        for number, (x, y, s, w) in enumerate(zip(*split, strict=True)):
+        for number, (x, y, s, w, m) in enumerate(zip(*split, strict=True)):
             alone = ranks().world > 1 and number < parts - 1  # gradients are summed over processes once, at the end
             with self._run.no_sync() if alone else nullcontext():  # type: ignore[union-attr, operator]
                 with self._autocast():
-                    logits = self._run(x)
+                    logits, mask = (self._run(x), None) if m is None else self._run(x)
                 if teaching and self._stream is not None:
                     torch.cuda.current_stream(self.device).wait_stream(self._stream)
-                terms = self._losses(logits.float(), y, s, w, effort_penalty(self.model))
+                terms = self._losses(logits.float(), y, s, w, effort_penalty(self.model), mask, m)
                 self.scaler.scale(terms[0] / parts).backward()
             total += terms.detach() / parts
         assert self.centers.grad is not None
@@ -261,8 +270,10 @@ class TrainStep:
             return self._ask(images.to(cast)).float()
 
     def _stacked_losses(
-        self, given: Tensor, labels: Tensor, soft: Tensor | None, samples: Tensor | None, penalty: Tensor | None
-    ) -> Tensor:
+        self, given: Tensor, labels: Tensor, soft: Tensor | None, samples: Tensor | None,
+        penalty: Tensor | None = None, mask: Tensor | None = None, masks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The loss terms, stacked; mask: the mask head's logits [B, m, m], if it is trained on ``masks`` [B, m, m]."""
         r, classes = self.recipe, self.config.num_classes
         logits, points = given[:, :classes], given[:, classes:] if given.shape[1] > classes else None
         if r.center_on == "probabilities":
@@ -274,6 +285,9 @@ class TrainStep:
             losses = dsd_loss(
                 logits, labels, soft, self.centers, r.weights, r.temperature, r.delta, points, samples, only_right
             )
+        if mask is not None and masks is not None:
+            losses["mask"] = mask_loss(mask.float(), masks)
+            losses["loss"] = losses["loss"] + r.mask_weight * losses["mask"]
         if penalty is not None:
             losses |= {"loss": losses["loss"] + r.penalty * penalty, "penalty": penalty}
         return torch.stack([losses[name] for name in self._terms])
@@ -287,6 +301,20 @@ class TrainStep:
             self.optimizer.step()
         elif bool(healthy):
             self.optimizer.step()
+
+
+def trains_masks(model: Detector, recipe: Recipe) -> bool:
+    """Whether ``recipe`` trains the mask head of ``model``; without a weight, a head that is there stays as it is.
+
+    Raises UsageError when it wants a head that the model lacks.
+    """
+    if recipe.mask_weight and model.mask_head is None:
+        raise UsageError(f"--mask-weight {recipe.mask_weight:g}: the model has no mask head; dtn-fast train and "
+                         "finetune add one with this option, or leave it out")  # fmt: skip
+    if not recipe.mask_weight and model.mask_head is not None:
+        tell("the mask head stays as it is, while the model below it changes; train both with --mask-weight 1")
+        model.mask_head.requires_grad_(False)
+    return recipe.mask_weight > 0
 
 
 def center_shape(model: Detector, recipe: Recipe) -> tuple[int, int]:

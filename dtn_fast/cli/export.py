@@ -142,7 +142,8 @@ def verify(
     area = "" if None in gap.auc else f", AUC {gap.auc[0]:.4f} and {gap.auc[1]:.4f}"
     print(f"{first} ({a}) and {second} ({b}) on {gap.crops} {'crops' if data else 'crops of noise'}: "
           f"logits differ by {gap.worst_logit:.2e} at worst, {gap.mean_logit:.2e} on average, P(fake) by "
-          f"{gap.worst_score:.2e}; the same verdict on {gap.verdicts} of {gap.crops}{area}")  # fmt: skip
+          f"{gap.worst_score:.2e}; the same verdict on {gap.verdicts} of {gap.crops}{area}"
+          + ("" if gap.worst_mask is None else f"; masks differ by {gap.worst_mask:.2e}"))  # fmt: skip
     if not gap.worst_logit <= config.tolerance:
         raise DtnError(f"{second}: a logit differs by {gap.worst_logit:.2e}, over --tolerance {config.tolerance:g}")
 

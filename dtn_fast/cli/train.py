@@ -44,6 +44,8 @@ def train(
 
     Example: dtn-fast train data/crops --out runs/first --preset ffpp-c23 --epochs 20
 
+    With a map of the forged pixels: dtn-fast train data/crops --out runs/maps --mask-weight 1
+
     On 8 GPUs: torchrun --nproc-per-node 8 -m dtn_fast train data/crops --out runs/first --preset ffpp-c23
 
     A pretrained ViT-L of which 0.07 % is trained: dtn-fast train data/crops --out runs/clip --preset clip
@@ -62,10 +64,10 @@ def train(
     """
     from dtn_fast.train.config import choose_model
     from dtn_fast.train.distill import train_initial
-    from dtn_fast.train.run_folder import for_crops, start_run
+    from dtn_fast.train.run_folder import for_crops, for_masks, start_run
     from dtn_fast.train.run_lock import locked
 
-    model = choose_model(preset, config, timm, adaptation)
+    model = for_masks(choose_model(preset, config, timm, adaptation), recipe)
     with connect(choose_device(device)) as where:
         dataset = open_data(data, model.image_size)
         if timm:

@@ -28,8 +28,9 @@ class Augment:
     """A preset on the CPU, by albumentations.
 
     A call takes uint8 crops [n, S, S, 3] and a seed per crop and returns the augmented crops; a seed gives the same
-    result in any batch.  Crops that are marked in ``strongly`` [n] get ``strong`` in place of ``preset``.  Raises
-    UsageError when albumentations is not installed.
+    result in any batch.  Crops that are marked in ``strongly`` [n] get ``strong`` in place of ``preset``.  ``masks``
+    [n, S, S] uint8 are flipped, shifted, scaled and turned in place as their crops are.  Raises UsageError when
+    albumentations is not installed.
     """
 
     def __init__(self, preset: AugmentPreset, strong: AugmentPreset | None = None) -> None:
@@ -55,14 +56,19 @@ class Augment:
         )  # fmt: skip
 
     def __call__(
-        self, crops: NDArray[np.uint8], seeds: NDArray[np.uint64], strongly: NDArray[np.bool_] | None = None
-    ) -> NDArray[np.uint8]:
+        self, crops: NDArray[np.uint8], seeds: NDArray[np.uint64], strongly: NDArray[np.bool_] | None = None,
+        masks: NDArray[np.uint8] | None = None,
+    ) -> NDArray[np.uint8]:  # fmt: skip
         out = np.empty_like(crops)
         kinds = [0] * len(crops) if strongly is None else strongly.tolist()
         for place, (crop, seed, kind) in enumerate(zip(crops, seeds.tolist(), kinds, strict=True)):
             pipeline = self._pipelines[kind]
             pipeline.set_random_seed(seed % 2**32)
-            out[place] = pipeline(image=crop)["image"]
+            if masks is None:
+                out[place] = pipeline(image=crop)["image"]
+            else:
+                moved = pipeline(image=crop, mask=masks[place])
+                out[place], masks[place] = moved["image"], moved["mask"]
         return out
 
 
@@ -71,21 +77,28 @@ class DeviceAugment:
 
     A call takes uint8 crops [n, S, S, 3] on any device (S a multiple of 16) and a seed per crop and returns uint8 crops
     there.  The samples that a transform changes are drawn on the host, so only those are computed and the device never
-    waits.  A seed gives the same result in any batch, on one kind of device, up to rounding.  ``strong`` and
-    ``strongly`` as in :class:`Augment`.
+    waits.  A seed gives the same result in any batch, on one kind of device, up to rounding.  ``strong``, ``strongly``
+    and ``masks``, uint8 [n, m, m] with any side m, as in :class:`Augment`.
     """
 
     def __init__(self, preset: AugmentPreset, strong: AugmentPreset | None = None) -> None:
         self.preset, self.strong = preset, strong or preset
 
-    def __call__(self, crops: Tensor, seeds: NDArray[np.uint64], strongly: NDArray[np.bool_] | None = None) -> Tensor:
+    def __call__(
+        self, crops: Tensor, seeds: NDArray[np.uint64], strongly: NDArray[np.bool_] | None = None,
+        masks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         if strongly is None or not strongly.any():
+            if masks is not None:
+                masks.copy_(self._moved(masks, seeds, self.preset))
             return self._augmented(crops, seeds, self.preset)
         out = torch.empty_like(crops, memory_format=torch.contiguous_format)
         for preset, rows in ((self.preset, np.flatnonzero(~strongly)), (self.strong, np.flatnonzero(strongly))):
             if len(rows):
                 index = to_device(rows, crops.device)
                 out.index_copy_(0, index, self._augmented(crops.index_select(0, index), seeds[rows], preset))
+                if masks is not None:
+                    masks.index_copy_(0, index, self._moved(masks.index_select(0, index), seeds[rows], preset))
         return out
 
     @exact_products()
@@ -93,36 +106,54 @@ class DeviceAugment:
         if crops.shape[1] % 16 or crops.shape[1] != crops.shape[2]:
             side = "x".join(map(str, crops.shape[1:3]))
             raise UsageError(f"crops of {side} pixels: the device's augmentation needs squares of a multiple of 16")
-        p, draw = preset, uniform(seeds, 16)
         x = crops.permute(0, 3, 1, 2).to(torch.float32)  # [n, 3, S, S], 0..255; a new tensor, changed in place below
-
-        def chosen(column: int, probability: float) -> NDArray[np.int64]:
-            return np.flatnonzero(draw[:, column] < probability)
-
-        def between(rows: NDArray[np.int64], column: int, low: float, high: float) -> Tensor:
-            values = (low + (high - low) * draw[rows, column]).astype(np.float32)
-            return to_device(values, x.device)
-
-        def change(rows: NDArray[np.int64], function: Any, *parameters: Any) -> None:
-            if len(rows):
-                index = to_device(rows, x.device)
-                x.index_copy_(0, index, function(x.index_select(0, index), *parameters))
-
-        change(chosen(0, p.flip), lambda images: images.flip(3))
-        rows = chosen(1, p.shift_scale_rotate)
-        change(rows, _affine, between(rows, 2, -p.shift, p.shift), between(rows, 3, -p.shift, p.shift),
-               between(rows, 4, 1 - p.scale, 1 + p.scale), between(rows, 5, -p.rotate, p.rotate))  # fmt: skip
-        rows = chosen(6, p.brightness_contrast)
-        change(rows, _brightness_contrast, between(rows, 7, -p.brightness, p.brightness),
-               between(rows, 8, 1 - p.contrast, 1 + p.contrast))  # fmt: skip
-        rows = chosen(9, p.blur)
-        change(rows, _blur, between(rows, 10, *p.sigma), math.ceil(3 * p.sigma[1]))
-        rows = chosen(11, p.noise)
-        change(rows, _noise, between(rows, 12, *p.std), seeds[rows])
-        rows = chosen(13, p.compression)
+        p, batch = preset, _Drawn(x, seeds)
+        batch.move(p)
+        rows = batch.chosen(6, p.brightness_contrast)
+        batch.change(rows, _brightness_contrast, batch.between(rows, 7, -p.brightness, p.brightness),
+                     batch.between(rows, 8, 1 - p.contrast, 1 + p.contrast))  # fmt: skip
+        rows = batch.chosen(9, p.blur)
+        batch.change(rows, _blur, batch.between(rows, 10, *p.sigma), math.ceil(3 * p.sigma[1]))
+        rows = batch.chosen(11, p.noise)
+        batch.change(rows, _noise, batch.between(rows, 12, *p.std), seeds[rows])
+        rows = batch.chosen(13, p.compression)
         low, high = p.quality
-        change(rows, jpeg, np.minimum(low + (draw[rows, 14] * (high + 1 - low)).astype(np.int64), high))
+        batch.change(rows, jpeg, np.minimum(low + (batch.draw[rows, 14] * (high + 1 - low)).astype(np.int64), high))
         return x.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    @exact_products()
+    def _moved(self, masks: Tensor, seeds: NDArray[np.uint64], preset: AugmentPreset) -> Tensor:
+        """Masks [n, m, m] moved as ``_augmented`` moves the crops of the same seeds."""
+        batch = _Drawn(masks[:, None].to(torch.float32), seeds)
+        batch.move(preset)
+        return batch.images[:, 0].round_().to(torch.uint8)
+
+
+class _Drawn:
+    """Images [n, C, S, S] float32, changed in place, and the random numbers of each."""
+
+    def __init__(self, images: Tensor, seeds: NDArray[np.uint64]) -> None:
+        self.images, self.draw = images, uniform(seeds, 16)
+
+    def chosen(self, column: int, probability: float) -> NDArray[np.int64]:
+        return np.flatnonzero(self.draw[:, column] < probability)
+
+    def between(self, rows: NDArray[np.int64], column: int, low: float, high: float) -> Tensor:
+        values = (low + (high - low) * self.draw[rows, column]).astype(np.float32)
+        return to_device(values, self.images.device)
+
+    def change(self, rows: NDArray[np.int64], function: Any, *parameters: Any) -> None:
+        if len(rows):
+            index = to_device(rows, self.images.device)
+            self.images.index_copy_(0, index, function(self.images.index_select(0, index), *parameters))
+
+    def move(self, p: AugmentPreset) -> None:
+        """Flips, shifts, scales and turns."""
+        self.change(self.chosen(0, p.flip), lambda images: images.flip(3))
+        rows = self.chosen(1, p.shift_scale_rotate)
+        self.change(rows, _affine, self.between(rows, 2, -p.shift, p.shift), self.between(rows, 3, -p.shift, p.shift),
+                    self.between(rows, 4, 1 - p.scale, 1 + p.scale),
+                    self.between(rows, 5, -p.rotate, p.rotate))  # fmt: skip
 
 
 def _affine(images: Tensor, right: Tensor, down: Tensor, scale: Tensor, degrees: Tensor) -> Tensor:

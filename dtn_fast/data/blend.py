@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.crop_dataset import CropDataset, CropSource
+from dtn_fast.data.masks import Masks
 from dtn_fast.errors import UsageError
 
 METHOD = "SelfBlended"
@@ -110,6 +111,17 @@ def _outline(points: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.stack([placed.real, placed.imag], 1).astype(np.float32)
 
 
+def _blend_into(
+    out: NDArray[np.uint8], place: int, rng: np.random.Generator, points: NDArray[np.float32] | None,
+    masks: Masks | None,
+) -> None:  # fmt: skip
+    """Self-blends the crop ``out[place]``; its mask is where the blend is at least half as opaque as at its most."""
+    out[place], opacity = self_blend(out[place], rng, points)
+    if masks is not None:
+        masks.pixels[place] = 255 * (opacity >= opacity.max() / 2)
+        masks.known[place] = True
+
+
 class BlendedCrops:
     """Real crops in rows 0..N-1 and self-blended fakes of them in rows N..2N-1, drawn anew for each (seed, epoch).
 
@@ -124,7 +136,7 @@ class BlendedCrops:
     def __len__(self) -> int:
         return 2 * len(self._rows)
 
-    def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0) -> None:
+    def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0, masks: Masks | None = None) -> None:
         real = rows % len(self._rows)
         self._crops.fill(self._rows[real], out, epoch)
 
@@ -132,7 +144,7 @@ class BlendedCrops:
             row, fake = int(real[place]), bool(rows[place] >= len(self._rows))
             rng = np.random.default_rng((self._seed, epoch, row, fake))
             if fake:
-                out[place] = self_blend(out[place], rng, None if self._points is None else self._points[row])[0]
+                _blend_into(out, place, rng, None if self._points is None else self._points[row], masks)
             elif rng.random() < 0.5:
                 out[place] = recolour(out[place], rng)
 
@@ -165,7 +177,7 @@ def self_blended(dataset: CropDataset, seed: int) -> CropDataset:
         status=[dataset.status[number] for number in reals] * 2,
         landmarks=None if points is None else np.tile(points, (2, 1, 1)),
         masks=None,
-        mask_known=None,
+        mask_known=np.ones(2 * len(rows), bool),
     )
 
 
@@ -178,24 +190,26 @@ class MixedCrops:
         train[dataset.select("train")] = True
         self.size, self._crops, self._points = dataset.size, dataset.crops, dataset.landmarks
         self._fake, self._real = train & (dataset.labels == 1), train & (dataset.labels == 0)
-        self._reals, self._share, self._seed = np.flatnonzero(self._real), share, seed
+        self._reals, self._share, self._seed, self._known = np.flatnonzero(self._real), share, seed, dataset.masked
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1)
 
     def __len__(self) -> int:
         return len(self._crops)
 
-    def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0) -> None:
+    def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0, masks: Masks | None = None) -> None:
         draws = [np.random.default_rng((self._seed, epoch, int(row), 2)) for row in rows]
         blend = np.array([bool(self._fake[row]) and rng.random() < self._share
                           for row, rng in zip(rows, draws, strict=True)], bool)  # fmt: skip
         source = np.array([rng.choice(self._reals) if b else row
                            for row, rng, b in zip(rows, draws, blend, strict=True)], np.int64)  # fmt: skip
         self._crops.fill(source, out, epoch)
+        if masks is not None:
+            masks.known[:] = self._known[rows]
 
         def change(place: int) -> None:
             rng, row = draws[place], source[place]
             if blend[place]:
-                out[place] = self_blend(out[place], rng, None if self._points is None else self._points[row])[0]
+                _blend_into(out, place, rng, None if self._points is None else self._points[row], masks)
             elif self._real[rows[place]] and rng.random() < self._share / 2:
                 out[place] = recolour(out[place], rng)
 
@@ -211,4 +225,6 @@ def partly_blended(dataset: CropDataset, share: float, seed: int) -> CropDataset
     rows = dataset.select("train")
     if set(dataset.labels[rows].tolist()) != {0, 1}:
         raise UsageError("--blend-share below 1 needs reals and fakes in the train split; leave it out to blend alone")
-    return replace(dataset, crops=MixedCrops(dataset, share, seed), landmarks=None, masks=None, mask_known=None)
+    known = dataset.masked.copy()
+    known[rows] = True  # may be blended; ``fill`` says which are
+    return replace(dataset, crops=MixedCrops(dataset, share, seed), landmarks=None, mask_known=known)

@@ -133,8 +133,9 @@ class PrepareConfig:
     people: Literal["one", "all"] = "one"
     """Faces to crop in each frame: one or all.  One is the largest, or in a fake with a mask the face that the mask
     touches; with all, the faces that the mask leaves alone are left out, as they are no fakes."""
-    masks: bool = False
-    """Store the crops of the masks beside those of the faces."""
+    masks: bool = True
+    """Store the mask of each crop, one bit a pixel, where the dataset has masks: ``dtn-fast train --mask-weight``
+    learns from them, ``evaluate`` and ``explain`` measure by them."""
     reuse_boxes: bool = False
     """Crop each fake at the face boxes of the real video that it was made from, where both have the same frames:
     faster, and each fake crop is aligned with its real crop."""

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.even_spacing import evenly_spaced
+from dtn_fast.data.masks import NO_MASKS, Masks
 from dtn_fast.data.video_table import Video, video_of
 from dtn_fast.dataclass_json import from_fields
 from dtn_fast.errors import UsageError, tell
@@ -35,12 +36,15 @@ class CropSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int) -> None:
-        """Writes the crops ``rows`` into ``out`` [n, S, S, 3] RGB; only self-blended crops depend on ``epoch``."""
+    def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int, masks: Masks | None = None) -> None:
+        """Writes the crops ``rows`` into ``out`` [n, S, S, 3] RGB; only self-blended crops depend on ``epoch``.
+
+        masks: receives the masks of the crops that the source makes itself, and is left alone elsewhere."""
 
 
 class ShardFiles:
-    """Several memory-mapped arrays [n, S, S, 3] of crops, or [n, S, S] of masks, indexed as one."""
+    """Several memory-mapped arrays [n, S, S, 3] of crops, or [n, S, S] of masks, indexed as one; masks may be packed
+    into bits, [n, S, S / 8]."""
 
     def __init__(self, shards: Sequence[NDArray[np.uint8]], size: int) -> None:
         self.size = size
@@ -50,12 +54,15 @@ class ShardFiles:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0) -> None:
+    def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0, masks: Masks | None = None) -> None:
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
             raise IndexError(f"rows {rows.min()}..{rows.max()} of {len(self)} crops")
         shard = np.searchsorted(self._starts, rows, side="right") - 1
         for place, (s, row) in enumerate(zip(shard.tolist(), (rows - self._starts[shard]).tolist(), strict=True)):
-            out[place] = self._shards[s][row]  # one contiguous copy per crop; numpy releases the GIL meanwhile
+            part = self._shards[s][row]
+            if part.shape[1] != self.size:
+                part = np.unpackbits(part, axis=1, count=self.size) * np.uint8(255)
+            out[place] = part  # one contiguous copy per crop; numpy releases the GIL meanwhile
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,8 @@ class CropDataset:
     every_face: bool = False
     """Whether every face of a frame was cropped, not one."""
     mask_known: NDArray[np.bool_] | None = None
-    """[N] whether the crop's mask is known; a real's is, and blank."""
+    """[N] whether the crop's mask is known, at training also those that self-blending makes; None: only a real's is,
+    and blank."""
     folder: str = ""
     """Absolute path that the crops were opened from."""
     first_old: int | None = None
@@ -127,13 +135,30 @@ class CropDataset:
         self.crops.fill(np.asarray(rows, np.int64), out, epoch)
         return out
 
+    @property
+    def masked(self) -> NDArray[np.bool_]:
+        """[N] whether a crop's mask is known; of data without masks, a real's is."""
+        return self.labels == 0 if self.mask_known is None else self.mask_known
+
+    def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0, masks: Masks | None = None) -> None:
+        """Writes the crops ``rows`` into ``out`` [n, S, S, 3] RGB and, if given, their masks into ``masks``."""
+        if masks is None:
+            self.crops.fill(rows, out, epoch)
+            return
+        masks.known[:] = self.masked[rows]
+        if self.masks is None:
+            masks.pixels[:] = 0
+        else:
+            self.masks.fill(rows, masks.pixels)
+        self.crops.fill(rows, out, epoch, masks)
+
     def get_masks(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Masks [n, S, S] uint8 of the crops ``rows``: 0 where untouched, up to 255 where forged.
 
         Raises UsageError when none are stored.
         """
         if self.masks is None:
-            raise UsageError("these crops have no masks; prepare again with --masks")
+            raise UsageError(f"{self.folder}: {NO_MASKS}")
         out = np.empty((len(rows), self.size, self.size), np.uint8)
         self.masks.fill(np.asarray(rows, np.int64), out)
         return out
@@ -271,8 +296,12 @@ def open_shard(shards: Path, name: str, rows: int, size: int, crc32: int | None 
 
 
 def open_masks(shards: Path, name: str, rows: int, size: int, crc32: int | None = None) -> NDArray[np.uint8]:
-    """The masks [rows, S, S] of a shard's crops, like :func:`open_shard`."""
-    return _array(shards / f"{name}.masks.npy", np.uint8, (rows, size, size), crc32)
+    """The masks of a shard's crops, like :func:`open_shard`: bits [rows, S, S / 8] or, of earlier versions, bytes
+    [rows, S, S]."""
+    masks = _array(shards / f"{name}.masks.npy", np.uint8, (rows, size, None), crc32)
+    if rows and masks.shape[2] not in (size, -(-size // 8)):
+        raise ValueError(f"{name}.masks.npy holds masks {masks.shape[1:]}, not of {size} pixels")
+    return masks
 
 
 def open_landmarks(

@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 from dtn_fast.data.face_tracker import Tracked
 from dtn_fast.data.faces import Box
 from dtn_fast.data.lmdb_store import open_lmdb
+from dtn_fast.data.masks import FORGED
 from dtn_fast.data.pictures import read_image
 from dtn_fast.data.video import Frame, frame_numbers, read_frames
 from dtn_fast.data.video_table import Video, VideoTable
 from dtn_fast.errors import MediaError
 
 Mask = NDArray[np.uint8]
-FORGED = 64
-"""Least value, of 255, of a pixel that counts as forged: masks are compressed and have soft edges."""
 TOUCHED = 0.01
 """Least share of a face's box that the mask covers if the face is forged."""
 

@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtn_fast.data.crop_dataset import CropDataset
+from dtn_fast.data.masks import Masks
 from dtn_fast.data.randomness import sample_seeds
 from dtn_fast.device import to_device
 from dtn_fast.errors import UsageError
 from dtn_fast.producer_thread import produced
 
-Transform = Callable[[NDArray[np.uint8], NDArray[np.uint64], NDArray[np.bool_] | None], NDArray[np.uint8]]
-"""Augmentation on the CPU, in the loader's thread: crops [n, S, S, 3], a seed per crop, and which crops to augment
-strongly (None: none) -> augmented crops."""
+Transform = Callable[..., NDArray[np.uint8]]
+"""Augmentation on the CPU, in the loader's thread: crops [n, S, S, 3], a seed per crop, which crops to augment strongly
+(None: none) and, if the loader gives masks, these [n, S, S], to be moved in place -> augmented crops."""
 
 
 class Emphasis(NamedTuple):
@@ -48,6 +49,9 @@ class Batch(NamedTuple):
     """[n] float32 weight of each sample on the loader's device; None: all count alike."""
     strongly: NDArray[np.bool_] | None = None
     """[n] samples to augment strongly; None: none."""
+    masks: Tensor | None = None
+    """[n, m, m] uint8 forged percentage of each pixel's area, or UNKNOWN, on the loader's device; None: not asked
+    for."""
     buffer: Tensor | None = None
     """Host memory that holds ``crops``; :meth:`Loader.release` gives it back."""
 
@@ -106,8 +110,8 @@ class Loader:
     runs in the loader's thread.  ``prefetch`` batches are made in advance; for a GPU they are copied from pinned memory
     on a separate stream.  ``views``: number of fixed seeds per crop, whose augmented views recur in every epoch; 0:
     every view is new.  ``emphasis``: crops that are drawn, weighted and augmented more.  ``replay``: share of old
-    crops, if the dataset has such.  Raises UsageError when there are fewer ``rows`` than ``world``, or the crops do not
-    fit the device's memory.
+    crops, if the dataset has such.  ``mask_side``: side m of the masks beside the crops; 0: none.  Raises UsageError
+    when there are fewer ``rows`` than ``world``, or the crops do not fit the device's memory.
     """
 
     def __init__(
@@ -126,12 +130,15 @@ class Loader:
         views: int = 0,
         emphasis: Emphasis | None = None,
         replay: float = 0.0,
+        mask_side: int = 0,
     ) -> None:
         if len(rows) < world:
             raise UsageError(f"{len(rows)} crops cannot be shared by {world} processes; use fewer")
         self.dataset, self.rows, self.batch_size, self.seed, self.repeat = dataset, rows, batch_size, seed, real_repeat
         self.rank, self.world, self.device = rank, world, torch.device(device)
         self.transform, self.prefetch, self.views, self.emphasis = transform, max(prefetch, 1), views, emphasis
+        self._mask_side = mask_side
+        self._resident_masks: Tensor | None = None
         self._replay, old = replay, dataset.is_old(rows)
         self._new, self._old = rows[~old], rows[old]
         self.waited = 0.0
@@ -165,8 +172,10 @@ class Loader:
             plan.append((rows, seeds, views))
         if self._resident is not None and self.transform is None:
             for rows, seeds, views in plan:
-                crops = self._resident.index_select(0, self._place_of(rows))
-                yield Batch(crops, to_device(self._labels[rows], self.device), rows, seeds, views, *self._stress(rows))
+                index = self._place_of(rows)
+                crops, labels = self._resident.index_select(0, index), to_device(self._labels[rows], self.device)
+                masks = None if self._resident_masks is None else self._resident_masks.index_select(0, index)
+                yield Batch(crops, labels, rows, seeds, views, *self._stress(rows), masks)
         else:
             yield from self._prefetched(plan, epoch)
 
@@ -175,10 +184,19 @@ class Loader:
             return epoch_order(self._labels, self.rows, self.repeat, seed, self.emphasis)
         return replay_order(self._labels, self._new, self._old, self._replay, seed, self.emphasis)
 
-    def _read(self, rows: NDArray[np.int64], seeds: NDArray[np.uint64], epoch: int, out: NDArray[np.uint8]) -> None:
-        self.dataset.crops.fill(rows, out, epoch)
+    def _read(
+        self, rows: NDArray[np.int64], seeds: NDArray[np.uint64], epoch: int, out: NDArray[np.uint8]
+    ) -> Tensor | None:
+        """Writes a batch's augmented crops into ``out``; returns their masks [n, m, m], if wanted, on the device."""
+        masks = self._masks(len(rows))
+        self.dataset.fill(rows, out, epoch, masks)
         if self.transform is not None:
-            out[...] = self.transform(out, seeds, None if self.emphasis is None else self.emphasis.strongly[rows])
+            strongly = None if self.emphasis is None else self.emphasis.strongly[rows]
+            out[...] = self.transform(out, seeds, strongly, *([] if masks is None else [masks.pixels]))
+        return None if masks is None else to_device(masks.small(self._mask_side), self.device)
+
+    def _masks(self, count: int) -> Masks | None:
+        return Masks.empty(count, self.dataset.size) if self._mask_side else None
 
     def _stress(self, rows: NDArray[np.int64]) -> tuple[Tensor | None, NDArray[np.bool_] | None]:
         """Weights of a batch's samples on the device, and which to augment strongly."""
@@ -203,7 +221,7 @@ class Loader:
                 batch, event = item
                 if event is not None:
                     torch.cuda.current_stream(self.device).wait_event(event)
-                    for tensor in filter(torch.is_tensor, (batch.crops, batch.labels, batch.weights)):
+                    for tensor in filter(torch.is_tensor, (batch.crops, batch.labels, batch.weights, batch.masks)):
                         tensor.record_stream(torch.cuda.current_stream(self.device))
                 yield batch
         finally:
@@ -217,17 +235,18 @@ class Loader:
         for rows, seeds, views in plan:
             buffer = self._buffer()
             crops = buffer[: len(rows)]
-            self._read(rows, seeds, epoch, crops.numpy())
             if stream is None:
+                masks = self._read(rows, seeds, epoch, crops.numpy())
                 labels = to_device(self._labels[rows], self.device)
-                yield Batch(crops, labels, rows, seeds, views, *self._stress(rows), buffer), None
+                yield Batch(crops, labels, rows, seeds, views, *self._stress(rows), masks, buffer), None
                 continue
             with torch.cuda.stream(stream):
+                masks = self._read(rows, seeds, epoch, crops.numpy())
                 crops = crops.to(self.device, non_blocking=True)
                 labels, stress = to_device(self._labels[rows], self.device), self._stress(rows)
                 event = stream.record_event()
             self._free.put((buffer, event))  # reused once the copy from it has ended
-            yield Batch(crops, labels, rows, seeds, views, *stress), event
+            yield Batch(crops, labels, rows, seeds, views, *stress, masks), event
 
     def _buffer(self) -> Tensor:
         """Unused host memory for a batch, pinned for a GPU.  Buffers are reused because page faults in fresh memory
@@ -253,11 +272,16 @@ class Loader:
             raise UsageError(
                 f"{size / 1e9:.1f} GB of crops do not fit {self.device}'s free memory; leave --resident out"
             )
-        self._sorted = np.unique(self.rows)
+        self._sorted, small = np.unique(self.rows), list[Tensor]()
         store = torch.empty((len(self._sorted), *(self.dataset.size,) * 2, 3), dtype=torch.uint8, device=self.device)
         for first in range(0, len(self._sorted), 256):
             part = self._sorted[first : first + 256]
-            store[first : first + len(part)] = torch.from_numpy(self.dataset.get(part)).to(self.device)
+            crops, masks = np.empty((len(part), *store.shape[1:]), np.uint8), self._masks(len(part))
+            self.dataset.fill(part, crops, masks=masks)
+            store[first : first + len(part)] = torch.from_numpy(crops).to(self.device)
+            if masks is not None:
+                small.append(to_device(masks.small(self._mask_side), self.device))
+        self._resident_masks = torch.cat(small) if small else None
         return store
 
     def _place_of(self, rows: NDArray[np.int64]) -> Tensor:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from dtn_fast.data.crop_dataset import INDEX, CropDataset, open_crop_dataset, unfinished
 from dtn_fast.data.datasets.folder import has_classes, read_folder, read_reals
 from dtn_fast.data.faces import resize_square
+from dtn_fast.data.masks import Masks
 from dtn_fast.data.pictures import read_image
 from dtn_fast.data.video_table import VideoTable
 from dtn_fast.errors import UsageError, tell
@@ -30,7 +31,7 @@ class PictureFiles:
     def __len__(self) -> int:
         return len(self._names)
 
-    def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0) -> None:
+    def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0, masks: Masks | None = None) -> None:
         for place, image in enumerate(self._pool.map(self._read, rows.tolist())):
             out[place] = image
 

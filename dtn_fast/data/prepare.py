@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +30,12 @@ from dtn_fast.data.faces import Box, crop_face, cut_of, resize_square
 from dtn_fast.data.finder_base import FaceFinder
 from dtn_fast.data.forged_face import Mask, forged_faces, masks_of
 from dtn_fast.data.frames import landmarks, video_frames
+from dtn_fast.data.masks import FORGED
 from dtn_fast.data.video import Frame, Reading
 from dtn_fast.data.video_table import Video, VideoTable
 from dtn_fast.data.yunet_finder import YUNET_SHA256
 from dtn_fast.dataclass_json import differences
-from dtn_fast.errors import DtnError, MediaError, UsageError
+from dtn_fast.errors import DtnError, MediaError, UsageError, tell
 from dtn_fast.files import write_whole
 
 JOB = "job.json"
@@ -76,6 +77,7 @@ def prepare(
     finished shards are kept.
     """
     number, total_shares = work.place
+    config = replace(config, masks=_stores_masks(table, out, config))
     job = PrepareJob(table, out, size, config, _shards(table, config))
     if not table.crops:
         open_finder(config.finder)  # its model file is fetched, and any fault told, before the workers start
@@ -129,6 +131,20 @@ def _shards(table: VideoTable, config: PrepareConfig) -> list[list[int]]:
             shards.append([])
         shards[-1] += group
     return shards
+
+
+def _stores_masks(table: VideoTable, out: Path, config: PrepareConfig) -> bool:
+    """Whether to store masks: if ``config`` says so and the dataset has any, but not in a folder that was begun without
+    them, as was the default of earlier versions."""
+    if not config.masks or not any(video.mask for video in table.videos):
+        return False
+    try:
+        begun = json.loads((out / JOB).read_text(encoding="utf-8"))["masks"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return True  # not begun; _claim refuses a damaged file
+    if begun is False:
+        tell(f"{out}: was begun without masks and goes on without; choose another --out to store them")
+    return begun is not False
 
 
 def _claim(job: PrepareJob) -> None:
@@ -256,7 +272,8 @@ def _make_shard(shard: int) -> int:
     if job.config.masks:
         found = [mask for video in done for mask in video.masks]
         blank = np.zeros((job.size, job.size), np.uint8)
-        masks = np.array([blank if mask is None else mask for mask in found], np.uint8).reshape(-1, job.size, job.size)
+        whole = np.array([blank if mask is None else mask for mask in found], np.uint8).reshape(-1, job.size, job.size)
+        masks = np.packbits(whole >= FORGED, axis=2)
         state["mask_known"] = [int(mask is not None) for mask in found]
         state["masks_crc32"] = zlib.crc32(masks.data.cast("B")) if len(masks) else 0
         if len(masks):

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from dtn_fast.data.blend import METHOD, self_blended
 from dtn_fast.data.crop_dataset import CropDataset
+from dtn_fast.data.masks import Masks
 from dtn_fast.data.video_table import SPLITS
 from dtn_fast.errors import UsageError, tell
 
@@ -21,24 +22,27 @@ class JoinedCrops:
 
     def __init__(self, sets: Sequence[CropDataset]) -> None:
         self.size = sets[0].size
-        self._sources = [dataset.crops for dataset in sets]
-        self._starts = np.cumsum([0, *map(len, self._sources)])
+        self._sets = sets
+        self._starts = np.cumsum([0, *(len(dataset.video) for dataset in sets)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0) -> None:
+    def fill(self, rows: NDArray[np.int64], out: NDArray[np.uint8], epoch: int = 0, masks: Masks | None = None) -> None:
         of = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(of):
             places = np.flatnonzero(of == number)
             part = np.empty((len(places), *out.shape[1:]), np.uint8)
-            self._sources[number].fill(rows[places] - self._starts[number], part, epoch)
+            own = None if masks is None else Masks(masks.pixels[places], masks.known[places])
+            self._sets[number].fill(rows[places] - self._starts[number], part, epoch, own)
             out[places] = part
+            if masks is not None and own is not None:
+                masks.pixels[places], masks.known[places] = own
 
 
 def joined(new: CropDataset, old: Sequence[CropDataset], methods: tuple[str, ...], learned: tuple[str, ...],
            seed: int) -> CropDataset:  # fmt: skip
-    """``new`` and the crops of ``old`` as one dataset, without masks.
+    """``new`` and the crops of ``old`` as one dataset, whose masks ``fill`` alone gives.
 
     methods: forgeries of ``new`` to train on; empty: all.  learned: those that the model was trained on, which alone
     are kept of ``old``; empty: unknown, all are kept.  Of a model that learned from self-blended fakes alone, the old
@@ -69,7 +73,7 @@ def joined(new: CropDataset, old: Sequence[CropDataset], methods: tuple[str, ...
         crop=next((d.crop for d in sets if d.crop is not None), None),
         landmarks=np.concatenate(points) if alike else None,  # type: ignore[arg-type]
         masks=None,
-        mask_known=None,
+        mask_known=np.concatenate([d.masked for d in sets]),
         every_face=any(d.every_face for d in sets),
         folder=f"{new.folder} --replay {' '.join(dataset.folder for dataset in old)}",
         first_old=len(new.videos),

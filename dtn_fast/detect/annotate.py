@@ -15,6 +15,7 @@ from dtn_fast.data.media_frames import frames_of
 from dtn_fast.data.video import Frame
 from dtn_fast.data.video_writer import write_timed
 from dtn_fast.detect.limits import Limits
+from dtn_fast.detect.regions import Region, draw, moved
 from dtn_fast.detect.verdict import Face, FrameResult, Result, Span
 
 MARK = "annotated copy by dtn-fast"
@@ -48,7 +49,8 @@ def framed(image: NDArray[np.uint8], frames: list[FrameResult], limits: Limits, 
     faces = [face for frame in frames for face in frame.faces]
     for face in faces:
         box = Box(*(round(place * scale) for place in face.box))
-        _frame_face(image, box, face.score, face.person if len(faces) > 1 else None, limits)
+        regions = moved(face.regions or (), face.box, box)
+        _frame_face(image, box, face.score, face.person if len(faces) > 1 else None, limits, regions)
     return image
 
 
@@ -60,7 +62,8 @@ def _drawn(
     for person, track in tracks.items():
         found = _at(track, frame.number)
         if found is not None:
-            _frame_face(image, *found, person if len(tracks) > 1 else None, limits)
+            box, score, regions = found
+            _frame_face(image, box, score, person if len(tracks) > 1 else None, limits, regions)
     bar = max(4, height // 60)
     image[height - bar :] = (40, 40, 40)
     for span in spans:
@@ -75,11 +78,16 @@ def _thickness(image: NDArray[np.uint8]) -> int:
     return max(1, round(min(image.shape[:2]) / 240))
 
 
-def _frame_face(image: NDArray[np.uint8], box: Box, score: float, person: int | None, limits: Limits) -> None:
-    """Draws a face's box and verdict into ``image``, with the person's number if there is one."""
+def _frame_face(
+    image: NDArray[np.uint8], box: Box, score: float, person: int | None, limits: Limits, regions: tuple[Region, ...]
+) -> None:
+    """Draws a face's box and verdict into ``image``, with the person's number if there is one; of a face called fake
+    its forged regions too."""
     thick, size = _thickness(image), max(0.4, min(image.shape[:2]) / 800)
     verdict = limits.verdict(score)
     color = COLORS[verdict]
+    if verdict == "fake":
+        draw(image, regions, color, thick)
     cv2.rectangle(image, (box.left, box.top), (box.right, box.bottom), color, 2 * thick)
     text = f"{verdict} {score:.2f}" + ("" if person is None else f" #{person}")
     (wide, high), low = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, thick)
@@ -88,8 +96,9 @@ def _frame_face(image: NDArray[np.uint8], box: Box, score: float, person: int | 
     cv2.putText(image, text, (left, base), cv2.FONT_HERSHEY_SIMPLEX, size, (255, 255, 255), thick, cv2.LINE_AA)
 
 
-def _at(track: list[tuple[int, Face]], number: int) -> tuple[Box, float] | None:
-    """Box and score of a person at a frame, interpolated between analysed frames; None outside the track."""
+def _at(track: list[tuple[int, Face]], number: int) -> tuple[Box, float, tuple[Region, ...]] | None:
+    """Box, score and forged regions of a person at a frame, interpolated between analysed frames, the regions those of
+    the nearer one moved along; None outside the track."""
     place = bisect.bisect_left(track, number, key=lambda item: item[0])
     if place == len(track) or (track[place][0] > number and not place):
         return None
@@ -98,4 +107,5 @@ def _at(track: list[tuple[int, Face]], number: int) -> tuple[Box, float] | None:
     (n0, a), (n1, b) = before, after
     share = (number - n0) / (n1 - n0) if n1 > n0 else 0.0
     box = Box(*(round(p + (q - p) * share) for p, q in zip(a.box, b.box, strict=True)))
-    return box, a.score + (b.score - a.score) * share
+    near = a if share < 0.5 else b
+    return box, a.score + (b.score - a.score) * share, moved(near.regions or (), near.box, box)

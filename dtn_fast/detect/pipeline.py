@@ -14,20 +14,22 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from dtn_fast.data.even_spacing import PerSecond
 from dtn_fast.data.face_finders import open_finder
 from dtn_fast.data.face_tracker import FaceTracker, Tracked
-from dtn_fast.data.faces import crop_face, cut_of
+from dtn_fast.data.faces import Cut, crop_face, cut_of
 from dtn_fast.data.finder_base import FaceFinder
 from dtn_fast.data.media_frames import frames_of
 from dtn_fast.data.video import Frame, Reading
 from dtn_fast.data.video_index import Check
 from dtn_fast.detect.annotate import framed
 from dtn_fast.detect.config import DetectConfig
-from dtn_fast.detect.limits import Limits
+from dtn_fast.detect.limits import Limits, limits_of
+from dtn_fast.detect.regions import CUT, Region, regions_of
 from dtn_fast.detect.verdict import Face, FrameResult, Picture, Result, Timing, judge
 from dtn_fast.errors import MediaError, UsageError, tell
 from dtn_fast.explain.heatmap import NO_EVIDENCE, UNEXPLAINED, heat_maps
@@ -43,6 +45,9 @@ AHEAD = 4
 """Maximum number of frames decoded, and of batches scored, before they are needed."""
 WHOLE = 960
 """Longest side in pixels of a still picture that is kept for the report."""
+CALLED_REAL = "called real, so no region is shown"
+NOTHING_FORGED = "no pixel seems forged"
+"""Reasons why a face has no map of its mask head."""
 TOP = 4
 """Number of highest-scoring faces of an input kept for the report."""
 
@@ -73,6 +78,7 @@ def detect(
     policy, side = crop_policy(scorer.config), scorer.config.image_size
     path, tracker = Path(path), FaceTracker(finder or finder_of(scorer, config), config.every)
     result, kept = Result(path, reading=reading or Reading()), list[Picture]()
+    result.frame_limits = limits_of(scorer.config.card, config, False)
     begin = time.perf_counter()
     wanted = PerSecond(config.rate) if config.rate else config.frames or None
     source = lambda check: frames_of(path, wanted, threads, check, result.reading, config.decoder == "gpu")
@@ -87,11 +93,12 @@ def detect(
                 watch(result.frames_read)
                 start = time.perf_counter()
                 found = tracker(frame.image)
-                crops = [crop_face(frame.image, cut_of(face.box, face.degrees, policy), side) for face in found]
+                cuts = [cut_of(face.box, face.degrees, policy) for face in found]
+                crops = [crop_face(frame.image, cut, side) for cut in cuts]
                 result.crowded += tracker.crowded
                 result.timing.find_faces += time.perf_counter() - start
                 if found:
-                    scoring.add(frame, result.frames_read - 1, found, crops)
+                    scoring.add(frame, result.frames_read - 1, found, crops, cuts)
                 if not result.moving:
                     result.whole = frame.image
     except (MediaError, OSError) as error:
@@ -128,7 +135,9 @@ def finder_of(scorer: Scorer, config: DetectConfig) -> FaceFinder:
 
 
 def _with_heat(pictures: list[Picture], model: Detector | None, limits: Limits) -> list[Picture]:
-    """The pictures with their heat maps, or the reason why they have none."""
+    """The pictures with their heat maps, or the reason why they have none: the mask head's, or else Grad-CAM's."""
+    if any(p.mask is not None for p in pictures):
+        return [_with_mask(p, limits) for p in pictures]
     if model is None:
         return [p._replace(heat_reason="heat maps need a checkpoint, not an exported file") for p in pictures]
     found = []
@@ -137,6 +146,17 @@ def _with_heat(pictures: list[Picture], model: Detector | None, limits: Limits) 
         reason = UNEXPLAINED if heat.reason == NO_EVIDENCE and not real else heat.reason
         found.append(picture._replace(heat=heat.map, heat_depth=heat.depth, heat_reason=reason))
     return found
+
+
+def _with_mask(picture: Picture, limits: Limits) -> Picture:
+    """The picture with its mask as its heat map, unless it is called real or no pixel seems forged."""
+    assert picture.mask is not None
+    if limits.verdict(picture.score) == "real":
+        return picture._replace(heat_reason=CALLED_REAL)
+    if picture.mask.max() < CUT:
+        return picture._replace(heat_reason=NOTHING_FORGED)
+    heat = cv2.resize(picture.mask, picture.crop.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    return picture._replace(heat=heat, heat_depth="mask head")
 
 
 def _ahead(
@@ -165,17 +185,19 @@ class _Scoring:
 
     def __init__(self, scorer: Scorer, result: Result, kept: list[Picture], pool: ThreadPoolExecutor) -> None:
         self._scorer, self._result, self._kept, self._pool = scorer, result, kept, pool
-        self._pending: list[tuple[int, float, int, list[Tracked], list[NDArray[np.uint8]]]] = []
+        self._pending: list[tuple[int, float, int, list[Tracked], list[NDArray[np.uint8]], list[Cut]]] = []
         self._running: list[tuple[Future[Scored], list[Any]]] = []
 
-    def add(self, frame: Frame, place: int, found: list[Tracked], crops: list[NDArray[np.uint8]]) -> None:
-        self._pending.append((frame.number, frame.seconds, place, found, crops))  # without the frame's image
+    def add(
+        self, frame: Frame, place: int, found: list[Tracked], crops: list[NDArray[np.uint8]], cuts: list[Cut]
+    ) -> None:
+        self._pending.append((frame.number, frame.seconds, place, found, crops, cuts))  # without the frame's image
         if sum(len(item[3]) for item in self._pending) >= BATCH:
             self._submit()
 
     def _submit(self) -> None:
         batch, self._pending = self._pending, []
-        crops = np.stack([crop for *_, part in batch for crop in part])
+        crops = np.stack([crop for *_, part, _ in batch for crop in part])
         self._running.append((self._pool.submit(self._score, crops), batch))
         while len(self._running) > AHEAD:
             self._collect()
@@ -191,12 +213,23 @@ class _Scoring:
         scored = future.result()
         scores = iter(scored.score.tolist())
         novelties = itertools.repeat(None) if scored.novelty is None else iter(scored.novelty.tolist())
-        for number, seconds, place, found, crops in batch:
-            faces = [Face(face.box, next(scores), face.person, next(novelties)) for face in found]
+        masks = itertools.repeat(None) if scored.mask is None else iter(scored.mask)
+        for number, seconds, place, found, crops, cuts in batch:
+            own = list(itertools.islice(masks, len(found)))
+            faces = []
+            for face, mask, cut in zip(found, own, cuts, strict=True):
+                score = next(scores)
+                faces.append(Face(face.box, score, face.person, next(novelties), self._regions(score, mask, cut)))
             self._result.frames.append(FrameResult(number, seconds, faces, place))
-            self._kept += [Picture(number, seconds, f.score, c) for f, c in zip(faces, crops, strict=True)]
+            self._kept += [Picture(number, seconds, face.score, crop, mask=mask)
+                           for face, crop, mask in zip(faces, crops, own, strict=True)]  # fmt: skip
         self._kept.sort(key=lambda p: -p.score)
         del self._kept[TOP:]
+
+    def _regions(self, score: float, mask: NDArray[np.float32] | None, cut: Cut) -> tuple[Region, ...] | None:
+        """The forged regions of a face that is called fake, if the model maps them."""
+        fake = self._result.frame_limits.verdict(score) == "fake"
+        return regions_of(mask, cut) if fake and mask is not None else None
 
     def __enter__(self) -> _Scoring:
         return self

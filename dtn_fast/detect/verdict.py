@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from dtn_fast.data.finder_base import MAX_FACES
 from dtn_fast.data.video import Reading
 from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.limits import EVEN, Limits, limits_of
+from dtn_fast.detect.regions import Region
 from dtn_fast.errors import one_line
 from dtn_fast.model.card import Card
 from dtn_fast.model.detector import Depth
@@ -35,6 +36,13 @@ class Face(NamedTuple):
     """Number of the person's track in this input, from 0."""
     novelty: float | None = None
     """Distance from the training data, about 1 for faces like it; None: the model does not measure it."""
+    regions: tuple[Region, ...] | None = None
+    """Outlines of the forged regions in pixels of the frame; None: the face is not called fake, or the model has no
+    mask head."""
+
+    def to_json(self) -> dict[str, Any]:
+        regions = None if self.regions is None else [region.tolist() for region in self.regions]
+        return {**self._asdict(), "box": list(self.box), "regions": regions}
 
 
 class FrameResult(NamedTuple):
@@ -82,14 +90,16 @@ class Picture(NamedTuple):
     crop: NDArray[np.uint8]
     heat: NDArray[np.float32] | None = None
     """Heat map [S, S] of the class fake, in [0, 1]."""
-    heat_depth: Depth | None = None
+    heat_depth: Depth | Literal["mask head"] | None = None
     """Place in the model that the heat map is from."""
     heat_reason: str = ""
     """Why there is no heat map; empty with one."""
+    mask: NDArray[np.float32] | None = None
+    """P(forged) of the crop's pixels [m, m]; None: the model has no mask head."""
 
     def to_json(self) -> dict[str, Any]:
         """All but the images."""
-        return {name: value for name, value in self._asdict().items() if name not in ("crop", "heat")}
+        return {name: value for name, value in self._asdict().items() if name not in ("crop", "heat", "mask")}
 
 
 @dataclass
@@ -199,10 +209,7 @@ class Result:
                     "number": f.number,
                     "seconds": round(f.seconds, 3),
                     "score": f.score,
-                    "faces": [
-                        {"box": list(face.box), "score": face.score, "person": face.person, "novelty": face.novelty}
-                        for face in f.faces
-                    ],
+                    "faces": [face.to_json() for face in f.faces],
                 }
                 for f in self.frames
             ],

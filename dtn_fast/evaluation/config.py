@@ -33,6 +33,8 @@ class EvaluateConfig:
     """Number of bootstrap draws of videos for each confidence interval."""
     confidence: Annotated[float, Range(above=0, below=1)] = 0.95
     """Confidence level of the AUC's intervals."""
+    mask_fakes: Count = 400
+    """Number of fakes of each forgery on which the masks of a mask head are measured."""
     families: tuple[str, ...] = ()
     """Families of forgeries that the program does not know, such as MyGAN=whole-face,diffusion.  Families are swap,
     reenactment, whole-face, editing, diffusion and other; unknown forgeries are other."""

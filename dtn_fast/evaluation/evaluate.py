@@ -15,6 +15,7 @@ from dtn_fast.data.video_table import noun
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.groups import GroupTable, measure_groups
+from dtn_fast.evaluation.localisation import MaskScore, localisation, mask_table
 from dtn_fast.evaluation.metrics import Metrics, auc_interval, by_video, evaluate_scores
 from dtn_fast.evaluation.tables import markdown_table
 from dtn_fast.model.config import TrainedOn
@@ -51,6 +52,8 @@ class Evaluation(NamedTuple):
     notice: str
     groups: GroupTable | None = None
     """Metrics by groups of people; None: no attributes are known."""
+    masks: list[MaskScore] = []  # noqa: RUF012 (never changed)
+    """Scores of the model's masks against the data's; empty: one of them has none."""
 
     def note(self) -> str:
         """The first row's protocol note."""
@@ -71,12 +74,14 @@ class Evaluation(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         rows = [{**r._asdict(), "frame": r.frame._asdict(), "video": r.video._asdict()} for r in self.rows]
-        groups = self.groups and self.groups.to_json()
-        return {**self._asdict(), "rows": rows, "groups": groups, "note": self.note()}
+        masks, groups = [score._asdict() for score in self.masks], self.groups and self.groups.to_json()
+        return {**self._asdict(), "rows": rows, "masks": masks, "groups": groups, "note": self.note()}
 
     def markdown(self) -> str:
         header, body = self.table()
         text = "\n".join(markdown_table(header, body))
+        if self.masks:
+            text += "\n\nMasks, percent:\n\n" + "\n".join(markdown_table(*mask_table(self.masks)))
         groups = f"\n{self.groups.markdown()}" if self.groups else ""
         return f"{text}\n\n{self.note()}.{' **' + self.notice + '**' if self.notice else ''}\n{groups}"
 
@@ -90,11 +95,13 @@ def evaluate(
     dataset: CropDataset,
     config: EvaluateConfig = EvaluateConfig(),
     groups: Mapping[str, tuple[str, ...]] | None = None,
+    masks: bool = False,
 ) -> Evaluation:
     """Scores every crop of a split once and measures each group of forgeries against all reals of the split.
 
     groups: row title -> forgeries; default: those that the model was trained on together, if the set has such, and the
-    others together; then by family and one by one; and by groups of people, where attributes are known.  Raises
+    others together; then by family and one by one; and by groups of people, where attributes are known.  masks: also
+    score the masks of a mask head, if the data has masks.  Raises
     UsageError when the split is empty or the crops do not have the model's size and margin.
     """
     split, rows = config.split, dataset.select(config.split)
@@ -132,6 +139,7 @@ def evaluate(
         frames_per_video=len(rows) / max(len(set(names.tolist())), 1),
         notice=scorer.notice,
         groups=people,
+        masks=localisation(scorer, dataset, groups, config) if masks else [],
     )
 
 

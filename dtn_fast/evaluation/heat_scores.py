@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.even_spacing import evenly_spaced
-from dtn_fast.data.forged_face import FORGED
+from dtn_fast.data.masks import FORGED, NO_MASKS
 from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.metrics import mean_interval, roc
@@ -54,6 +54,8 @@ METRICS = {
 """Title of each metric."""
 UNIFORM, GAUSSIAN = "chance: uniform", "chance: Gaussian"
 """Names of the maps that know nothing of the model: the same everywhere, and a centred Gaussian."""
+HEAD = "mask head"
+"""Name of the map that a model's mask head gives."""
 CALLED, ALL = "called fake", "all fakes"
 
 Map = NDArray[np.float32]
@@ -150,7 +152,7 @@ def masked_fakes(dataset: CropDataset, split: str, count: int, name: str) -> Cro
     Raises UsageError when the crops, named ``name``, have no masks.
     """
     if dataset.masks is None:
-        raise UsageError(f"{name}: these crops have no masks to score heat maps against; prepare again with --masks")
+        raise UsageError(f"{name}: {NO_MASKS}")
     rows = dataset.select(split)
     rows = rows[dataset.labels[rows] == 1]
     if dataset.mask_known is not None:
@@ -195,7 +197,7 @@ class HeatScore(NamedTuple):
     data: str
     model: str
     map: str
-    """Depth of Grad-CAM, or UNIFORM or GAUSSIAN."""
+    """Depth of Grad-CAM, HEAD, or UNIFORM or GAUSSIAN."""
     crops: str
     """CALLED: the fakes that the model calls fake; ALL: all of them."""
     fakes: int
@@ -244,9 +246,9 @@ def heat_scores(
                     if for_cut.any():
                         best = int(tuned.values[place]["ious"][for_cut].mean(0).argmax())
                         cut, measured["iou_val"] = float(CUTS[best]), measured["ious"][:, best]
-                    cells = {metric: _cell(measured.get(metric), videos, config) for metric in METRICS}
+                    cells = {metric: cell(measured.get(metric), videos, config) for metric in METRICS}
                     for metric, of_all in parts.values.get(place, {}).items():
-                        cells[metric] = _cell(of_all[called_halves], half_videos, config)
+                        cells[metric] = cell(of_all[called_halves], half_videos, config)
                     blank = float(measured["blank"].mean()) if called.any() else 0.0
                     counts = int(called.sum()), len(np.unique(videos)), int(called_halves.sum())
                     table.append(HeatScore(data, name, place, crops, *counts, blank, cut, cells))
@@ -267,15 +269,19 @@ def _measured(
     note: str,
     score: Callable[[Map, Mask, Mask], dict[str, Any]],
 ) -> Generator[str, None, _Measured]:
-    """Metrics of Grad-CAM and of the chance maps; ``score``: a function (map, forged, rest) -> metrics."""
+    """Metrics of Grad-CAM, of the mask head and of the chance maps; ``score``: a function (map, forged, rest) ->
+    metrics."""
     scorer, scores, found = TorchScorer(model), [np.empty(0)], dict[str, list[dict[str, Any]]]()
     for start in range(0, len(crops.rows), BATCH):
         yield f"{note}: {start} of {len(crops.rows)} crops"
         part = slice(start, start + BATCH)
         batch = crops.crops[part]
-        scores.append(scorer.score(batch))
+        judged = scorer.judge(batch)
+        scores.append(judged.score)
         chance = {name: np.broadcast_to(heat, batch.shape[:3]) for name, heat in chance_maps(batch.shape[1]).items()}
-        maps: Mapping[Any, NDArray[np.float32]] = {**grad_cams(model, batch, depths), **chance}
+        maps: dict[Any, Any] = {**(grad_cams(model, batch, depths) if depths else {}), **chance}
+        if judged.mask is not None:
+            maps[HEAD] = [cv2.resize(mask, batch.shape[1:3], interpolation=cv2.INTER_LINEAR) for mask in judged.mask]
         for name, heats in maps.items():
             found.setdefault(name, []).extend(map(score, heats, crops.forged[part], crops.rest[part]))
     values = {name: {metric: np.array([row[metric] for row in rows], np.float64) for metric in rows[0]}
@@ -283,7 +289,7 @@ def _measured(
     return _Measured(np.concatenate(scores), values)
 
 
-def _cell(values: NDArray[np.float64] | None, videos: NDArray[np.int64], config: EvaluateConfig) -> list[float] | None:
+def cell(values: NDArray[np.float64] | None, videos: NDArray[np.int64], config: EvaluateConfig) -> list[float] | None:
     """Mean of ``values`` [n] without NaN, and its interval over ``videos`` [n]; None without any."""
     if values is None or not (known := ~np.isnan(values)).any():
         return None
@@ -303,12 +309,12 @@ def heat_tables(scores: Sequence[HeatScore]) -> Iterator[tuple[str, list[str], l
         rows = []
         for score in own:
             blank = "" if score.map in (UNIFORM, GAUSSIAN) else f"{100 * score.blank:.0f}"
-            rows.append([score.map, blank, *(_percent(score.values[metric]) for metric in METRICS)])
+            rows.append([score.map, blank, *(percent(score.values[metric]) for metric in METRICS)])
         title = f"Grad-CAM of {model} against the masks of {data}, {crops}, percent"
         yield title, ["map", "blank", *METRICS.values()], rows
 
 
-def _percent(value: list[float] | None) -> str:
+def percent(value: list[float] | None) -> str:
     return "-" if value is None else "{:.0f} ({:.0f}-{:.0f})".format(*(100 * part for part in value))
 
 

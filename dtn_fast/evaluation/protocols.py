@@ -248,7 +248,7 @@ def evaluate_models(
         sets, columns = [self_blended(dataset, 0) for dataset in sets], [f"{name}, self-blended" for name in columns]
     if chosen == "within":
         yield f"{names[0]} on {columns[0]}"
-        yield Within(names[0], columns[0], evaluate(scorers[0], sets[0], config))
+        yield Within(names[0], columns[0], evaluate(scorers[0], sets[0], config, masks=True))
         return
     entries = [Entry(*entry) for entry in zip(names, scorers, forgeries, strict=True)]
     if manipulation:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dtn_fast.model.detector import Depth, Detector, device_of, patch_side
+from dtn_fast.model.detector import Depth, Detector, as_map, device_of
 from dtn_fast.model.dtn import DTN
 from dtn_fast.model.hooks import hooked
 from dtn_fast.model.preprocess import normalise
@@ -101,20 +101,12 @@ def grad_cams(
 
 
 def _cam(output: Tensor, gradient: Tensor, size: tuple[int, ...]) -> NDArray[np.float32]:
-    gradient, maps = _as_map(gradient), _as_map(output)
+    gradient, maps = as_map(gradient), as_map(output)
     weights = gradient.mean((2, 3), keepdim=True)  # [B, C, 1, 1]
     cam = (weights * maps).sum(1, keepdim=True).relu()  # [B, 1, h, w]
     cam = F.interpolate(cam, size, mode="bilinear", align_corners=False)[:, 0]
     peak = cam.amax((1, 2), keepdim=True)
     return (cam / peak.clamp_min(torch.finfo(cam.dtype).tiny)).cpu().numpy()
-
-
-def _as_map(output: Tensor) -> Tensor:
-    """A map [B, C, h, w] as it is; of tokens [B, N, C] the patches, as a map."""
-    if output.dim() == 4:
-        return output
-    side = patch_side(output.shape[1])
-    return output[:, -(side**2) :].transpose(1, 2).unflatten(2, (side, side))
 
 
 def overlay(crop: NDArray[np.uint8], heat: NDArray[np.float32], blank: str = NO_EVIDENCE) -> NDArray[np.uint8]:

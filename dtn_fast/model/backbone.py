@@ -31,6 +31,8 @@ class Backbone(nn.Sequential):
     norm_kernels = True
     pad_input = False
     grad_checkpointing = False
+    read = -1
+    """Number of the pool whose output is read by another part of the model, and so is not fused; -1: none."""
 
     def forward(self, x: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, C, H / 32, W / 32]
         if not (self.grad_checkpointing and self.training):
@@ -63,6 +65,7 @@ class Backbone(nn.Sequential):
             if follows:
                 norm = layers.pop(0)
                 pool = len(layers) > 1 and isinstance(layers[1], nn.MaxPool2d)
+                pool = pool and (self.read < 0 or layers[1] is not self[self.read])
                 x, done = self._normalised(x, layer.bias, norm, pool)
                 del layers[:done]
         return x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +18,7 @@ from dtn_fast.model.detector import CONFIG, Depth, Detector, check_folder, devic
 from dtn_fast.model.dtn import DTN
 from dtn_fast.model.hooks import hooked
 from dtn_fast.model.mas import with_mas
+from dtn_fast.model.mask_head import MaskHead
 from dtn_fast.model.pretrained import Files, create_model, weights_of
 from dtn_fast.model.timm_compat import import_timm
 
@@ -25,7 +27,7 @@ class TimmDetector(Detector):
     """A timm model as a detector, with fresh weights or, if ``pretrained``, those in ``files`` or else on timm's hub.
 
     Raises UsageError when timm is missing or does not know the name, a file does not hold the weights, or the model has
-    no attention that is adapted.
+    no attention that is adapted, or no map for the mask head that it should have.
     """
 
     config_class = TimmConfig
@@ -55,6 +57,12 @@ class TimmDetector(Detector):
         except ValueError as error:
             raise UsageError(f"{config.timm}: cannot be adapted so: {error}; choose a ViT, or leave --adapt and --mas "
                              "out") from error  # fmt: skip
+        self.mask_head = None
+        if config.mask_head:
+            if not (layers := self.mask_layers()):
+                raise UsageError(f"{config.timm}: has no feature map for a mask head; train it without --mask-weight")
+            shapes = map(self._output_of, layers)
+            self.mask_head = MaskHead([shape[0] if len(shape) == 3 else shape[1] for shape in shapes])
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, S, S] -> [B, num_classes]
         return self.net(images)
@@ -91,16 +99,34 @@ class TimmDetector(Detector):
 
     def novelty_layer(self) -> nn.Module | None:
         """The map that timm names whose side is nearest to 1/16 of the input's, or a ViT's block half way."""
+        if (layer := self._map_at(16)) is not None:
+            return layer
+        blocks = getattr(self.net, "blocks", None)
+        layer = blocks[(len(blocks) - 1) // 2] if isinstance(blocks, nn.Sequential) and len(blocks) else None
+        return layer if layer is not None and len(self._output_of(layer)) == 2 else None
+
+    def mask_layers(self) -> list[nn.Module]:
+        """The maps that timm names whose sides are nearest to 1/8 and 1/32 of the input's; or a ViT's block half way
+        and its last; or the backbone that the model itself names."""
+        found = [layer for layer in (self._map_at(8), self._map_at(32)) if layer is not None]
+        middle, blocks = self.novelty_layer(), getattr(self.net, "blocks", None)
+        if not found and middle is not None and isinstance(blocks, nn.Sequential):
+            found = [layer for layer in (middle, blocks[-1]) if patch_side(self._output_of(layer)[0]) > 1]
+        backbone = getattr(self.net, "backbone", None)
+        if not found and isinstance(backbone, nn.Module) and len(self._output_of(backbone)) == 3:
+            found = [backbone]
+        return list(dict.fromkeys(found))
+
+    def _map_at(self, stride: int) -> nn.Module | None:
+        """The map that timm names whose side is nearest to 1/``stride`` of the input's; None: it names none."""
         info, named = getattr(self.net, "feature_info", None), dict(self.net.named_modules())
         maps = [entry for entry in info if entry.get("module") in named] if isinstance(info, list) else []
-        for entry in sorted(maps, key=lambda entry: abs(math.log2(entry.get("reduction", 1) / 16))):
+        for entry in sorted(maps, key=lambda entry: abs(math.log2(entry.get("reduction", 1) / stride))):
             layer = named[entry["module"]]
             shape = self._output_of(layer)
             if len(shape) == 3 and shape[0] == entry.get("num_chs"):
                 return layer
-        blocks = getattr(self.net, "blocks", None)
-        layer = blocks[(len(blocks) - 1) // 2] if isinstance(blocks, nn.Sequential) and len(blocks) else None
-        return layer if layer is not None and len(self._output_of(layer)) == 2 else None
+        return None
 
     def _output_of(self, layer: nn.Module) -> tuple[int, ...]:
         """Shape, without the batch, of a layer's output; empty unless it runs once and gives a tensor."""
@@ -150,6 +176,17 @@ def build_detector(
     made = DTN(config) if isinstance(config, DTNConfig) else TimmDetector(config, pretrained, files)
     initialise(made)
     return made
+
+
+def with_mask_head(model: Detector) -> Detector:
+    """``model`` with a new mask head, in eval mode; itself if it has one.  Raises UsageError when it has no map for
+    it."""
+    if model.mask_head is not None:
+        return model
+    made = build_detector(dataclasses.replace(model.config, mask_head=True))
+    made.load_state_dict({**made.state_dict(), **model.state_dict()})
+    made.notice, made.novelty = model.notice, model.novelty
+    return made.eval()
 
 
 def load_detector(folder: Path) -> Detector:

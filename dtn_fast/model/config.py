@@ -19,6 +19,8 @@ NOISES = ("gaussian", "blur", "contrast", "compression", "none")
 ACTIVATIONS = ("relu", "gelu", "none")
 MAX_MARGIN = 10.0
 STRIDE = 32  # the backbone halves the resolution five times
+MASK_STRIDE = 8
+"""Pixels of a crop along the side of a mask head's pixel."""
 
 
 FinderName = Literal["dlib", "yunet", "dlib-cnn"]
@@ -112,6 +114,8 @@ def _check(config: Any) -> None:
             raise UsageError(f"{type(config).__name__}.{name} is {values!r}; it must be {wanted}")
     if config.num_classes < 2:
         raise UsageError(f"{type(config).__name__}.num_classes is {config.num_classes}; it must be >= 2")
+    if not isinstance(config.mask_head, bool):
+        raise UsageError(f"{type(config).__name__}.mask_head is {config.mask_head!r}; it must be true or false")
     parts = {"crop": CropPolicy, "trained_on": TrainedOn, "card": Card, "adaptation": Adaptation}
     for name in parts.keys() & {field.name for field in dataclasses.fields(config)}:
         kind, value = parts[name], getattr(config, name)
@@ -194,6 +198,9 @@ class DTNConfig:
     """RGB mean subtracted from pixels in [0, 1] (*choice*: ImageNet's)."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """RGB standard deviation that divides the result (*choice*: ImageNet's)."""
+    mask_head: bool = False
+    """Add a head that maps the forged pixels, at 1/8 of the crop's side, beside the logits, which stay the same;
+    ``dtn-fast train --mask-weight`` adds and trains it."""
     crop: CropPolicy | None = None
     """How the training crops were cut; None: unknown, because another program cut them."""
     trained_on: TrainedOn | None = None
@@ -299,6 +306,9 @@ class TimmConfig:
     """RGB standard deviation that divides the result; ``dtn-fast train`` takes that of timm's weights."""
     adaptation: Adaptation = Adaptation()
     """Changes to the model, and the parameters of it that are trained."""
+    mask_head: bool = False
+    """Add a head that maps the forged pixels, at 1/8 of the crop's side, beside the logits, which stay the same;
+    ``dtn-fast train --mask-weight`` adds and trains it."""
     crop: CropPolicy | None = None
     """How the training crops were cut; None: unknown, because another program cut them."""
     trained_on: TrainedOn | None = None
@@ -324,6 +334,11 @@ class TimmConfig:
 
 
 ModelConfig = DTNConfig | TimmConfig
+
+
+def mask_side(config: ModelConfig) -> int:
+    """Side of the masks that a model's mask head gives; 0: it has none."""
+    return config.image_size // MASK_STRIDE if config.mask_head else 0
 
 
 def crop_policy(config: ModelConfig) -> CropPolicy:

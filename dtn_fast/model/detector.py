@@ -40,6 +40,9 @@ class Detector(nn.Module):
     novelty: Novelty | None = None
     """Statistics of the training crops, by ``dtn-fast calibrate``; None: novelty is not measured."""
 
+    mask_head: nn.Module | None
+    """The MaskHead that maps the forged pixels, if ``config.mask_head``."""
+
     def cam_layers(self) -> dict[Depth, nn.Module]:
         """The layers whose output Grad-CAM explains, a map [B, C, h, w] or tokens [B, N, C] whose last ones are the
         patches of a square, from the input on; empty: this detector has none."""
@@ -49,6 +52,11 @@ class Detector(nn.Module):
         """The layer whose output tells how unlike the training data an input is (``WithNovelty``), some way into the
         network: a map [B, C, h, w] or tokens [B, N, C]; None: this detector has none."""
         return None
+
+    def mask_layers(self) -> list[nn.Module]:
+        """The layers whose output the mask head reads, each called once and in this order in a forward pass: maps
+        [B, C, h, w] or tokens [B, N, C]; empty: this detector has none."""
+        return []
 
     def classifiers(self) -> list[nn.Module]:
         """The layers that make the logits, here the last linear one; their inputs are the detector's features."""
@@ -194,6 +202,14 @@ def patch_side(tokens: int) -> int:
     four others; 0: no square."""
     side = math.isqrt(tokens)
     return side if tokens - side**2 <= 5 else 0
+
+
+def as_map(output: Tensor) -> Tensor:
+    """A map [B, C, h, w] as it is; of tokens [B, N, C] the patches, as a map."""
+    if output.dim() == 4:
+        return output
+    side = patch_side(output.shape[1])
+    return output[:, -(side**2) :].transpose(1, 2).unflatten(2, (side, side))
 
 
 def device_of(model: nn.Module) -> torch.device:

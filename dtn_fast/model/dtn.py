@@ -17,6 +17,7 @@ from dtn_fast.model.backbone import Backbone, build_backbone
 from dtn_fast.model.config import STRIDE, DTNConfig
 from dtn_fast.model.detector import Depth, Detector
 from dtn_fast.model.levt import LEVTBlock
+from dtn_fast.model.mask_head import MaskHead
 from dtn_fast.model.moe_gate import MoEGate
 
 
@@ -45,6 +46,13 @@ class DTN(Detector):
             LEVTBlock(config, config.drop_path_rate * place / last) for place in range(config.depth)
         ))  # fmt: skip
         self.head: nn.Module = nn.Linear(self.num_features, config.num_classes)
+        self.mask_head = None
+        if config.mask_head:
+            fine = self.mask_layers()[0]
+            if isinstance(self.backbone, Backbone):
+                self.backbone.read = list(self.backbone).index(fine)
+            width = config.channels[2] if isinstance(fine, nn.MaxPool2d) else self.num_features
+            self.mask_head = MaskHead((width, self.num_features))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> the last block's map [B, C, H / 32, W / 32]."""
@@ -87,8 +95,15 @@ class DTN(Detector):
 
     def novelty_layer(self) -> nn.Module | None:
         """The fourth group's pool, or a timm backbone."""
+        return self._pool(3)
+
+    def mask_layers(self) -> list[nn.Module]:
+        """The third group's pool, at 1/8 of the input, or a timm backbone; and the last block."""
+        return [self._pool(2), self.blocks]
+
+    def _pool(self, group: int) -> nn.Module:
         pools = [layer for layer in self.backbone if isinstance(layer, nn.MaxPool2d)]
-        return pools[3] if len(pools) == 5 else self.backbone
+        return pools[group] if len(pools) == 5 else self.backbone
 
     # ---------------------------------------------------------------- what timm asks of a model, by timm's names
 

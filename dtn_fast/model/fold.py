@@ -41,6 +41,7 @@ class FoldedDTN(DTN):
         self.pos_embed = copy.deepcopy(model.pos_embed)
         self.blocks = nn.Sequential(*(FoldedBlock(block, attention) for block in model.blocks))  # type: ignore[arg-type]
         self.head = copy.deepcopy(model.head)
+        self.mask_head = copy.deepcopy(model.mask_head)
 
     def save_pretrained(self, folder: object) -> None:
         raise TypeError("a folded model is not a checkpoint; save the model that it was folded from")

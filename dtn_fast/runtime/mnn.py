@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from dtn_fast.device import choose_threads
 from dtn_fast.errors import UsageError
-from dtn_fast.model.card import measures_novelty
 from dtn_fast.model.preprocess import normalise
 from dtn_fast.packages import require
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.export_manifest import ExportManifest, read_export_manifest
-from dtn_fast.runtime.scorer import COLUMNS, Scorer
+from dtn_fast.runtime.scorer import COLUMNS, Scorer, outputs_of, side_by_side
 
 BATCH = 8
 """Number of crops that are run at once."""
@@ -32,20 +31,19 @@ class MnnScorer(Scorer):
     def __init__(self, path: Path, manifest: ExportManifest, threads: int = Runtime.threads) -> None:
         super().__init__(manifest.detector_config(), manifest.notice, "MNN", BATCH)
         self.weights = manifest.weights
-        columns = COLUMNS if measures_novelty(self.config.card) else COLUMNS[:1]
-        self._net, self._lock = open_module(path, columns, threads), threading.Lock()
+        self._net, self._lock = open_module(path, outputs_of(self.config), threads), threading.Lock()
 
     def _outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
         x = normalise(crops, self.config).contiguous().numpy()
         with self._lock:
-            return forward(self._net, x).astype(np.float64)
+            return side_by_side(forward(self._net, x))
 
 
-def forward(net: Any, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Computes the module's outputs [B, columns] on images [B, 3, S, S]; only one call at a time is allowed."""
+def forward(net: Any, images: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    """Computes the module's outputs on images [B, 3, S, S]; only one call at a time is allowed."""
     expr = package().expr
     out = net.forward([expr.const(images, list(images.shape), expr.NCHW, expr.float)])
-    return np.column_stack([part.read() for part in out])  # a copy: MNN reuses the memory
+    return [part.read().copy() for part in out]  # MNN reuses the memory
 
 
 def open_module(path: Path, outputs: Sequence[str] = COLUMNS[:1], threads: int = Runtime.threads) -> Any:

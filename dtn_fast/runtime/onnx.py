@@ -15,7 +15,7 @@ from dtn_fast.model.config import ModelConfig, parse_config
 from dtn_fast.model.preprocess import normalise
 from dtn_fast.onnx_session import CPU, PROVIDERS, Provider, session_of
 from dtn_fast.runtime.config import Runtime
-from dtn_fast.runtime.scorer import BATCH, COLUMNS, Scorer
+from dtn_fast.runtime.scorer import BATCH, COLUMNS, Scorer, side_by_side
 
 
 class OnnxScorer(Scorer):
@@ -56,7 +56,7 @@ class OnnxScorer(Scorer):
         return {self.input: np.ascontiguousarray(x)}
 
     def _outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
-        return np.column_stack(self.session.run(self._names, self.feed(crops))).astype(np.float64)
+        return side_by_side(self.session.run(self._names, self.feed(crops)))
 
 
 def detector_config(meta: Mapping[str, str], name: str) -> ModelConfig:

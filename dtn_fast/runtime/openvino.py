@@ -16,7 +16,7 @@ from dtn_fast.model.preprocess import normalise
 from dtn_fast.packages import require
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.onnx import detector_config
-from dtn_fast.runtime.scorer import BATCH, COLUMNS, Scorer
+from dtn_fast.runtime.scorer import BATCH, COLUMNS, Scorer, side_by_side
 
 
 class OpenvinoScorer(Scorer):
@@ -36,7 +36,7 @@ class OpenvinoScorer(Scorer):
         x = crops if self._input == "crops" else normalise(crops, self.config).numpy()
         with self._lock:
             found = self._request.infer({self._input: np.ascontiguousarray(x)})
-            return np.column_stack([found[name] for name in self._names]).astype(np.float64)
+            return side_by_side(found[name] for name in self._names)
 
 
 def read(model: bytes, name: str) -> Any:

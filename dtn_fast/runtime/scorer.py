@@ -7,7 +7,7 @@ model through triton_server.py.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,15 +15,16 @@ from numpy.typing import NDArray
 
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.errors import DtnError, UsageError
-from dtn_fast.model.card import temperature_of
+from dtn_fast.model.card import measures_novelty, temperature_of
+from dtn_fast.model.config import ModelConfig, mask_side
 
 BATCH = 64
 """Number of crops that a scorer runs at once."""
 
 
-COLUMNS = ("logits", "novelty")
-"""Outputs of an exported file that make the columns of ``Scorer.outputs``; the second is there if the model measures
-it."""
+COLUMNS = ("logits", "novelty", "mask")
+"""Outputs of an exported file that make the columns of a scorer's outputs: novelty [B] is there if the model measures
+it, mask [B, m, m], m * m columns, if it has a mask head."""
 
 
 class Scored(NamedTuple):
@@ -33,6 +34,8 @@ class Scored(NamedTuple):
     """P(fake) [B], by the model's temperature if it is calibrated."""
     novelty: NDArray[np.float64] | None
     """Distance [B] from the training data, about 1 for inputs like it; None: the model does not measure it."""
+    mask: NDArray[np.float32] | None = None
+    """P(forged) of the crop's pixels [B, m, m]; None: not asked for, or the model has no mask head."""
 
 
 class Scorer(ABC):
@@ -49,8 +52,7 @@ class Scorer(ABC):
 
     @abstractmethod
     def _outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Logits of 1 to ``batch_size`` crops and, if the model measures it, their novelty as a further column:
-        [B, classes] or [B, classes + 1]."""
+        """Outputs of 1 to ``batch_size`` crops, those of COLUMNS that the model gives side by side: [B, columns]."""
 
     def outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
         """Outputs of RGB crops [B, S, S, 3] uint8, S = config.image_size: logits and, if the model measures it, novelty
@@ -58,12 +60,19 @@ class Scorer(ABC):
 
         Raises UsageError for another shape or dtype, DtnError when a value is not finite (half-precision overflow).
         """
+        return self._gather(self._checked(crops))
+
+    def columns(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """All outputs of crops, a mask's columns too: [B, columns].  Raises as :meth:`outputs`."""
+        return self._gather(self._checked(crops), mask_side(self.config) ** 2)
+
+    def _checked(self, crops: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
         side = self.config.image_size
         if crops.dtype != np.uint8 or crops.shape[1:] != (side, side, 3):
             raise UsageError(
                 f"{self.name}: got {crops.dtype} {list(crops.shape)}; it takes uint8 [B, {side}, {side}, 3]"
             )
-        return self._gather(crops[part] for part in _parts(len(crops), self.batch_size))
+        return (crops[part] for part in _parts(len(crops), self.batch_size))
 
     def logits(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
         """Logits [B, classes] of the crops, as the network gives them, whatever its temperature.  Raises as
@@ -75,8 +84,11 @@ class Scorer(ABC):
         return self.scored(self.outputs(crops)).score
 
     def judge(self, crops: NDArray[np.uint8]) -> Scored:
-        """P(fake) and novelty of the crops."""
-        return self.scored(self.outputs(crops))
+        """P(fake), novelty and mask of the crops."""
+        side, outputs = mask_side(self.config), self.columns(crops)
+        split = outputs.shape[1] - side**2
+        mask = outputs[:, split:].reshape(-1, side, side).astype(np.float32) if side else None
+        return self.scored(outputs[:, :split])._replace(mask=mask)
 
     def score_rows(self, dataset: CropDataset, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """P(fake) [n] of the crops ``rows``, without reading them all into memory."""
@@ -96,16 +108,29 @@ class Scorer(ABC):
         novelty = outputs[:, classes] if outputs.shape[1] > classes else None
         return Scored(probability(outputs[:, :classes] / temperature_of(self.config.card)), novelty)
 
-    def _gather(self, batches: Iterable[NDArray[np.uint8]]) -> NDArray[np.float64]:
-        parts = [self._outputs(batch) for batch in batches]
-        outputs = np.concatenate(parts) if parts else np.zeros((0, self.config.num_classes))
+    def _gather(self, batches: Iterable[NDArray[np.uint8]], kept: int = 0) -> NDArray[np.float64]:
+        """Outputs of batches of crops, with the first ``kept`` columns of their masks."""
+        cut = mask_side(self.config) ** 2 - kept
+        parts = [self._outputs(batch)[:, : -cut or None] for batch in batches]
+        outputs = np.concatenate(parts) if parts else np.zeros((0, self.config.num_classes + kept))
         if not np.isfinite(outputs).all():
             bad = int((~np.isfinite(outputs)).any(1).sum())
-            what = "logits" if not np.isfinite(outputs[:, : self.config.num_classes]).all() else "novelty"
+            what = "logits" if not np.isfinite(outputs[:, : self.config.num_classes]).all() else "novelty or mask"
             raise DtnError(
                 f"{self.name}: {what} of {bad} of {len(outputs)} crops are not finite; use a model of higher precision"
             )
         return outputs
+
+
+def outputs_of(config: ModelConfig) -> list[str]:
+    """Those of COLUMNS that files of a model with this configuration give."""
+    given = {"logits": True, "novelty": measures_novelty(config.card), "mask": config.mask_head}
+    return [name for name in COLUMNS if given[name]]
+
+
+def side_by_side(outputs: Iterable[NDArray[Any]]) -> NDArray[np.float64]:
+    """Outputs of a file, each [B, ...], side by side: [B, columns]."""
+    return np.column_stack([output.reshape(len(output), -1) for output in outputs]).astype(np.float64)
 
 
 def probability(logits: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -96,9 +96,8 @@ class EngineScorer(Scorer):
 
 
 class Contexts:
-    """Runs an engine: input on the GPU -> logits [B, 2] and, if the model measures it, novelty as a further column,
-    float32, on the current stream; one context per batch size (shape changes leak the modules of ahead-of-time plugins:
-    NVIDIA/TensorRT issue 4849)."""
+    """Runs an engine: input on the GPU -> those of COLUMNS that it gives side by side, float32, on the current stream;
+    one context per batch size (shape changes leak the modules of ahead-of-time plugins: NVIDIA/TensorRT issue 4849)."""
 
     def __init__(self, engine: Any, name: str, profiler: Any = None) -> None:
         self._engine, self._name, self._profiler = engine, name, profiler
@@ -121,7 +120,8 @@ class Contexts:
             context.set_tensor_address(name, tensor.data_ptr())
         if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
             raise DtnError("the engine failed to run; see the messages above, and export it again on this machine")
-        return torch.column_stack([outputs[name] for name in COLUMNS if name in outputs])
+        return torch.column_stack([outputs[name].flatten(1) if outputs[name].dim() > 1 else outputs[name]
+                                   for name in COLUMNS if name in outputs])  # fmt: skip
 
 
 def time_engines(

@@ -8,12 +8,13 @@ import threading
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from dtn_fast.device import PRECISIONS, computes_in
 from dtn_fast.errors import UsageError
 from dtn_fast.model.detector import Detector, device_of
 from dtn_fast.model.fold import frozen
+from dtn_fast.model.mask_head import WithMask
 from dtn_fast.model.novelty import WithNovelty
 from dtn_fast.model.preprocess import normalise
 from dtn_fast.runtime.batch_graphs import BatchGraphs
@@ -41,15 +42,24 @@ class TorchScorer(Scorer):
         layer = self.folded.novelty_layer() if model.novelty is not None else None
         if model.novelty is not None and layer is not None:
             net = WithNovelty(net, layer, model.novelty)
+        if self.config.mask_head:
+            net = WithMask(net, self.folded)
         config, device, dtype = self.config, self.device, self._dtype
         compiled = torch.compile(net) if mode == "compile" else net
         # does not refer to self: such a cycle would keep the graphs' memory until a garbage collection
-        self._run = lambda crops: compiled(normalise(crops, config, device).to(dtype)).double()
+        self._run = lambda crops: _side_by_side(compiled(normalise(crops, config, device).to(dtype)))
         self._graphs = BatchGraphs(self._run, batch_size) if mode == "graph" else None
-        # WithNovelty keeps a map between two layers, so that threads must take turns
+        # WithNovelty and WithMask keep maps between layers, so that threads must take turns
         self._turns = threading.Lock() if net is not self.folded else contextlib.nullcontext()
 
     def _outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
         batch = torch.from_numpy(np.require(crops, np.uint8, ["C", "W"]))
         with torch.inference_mode(), self._turns:
             return (self._graphs or self._run)(batch).cpu().numpy()
+
+
+def _side_by_side(found: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """A network's output and, if it gives mask logits, the mask as further columns, float64."""
+    if isinstance(found, Tensor):
+        return found.double()
+    return torch.cat((found[0].double(), found[1].double().sigmoid().flatten(1)), 1)

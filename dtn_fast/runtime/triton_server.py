@@ -17,7 +17,7 @@ from dtn_fast.errors import DtnError, UsageError, reason, tell
 from dtn_fast.model.config import parse_config
 from dtn_fast.packages import require
 from dtn_fast.runtime.config import Runtime
-from dtn_fast.runtime.scorer import BATCH, COLUMNS, Scorer
+from dtn_fast.runtime.scorer import BATCH, COLUMNS, Scorer, side_by_side
 
 MODEL = "dtn"
 """Name of the model when an address has none: the default of ``dtn-fast repository``."""
@@ -158,7 +158,7 @@ class Connection:
 
 
 class TritonScorer(Scorer):
-    """Scorer of a model on a server: crops are sent, logits and novelty come back.
+    """Scorer of a model on a server: crops are sent, the outputs that make its columns come back.
 
     A server that cannot be reached is tried again for ``patience`` seconds.  Raises UsageError as
     :meth:`Connection.describe` does, DtnError naming the server when it stays away, refuses a request, or comes back
@@ -183,7 +183,7 @@ class TritonScorer(Scorer):
         outputs = self._patiently(lambda connection: connection.infer(crops, self._names))
         if outputs[0].shape != (len(crops), self.config.num_classes):
             raise DtnError(f"{self.address}: answered with logits {list(outputs[0].shape)} for {len(crops)} crops")
-        return np.column_stack(outputs).astype(np.float64)
+        return side_by_side(outputs)
 
     def _patiently(self, ask: Callable[[Connection], Answer]) -> Answer:
         """The answer to ``ask``, tried again while the server cannot be reached and patience lasts."""

@@ -51,7 +51,7 @@ class MicroBatcher(Scorer):
                 return
             batch, held, ended = self._together(job)
             try:
-                outputs = self.scorer.outputs(np.concatenate([crops for crops, _ in batch]))
+                outputs = self.scorer.columns(np.concatenate([crops for crops, _ in batch]))
             except BaseException as error:  # raised in the callers
                 for _, future in batch:
                     future.set_exception(error)

@@ -68,7 +68,8 @@ def _upload(name: str, summary: str, answers: Json) -> Json:
 def _schemas() -> Json:
     span = _object({"start": NUMBER, "end": NUMBER, "score": SHARE})
     face = _object({"box": {**_list(NUMBER), "minItems": 4, "maxItems": 4}, "score": SHARE, "person": INTEGER,
-                    "novelty": MAYBE_NUMBER})  # fmt: skip
+                    "novelty": MAYBE_NUMBER,
+                    "regions": {"type": ["array", "null"], "items": _list(_list(NUMBER))}})  # fmt: skip
     limits = _object({"fake_from": NUMBER, "real_up_to": NUMBER, "false_alarms": MAYBE_NUMBER,
                       "reals": {"type": ["integer", "null"]}, "novel_from": MAYBE_NUMBER})  # fmt: skip
     return {

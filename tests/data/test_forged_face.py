@@ -111,16 +111,16 @@ def test_with_all_people_the_untouched_face_is_not_labelled_fake(table: VideoTab
     assert (crops.labels == 0).sum() == 2 * FRAMES
     assert (crops.labels == 1).sum() == FRAMES
     assert green(crops.get(np.flatnonzero(crops.labels))).min() > 20
-    with pytest.raises(UsageError, match="prepare again with --masks"):
-        crops.get_masks(np.arange(2))
 
 
 def test_without_a_mask_the_largest_face_is_cropped(table: VideoTable, tmp_path: Path) -> None:
     bare = VideoTable(table.root, [video._replace(mask="") for video in table.videos], "dfd")
     crops = made(bare, tmp_path, masks=True)
     assert green(crops.get(np.flatnonzero(crops.labels))).max() < 20
-    assert crops.mask_known is not None
-    assert crops.mask_known.tolist() == (crops.labels == 0).tolist()
+    assert not list(tmp_path.rglob("*.masks.npy"))
+    assert crops.masked.tolist() == (crops.labels == 0).tolist()
+    with pytest.raises(UsageError, match="have no masks; prepare a dataset that has them, with --masks"):
+        crops.get_masks(np.arange(2))
     assert not crops.notes
 
 

@@ -412,7 +412,7 @@ def test_verify_checks_every_shard_file_and_counts(tmp_path: Path, suffix: str, 
             (tmp_path / "set" / kind / name).mkdir(parents=True)
         Image.fromarray(FACE).save(tmp_path / f"set/frames/{name}/0.png")
         np.save(tmp_path / f"set/landmarks/{name}/0.npy", np.full((5, 2), 7.0))
-    videos = [Video(name, 0, "real", "test", frames=(f"set/frames/{name}/0.png",)) for name in "ab"]
+    videos = [Video(name, 0, "real", "test", mask="set", frames=(f"set/frames/{name}/0.png",)) for name in "ab"]
     monkeypatch.setattr("dtn_fast.data.datasets.read", lambda *_: VideoTable(tmp_path, videos, crops=True))
     out, config = tmp_path / "out", PrepareConfig(frames=P.SHARD_CROPS, masks=True)
     prepared = lambda verify: prepare_verb(tmp_path, out, config=config, work=WorkConfig(verify=verify), size=SIZE)

@@ -17,7 +17,8 @@ from small import SET
 from dtn_fast.data.config import PrepareConfig, SyntheticConfig, WorkConfig
 from dtn_fast.data.crop_dataset import CropDataset, open_crop_dataset
 from dtn_fast.data.datasets.ffpp import read_ffpp
-from dtn_fast.data.forged_face import FORGED, masks_of
+from dtn_fast.data.forged_face import masks_of
+from dtn_fast.data.masks import FORGED
 from dtn_fast.data.prepare import prepare
 from dtn_fast.data.synthetic_faces import film, film_and_masks, make_synthetic
 from dtn_fast.data.synthetic_marker import METHODS

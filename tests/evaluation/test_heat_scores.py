@@ -16,7 +16,7 @@ from small import SMALL
 
 from dtn_fast import DTN
 from dtn_fast.data.crop_dataset import CropDataset, ShardFiles
-from dtn_fast.data.forged_face import FORGED
+from dtn_fast.data.masks import FORGED
 from dtn_fast.data.synthetic_faces import film_and_masks
 from dtn_fast.data.synthetic_marker import METHODS
 from dtn_fast.data.video_table import Video
@@ -212,7 +212,7 @@ def test_crops_without_masks_are_refused_in_one_line(masked: CropDataset, small:
     dataset = dataclasses.replace(masked, masks=None, mask_known=None)
     assert HEAT_SCORES not in FIGURES, "the other figures need no masks"
     steps: Any = draw({"m": small}, choose({"d": dataset}, "test", 4), tmp_path, FigureConfig((HEAT_SCORES,)), {})
-    with pytest.raises(UsageError, match=r"d: these crops have no masks .* prepare again with --masks"):
+    with pytest.raises(UsageError, match=r"d: these crops have no masks; prepare .* with --masks"):
         list(steps)
     unknown = dataclasses.replace(masked, mask_known=np.zeros(len(masked.video), bool))
     with pytest.raises(UsageError, match="d: no fake of the test split has a known mask"):

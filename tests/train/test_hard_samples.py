@@ -141,9 +141,9 @@ def test_only_ambiguous_crops_are_turned(
     seen: list[tuple[Tensor, Tensor]] = []
     real = TrainStep.__call__
 
-    def spy(self, crops, labels, soft, samples):
+    def spy(self, crops, labels, soft, samples, masks):
         seen.append((crops.clone(), samples.clone()))
-        return real(self, crops, labels, soft, samples)
+        return real(self, crops, labels, soft, samples, masks)
 
     monkeypatch.setattr(TrainStep, "__call__", spy)
     taken = []
