@@ -31,8 +31,11 @@ from dtn_fast.model.detector import Detector, state_bytes
 from dtn_fast.model.dtn import DTN
 from dtn_fast.model.fold import fold
 from dtn_fast.model.novelty import WithNovelty
+from dtn_fast.model.temporal import TemporalHead, WithFeatures
 from dtn_fast.onnx_session import session_of
 from dtn_fast.packages import require
+from dtn_fast.runtime.clips import clip_file
+from dtn_fast.runtime.scorer import COLUMNS, FEATURES
 from dtn_fast.version import __version__
 
 OPSET = {"fp32": 20, "fp16": 20, "bf16": 22}  # lowest opset, from 20, whose convolutions take the dtype
@@ -59,8 +62,8 @@ class Parity(NamedTuple):
 
 
 class Traced(nn.Module):
-    """Module that the exporter traces: input as in OnnxConfig -> logits [B, classes], P(fake) [B] and, if the model
-    measures it, novelty [B], all float32."""
+    """Module that the exporter traces: input as in OnnxConfig -> logits [B, classes], P(fake) [B], if the model
+    measures it novelty [B], and for a temporal head features [B, C], all float32."""
 
     scale: Tensor
     shift: Tensor
@@ -76,10 +79,14 @@ class Traced(nn.Module):
                 if hasattr(module, "fused_attn"):  # timm's: torch translates fused attention of four dimensions alone
                     module.fused_attn = False  # type: ignore[assignment]
         self.net.to(self.dtype)
+        detector: Any = self.net
         self.classes, self.temperature = model.config.num_classes, temperature_of(model.config.card)
         layer = self.net.novelty_layer()
         if model.novelty is not None and layer is not None:
             self.net = WithNovelty(self.net, layer, model.novelty)
+        self.columns = self.classes + isinstance(self.net, WithNovelty)
+        if model.temporal is not None:
+            self.net = WithFeatures(self.net, detector.classifiers())
         mean, std = (
             torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (model.config.mean, model.config.std)
         )
@@ -90,9 +97,18 @@ class Traced(nn.Module):
         if self.raw:
             x = x.float().permute(0, 3, 1, 2) * self.scale + self.shift  # TensorRT wants the cast first
         outputs = self.net(x.to(self.dtype)).float()
-        logits = outputs[:, : self.classes] if isinstance(self.net, WithNovelty) else outputs
+        further = isinstance(self.net, WithNovelty | WithFeatures)
+        logits = outputs[:, : self.classes] if further else outputs
         score = (logits if self.temperature == 1 else logits / self.temperature).softmax(1)[:, 1]
-        return (logits, score, outputs[:, self.classes]) if isinstance(self.net, WithNovelty) else (logits, score)
+        novelty = (outputs[:, self.classes],) if self.columns > self.classes else ()
+        features = (outputs[:, self.columns :],) if isinstance(self.net, WithFeatures) else ()
+        return (logits, score, *novelty, *features)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the outputs."""
+        novelty = [COLUMNS[1]] * (self.columns > self.classes)
+        return [COLUMNS[0], "score", *novelty, *[FEATURES] * isinstance(self.net, WithFeatures)]
 
 
 def export_onnx(model: Detector, path: Path, config: OnnxConfig = OnnxConfig()) -> list[Parity]:
@@ -106,8 +122,17 @@ def export_onnx(model: Detector, path: Path, config: OnnxConfig = OnnxConfig()) 
     """
     proto = to_proto(model, config)
     report = check(model, proto, config, str(path))
-    write_whole(path, proto.SerializeToString())
+    write_onnx(model, proto, path)
     return report
+
+
+def write_onnx(model: Detector, proto: Any, path: Path) -> Path | None:
+    """Writes a model of :func:`to_proto` and, beside it, its temporal head; returns the head's file, None without."""
+    clips = None if model.temporal is None else clip_file(path)
+    if clips is not None:
+        write_whole(clips, clip_proto(model).SerializeToString())
+    write_whole(path, proto.SerializeToString())
+    return clips
 
 
 def check(
@@ -129,7 +154,6 @@ def to_proto(model: Detector, config: OnnxConfig) -> Any:
     onnx = require_onnx()
     model = model.cpu().eval()
     example, traced = example_inputs(model.config, config.input, 2, seed=0), Traced(model, config)
-    names = ["logits", "score", *(["novelty"] if isinstance(traced.net, WithNovelty) else [])]
     try:
         with _quiet(), tracing(config.nodes):
             program = torch.onnx.export(
@@ -138,7 +162,7 @@ def to_proto(model: Detector, config: OnnxConfig) -> Any:
                 dynamo=True,
                 opset_version=OPSET[config.dtype],
                 input_names=[config.input],
-                output_names=names,
+                output_names=traced.names,
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
                 verbose=False,
             )
@@ -168,6 +192,43 @@ def to_proto(model: Detector, config: OnnxConfig) -> Any:
     )
     onnx.checker.check_model(proto, full_check=True)
     return proto
+
+
+def clip_proto(model: Detector) -> Any:
+    """Checked onnx.ModelProto of the temporal head: ``features`` [B, T, C] and ``logits`` [B, T, classes] of a clip's
+    frames -> ``clip_logits`` [B, classes], float32.  Raises DtnError when they differ from torch's."""
+    onnx, head = require_onnx(), model.temporal
+    assert head is not None
+    head = copy.deepcopy(head).cpu().float().eval().requires_grad_(False)
+    sizes = {0: torch.export.Dim("batch", min=1, max=4096)}
+    with _quiet(), tracing(False):
+        program = torch.onnx.export(
+            head, clip_inputs(head, 2, seed=0), dynamo=True, opset_version=OPSET["fp32"],
+            input_names=["features", "logits"], output_names=["clip_logits"], dynamic_shapes=(sizes, sizes),
+            verbose=False,
+        )  # fmt: skip
+    assert program is not None
+    proto = program.model_proto
+    onnx.helper.set_model_props(proto, {"weights": weights_hash(model), "step": str(float(head.step)),
+                                         "dtn_fast": __version__})  # fmt: skip
+    onnx.checker.check_model(proto, full_check=True)
+    session = session_of(proto.SerializeToString(), "the temporal head")
+    for batch in BATCHES:
+        inputs = clip_inputs(head, batch, seed=batch)
+        with torch.inference_mode():
+            expected = head(*inputs).numpy()
+        given = dict(zip(("features", "logits"), (x.numpy() for x in inputs), strict=True))
+        error = float(np.abs(session.run(None, given)[0] - expected).max())
+        if not error <= TOLERANCE["fp32"] * max(1.0, float(np.abs(expected).max())):
+            raise DtnError(f"the temporal head: onnxruntime differs from torch by {error:.2e}; no file was written")
+    return proto
+
+
+def clip_inputs(head: TemporalHead, batch: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random features and logits of clips, with the shape that the head takes."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(batch, head.frames, *shape, generator=generator)
+    return draw(head.features) / head.scale + head.mean, draw(head.classes)
 
 
 def compare(model: Detector, proto: Any, config: OnnxConfig, batches: tuple[int, ...]) -> list[Parity]:
@@ -213,7 +274,12 @@ def module_of(node: Any) -> str:
     """Torch module that a node was traced from, such as blocks.0.qkv, from the exporter's metadata; empty: none."""
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
-            return ast.literal_eval(entry.value)[-2:][0].removeprefix("net.").removeprefix("detector.")
+            parts = ast.literal_eval(entry.value)[-2:][0].split(".")
+            while parts[0] in (NOVELTY, "detector"):  # the modules around the network
+                del parts[0]
+                if not parts:
+                    return NOVELTY
+            return ".".join(parts)
     return ""
 
 

@@ -21,6 +21,7 @@ from dtn_fast.evaluation.config import (
     FigureConfig,
     RobustnessConfig,
 )
+from dtn_fast.evaluation.evaluate import BY_CLIPS
 from dtn_fast.evaluation.protocols import Protocol, Within, evaluate_models
 from dtn_fast.evaluation.tables import ResultTable
 from dtn_fast.provenance import COMMANDS, made_by, record
@@ -85,6 +86,8 @@ def evaluate(
     assert made is not None, "the last step is the result"
     if isinstance(made, Within):
         print_table(f"{made.name} on {made.dataset}", *made.result.table())
+        if (clips := made.result.clip_table())[1]:
+            print_table(BY_CLIPS, *clips)
         print(made.result.note() + (f"\n{made.result.notice}" if made.result.notice else ""))
         if made.result.groups:
             print_table("By group; rates in percent", *made.result.groups.text())

@@ -34,6 +34,7 @@ from dtn_fast.explain.heatmap import NO_EVIDENCE, UNEXPLAINED, heat_maps
 from dtn_fast.model.config import CropPolicy, crop_policy
 from dtn_fast.model.detector import Detector
 from dtn_fast.producer_thread import produced
+from dtn_fast.runtime.clips import TrackClips, pace_note
 from dtn_fast.runtime.scorer import Scored, Scorer
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
@@ -99,6 +100,10 @@ def detect(
         return result
     finally:
         result.timing.wall = time.perf_counter() - begin
+    if result.moving:
+        result.clips = {person: track.score() for person, track in scoring.tracks.items()}
+        if scorer.clips is not None:
+            result.pace = pace_note(scorer.clips, [frame.number for frame in result.frames])
     judge(result, scorer.config.card, config)
     if result.whole is not None:
         result.whole = framed(result.whole, result.frames, result.frame_limits, WHOLE)
@@ -167,6 +172,8 @@ class _Scoring:
         self._scorer, self._result, self._kept, self._pool = scorer, result, kept, pool
         self._pending: list[tuple[int, float, int, list[Tracked], list[NDArray[np.uint8]]]] = []
         self._running: list[tuple[Future[Scored], list[Any]]] = []
+        self.tracks: dict[int, TrackClips] = {}
+        """Clips of each person, if the model has a temporal head."""
 
     def add(self, frame: Frame, place: int, found: list[Tracked], crops: list[NDArray[np.uint8]]) -> None:
         self._pending.append((frame.number, frame.seconds, place, found, crops))  # without the frame's image
@@ -190,13 +197,25 @@ class _Scoring:
         future, batch = self._running.pop(0)
         scored = future.result()
         scores = iter(scored.score.tolist())
+        at = 0
         novelties = itertools.repeat(None) if scored.novelty is None else iter(scored.novelty.tolist())
         for number, seconds, place, found, crops in batch:
             faces = [Face(face.box, next(scores), face.person, next(novelties)) for face in found]
             self._result.frames.append(FrameResult(number, seconds, faces, place))
+            if scored.features is not None:
+                self._add_clips(scored, found, at)
+                at += len(found)
             self._kept += [Picture(number, seconds, f.score, c) for f, c in zip(faces, crops, strict=True)]
         self._kept.sort(key=lambda p: -p.score)
         del self._kept[TOP:]
+
+    def _add_clips(self, scored: Scored, found: list[Tracked], first: int) -> None:
+        """Adds a frame's faces, which begin at ``first`` of the batch, to the clips of their people."""
+        assert scored.features is not None
+        assert scored.logits is not None
+        for place, face in enumerate(found, first):
+            track = self.tracks.setdefault(face.person, TrackClips(self._scorer))
+            track.add(scored.features[place], scored.logits[place])
 
     def __enter__(self) -> _Scoring:
         return self

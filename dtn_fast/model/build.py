@@ -31,9 +31,9 @@ class TimmDetector(Detector):
     config_class = TimmConfig
 
     def __init__(self, config: TimmConfig, pretrained: bool = False, files: Files = MappingProxyType({})) -> None:
-        super().__init__()
+        super().__init__(config)
         timm = import_timm()
-        self.config, self.num_classes = config, config.num_classes
+        self.num_classes = config.num_classes
         known = _published(config.timm)
         # a model with positions for one image size only, as ViTs, is made for the crops' size
         size = {"img_size": config.image_size} if known and known.fixed_input_size else {}
@@ -55,6 +55,7 @@ class TimmDetector(Detector):
         except ValueError as error:
             raise UsageError(f"{config.timm}: cannot be adapted so: {error}; choose a ViT, or leave --adapt and --mas "
                              "out") from error  # fmt: skip
+        self.add_temporal()
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, S, S] -> [B, num_classes]
         return self.net(images)

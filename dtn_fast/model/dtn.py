@@ -32,8 +32,8 @@ class DTN(Detector):
     in_chans = 3
 
     def __init__(self, config: DTNConfig | None = None) -> None:
-        super().__init__()
-        self.config = config = config or DTNConfig()
+        config = config or DTNConfig()
+        super().__init__(config)
         self.num_classes, self.num_features = config.num_classes, config.channels[-1]
         side = config.image_size // STRIDE
         self.backbone: nn.Sequential = build_backbone(config)
@@ -45,6 +45,7 @@ class DTN(Detector):
             LEVTBlock(config, config.drop_path_rate * place / last) for place in range(config.depth)
         ))  # fmt: skip
         self.head: nn.Module = nn.Linear(self.num_features, config.num_classes)
+        self.add_temporal()
 
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> the last block's map [B, C, H / 32, W / 32]."""

@@ -21,6 +21,8 @@ BATCH = 64
 """Number of crops that a scorer runs at once."""
 
 
+FEATURES = "features"
+"""Output of an exported file that its temporal head takes beside the logits."""
 COLUMNS = ("logits", "novelty")
 """Outputs of an exported file that make the columns of ``Scorer.outputs``; the second is there if the model measures
 it."""
@@ -33,10 +35,30 @@ class Scored(NamedTuple):
     """P(fake) [B], by the model's temperature if it is calibrated."""
     novelty: NDArray[np.float64] | None
     """Distance [B] from the training data, about 1 for inputs like it; None: the model does not measure it."""
+    logits: NDArray[np.float64] | None = None
+    """Logits [B, classes] for the temporal head; None: there is none."""
+    features: NDArray[np.float64] | None = None
+    """Features [B, C] for the temporal head."""
+
+
+class ClipScorer(ABC):
+    """A temporal head in some runtime.  Any number of threads may call it."""
+
+    def __init__(self, frames: int, features: int, step: float) -> None:
+        self.frames, self.features, self.step = frames, features, step
+        """Number of frames of a clip, of features of a frame, and of the video's frames from one of the clip's to the
+        next in training (0: unknown)."""
+
+    @abstractmethod
+    def logits(self, features: NDArray[np.float64], logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Logits [B, classes] of clips, from the features [B, T, C] and logits [B, T, classes] of their frames."""
 
 
 class Scorer(ABC):
     """Base class of the runtimes, which score face crops.  Any number of threads may call a scorer."""
+
+    clips: ClipScorer | None = None
+    """The model's temporal head in this runtime; None: it has none, or the runtime cannot run it."""
 
     def __init__(self, config: Any, notice: str, name: str, batch_size: int = BATCH) -> None:
         self.config = config
@@ -49,12 +71,12 @@ class Scorer(ABC):
 
     @abstractmethod
     def _outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Logits of 1 to ``batch_size`` crops and, if the model measures it, their novelty as a further column:
-        [B, classes] or [B, classes + 1]."""
+        """Logits of 1 to ``batch_size`` crops, if the model measures it their novelty, and with a temporal head their
+        features: [B, classes], [B, classes + 1], [B, classes + C] or [B, classes + 1 + C]."""
 
     def outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Outputs of RGB crops [B, S, S, 3] uint8, S = config.image_size: logits and, if the model measures it, novelty
-        as a further column.
+        """Outputs of RGB crops [B, S, S, 3] uint8, S = config.image_size: logits and, as further columns, novelty if
+        the model measures it and features for its temporal head.
 
         Raises UsageError for another shape or dtype, DtnError when a value is not finite (half-precision overflow).
         """
@@ -75,7 +97,7 @@ class Scorer(ABC):
         return self.scored(self.outputs(crops)).score
 
     def judge(self, crops: NDArray[np.uint8]) -> Scored:
-        """P(fake) and novelty of the crops."""
+        """P(fake) and novelty of the crops, and what a temporal head takes."""
         return self.scored(self.outputs(crops))
 
     def score_rows(self, dataset: CropDataset, rows: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -91,17 +113,23 @@ class Scorer(ABC):
         return self.outputs_rows(dataset, rows)[:, : self.config.num_classes]
 
     def scored(self, outputs: NDArray[np.float64]) -> Scored:
-        """P(fake) and novelty from :meth:`outputs`."""
+        """P(fake), novelty and the temporal head's inputs from :meth:`outputs`."""
         classes = self.config.num_classes
-        novelty = outputs[:, classes] if outputs.shape[1] > classes else None
-        return Scored(probability(outputs[:, :classes] / temperature_of(self.config.card)), novelty)
+        columns = outputs.shape[1] - (self.clips.features if self.clips is not None else 0)
+        novelty = outputs[:, classes] if columns > classes else None
+        score = probability(outputs[:, :classes] / temperature_of(self.config.card))
+        return (
+            Scored(score, novelty)
+            if self.clips is None
+            else Scored(score, novelty, outputs[:, :classes], outputs[:, columns:])
+        )
 
     def _gather(self, batches: Iterable[NDArray[np.uint8]]) -> NDArray[np.float64]:
         parts = [self._outputs(batch) for batch in batches]
         outputs = np.concatenate(parts) if parts else np.zeros((0, self.config.num_classes))
         if not np.isfinite(outputs).all():
             bad = int((~np.isfinite(outputs)).any(1).sum())
-            what = "logits" if not np.isfinite(outputs[:, : self.config.num_classes]).all() else "novelty"
+            what = "logits" if not np.isfinite(outputs[:, : self.config.num_classes]).all() else "further outputs"
             raise DtnError(
                 f"{self.name}: {what} of {bad} of {len(outputs)} crops are not finite; use a model of higher precision"
             )
