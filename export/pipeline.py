@@ -12,9 +12,9 @@ from dtn_fast.errors import DtnError, UsageError
 from dtn_fast.export.config import EngineConfig, OnnxConfig, QuantizeConfig
 from dtn_fast.export.quantize import AccuracyCheck, Sensitivity, check_accuracy, quantize, sensitivity, widths
 from dtn_fast.export.to_mnn import export_mnn
-from dtn_fast.export.to_onnx import Parity, check, to_proto
+from dtn_fast.export.to_onnx import Parity, check, to_proto, write_onnx
 from dtn_fast.export.to_tensorrt import Built, check_target, export_engine
-from dtn_fast.files import check_writable, write_whole
+from dtn_fast.files import check_writable
 from dtn_fast.model.detector import Detector
 from dtn_fast.runtime.load import load_model
 from dtn_fast.runtime.torch_scorer import TorchScorer
@@ -36,6 +36,8 @@ class Exported:
     """Effect of quantisation on the validation split; None without quantisation."""
     built: Built | None = None
     """Size, layers and timings of the engine; None for other files."""
+    clips: Path | None = None
+    """File of the temporal head beside an .onnx file; None: the model has none."""
 
 
 class ExportRefused(DtnError):
@@ -84,7 +86,7 @@ def export(
     if quantization.on:
         proto = _quantize(detector, proto, quantization, made, watch)
     if out.suffix == ".onnx":
-        write_whole(out, proto.SerializeToString())
+        made.clips = write_onnx(detector, proto, out)
     else:
         watch(f"building {out}", 0, 0)
         made.built = export_engine(proto.SerializeToString(), out, engine)

@@ -26,14 +26,17 @@ from dtn_fast.export.config import Input, OnnxConfig
 from dtn_fast.files import write_whole
 from dtn_fast.kernels import onnx_nodes
 from dtn_fast.kernels.ops import tracing
+from dtn_fast.model.adapt import merged
 from dtn_fast.model.card import temperature_of
 from dtn_fast.model.detector import Detector, state_bytes
 from dtn_fast.model.dtn import DTN
 from dtn_fast.model.fold import fold
 from dtn_fast.model.mask_head import Tap, WithMask
 from dtn_fast.model.novelty import WithNovelty
+from dtn_fast.model.temporal import TemporalHead, WithFeatures
 from dtn_fast.onnx_session import session_of
 from dtn_fast.packages import require
+from dtn_fast.runtime.clips import clip_file
 from dtn_fast.runtime.scorer import outputs_of
 from dtn_fast.version import __version__
 
@@ -62,7 +65,7 @@ class Parity(NamedTuple):
 
 class Traced(nn.Module):
     """Module that the exporter traces: input as in OnnxConfig -> logits [B, classes], P(fake) [B] and, if the model
-    gives them, novelty [B] and mask [B, m, m], all float32."""
+    gives them, novelty [B], features [B, C] for its temporal head and mask [B, m, m], all float32."""
 
     scale: Tensor
     shift: Tensor
@@ -73,16 +76,20 @@ class Traced(nn.Module):
         if isinstance(model, DTN):  # folds the head scales into W_O; a dtn:: node gets a constant gate of one
             self.net: nn.Module = fold(model, "kernel" if config.nodes else "native")
         else:
-            self.net = copy.deepcopy(model).eval().requires_grad_(False)
+            self.net = merged(model).eval().requires_grad_(False)
             for module in self.net.modules():
                 if hasattr(module, "fused_attn"):  # timm's: torch translates fused attention of four dimensions alone
                     module.fused_attn = False  # type: ignore[assignment]
         self.net.to(self.dtype)
+        detector: Any = self.net
         self.classes, self.temperature = model.config.num_classes, temperature_of(model.config.card)
         self.tap = Tap(self.net) if model.config.mask_head else None
         layer = self.net.novelty_layer()
         if model.novelty is not None and layer is not None:
             self.net = WithNovelty(self.net, layer, model.novelty)
+        self.columns = self.classes + isinstance(self.net, WithNovelty)
+        if model.temporal is not None:
+            self.net = WithFeatures(self.net, detector.classifiers())
         mean, std = (
             torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (model.config.mean, model.config.std)
         )
@@ -98,10 +105,12 @@ class Traced(nn.Module):
         else:
             outputs, found = self.tap(self.net, x)
             outputs, mask = outputs.float(), (found.float().sigmoid(),)
-        logits = outputs[:, : self.classes] if isinstance(self.net, WithNovelty) else outputs
+        further = isinstance(self.net, WithNovelty | WithFeatures)
+        logits = outputs[:, : self.classes] if further else outputs
         score = (logits if self.temperature == 1 else logits / self.temperature).softmax(1)[:, 1]
-        novelty = (outputs[:, self.classes],) if isinstance(self.net, WithNovelty) else ()
-        return (logits, score, *novelty, *mask)
+        novelty = (outputs[:, self.classes],) if self.columns > self.classes else ()
+        features = (outputs[:, self.columns :],) if isinstance(self.net, WithFeatures) else ()
+        return (logits, score, *novelty, *features, *mask)
 
 
 def export_onnx(model: Detector, path: Path, config: OnnxConfig = OnnxConfig()) -> list[Parity]:
@@ -115,8 +124,17 @@ def export_onnx(model: Detector, path: Path, config: OnnxConfig = OnnxConfig()) 
     """
     proto = to_proto(model, config)
     report = check(model, proto, config, str(path))
-    write_whole(path, proto.SerializeToString())
+    write_onnx(model, proto, path)
     return report
+
+
+def write_onnx(model: Detector, proto: Any, path: Path) -> Path | None:
+    """Writes a model of :func:`to_proto` and, beside it, its temporal head; returns the head's file, None without."""
+    clips = None if model.temporal is None else clip_file(path)
+    if clips is not None:
+        write_whole(clips, clip_proto(model).SerializeToString())
+    write_whole(path, proto.SerializeToString())
+    return clips
 
 
 def check(
@@ -138,7 +156,7 @@ def to_proto(model: Detector, config: OnnxConfig) -> Any:
     onnx = require_onnx()
     model = model.cpu().eval()
     example, traced = example_inputs(model.config, config.input, 2, seed=0), Traced(model, config)
-    names = ["logits", "score", *outputs_of(model.config)[1:]]
+    names = ["logits", "score", *outputs_of(model.config, clips=True)[1:]]
     try:
         with _quiet(), tracing(config.nodes):
             program = torch.onnx.export(
@@ -177,6 +195,43 @@ def to_proto(model: Detector, config: OnnxConfig) -> Any:
     )
     onnx.checker.check_model(proto, full_check=True)
     return proto
+
+
+def clip_proto(model: Detector) -> Any:
+    """Checked onnx.ModelProto of the temporal head: ``features`` [B, T, C] and ``logits`` [B, T, classes] of a clip's
+    frames -> ``clip_logits`` [B, classes], float32.  Raises DtnError when they differ from torch's."""
+    onnx, head = require_onnx(), model.temporal
+    assert head is not None
+    head = copy.deepcopy(head).cpu().float().eval().requires_grad_(False)
+    sizes = {0: torch.export.Dim("batch", min=1, max=4096)}
+    with _quiet(), tracing(False):
+        program = torch.onnx.export(
+            head, clip_inputs(head, 2, seed=0), dynamo=True, opset_version=OPSET["fp32"],
+            input_names=["features", "logits"], output_names=["clip_logits"], dynamic_shapes=(sizes, sizes),
+            verbose=False,
+        )  # fmt: skip
+    assert program is not None
+    proto = program.model_proto
+    onnx.helper.set_model_props(proto, {"weights": weights_hash(model), "step": str(float(head.step)),
+                                         "dtn_fast": __version__})  # fmt: skip
+    onnx.checker.check_model(proto, full_check=True)
+    session = session_of(proto.SerializeToString(), "the temporal head")
+    for batch in BATCHES:
+        inputs = clip_inputs(head, batch, seed=batch)
+        with torch.inference_mode():
+            expected = head(*inputs).numpy()
+        given = dict(zip(("features", "logits"), (x.numpy() for x in inputs), strict=True))
+        error = float(np.abs(session.run(None, given)[0] - expected).max())
+        if not error <= TOLERANCE["fp32"] * max(1.0, float(np.abs(expected).max())):
+            raise DtnError(f"the temporal head: onnxruntime differs from torch by {error:.2e}; no file was written")
+    return proto
+
+
+def clip_inputs(head: TemporalHead, batch: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random features and logits of clips, with the shape that the head takes."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(batch, head.frames, *shape, generator=generator)
+    return draw(head.features) / head.scale + head.mean, draw(head.classes)
 
 
 def compare(model: Detector, proto: Any, config: OnnxConfig, batches: tuple[int, ...]) -> list[Parity]:
@@ -228,7 +283,12 @@ def module_of(node: Any) -> str:
     """Torch module that a node was traced from, such as blocks.0.qkv, from the exporter's metadata; empty: none."""
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
-            return ast.literal_eval(entry.value)[-2:][0].removeprefix("net.").removeprefix("detector.")
+            parts = ast.literal_eval(entry.value)[-2:][0].split(".")
+            while parts[0] in (NOVELTY, "detector"):  # the modules around the network
+                del parts[0]
+                if not parts:
+                    return NOVELTY
+            return ".".join(parts)
     return ""
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("dtn_fast", "kernels", "train", "export", "bench")
 OTHER_THINGS = {
+    "clip": "frames of a clip: of a model's temporal head or none, of one to train",
     "compression": "of a dataset's videos, in augmentation",
     "convs": "of a model, to quantise",
     "device": "of a model file, of a function that computes on one",
     "frames": "of a video that is prepared, judged or rendered",
     "images": "to calibrate with, to compare two files on",
+    "lr": "of a detector, of a temporal head",
     "name": "a served model's",
     "precision": "of a running model, of a file, of training",
     "seed": "of training, of the rendered set, of corruptions",

@@ -13,7 +13,7 @@ from dtn_fast.data.config import AugmentName
 from dtn_fast.data.synthetic_marker import HELD_OUT, METHODS
 from dtn_fast.errors import UsageError
 from dtn_fast.model.build import timm_config
-from dtn_fast.model.config import Adaptation, DTNConfig, ModelConfig, TimmConfig, read_config
+from dtn_fast.model.config import CLIPS, Adaptation, DTNConfig, ModelConfig, TimmConfig, read_config
 from dtn_fast.model.pretrained import files_of
 from dtn_fast.ranges import Count, Natural, NotNegative, Positive, Range, Seed, check_ranges
 
@@ -198,6 +198,33 @@ def for_finetuning(recipe: Recipe) -> Recipe:
         student_lr=1.0, student_warmup=1.0, epoch_patience=0, error_weights="none", ambiguous=0.0, cache_teacher=0,
         self_blend=False, blend_share=1.0, pretrained=False, pretrained_from=(),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TemporalRecipe:
+    """Training of a temporal head on the features of a model that stays as it is."""
+
+    clip: Annotated[int, Range(CLIPS[0], CLIPS[-1])] = 16
+    """Number of successive frames of a clip, as the crops were prepared."""
+    epochs: Count = Recipe.epochs
+    """Epochs; in each, one clip of every track is drawn, tracks of the rarer class several times."""
+    batch_size: Count = Recipe.batch_size
+    """Clips per update."""
+    lr: Positive = 1e-3
+    """Learning rate of AdamW at the start; it falls to 0 along a cosine."""
+    weight_decay: NotNegative = Recipe.weight_decay
+    """AdamW's weight decay."""
+    versions: Annotated[int, Range(1, 1000)] = 4
+    """Number of versions of each track whose features are computed, once: as it is, and augmented, all frames alike."""
+    augment: AugmentName = Recipe.augment
+    """Augmentation of all versions but the first."""
+    real_repeat: Natural = Recipe.real_repeat
+    """Repeats of each real track per epoch; 0 chooses the number that balances the classes."""
+    seed: Seed = Recipe.seed
+    """Random seed of the head's initial weights, the order of the clips and the augmentation."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True)

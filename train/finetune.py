@@ -54,16 +54,16 @@ def recipe_from(source: Path) -> Recipe:
     return for_finetuning(student_recipe(folder.parent, int(name)))
 
 
-def folder_for(source: Path, out: Path | None = None) -> Path:
-    """The folder ``out`` of a fine-tuned run; default: beside the run that it begins with.
+def folder_for(source: Path, out: Path | None = None, ending: str = "finetuned") -> Path:
+    """The folder ``out`` of a fine-tuned run; default: beside the run that it begins with, with ``ending`` in its name.
 
     Raises UsageError when that is ``source``, a run or a checkpoint folder, or in it.
     """
     place = source.resolve().parent if source.is_file() else source.resolve()
     home = place.parent if (place.parent / RECIPE).is_file() else place
-    out = out or home.with_name(f"{home.name}-finetuned")
+    out = out or home.with_name(f"{home.name}-{ending}")
     if out.resolve().is_relative_to(home):
-        raise UsageError(f"--out {out}: is the model to fine-tune, or in its folder; choose another")
+        raise UsageError(f"--out {out}: is the model to begin with, or in its folder; choose another")
     return out
 
 

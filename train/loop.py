@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dtn_fast.data.augment import Augment, DeviceAugment
 from dtn_fast.data.blend import partly_blended, self_blended
+from dtn_fast.data.clips import ClipLoader
 from dtn_fast.data.config import AUGMENTATIONS, NO_AUGMENTATION, turned_more
 from dtn_fast.data.crop_dataset import CropDataset
 from dtn_fast.data.loader import Batch, Loader
@@ -100,7 +101,8 @@ class Epoch(NamedTuple):
     memory: float
     skipped: int
     val_aucs: dict[str, float] = {}  # noqa: RUF012 (never changed)
-    """Validation AUC of the new and of the old data, in fine-tuning with old data; ``val_auc`` is their mean."""
+    """Validation AUC of the new and of the old data, in fine-tuning with old data; ``val_auc`` is their mean.  Of a
+    temporal head, that of the mean over frames beside its own."""
 
 
 class Stopped(DtnError):
@@ -205,8 +207,12 @@ def fit(
     trained by; default: ``recipe``.  facts: those of the training to store, if another came before; default: by
     ``initial`` and ``recipe``.  With old data in ``dataset``, the validation AUC is the mean of the new and the old
     data's.  In a process group every process makes the same call and the first one writes.  Raises UsageError when the
-    image size does not fit or a split lacks a class, DtnError when too many steps were not finite.
+    image size does not fit or a split lacks a class, or the model has a temporal head, which is of the frames as they
+    are; DtnError when too many steps were not finite.
     """
+    if model.config.clip:
+        raise UsageError("the model has a temporal head (clip in its configuration), which would not fit the trained "
+                         "frames; train a model without one, then run dtn-fast temporal")  # fmt: skip
     if facts is None:
         facts = trained_on(initial or recipe, dataset, None if teacher is None else recipe)
         if adapted := str(getattr(model.config, "adaptation", "")):
@@ -322,7 +328,7 @@ class _Loop:
         lr = self.step.set_time(epoch, steps - 1, steps)  # of a run that was stopped after the epoch's last step
         self.step.model.train()
         readback = Readback(LAG if self.device.type == "cuda" else 0)
-        clock = _Clock(self.loader, self.recipe.batch_size, self.device)
+        clock = Clock(self.loader, self.recipe.batch_size, self.device)
         first = position.step
         for number, batch in enumerate(self.loader.epoch(epoch, first), first):
             # the seed depends on the step's position alone, so a resumed run draws the same random numbers
@@ -357,7 +363,7 @@ class _Loop:
         yield self._close(lr, clock)
 
     def _account(
-        self, number: int, steps: int, rows: NDArray[np.int64], values: list[float], lr: float, clock: _Clock
+        self, number: int, steps: int, rows: NDArray[np.int64], values: list[float], lr: float, clock: Clock
     ) -> Step:
         """Adds a step's values to the sums, or records that they are not finite."""
         position, named = self.position, dict(zip(self.step.names, values, strict=True))
@@ -398,7 +404,7 @@ class _Loop:
                 f"{self.out / NONFINITE}; lower --lr or use --precision fp32 in a new --out, or raise --max-nonfinite"
             )
 
-    def _close(self, lr: float, clock: _Clock) -> Epoch:
+    def _close(self, lr: float, clock: Clock) -> Epoch:
         """Validates, keeps the weights if they are the best so far, moves to the next epoch and saves the state."""
         position, rate = self.position, clock.read()
         metrics, scores = self._validate()
@@ -454,10 +460,10 @@ class _Loop:
             save_state(self.out / STATE, state)
 
 
-class _Clock:
+class Clock:
     """Speed since the epoch began in this process."""
 
-    def __init__(self, loader: Loader, batch: int, device: torch.device) -> None:
+    def __init__(self, loader: Loader | ClipLoader, batch: int, device: torch.device) -> None:
         self._loader, self._batch, self._device = loader, batch, device
         self._start, self._waited, self.steps = time.perf_counter(), loader.waited, 0
 

@@ -12,7 +12,7 @@ from dtn_fast.cli.terminal import print_table, progress
 from dtn_fast.detect.batch import BatchResult, detect_many
 from dtn_fast.detect.config import BatchConfig, DetectConfig
 from dtn_fast.detect.report import limits_in_words, sentences
-from dtn_fast.detect.verdict import RULE, Result, short_names
+from dtn_fast.detect.verdict import Result, rule_of, short_names
 from dtn_fast.errors import UsageError, one_line
 from dtn_fast.model.card import remarks
 from dtn_fast.packages import require
@@ -78,7 +78,10 @@ def detect(
     folder, names = short_names([result.path for result in batch.results])
     cells = [_cells(result, name) for result, name in zip(batch.results, names, strict=True)]
     print_table("Verdicts" + (f", in {folder}" if folder else ""), header, cells)
-    print("; ".join([RULE, *limits_in_words(batch.results)]) + (f"\n{scorer.notice}" if scorer.notice else ""))
+    print(
+        "; ".join([rule_of(scorer.clips is not None), *limits_in_words(batch.results)])
+        + (f"\n{scorer.notice}" if scorer.notice else "")
+    )
     for sentence in sentences(remarks(scorer.config.card)):
         print(sentence)
     if batch.frames_read:

@@ -21,6 +21,7 @@ from dtn_fast.evaluation.config import (
     FigureConfig,
     RobustnessConfig,
 )
+from dtn_fast.evaluation.evaluate import BY_CLIPS
 from dtn_fast.evaluation.localisation import mask_table
 from dtn_fast.evaluation.protocols import Protocol, Within, evaluate_models
 from dtn_fast.evaluation.tables import ResultTable
@@ -88,6 +89,8 @@ def evaluate(
         print_table(f"{made.name} on {made.dataset}", *made.result.table())
         if made.result.masks:
             print_table("Masks against the data's, percent (intervals over videos)", *mask_table(made.result.masks))
+        if (clips := made.result.clip_table())[1]:
+            print_table(BY_CLIPS, *clips)
         print(made.result.note() + (f"\n{made.result.notice}" if made.result.notice else ""))
         if made.result.groups:
             print_table("By group; rates in percent", *made.result.groups.text())

@@ -61,6 +61,8 @@ def export(
         _print_engine(model, out, engine, made.built)
     else:
         print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+        if made.clips is not None:
+            print(f"{made.clips}: its temporal head, which must travel with it")
 
 
 def _print_measurements(made: Exported, quantized: bool) -> None:

@@ -24,7 +24,7 @@ from dtn_fast.cli.doctor import doctor
 from dtn_fast.cli.evaluate import calibrate, evaluate, explain, report, robustness
 from dtn_fast.cli.export import export, inspect, repository, verify
 from dtn_fast.cli.prepare import corrupt, prepare, synthesize
-from dtn_fast.cli.train import ablate, distill, finetune, train
+from dtn_fast.cli.train import ablate, distill, finetune, temporal, train
 from dtn_fast.errors import DtnError, DtnWarning, UsageError
 from dtn_fast.ranges import checked
 from dtn_fast.runtime.load import RECIPE
@@ -41,7 +41,7 @@ def bench() -> None:
 # ------------------------------------------------------------------------------------------------- entry
 
 
-_TRAINER = (demo, synthesize, prepare, train, distill, finetune)
+_TRAINER = (demo, synthesize, prepare, train, distill, finetune, temporal)
 _EXPERIMENTER = (evaluate, calibrate, robustness, ablate, explain, report, corrupt, bench)
 _DEPLOYER = (export, verify, inspect, detect, serve, repository, doctor)
 VERBS = {verb.__name__: verb for verb in (*_TRAINER, *_EXPERIMENTER, *_DEPLOYER)}

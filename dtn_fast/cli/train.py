@@ -15,11 +15,20 @@ from dtn_fast.data.open import open_data
 from dtn_fast.device import Device, choose_device
 from dtn_fast.evaluation.before_after import Comparison
 from dtn_fast.evaluation.tables import ResultTable
+from dtn_fast.model.card import CARD_PAGE
 from dtn_fast.model.config import Adaptation
 from dtn_fast.provenance import record
 from dtn_fast.ranges import Natural
 from dtn_fast.runtime.load import best_checkpoint, load_model
-from dtn_fast.train.config import DEFAULT_PRESET, BaselineConfig, Execution, Recipe, RunPreset, for_finetuning
+from dtn_fast.train.config import (
+    DEFAULT_PRESET,
+    BaselineConfig,
+    Execution,
+    Recipe,
+    RunPreset,
+    TemporalRecipe,
+    for_finetuning,
+)
 from dtn_fast.train.distributed import connect, ranks
 
 if TYPE_CHECKING:
@@ -174,6 +183,52 @@ def finetune(
                 _print_end(folder)
 
 
+def temporal(
+    run: Annotated[Path, tyro.conf.Positional],
+    data: Annotated[Path, tyro.conf.Positional],
+    out: Path | None = None,
+    recipe: Annotated[TemporalRecipe, tyro.conf.OmitArgPrefixes] = TemporalRecipe(),
+    wandb: str = "",
+    device: Device = Runtime.device,
+) -> None:
+    """Train a temporal head, which scores videos by clips of successive frames; the same command resumes it.
+
+    The model stays as it is and scores frames as before.  The head takes the features that it has of a clip's frames,
+    and begins as the mean over them.  Evaluate measures both, detect, serve and exported .onnx files use the head, and
+    calibrate sets the limits for videos by it.
+
+    Example: dtn-fast temporal runs/first data/crops --out runs/first-temporal
+
+    Then: dtn-fast evaluate data/crops --model runs/first-temporal
+
+    Clips are successive crops as prepared: analyse as many frames of a video as were prepared of each (--frames of
+    prepare, detect and serve).
+
+    Args:
+        run: A run, whose best generation gets the head, or a checkpoint folder; nothing is written there.
+        data: Crops of videos written by dtn-fast prepare, with a train and a val split.
+        out: Folder of the checkpoint with the head.  Default: beside the run, with -temporal at the end of its name.
+        recipe: Training recipe of the head.
+        wandb: A Weights & Biases project to log to as well.
+        device: Device to train on.
+    """
+    from dtn_fast.train.finetune import folder_for
+    from dtn_fast.train.run_lock import locked
+    from dtn_fast.train.temporal import TemporalRun
+
+    model = load_model(run)
+    with locked(folder := folder_for(run, out, "temporal")):
+        job = TemporalRun(run, open_data(data, model.config.image_size), folder, recipe, choose_device(device))
+        record(folder)
+        with progress() as bar:
+            task = bar.add_task("features", total=None, note="")
+            for state in job.features():
+                bar.update(task, completed=state.done, total=state.total, note="")
+        _watch_training(lambda **how: job.fit(how["stop"]), folder, recipe, Execution(), device, wandb)
+    print(f"model with its temporal head in {folder}; model card: {folder / CARD_PAGE}")
+    print("\n".join(job.lines()))
+
+
 def _print_changes(steps: Iterator[str | Comparison]) -> None:
     with progress() as bar:
         task = bar.add_task("scoring", total=None, note="")
@@ -200,7 +255,9 @@ def _run_training(start: Any, run: Path, recipe: Recipe, execution: Execution, d
         _print_end(run)
 
 
-def _watch_training(start: Any, run: Path, recipe: Recipe, execution: Execution, device: str, wandb: str) -> None:
+def _watch_training(
+    start: Any, run: Path, recipe: Recipe | TemporalRecipe, execution: Execution, device: str, wandb: str
+) -> None:
     from dtn_fast.train.display import watch
     from dtn_fast.train.signals import signals
 
@@ -209,7 +266,6 @@ def _watch_training(start: Any, run: Path, recipe: Recipe, execution: Execution,
 
 
 def _print_end(run: Path) -> None:
-    from dtn_fast.model.card import CARD_PAGE
     from dtn_fast.train.run_report import write_run_report
 
     best = best_checkpoint(run)

@@ -52,13 +52,15 @@ EVEN = Limits(EvaluateConfig.threshold, EvaluateConfig.threshold)
 """Limits of a model that is not calibrated."""
 
 
-def limits_of(card: Card | None, config: DetectConfig, moving: bool) -> Limits:
+def limits_of(card: Card | None, config: DetectConfig, moving: bool, clips: bool = False) -> Limits:
     """The limits for videos (``moving``) or for single frames: --threshold if it is given, else those of the model's
-    calibration, else 0.5."""
+    calibration, else 0.5.
+
+    clips: whether a temporal head scores videos.  Raises UsageError when the calibration is of videos without it."""
     calibration = card.calibration if card is not None else None
     if calibration is None:
         return EVEN if config.threshold is None else Limits(config.threshold, config.threshold)
-    level = calibration.level(moving)
+    level = calibration.level(moving, clips)
     novel = level.novel_from if config.novelty else None
     if config.threshold is None:
         return Limits(level.fake_from, level.real_up_to, level.false_alarms, level.reals, level.frames, novel)

@@ -36,6 +36,7 @@ from dtn_fast.explain.heatmap import NO_EVIDENCE, UNEXPLAINED, heat_maps
 from dtn_fast.model.config import CropPolicy, crop_policy
 from dtn_fast.model.detector import Detector
 from dtn_fast.producer_thread import produced
+from dtn_fast.runtime.clips import TrackClips, pace_note
 from dtn_fast.runtime.scorer import Scored, Scorer
 from dtn_fast.runtime.torch_scorer import TorchScorer
 
@@ -106,6 +107,10 @@ def detect(
         return result
     finally:
         result.timing.wall = time.perf_counter() - begin
+    if result.moving:
+        result.clips = {person: track.score() for person, track in scoring.tracks.items()}
+        if scorer.clips is not None:
+            result.pace = pace_note(scorer.clips, [frame.number for frame in result.frames])
     judge(result, scorer.config.card, config)
     if result.whole is not None:
         result.whole = framed(result.whole, result.frames, result.frame_limits, WHOLE)
@@ -187,6 +192,8 @@ class _Scoring:
         self._scorer, self._result, self._kept, self._pool = scorer, result, kept, pool
         self._pending: list[tuple[int, float, int, list[Tracked], list[NDArray[np.uint8]], list[Cut]]] = []
         self._running: list[tuple[Future[Scored], list[Any]]] = []
+        self.tracks: dict[int, TrackClips] = {}
+        """Clips of each person, if the model has a temporal head."""
 
     def add(
         self, frame: Frame, place: int, found: list[Tracked], crops: list[NDArray[np.uint8]], cuts: list[Cut]
@@ -212,6 +219,7 @@ class _Scoring:
         future, batch = self._running.pop(0)
         scored = future.result()
         scores = iter(scored.score.tolist())
+        at = 0
         novelties = itertools.repeat(None) if scored.novelty is None else iter(scored.novelty.tolist())
         masks = itertools.repeat(None) if scored.mask is None else iter(scored.mask)
         for number, seconds, place, found, crops, cuts in batch:
@@ -221,10 +229,21 @@ class _Scoring:
                 score = next(scores)
                 faces.append(Face(face.box, score, face.person, next(novelties), self._regions(score, mask, cut)))
             self._result.frames.append(FrameResult(number, seconds, faces, place))
+            if scored.features is not None:
+                self._add_clips(scored, found, at)
+                at += len(found)
             self._kept += [Picture(number, seconds, face.score, crop, mask=mask)
                            for face, crop, mask in zip(faces, crops, own, strict=True)]  # fmt: skip
         self._kept.sort(key=lambda p: -p.score)
         del self._kept[TOP:]
+
+    def _add_clips(self, scored: Scored, found: list[Tracked], first: int) -> None:
+        """Adds a frame's faces, which begin at ``first`` of the batch, to the clips of their people."""
+        assert scored.features is not None
+        assert scored.logits is not None
+        for place, face in enumerate(found, first):
+            track = self.tracks.setdefault(face.person, TrackClips(self._scorer))
+            track.add(scored.features[place], scored.logits[place])
 
     def _regions(self, score: float, mask: NDArray[np.float32] | None, cut: Cut) -> tuple[Region, ...] | None:
         """The forged regions of a face that is called fake, if the model maps them."""

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dtn_fast.detect.verdict import RULE, Picture, Result, short_names
+from dtn_fast.detect.verdict import Picture, Result, rule_of, short_names
 from dtn_fast.explain.heatmap import overlay
 from dtn_fast.files import json_text, write_whole
 from dtn_fast.html_page import data_uri, render
@@ -43,7 +43,7 @@ def write_report(
         results=results or [],
         names=short_names([result.path for result in results or []]),
         details=DETAILS,
-        rule=RULE,
+        rule=_rule(results or []),
         limits="; ".join(limits_in_words(results or [])),
         version=__version__,
     )
@@ -52,8 +52,12 @@ def write_report(
 
 def write_results(path: Path, results: list[Result], notice: str, remarks: list[str]) -> None:
     """Writes the results to ``path`` as JSON, with the notice and remarks on the model."""
-    data: dict[str, Any] = {"notice": notice, "remarks": remarks, "rule": RULE}
+    data: dict[str, Any] = {"notice": notice, "remarks": remarks, "rule": _rule(results)}
     write_whole(path, json_text({**data, "results": [r.to_json() for r in results]}, indent=1))
+
+
+def _rule(results: list[Result]) -> str:
+    return rule_of(any(result.clips for result in results))
 
 
 def jpeg_uri(image: NDArray[np.uint8]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,6 +27,13 @@ RULE = (
     "people seen in at least a tenth of the frames with a face; if nobody is, the mean over frames of each frame's "
     "highest score"
 )
+CLIP_RULE = "a person's score in a video is the temporal head's: the mean P(fake) of the clips of the person's frames"
+"""Rule of models with a temporal head, beside RULE."""
+
+
+def rule_of(clips: bool) -> str:
+    """The rule of aggregation in words; ``clips``: whether a temporal head scores videos."""
+    return f"{RULE}; {CLIP_RULE}" if clips else RULE
 
 
 class Face(NamedTuple):
@@ -149,6 +156,10 @@ class Result:
     """The frames with at least one face."""
     people: list[Person] = field(default_factory=list)
     """People, highest score first."""
+    clips: dict[int, float] = field(default_factory=dict)
+    """Each person's score by the temporal head, by number; empty: frames alone are scored."""
+    pace: str = ""
+    """That the frames follow each other otherwise than in the training of the temporal head; empty: they do not."""
     pictures: list[Picture] = field(default_factory=list)
     whole: NDArray[np.uint8] | None = None
     """A still picture [H, W, 3] with its faces framed; None: a video."""
@@ -171,10 +182,11 @@ class Result:
 
     @property
     def notes(self) -> list[str]:
-        """What the verdict does not rest on: frames that were lost, faces beyond the largest of a crowd."""
+        """What the verdict does not rest on: frames that were lost, faces beyond the largest of a crowd, and frames
+        that are nearer or farther apart than the temporal head knows."""
         frames = f"{self.crowded} frame{'s' * (self.crowded != 1)}"
         crowd = [f"in {frames} only the {MAX_FACES} largest faces are judged"] * bool(self.crowded)
-        return [note for note in (self.reading.note(), *crowd) if note]
+        return [note for note in (self.reading.note(), *crowd, self.pace) if note]
 
     @property
     def spans(self) -> list[Span]:
@@ -235,17 +247,18 @@ def short_names(paths: Sequence[Path]) -> tuple[str, list[str]]:
 
 
 def judge(result: Result, card: Card | None, config: DetectConfig) -> None:
-    """Fills in the people, score, limits and verdict of ``result`` from its frames, by a model's card."""
-    result.limits, result.frame_limits = (limits_of(card, config, moving) for moving in (result.moving, False))
+    """Fills in the people, score, limits and verdict of ``result`` from its frames and clips, by a model's card."""
+    clips = bool(result.clips)
+    result.limits, result.frame_limits = (limits_of(card, config, moving, clips) for moving in (result.moving, False))
     if not result.frames:
         result.verdict = "no face"
         result.error = f"{result.path}: no face in {result.frames_read} frame{'s' * (result.frames_read != 1)}"
         return
-    result.people = people_of(result.frames, result.frame_limits.fake_from, _stretches(result))
+    result.people = people_of(result.frames, result.frame_limits.fake_from, _stretches(result), result.clips)
     deciding = _deciding(result.people, result.frames)
     if config.threshold is None and 2 * len(deciding) < result.limits.frames:  # means of few frames vary more
         result.limits = result.limits.stricter(result.frame_limits)
-    result.score = float(np.mean([face.score for face in deciding]))
+    result.score = aggregate(result.people, result.frames)
     measured = [face.novelty for face in deciding if face.novelty is not None]
     result.novelty = float(np.mean(measured)) if measured else None
     result.reasons = _doubts(result, deciding, config)
@@ -279,14 +292,18 @@ def _stretches(result: Result) -> list[tuple[float, float]]:
     return list(zip([0.0, *between], [*between, result.reading.seconds], strict=True))
 
 
-def people_of(frames: list[FrameResult], threshold: float, stretches: list[tuple[float, float]]) -> list[Person]:
-    """All people in ``frames``, highest score first; ``stretches``: of each analysed frame, or none."""
+def people_of(
+    frames: list[FrameResult], threshold: float, stretches: list[tuple[float, float]], clips: Mapping[int, float] = {}
+) -> list[Person]:
+    """All people in ``frames``, highest score first; ``stretches``: of each analysed frame, or none; ``clips``: scores
+    by the temporal head."""
     seen: dict[int, list[tuple[int, FrameResult, float]]] = {}
     for place, frame in enumerate(frames):
         for face in frame.faces:
             seen.setdefault(face.person, []).append((place, frame, face.score))
+    mean = lambda own: float(np.mean([score for *_, score in own]))
     people = [
-        Person(number, float(np.mean([score for *_, score in own])), len({place for place, *_ in own}),
+        Person(number, clips.get(number, mean(own)), len({place for place, *_ in own}),
                _spans(own, threshold, stretches) if stretches else [])
         for number, own in seen.items()
     ]  # fmt: skip
@@ -311,14 +328,20 @@ def _spans(
 
 
 def aggregate(people: list[Person], frames: list[FrameResult]) -> float:
-    """The input's score by RULE."""
-    return float(np.mean([face.score for face in _deciding(people, frames)]))
+    """The input's score by RULE, or CLIP_RULE."""
+    decisive = _decisive(people, frames)
+    return decisive.score if decisive else float(np.mean([face.score for face in _deciding(people, frames)]))
+
+
+def _decisive(people: list[Person], frames: list[FrameResult]) -> Person | None:
+    """The person whose score is the input's, by RULE; None: the frames' highest scores are."""
+    regular = [person for person in people if person.frames * 10 >= len(frames)]
+    return max(regular, key=lambda person: person.score, default=None)
 
 
 def _deciding(people: list[Person], frames: list[FrameResult]) -> list[Face]:
-    """The faces whose mean score is the input's, by RULE."""
-    regular = [person for person in people if person.frames * 10 >= len(frames)]
-    if not regular:
+    """The faces that the input's score is of, by RULE."""
+    decisive = _decisive(people, frames)
+    if decisive is None:
         return [max(frame.faces, key=lambda face: face.score) for frame in frames]
-    number = max(regular, key=lambda person: person.score).number
-    return [face for frame in frames for face in frame.faces if face.person == number]
+    return [face for frame in frames for face in frame.faces if face.person == decisive.number]

@@ -32,6 +32,7 @@ from dtn_fast.model.hooks import hooked
 from dtn_fast.model.novelty import Novelty, pooled
 from dtn_fast.model.preprocess import normalise
 from dtn_fast.provenance import commit
+from dtn_fast.runtime.clips import score_clips
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.load import best_checkpoint, load_model
 from dtn_fast.runtime.scorer import BATCH, Scorer, probability
@@ -57,6 +58,8 @@ class _Scores(NamedTuple):
     logits: NDArray[np.float64]
     novelty: NDArray[np.float64] | None
     videos: list[str]
+    clips: NDArray[np.float64] | None = None
+    """[n, classes] logits of each crop's clip; None: the model has no temporal head."""
 
 
 def calibrate(
@@ -87,19 +90,23 @@ def calibrate(
     stills = are_stills(dataset, rows)
     temperature = fit_temperature(scores.labels, scores.logits, video_weights(scores.videos))
     rates = (config.false_alarms, config.misses, config.unlike)
-    levels = [_level(scores, temperature, moving, rates) for moving in ((False,) if stills else (False, True))]
+    levels = [_level(scores, scores.logits, temperature, moving, rates)
+              for moving in ((False,) if stills else (False, True))]  # fmt: skip
+    clip, clip_temperature = None, 1.0
+    if scores.clips is not None and not stills:
+        clip_temperature = fit_temperature(scores.labels, scores.clips, video_weights(scores.videos))
+        clip = _level(scores, scores.clips, clip_temperature, True, rates)
     made = Calibration(
         data=dataset.folder, fingerprint=dataset.fingerprint(rows), weights=weights_checksum(model),
         forgeries=forgeries_of(dataset, [model.config.trained_on])[0], temperature=temperature,
-        frame=levels[0], video=levels[1] if len(levels) > 1 else None,
+        frame=levels[0], video=levels[1] if len(levels) > 1 else None, clip=clip, clip_temperature=clip_temperature,
     )  # fmt: skip
     tested = _rows(dataset, "test", model) if config.split != "test" else rows[:0]
     if len(tested):
         yield "scoring the test split"
         on_test = _scores(scorer, dataset, tested)
-        made = dataclasses.replace(
-            made, measured=tuple(_measured(on_test, made, moving) for moving in (False, True)[: len(levels)])
-        )
+        tried = ("frame", *("video",) * (made.video is not None), *("clip",) * (made.clip is not None))
+        made = dataclasses.replace(made, measured=tuple(_measured(on_test, made, level) for level in tried))
     card = model.config.card or _card_of_old(model, scores)
     card = dataclasses.replace(card, calibration=made)
     yield "writing the card"
@@ -176,10 +183,16 @@ def _novelty(model: Detector, dataset: CropDataset, images: int) -> Novelty | No
 
 
 def _scores(scorer: Scorer, dataset: CropDataset, rows: NDArray[np.int64]) -> _Scores:
-    outputs = scorer.outputs_rows(dataset, rows)
+    clips = None
+    if scorer.clips is None:
+        outputs = scorer.outputs_rows(dataset, rows)
+    else:
+        found = score_clips(scorer, dataset, rows)
+        outputs, clips = found.frames, found.logits[found.of]
     classes = scorer.config.num_classes
-    return _Scores(dataset.labels[rows], outputs[:, :classes], scorer.scored(outputs).novelty,
-                   dataset.video[rows].astype(str).tolist())  # fmt: skip
+    novelty = outputs[:, classes] if outputs.shape[1] > classes else None
+    names = dataset.video[rows].astype(str).tolist()
+    return _Scores(dataset.labels[rows], outputs[:, :classes], novelty, names, clips)
 
 
 def _at_level(scores: _Scores, values: NDArray[np.float64], moving: bool) -> tuple[NDArray, NDArray]:
@@ -187,19 +200,27 @@ def _at_level(scores: _Scores, values: NDArray[np.float64], moving: bool) -> tup
     return by_video(scores.videos, scores.labels, values) if moving else (scores.labels, values)
 
 
-def _level(scores: _Scores, temperature: float, moving: bool, rates: tuple[float, float, float]) -> Level:
-    labels, before = _at_level(scores, probability(scores.logits), moving)
-    _, after = _at_level(scores, probability(scores.logits / temperature), moving)
+def _level(
+    scores: _Scores, logits: NDArray[np.float64], temperature: float, moving: bool, rates: tuple[float, float, float]
+) -> Level:
+    """Calibration of frames or videos by ``logits`` [n] of the frames or of their clips."""
+    labels, before = _at_level(scores, probability(logits), moving)
+    _, after = _at_level(scores, probability(logits / temperature), moving)
     novelty = None if scores.novelty is None else _at_level(scores, scores.novelty, moving)[1]
     weights = np.ones(len(labels)) if moving else video_weights(scores.videos)
     frames = round(float(np.median(np.unique(scores.videos, return_counts=True)[1]))) if moving else 1
     return level_of(labels, before, after, weights, novelty, rates, EvaluateConfig.confidence, frames)
 
 
-def _measured(scores: _Scores, made: Calibration, moving: bool) -> Measured:
-    """Verdicts on a split that had no part in the calibration."""
-    level = made.level(moving)
-    labels, values = _at_level(scores, probability(scores.logits / made.temperature), moving)
+def _measured(scores: _Scores, made: Calibration, name: str) -> Measured:
+    """Verdicts at the level ``name`` on a split that had no part in the calibration."""
+    moving, clips = name != "frame", name == "clip"
+    level = made.level(moving, clips)
+    logits = scores.logits / made.temperature
+    if clips:
+        assert scores.clips is not None
+        logits = scores.clips / made.clip_temperature
+    labels, values = _at_level(scores, probability(logits), moving)
     weights = np.ones(len(labels)) if moving else video_weights(scores.videos)
     novel = np.zeros(len(labels), bool)
     if scores.novelty is not None and level.novel_from is not None:
@@ -216,7 +237,7 @@ def _measured(scores: _Scores, made: Calibration, moving: bool) -> Measured:
 
     everyone = np.ones(len(labels), bool)
     return Measured(
-        level="video" if moving else "frame", reals=round(float(weights[labels == 0].sum())),
+        level=name, reals=round(float(weights[labels == 0].sum())),
         fakes=round(float(weights[labels == 1].sum())), false_alarms=rate(fake, labels == 0),
         misses=rate(real, labels == 1), uncertain=rate(~fake & ~real, everyone), covered=rate(~wrong, everyone),
         novel=None if scores.novelty is None else float(np.average(novel, weights=weights)),
@@ -225,7 +246,7 @@ def _measured(scores: _Scores, made: Calibration, moving: bool) -> Measured:
 
 def _notes(made: Calibration, config: CalibrateConfig, model: Detector, dataset: CropDataset) -> list[str]:
     notes = []
-    level = made.level(True)
+    level = made.level(True, made.clip is not None)
     unit = "videos" if made.video else "pictures"
     for kind, count, wanted, bound, name in (
         ("real", level.reals, config.false_alarms, level.false_alarms, "false alarms"),
@@ -238,7 +259,8 @@ def _notes(made: Calibration, config: CalibrateConfig, model: Detector, dataset:
                          f"{bound:.1%}")  # fmt: skip
     if level.ece > level.ece_before:
         rise = f"{level.ece_before:.3f} to {level.ece:.3f}"
-        notes.append(f"the calibration error of {unit} rose from {rise}: the temperature is that of single frames")
+        notes.append(f"the calibration error of {unit} rose from {rise}: the temperature is that of single "
+                     f"{'clips' if made.clip else 'frames'}")  # fmt: skip
     if model.novelty is None:
         cause = "the data has no train split" if model.novelty_layer() is not None else "this network has no map for it"
         notes.append(f"inputs unlike the training data are not recognised: {cause}")

@@ -18,7 +18,8 @@ def write_card_page(folder: Path, card: Card, notice: str) -> Path:
     """Writes card.html beside card.json; returns its path.  Raises UsageError without jinja2 or matplotlib."""
     levels = []
     if card.calibration is not None:
-        named = {"single frames and pictures": card.calibration.frame, "videos": card.calibration.video}
+        named = {"single frames and pictures": card.calibration.frame, "videos": card.calibration.video,
+                 "videos, by the temporal head": card.calibration.clip}  # fmt: skip
         levels = [(name, level, *_pictures(level)) for name, level in named.items() if level is not None]
     page = render(
         Path(__file__).with_name("card.html"), {"rate": rate, "interval": interval}, name=str(folder), card=card,
@@ -33,13 +34,14 @@ def calibration_table(made: Calibration) -> tuple[list[str], list[list[str]]]:
     header = ["input", "reals + fakes", "fake from", "false alarms", "real up to", "misses", "temperature",
               "calibration error", "fakes found at 1 %", "at 0.1 %"]  # fmt: skip
     rows = []
-    for name, level in (("frame, picture", made.frame), ("video", made.video)):
+    for name, level in (("frame, picture", made.frame), ("video", made.video), ("video by clips", made.clip)):
         if level is not None:
+            temperature = made.clip_temperature if level is made.clip else made.temperature
             found = ["too few reals to say" if p.threshold is None else interval((p.detected, p.low, p.high))  # type: ignore[arg-type]
                      for p in level.points]  # fmt: skip
             rows.append([
                 name, f"{level.reals} + {level.fakes}", f"{level.fake_from:.3f}", rate(level.false_alarms),
-                f"{level.real_up_to:.3f}", rate(level.misses), f"{made.temperature:.3f}",
+                f"{level.real_up_to:.3f}", rate(level.misses), f"{temperature:.3f}",
                 f"{level.ece_before:.3f} -> {level.ece:.3f}", *found,
             ])  # fmt: skip
     return header, rows

@@ -16,15 +16,34 @@ from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.groups import GroupTable, measure_groups
 from dtn_fast.evaluation.localisation import MaskScore, localisation, mask_table
-from dtn_fast.evaluation.metrics import Metrics, auc_interval, by_video, evaluate_scores
+from dtn_fast.evaluation.metrics import Metrics, auc_gain_interval, auc_interval, by_video, evaluate_scores
 from dtn_fast.evaluation.tables import markdown_table
+from dtn_fast.model.card import temperature_of
 from dtn_fast.model.config import TrainedOn
-from dtn_fast.runtime.scorer import Scorer
+from dtn_fast.runtime.clips import clip_probability, score_clips
+from dtn_fast.runtime.scorer import Scorer, probability
 
-CHUNK = 256
-"""Number of crops read at once."""
+BY_CLIPS = "Videos scored by the temporal head"
 MANY = 8
 """Maximum number of forgeries that a protocol note names."""
+
+
+class ClipRow(NamedTuple):
+    """Videos scored by a temporal head, beside the mean over their frames."""
+
+    video: Metrics
+    interval: tuple[float, float] | None
+    """Confidence interval of the AUC, by bootstrap over videos; None if there is no AUC."""
+    gain: float | None
+    """AUC less that of the mean over frames."""
+    gain_interval: tuple[float, float] | None
+    """Its confidence interval, each draw of videos serving both."""
+
+    def gain_text(self) -> str:
+        if self.gain is None or self.gain_interval is None:
+            return ""
+        low, high = self.gain_interval
+        return f"{self.gain:+.4f} ({low:+.3f} to {high:+.3f})"
 
 
 class EvaluationRow(NamedTuple):
@@ -39,6 +58,8 @@ class EvaluationRow(NamedTuple):
     video_interval: tuple[float, float] | None
     note: str
     """Protocol note: split, number of videos and frames, how video scores are averaged."""
+    clip: ClipRow | None = None
+    """The videos scored by the model's temporal head; None: it has none here."""
 
 
 class Evaluation(NamedTuple):
@@ -72,8 +93,22 @@ class Evaluation(NamedTuple):
             body.append([row.fakes, *cells, f"{row.video.reals} + {row.video.fakes}"])
         return header, body
 
+    def clip_table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows, as text, of the videos scored by the temporal head; no rows without one."""
+        header = ["fakes", "video ACC", "video AUC", "interval", "AUC less the mean's over frames", "videos"]
+        body = []
+        for row in self.rows:
+            if (clip := row.clip) is not None:
+                cells = [clip.video.text("acc"), clip.video.text("auc"), _text(clip.interval), clip.gain_text()]
+                body.append([row.fakes, *cells, f"{clip.video.reals} + {clip.video.fakes}"])
+        return header, body
+
     def to_json(self) -> dict[str, Any]:
-        rows = [{**r._asdict(), "frame": r.frame._asdict(), "video": r.video._asdict()} for r in self.rows]
+        rows = []
+        for row in self.rows:
+            found = {**row._asdict(), "frame": row.frame._asdict(), "video": row.video._asdict()}
+            clip = found.pop("clip")
+            rows.append(found if clip is None else {**found, "clip": {**clip._asdict(), "video": clip.video._asdict()}})
         masks, groups = [score._asdict() for score in self.masks], self.groups and self.groups.to_json()
         return {**self._asdict(), "rows": rows, "masks": masks, "groups": groups, "note": self.note()}
 
@@ -82,6 +117,8 @@ class Evaluation(NamedTuple):
         text = "\n".join(markdown_table(header, body))
         if self.masks:
             text += "\n\nMasks, percent:\n\n" + "\n".join(markdown_table(*mask_table(self.masks)))
+        if (clips := self.clip_table())[1]:
+            text += f"\n\n{BY_CLIPS}:\n\n" + "\n".join(markdown_table(*clips))
         groups = f"\n{self.groups.markdown()}" if self.groups else ""
         return f"{text}\n\n{self.note()}.{' **' + self.notice + '**' if self.notice else ''}\n{groups}"
 
@@ -108,12 +145,17 @@ def evaluate(
     if not len(rows):
         raise UsageError(f"the {split} split holds no crops")
     dataset.check_fits(scorer.config, scorer.name)
-    scores = np.concatenate([scorer.score(dataset.get(rows[i : i + CHUNK])) for i in range(0, len(rows), CHUNK)])
+    stills = are_stills(dataset, rows)
+    if scorer.clips is None or stills:
+        scores, clips = scorer.score_rows(dataset, rows), None
+    else:
+        found = score_clips(scorer, dataset, rows)
+        scores = probability(found.frames[:, : scorer.config.num_classes] / temperature_of(scorer.config.card))
+        clips = clip_probability(scorer, found.logits)[found.of]
     labels, names = dataset.labels[rows], dataset.video[rows].astype(str)
     kinds = np.array([v.method for v in dataset.videos])[dataset.video[rows]]
     unit = noun([video for video in dataset.videos if video.split == split])
     drawn = f"{100 * config.confidence:g} % intervals by {config.bootstrap_draws:,} bootstrap draws of {unit}"
-    stills = are_stills(dataset, rows)
     table, people = [], None
     if groups is None:
         seen, others = forgeries_of(dataset, [scorer.config.trained_on])
@@ -128,7 +170,10 @@ def evaluate(
     for title, group in groups.items():
         keep = (labels == 0) | np.isin(kinds, group)
         note = f"{protocol_note(dataset, split, group)}; {drawn}"
-        table.append(_row(title, labels[keep], scores[keep], names[keep].tolist(), stills, config, note))
+        if clips is not None:
+            note += f"; by the temporal head: mean over clips of {scorer.config.clip} frames"
+        own = None if clips is None else clips[keep]
+        table.append(_row(title, labels[keep], scores[keep], names[keep].tolist(), stills, config, note, own))
     states = [state for video, state in zip(dataset.videos, dataset.status, strict=True) if video.split == split]
     return Evaluation(
         split=split,
@@ -195,8 +240,11 @@ def _row(
     stills: bool,
     config: EvaluateConfig,
     note: str,
+    clips: NDArray[np.float64] | None,
 ) -> EvaluationRow:
-    """Metrics of frames [n] at frame level and, by the names of their ``videos``, at video level unless ``stills``."""
+    """Metrics of frames [n] at frame level and, by the names of their ``videos``, at video level unless ``stills``.
+
+    clips: P(fake) of each frame's clip; None: no temporal head."""
     interval = lambda y, s, of: auc_interval(y, s, of, config.bootstrap_draws, config.confidence)
     frame, between = evaluate_scores(labels, scores, config.threshold), interval(labels, scores, videos)
     if stills:
@@ -204,7 +252,14 @@ def _row(
         return EvaluationRow(title, frame, nothing, between, None, note)
     y, s = by_video(videos, labels, scores)
     numbers = [str(number) for number in range(len(y))]
-    return EvaluationRow(title, frame, evaluate_scores(y, s, config.threshold), between, interval(y, s, numbers), note)
+    video, own = evaluate_scores(y, s, config.threshold), None
+    if clips is not None:
+        _, c = by_video(videos, labels, clips)
+        made = evaluate_scores(y, c, config.threshold)
+        gain = None if made.auc is None or video.auc is None else made.auc - video.auc
+        between_both = auc_gain_interval(y, s, c, numbers, config.bootstrap_draws, config.confidence)
+        own = ClipRow(made, interval(y, c, numbers), gain, between_both)
+    return EvaluationRow(title, frame, video, between, interval(y, s, numbers), note, own)
 
 
 def are_stills(dataset: CropDataset, rows: NDArray[np.int64]) -> bool:

@@ -33,9 +33,9 @@ class TimmDetector(Detector):
     config_class = TimmConfig
 
     def __init__(self, config: TimmConfig, pretrained: bool = False, files: Files = MappingProxyType({})) -> None:
-        super().__init__()
+        super().__init__(config)
         timm = import_timm()
-        self.config, self.num_classes = config, config.num_classes
+        self.num_classes = config.num_classes
         known = _published(config.timm)
         # a model with positions for one image size only, as ViTs, is made for the crops' size
         size = {"img_size": config.image_size} if known and known.fixed_input_size else {}
@@ -63,6 +63,7 @@ class TimmDetector(Detector):
                 raise UsageError(f"{config.timm}: has no feature map for a mask head; train it without --mask-weight")
             shapes = map(self._output_of, layers)
             self.mask_head = MaskHead([shape[0] if len(shape) == 3 else shape[1] for shape in shapes])
+        self.add_temporal()
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, S, S] -> [B, num_classes]
         return self.net(images)

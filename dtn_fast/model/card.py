@@ -110,7 +110,7 @@ class Measured(_Checked):
     """Verdicts by the limits on inputs that had no part in choosing them; each rate with its 95 % interval."""
 
     level: str
-    """frame or video."""
+    """frame, video or clip (videos that the temporal head scores)."""
     reals: int
     fakes: int
     false_alarms: tuple[float, float, float] | None
@@ -141,17 +141,29 @@ class Calibration(_Checked):
     """Divisor of the logits before the softmax (Guo et al., 2017)."""
     frame: Level
     video: Level | None
-    """None: the data holds pictures only."""
+    """Videos whose score is the mean of their frames'; None: the data holds pictures only."""
     measured: tuple[Measured, ...] = ()
     """The same limits tried on the test split; empty: it has none."""
+    clip: Level | None = None
+    """Videos that the temporal head scores; None: there is none."""
+    clip_temperature: float = 1.0
+    """Divisor of the logits of clips."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1e-3 <= self.temperature <= 1e3:
-            raise UsageError(f"Calibration.temperature is {self.temperature}; it must be from 0.001 to 1000")
+        for name in ("temperature", "clip_temperature"):
+            if not 1e-3 <= getattr(self, name) <= 1e3:
+                raise UsageError(f"Calibration.{name} is {getattr(self, name)}; it must be from 0.001 to 1000")
 
-    def level(self, moving: bool) -> Level:
-        """The level of a video or a picture; that of frames where there is no other."""
+    def level(self, moving: bool, clips: bool = False) -> Level:
+        """The level of a video or a picture; that of frames where there is no other.
+
+        clips: whether a temporal head scores videos.  Raises UsageError when they were not calibrated so."""
+        if moving and clips and self.clip is None:
+            raise UsageError("the model was calibrated without the temporal head that scores its videos; run dtn-fast "
+                             "calibrate")  # fmt: skip
+        if moving and clips and self.clip is not None:
+            return self.clip
         return self.video if moving and self.video is not None else self.frame
 
 
@@ -174,7 +186,7 @@ class Card(_Checked):
     corruptions: tuple[str, ...]
     """Kinds of corruption in the training augmentation or the training videos."""
     val_auc: float | None
-    """Validation AUC of frames; None: one class only."""
+    """Validation AUC of ``val_unit``; None: one class only."""
     val_auc_interval: tuple[float, float] | None
     """Its 95 % interval, by bootstrap over videos."""
     version: str
@@ -183,6 +195,8 @@ class Card(_Checked):
     """Commit of this library that trained the model."""
     calibration: Calibration | None = None
     """None: not calibrated, so that 0.5 stands for no false-alarm rate."""
+    val_unit: str = "frames"
+    """frames, or videos that the temporal head scores."""
 
 
 def remarks(card: Card | None) -> list[str]:

@@ -21,6 +21,8 @@ MAX_MARGIN = 10.0
 STRIDE = 32  # the backbone halves the resolution five times
 MASK_STRIDE = 8
 """Pixels of a crop along the side of a mask head's pixel."""
+CLIPS = range(2, 129)
+"""Numbers of frames that a clip may have."""
 
 
 FinderName = Literal["dlib", "yunet", "dlib-cnn"]
@@ -106,12 +108,16 @@ class Adaptation:
 def _check(config: Any) -> None:
     """Replaces decoded JSON objects by their dataclasses.
 
-    Raises UsageError on a single class, or a mean or standard deviation that is none."""
+    Raises UsageError on a single class, a clip of one frame or of too many, or a mean or standard deviation that is
+    none."""
     for name in ("mean", "std"):
         values = getattr(config, name)
         if len(values) != 3 or not all(math.isfinite(v) for v in values) or (name == "std" and min(values) <= 0):
             wanted = "three numbers" + (" above 0" if name == "std" else "")
             raise UsageError(f"{type(config).__name__}.{name} is {values!r}; it must be {wanted}")
+    if not isinstance(config.clip, int) or config.clip not in (0, *CLIPS):
+        allowed = f"0 or {CLIPS[0]} to {CLIPS[-1]}"
+        raise UsageError(f"{type(config).__name__}.clip is {config.clip!r}; it must be {allowed}")
     if config.num_classes < 2:
         raise UsageError(f"{type(config).__name__}.num_classes is {config.num_classes}; it must be >= 2")
     if not isinstance(config.mask_head, bool):
@@ -194,6 +200,9 @@ class DTNConfig:
     (stochastic depth, Huang et al., 2016; *choice*: the paper has none)."""
     num_classes: int = 2
     """Number of logits; logit 0 is real, logit 1 fake."""
+    clip: int = 0
+    """Number of frames of the clips that the temporal head scores (``dtn-fast temporal`` trains it); 0: no such head, a
+    video's score is the mean of its frames'."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """RGB mean subtracted from pixels in [0, 1] (*choice*: ImageNet's)."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -300,6 +309,8 @@ class TimmConfig:
     """Side of the crops in pixels."""
     num_classes: int = DTNConfig.num_classes
     """Number of logits; logit 0 is real, logit 1 fake."""
+    clip: int = DTNConfig.clip
+    """Number of frames of the clips that the temporal head scores; 0: no such head."""
     mean: tuple[float, float, float] = DTNConfig.mean
     """RGB mean subtracted from pixels in [0, 1]; ``dtn-fast train`` takes that of timm's weights of the model."""
     std: tuple[float, float, float] = DTNConfig.std

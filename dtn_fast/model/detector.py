@@ -19,6 +19,7 @@ from dtn_fast.files import json_text, write_whole
 from dtn_fast.model.card import CARD, CARD_PAGE, Card, measures_novelty
 from dtn_fast.model.novelty import FILE as NOVELTY
 from dtn_fast.model.novelty import Novelty
+from dtn_fast.model.temporal import TemporalHead
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 Depth = Literal["backbone", "gate", "last-block", "head"]
@@ -28,8 +29,11 @@ Depth = Literal["backbone", "gate", "last-block", "head"]
 class Detector(nn.Module):
     """Images [B, 3, S, S] (normalised RGB) -> logits [B, num_classes]; logit 0 is real, 1 is fake.
 
-    ``config`` is a frozen dataclass with image_size, mean, std and num_classes, ``config_class`` its type.
+    ``config`` is a frozen dataclass with image_size, mean, std, num_classes and clip, ``config_class`` its type.
     """
+
+    temporal: TemporalHead | None
+    """The temporal head, which scores clips of ``config.clip`` frames; None: there is none."""
 
     config_class: ClassVar[Any]
     fits_meta: ClassVar[bool] = False
@@ -42,6 +46,24 @@ class Detector(nn.Module):
 
     mask_head: nn.Module | None
     """The MaskHead that maps the forged pixels, if ``config.mask_head``."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config, self.temporal = config, None
+
+    def add_temporal(self) -> None:
+        """Makes the temporal head that ``config.clip`` asks for, after all other layers.
+
+        Raises UsageError when the features are the inputs of other layers than linear ones."""
+        if self.config.clip:
+            layers = self.classifiers()
+            if not layers or not all(isinstance(layer, nn.Linear) for layer in layers):
+                name = getattr(self.config, "timm", type(self).__name__)
+                raise UsageError(
+                    f"{name}: its classifier is no linear layer, so it has no features for a temporal head"
+                )
+            width = sum(layer.in_features for layer in layers)  # type: ignore[misc]
+            self.temporal = TemporalHead(self.config.clip, width, self.config.num_classes)
 
     def cam_layers(self) -> dict[Depth, nn.Module]:
         """The layers whose output Grad-CAM explains, a map [B, C, h, w] or tokens [B, N, C] whose last ones are the
@@ -59,8 +81,9 @@ class Detector(nn.Module):
         return []
 
     def classifiers(self) -> list[nn.Module]:
-        """The layers that make the logits, here the last linear one; their inputs are the detector's features."""
-        linear: list[nn.Module] = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        """The layers that make a frame's logits, here the last linear one; their inputs are the detector's features."""
+        linear: list[nn.Module] = [module for name, module in self.named_modules()
+                                   if isinstance(module, nn.Linear) and not name.startswith("temporal.")]  # fmt: skip
         return linear[-1:]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

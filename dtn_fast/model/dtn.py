@@ -33,8 +33,8 @@ class DTN(Detector):
     in_chans = 3
 
     def __init__(self, config: DTNConfig | None = None) -> None:
-        super().__init__()
-        self.config = config = config or DTNConfig()
+        config = config or DTNConfig()
+        super().__init__(config)
         self.num_classes, self.num_features = config.num_classes, config.channels[-1]
         side = config.image_size // STRIDE
         self.backbone: nn.Sequential = build_backbone(config)
@@ -53,6 +53,7 @@ class DTN(Detector):
                 self.backbone.read = list(self.backbone).index(fine)
             width = config.channels[2] if isinstance(fine, nn.MaxPool2d) else self.num_features
             self.mask_head = MaskHead((width, self.num_features))
+        self.add_temporal()
 
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> the last block's map [B, C, H / 32, W / 32]."""

@@ -34,6 +34,7 @@ class FoldedDTN(DTN):
     def __init__(self, model: DTN, attention: AttentionPath) -> None:
         nn.Module.__init__(self)  # not DTN's: the layers come from ``model``
         self.config, self.notice, self.novelty = model.config, model.notice, model.novelty
+        self.temporal = None  # it takes the outputs of the others
         self.num_classes, self.num_features, self.global_pool = model.num_classes, model.num_features, model.global_pool
         vgg = isinstance(model.backbone, Backbone)
         self.backbone: nn.Sequential = _fold_backbone(model.backbone) if vgg else copy.deepcopy(model.backbone)

@@ -12,7 +12,7 @@ import torch
 
 from dtn_fast.data.config import trained_corruptions
 from dtn_fast.device import choose_device, choose_threads
-from dtn_fast.errors import UsageError
+from dtn_fast.errors import UsageError, tell
 from dtn_fast.model.build import load_detector
 from dtn_fast.model.config import TrainedOn
 from dtn_fast.model.detector import CONFIG, WEIGHTS, Detector, move_to
@@ -37,8 +37,22 @@ def load_scorer(path: str | Path, runtime: Runtime = Runtime()) -> Scorer:
     the address of a Triton Inference Server, such as http://host:8000/dtn.
 
     Raises UsageError when ``path`` is not a model, this machine cannot run it, or a changed option of ``runtime`` does
-    not apply to it; DtnError when a server cannot be reached.
+    not apply to it, or it was calibrated without its temporal head; DtnError when a server cannot be reached.  Says so
+    when the runtime leaves the temporal head out.
     """
+    scorer = _opened(path, runtime)
+    made = scorer.config.card.calibration if scorer.config.card is not None else None
+    if scorer.clips is not None and made is not None and made.clip is None:
+        raise UsageError(f"{path}: calibrated without the temporal head that scores its videos; run dtn-fast "
+                         "calibrate, and export it again")  # fmt: skip
+    if scorer.config.clip and scorer.clips is None:
+        tell(
+            f"{path}: its temporal head does not run through {scorer.name}; a video's score is the mean of its frames'"
+        )
+    return scorer
+
+
+def _opened(path: str | Path, runtime: Runtime) -> Scorer:
     onnx = {"onnxruntime": "onnx", "openvino": "openvino", "auto": "race"}[runtime.runtime]
     kinds = {".onnx": onnx, ".mnn": "mnn", ".engine": "tensorrt", ".rtx": "tensorrt"}
     takes = {

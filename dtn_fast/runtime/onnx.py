@@ -14,8 +14,9 @@ from dtn_fast.errors import UsageError
 from dtn_fast.model.config import ModelConfig, parse_config
 from dtn_fast.model.preprocess import normalise
 from dtn_fast.onnx_session import CPU, PROVIDERS, Provider, session_of
+from dtn_fast.runtime.clips import OnnxClips
 from dtn_fast.runtime.config import Runtime
-from dtn_fast.runtime.scorer import BATCH, COLUMNS, Scorer, side_by_side
+from dtn_fast.runtime.scorer import BATCH, COLUMNS, FEATURES, Scorer, side_by_side
 
 
 class OnnxScorer(Scorer):
@@ -46,7 +47,12 @@ class OnnxScorer(Scorer):
         title = "onnxruntime" + ("" if provider == "cpu" else f" {provider}")
         super().__init__(config, meta.get("notice", ""), title, batch_size)
         self.input = self.session.get_inputs()[0].name
-        self._names = [name for name in COLUMNS if name in {output.name for output in self.session.get_outputs()}]
+        outputs = {output.name for output in self.session.get_outputs()}
+        if config.clip and isinstance(source, Path):
+            self.clips = OnnxClips(source, meta.get("weights", ""), threads)
+        else:
+            outputs.discard(FEATURES)
+        self._names = [name for name in COLUMNS if name in outputs]
         self.precision = meta.get("quantized", meta.get("precision", "fp32"))
         self.weights = meta.get("weights", "")
 

@@ -14,6 +14,7 @@ from dtn_fast.device import choose_threads
 from dtn_fast.errors import UsageError, reason
 from dtn_fast.model.preprocess import normalise
 from dtn_fast.packages import require
+from dtn_fast.runtime.clips import OnnxClips
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.onnx import detector_config
 from dtn_fast.runtime.scorer import BATCH, COLUMNS, Scorer, side_by_side
@@ -30,6 +31,8 @@ class OpenvinoScorer(Scorer):
         self.weights = meta.get("weights", "")
         self._input, outputs = proto.graph.input[0].name, {output.name for output in proto.graph.output}
         self._names = [name for name in COLUMNS if name in outputs]
+        if self.config.clip:
+            self.clips = OnnxClips(path, self.weights, threads)
         self._request, self._lock = request_of(proto, str(path), threads), threading.Lock()
 
     def _outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:

@@ -22,9 +22,11 @@ BATCH = 64
 """Number of crops that a scorer runs at once."""
 
 
-COLUMNS = ("logits", "novelty", "mask")
+FEATURES = "features"
+"""Output of an exported file that its temporal head takes beside the logits."""
+COLUMNS = ("logits", "novelty", FEATURES, "mask")
 """Outputs of an exported file that make the columns of a scorer's outputs: novelty [B] is there if the model measures
-it, mask [B, m, m], m * m columns, if it has a mask head."""
+it, features [B, C] where its temporal head is run, mask [B, m, m], m * m columns, if it has a mask head."""
 
 
 class Scored(NamedTuple):
@@ -36,10 +38,30 @@ class Scored(NamedTuple):
     """Distance [B] from the training data, about 1 for inputs like it; None: the model does not measure it."""
     mask: NDArray[np.float32] | None = None
     """P(forged) of the crop's pixels [B, m, m]; None: not asked for, or the model has no mask head."""
+    logits: NDArray[np.float64] | None = None
+    """Logits [B, classes] for the temporal head; None: there is none."""
+    features: NDArray[np.float64] | None = None
+    """Features [B, C] for the temporal head."""
+
+
+class ClipScorer(ABC):
+    """A temporal head in some runtime.  Any number of threads may call it."""
+
+    def __init__(self, frames: int, features: int, step: float) -> None:
+        self.frames, self.features, self.step = frames, features, step
+        """Number of frames of a clip, of features of a frame, and of the video's frames from one of the clip's to the
+        next in training (0: unknown)."""
+
+    @abstractmethod
+    def logits(self, features: NDArray[np.float64], logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Logits [B, classes] of clips, from the features [B, T, C] and logits [B, T, classes] of their frames."""
 
 
 class Scorer(ABC):
     """Base class of the runtimes, which score face crops.  Any number of threads may call a scorer."""
+
+    clips: ClipScorer | None = None
+    """The model's temporal head in this runtime; None: it has none, or the runtime cannot run it."""
 
     def __init__(self, config: Any, notice: str, name: str, batch_size: int = BATCH) -> None:
         self.config = config
@@ -55,8 +77,8 @@ class Scorer(ABC):
         """Outputs of 1 to ``batch_size`` crops, those of COLUMNS that the model gives side by side: [B, columns]."""
 
     def outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Outputs of RGB crops [B, S, S, 3] uint8, S = config.image_size: logits and, if the model measures it, novelty
-        as a further column.
+        """Outputs of RGB crops [B, S, S, 3] uint8, S = config.image_size: logits and, as further columns, novelty if
+        the model measures it and features for its temporal head.
 
         Raises UsageError for another shape or dtype, DtnError when a value is not finite (half-precision overflow).
         """
@@ -84,7 +106,7 @@ class Scorer(ABC):
         return self.scored(self.outputs(crops)).score
 
     def judge(self, crops: NDArray[np.uint8]) -> Scored:
-        """P(fake), novelty and mask of the crops."""
+        """P(fake), novelty and mask of the crops, and what a temporal head takes."""
         side, outputs = mask_side(self.config), self.columns(crops)
         split = outputs.shape[1] - side**2
         mask = outputs[:, split:].reshape(-1, side, side).astype(np.float32) if side else None
@@ -103,10 +125,14 @@ class Scorer(ABC):
         return self.outputs_rows(dataset, rows)[:, : self.config.num_classes]
 
     def scored(self, outputs: NDArray[np.float64]) -> Scored:
-        """P(fake) and novelty from :meth:`outputs`."""
+        """P(fake), novelty and the temporal head's inputs from :meth:`outputs`."""
         classes = self.config.num_classes
-        novelty = outputs[:, classes] if outputs.shape[1] > classes else None
-        return Scored(probability(outputs[:, :classes] / temperature_of(self.config.card)), novelty)
+        columns = outputs.shape[1] - (self.clips.features if self.clips is not None else 0)
+        novelty = outputs[:, classes] if columns > classes else None
+        score = probability(outputs[:, :classes] / temperature_of(self.config.card))
+        if self.clips is None:
+            return Scored(score, novelty)
+        return Scored(score, novelty, logits=outputs[:, :classes], features=outputs[:, columns:])
 
     def _gather(self, batches: Iterable[NDArray[np.uint8]], kept: int = 0) -> NDArray[np.float64]:
         """Outputs of batches of crops, with the first ``kept`` columns of their masks."""
@@ -115,16 +141,18 @@ class Scorer(ABC):
         outputs = np.concatenate(parts) if parts else np.zeros((0, self.config.num_classes + kept))
         if not np.isfinite(outputs).all():
             bad = int((~np.isfinite(outputs)).any(1).sum())
-            what = "logits" if not np.isfinite(outputs[:, : self.config.num_classes]).all() else "novelty or mask"
+            what = "logits" if not np.isfinite(outputs[:, : self.config.num_classes]).all() else "further outputs"
             raise DtnError(
                 f"{self.name}: {what} of {bad} of {len(outputs)} crops are not finite; use a model of higher precision"
             )
         return outputs
 
 
-def outputs_of(config: ModelConfig) -> list[str]:
-    """Those of COLUMNS that files of a model with this configuration give."""
-    given = {"logits": True, "novelty": measures_novelty(config.card), "mask": config.mask_head}
+def outputs_of(config: ModelConfig, clips: bool = False) -> list[str]:
+    """Those of COLUMNS that files of a model with this configuration give; the features only with ``clips``, because
+    most runtimes run no temporal head."""
+    given = {"logits": True, "novelty": measures_novelty(config.card), FEATURES: clips and config.clip > 0,
+             "mask": config.mask_head}  # fmt: skip
     return [name for name in COLUMNS if given[name]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 
 import numpy as np
@@ -17,7 +18,9 @@ from dtn_fast.model.fold import frozen
 from dtn_fast.model.mask_head import WithMask
 from dtn_fast.model.novelty import WithNovelty
 from dtn_fast.model.preprocess import normalise
+from dtn_fast.model.temporal import WithFeatures
 from dtn_fast.runtime.batch_graphs import BatchGraphs
+from dtn_fast.runtime.clips import TorchClips
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.scorer import BATCH, Scorer
 
@@ -42,6 +45,9 @@ class TorchScorer(Scorer):
         layer = self.folded.novelty_layer() if model.novelty is not None else None
         if model.novelty is not None and layer is not None:
             net = WithNovelty(net, layer, model.novelty)
+        if model.temporal is not None:
+            net = WithFeatures(net, self.folded.classifiers())
+            self.clips = TorchClips(copy.deepcopy(model.temporal))
         if self.config.mask_head:
             net = WithMask(net, self.folded)
         config, device, dtype = self.config, self.device, self._dtype
@@ -49,7 +55,7 @@ class TorchScorer(Scorer):
         # does not refer to self: such a cycle would keep the graphs' memory until a garbage collection
         self._run = lambda crops: _side_by_side(compiled(normalise(crops, config, device).to(dtype)))
         self._graphs = BatchGraphs(self._run, batch_size) if mode == "graph" else None
-        # WithNovelty and WithMask keep maps between layers, so that threads must take turns
+        # the wrappers keep values of layers for a moment, so that threads must take turns
         self._turns = threading.Lock() if net is not self.folded else contextlib.nullcontext()
 
     def _outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:

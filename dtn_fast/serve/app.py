@@ -129,7 +129,8 @@ class Service:
                  "remarks": sentences(remarks(card)), "max_mb": self.config.max_mb,
                  "analysed": self.detection.analysed}  # fmt: skip
         kinds = (("pictures", False), ("videos", True))
-        limits = {kind: limits_of(card, self.detection, moving).to_json() for kind, moving in kinds}
+        clips = scorer.clips is not None
+        limits = {kind: limits_of(card, self.detection, moving, clips).to_json() for kind, moving in kinds}
         formats = {"formats": sorted(self.judge.formats), "video_formats": sorted(self.judge.videos)}
         return _json({**facts, **limits, **formats})
 

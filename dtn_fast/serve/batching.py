@@ -26,7 +26,7 @@ class MicroBatcher(Scorer):
 
     def __init__(self, scorer: Scorer, wait: float = 0.002) -> None:
         super().__init__(scorer.config, scorer.notice, scorer.name, scorer.batch_size)
-        self.scorer, self.wait = scorer, wait
+        self.scorer, self.wait, self.clips = scorer, wait, scorer.clips
         self.batches = self.crops = 0
         """Batches run and crops scored so far."""
         self._jobs: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()

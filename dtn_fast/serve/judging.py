@@ -14,7 +14,7 @@ from dtn_fast.data.video import Reading
 from dtn_fast.detect.config import DetectConfig
 from dtn_fast.detect.pipeline import detect, finder_of
 from dtn_fast.detect.report import heat_uri, jpeg_uri
-from dtn_fast.detect.verdict import RULE
+from dtn_fast.detect.verdict import rule_of
 from dtn_fast.files import json_text
 from dtn_fast.packages import require
 from dtn_fast.runtime.scorer import Scorer
@@ -119,7 +119,7 @@ class Judge:
             {**p.to_json(), "face": jpeg_uri(p.crop), "heat": None if p.heat is None else heat_uri(p)}
             for p in result.pictures
         ]
-        facts = {"path": name, "rule": RULE, "notice": self.batcher.notice}
+        facts = {"path": name, "rule": rule_of(bool(result.clips)), "notice": self.batcher.notice}
         error = result.error and result.error.replace(str(path), name)
         return {**result.to_json(), **facts, "error": error, "pictures": pictures}
 

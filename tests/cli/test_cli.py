@@ -267,7 +267,7 @@ def test_a_model_is_fine_tuned(run, trained: Path, crops: Path, tmp_path: Path) 
         (["finetune", base, tmp_path / "no", "--out", tmp_path / "x"], "no prepared crops there"),
         (["finetune", base, crops, "--replay", crops, "--out", tmp_path / "x"], "name the new forgeries by --methods"),
         (["finetune", base, crops, "--replay-share", "1", "--out", tmp_path / "x"], "--replay-share 1"),
-        ([*command, "--out", base], "is the model to fine-tune"),
+        ([*command, "--out", base], "is the model to begin with"),
         ([*command, "--lr", "0.5"], "lr 2e-05 (now 0.5)"),
     ):
         code, _, err = run(*given)

@@ -263,7 +263,7 @@ def test_a_run_that_does_not_fit_is_refused_and_nothing_is_written_into_the_sour
     before = content()
     assert folder_for(base) == folder_for(base / "generation-0") == base.with_name("run-finetuned")
     for out in (base, base / "generation-0" / "x"):
-        with pytest.raises(UsageError, match="is the model to fine-tune, or in its folder"):
+        with pytest.raises(UsageError, match="is the model to begin with, or in its folder"):
             folder_for(base / "generation-0", out)
     tuned(base, tmp_path / "run", both, changed(TUNING, epochs=1))
     for out, source, recipe, text in (
