@@ -34,9 +34,9 @@ OWN_SHAPES = ("dtn_fast/model/baselines.py",)
 OWN_CONSTANTS = ("export/to_mnn.py", "dtn_fast/cli/prepare.py", "dtn_fast/data/open.py")
 """Their TOLERANCE, LOG_EVERY and THREADS are of the exporter's own check, of a log file and of reading pictures: nobody
 may set them."""
-COMPUTES_ANYWHERE = ("device", "scale", "name", "threads")
+COMPUTES_ANYWHERE = ("device", "scale", "name", "threads", "rank")
 """Parameters of inner functions that are no settings: where tensors are, a score's factor, a name for an error, threads
-of a video's decoder."""
+of a video's decoder, a process's number."""
 OPERATORS = ("kernels/mas_attention.py", "kernels/moe_gate.py", "kernels/reference.py")
 """The public operators: their defaults mean "none", whatever the model's are."""
 
@@ -125,7 +125,7 @@ SILENT = {
     ),
     "dtn_fast/model/config.py": (
         "margin channels convs expert_hidden expert_activation expert_kernel gate noise noise_std noise_strength "
-        "partition mlp_ratio mas_init mean std"
+        "partition mlp_ratio mas_init mean std drop_rate drop_path_rate state_size"
     ),
 }
 """Fields about which the paper is silent or leaves a choice."""

@@ -77,7 +77,7 @@ class LEVTBlock(nn.Module):
     norm_kernels = True
     grad_checkpointing = False
 
-    def __init__(self, config: DTNConfig, drop_path_rate: float = 0.0) -> None:
+    def __init__(self, config: DTNConfig, drop_path_rate: float = DTNConfig.drop_path_rate) -> None:
         super().__init__()
         self.drop_path_rate = drop_path_rate
         """Probability in training that the block leaves a sample as it is; the others' change is divided by 1 - rate.
