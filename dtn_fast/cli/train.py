@@ -16,7 +16,7 @@ from dtn_fast.device import Device, choose_device
 from dtn_fast.evaluation.before_after import Comparison
 from dtn_fast.evaluation.tables import ResultTable
 from dtn_fast.model.card import CARD_PAGE
-from dtn_fast.model.config import Adaptation
+from dtn_fast.model.config import Adaptation, TimmConfig
 from dtn_fast.provenance import record
 from dtn_fast.ranges import Natural
 from dtn_fast.runtime.load import best_checkpoint, load_model
@@ -79,7 +79,7 @@ def train(
     model = for_masks(choose_model(preset, config, timm, adaptation), recipe)
     with connect(choose_device(device)) as where:
         dataset = open_data(data, model.image_size)
-        if timm:
+        if isinstance(model, TimmConfig) and not config:
             model = replace(model, image_size=dataset.size)
         with locked(out):
             start_run(out, recipe, for_crops(model, dataset))

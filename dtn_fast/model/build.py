@@ -48,7 +48,10 @@ class TimmDetector(Detector):
             raise
         except Exception as error:  # timm and the hub raise RuntimeError, ValueError, OSError, their own ...
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UsageError(f"{config.timm}: timm cannot make it ({reason}); see timm.list_models()") from error
+            remedy = f"give its weights by --pretrained-from {weights_of(config.timm)}=FILE, or " * pretrained
+            raise UsageError(
+                f"{config.timm}: timm cannot make it ({reason}); {remedy}see timm.list_models()"
+            ) from error
         try:
             if config.adaptation.mas:
                 with_mas(self.net)
