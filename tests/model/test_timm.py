@@ -37,7 +37,12 @@ def made(name: str = "dtn_tiny", **how: Any) -> Any:
     return timm.create_model(name, **how)
 
 
-@pytest.mark.parametrize("begin", ["import dtn_fast, sys\nassert 'timm' not in sys.modules\nimport timm", TIMM_FIRST])
+PROBED = "import dtn_fast, importlib.util\nassert importlib.util.find_spec('timm')\nimport timm"  # as transformers does
+
+
+@pytest.mark.parametrize(
+    "begin", ["import dtn_fast, sys\nassert 'timm' not in sys.modules\nimport timm", PROBED, TIMM_FIRST]
+)
 def test_either_may_be_imported_first(begin: str) -> None:
     program = f"{begin}\nprint(len(timm.list_models('dtn*')), len(timm.list_models('cvit*')))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
