@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from dtn_fast.data.crop_dataset import CropDataset, ShardFiles
 from dtn_fast.data.masks import UNKNOWN
 from dtn_fast.data.video_table import Video
 from dtn_fast.errors import DtnWarning, UsageError
+from dtn_fast.evaluation.calibration import calibrate
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.heat_scores import GAUSSIAN, HEAD, UNIFORM
 from dtn_fast.evaluation.localisation import localisation
 from dtn_fast.model.build import load_detector
 from dtn_fast.model.config import DTNConfig
+from dtn_fast.runtime.load import load_model
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train.config import Execution, Recipe
 from dtn_fast.train.distill import distill
@@ -171,3 +174,17 @@ def test_fine_tuning_adds_a_head_to_a_model_without_one_and_students_keep_it(tmp
         UsageError, match="--mask-weight 1: the model has no mask head; dtn-fast train and finetune add"
     ):
         TrainStep(load_detector(source), LEARNS, Execution(), CPU)
+
+
+def test_fine_tuning_adds_a_head_to_a_calibrated_model(dataset: CropDataset, trained: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(trained, source)
+    list(calibrate(source, Path(dataset.folder)))
+    with locked(tmp_path / "run"):
+        begin(tmp_path / "run", source, LEARNS)
+    teacher, before = load_detector(tmp_path / "run/teacher"), load_model(source)
+    assert teacher.mask_head is not None
+    crops = dataset.get(np.arange(4))
+    wanted, found = TorchScorer(before).judge(crops), TorchScorer(teacher).judge(crops)
+    assert np.array_equal(found.score, wanted.score), "by the same temperature"
+    assert np.array_equal(found.novelty, wanted.novelty)
