@@ -137,8 +137,14 @@ class Scorer(ABC):
     def _whole(self, outputs: NDArray[np.float64]) -> NDArray[np.float64]:
         """``outputs``.  Raises DtnError unless they are those of COLUMNS that the configuration states."""
         side, classes = mask_side(self.config), self.config.num_classes
-        if outputs.shape[1] - side**2 not in (classes, classes + 1):
-            stated = f"{classes} logits" + (f", a mask of {side}x{side}" if side else "") + " and at most a novelty"
+        features = 0 if self.clips is None else self.clips.features
+        if outputs.shape[1] - side**2 - features not in (classes, classes + 1):
+            parts = (
+                f"{classes} logits",
+                f"{features} features" * bool(features),
+                f"a mask of {side}x{side}" * bool(side),
+            )
+            stated = ", ".join(filter(None, parts)) + " and at most a novelty"
             raise DtnError(f"{self.name}: gives {outputs.shape[1]} values for a crop, its configuration states "
                            f"{stated}; export the model again")  # fmt: skip
         return outputs
