@@ -139,12 +139,8 @@ class Scorer(ABC):
         side, classes = mask_side(self.config), self.config.num_classes
         features = 0 if self.clips is None else self.clips.features
         if outputs.shape[1] - side**2 - features not in (classes, classes + 1):
-            parts = (
-                f"{classes} logits",
-                f"{features} features" * bool(features),
-                f"a mask of {side}x{side}" * bool(side),
-            )
-            stated = ", ".join(filter(None, parts)) + " and at most a novelty"
+            further = f"{features} features" * bool(features), f"a mask of {side}x{side}" * bool(side)
+            stated = ", ".join([f"{classes} logits", *filter(None, further)]) + " and at most a novelty"
             raise DtnError(f"{self.name}: gives {outputs.shape[1]} values for a crop, its configuration states "
                            f"{stated}; export the model again")  # fmt: skip
         return outputs
