@@ -32,7 +32,7 @@ from dtn_fast.train.config import Execution, Recipe
 from dtn_fast.train.distill import distill
 from dtn_fast.train.finetune import begin, finetune
 from dtn_fast.train.loop import fit
-from dtn_fast.train.losses import mask_loss
+from dtn_fast.train.losses import known_share, mask_loss
 from dtn_fast.train.run_lock import locked
 from dtn_fast.train.step import TrainStep
 
@@ -67,11 +67,14 @@ def test_the_loss_is_cross_entropy_plus_dice_of_the_known_masks() -> None:
     wanted = masks[:3].float() / 100
     each = [F.binary_cross_entropy(p, t) + 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)
             for p, t in zip(logits[:3].sigmoid(), wanted, strict=True)]  # fmt: skip
-    assert mask_loss(logits, masks).item() == pytest.approx(float(sum(each)) / 3, rel=1e-5)
+    assert mask_loss(logits, masks, known_share(masks)).item() == pytest.approx(float(sum(each)) / 3, rel=1e-5)
     right = (wanted * 2 - 1).repeat(3, 1, 1)[:8] * 30
-    assert mask_loss(right, halves(torch.ones(8, dtype=torch.bool))).item() < 1e-3
-    assert mask_loss(torch.full((8, 8, 8), -30.0), torch.zeros(8, 8, 8, dtype=torch.uint8)).item() < 1e-3
-    assert mask_loss(logits, halves(torch.zeros(8, dtype=torch.bool))).item() == 0
+    one, none = torch.ones(1), torch.zeros(1)
+    assert mask_loss(right, halves(torch.ones(8, dtype=torch.bool)), one).item() < 1e-3
+    assert mask_loss(torch.full((8, 8, 8), -30.0), torch.zeros(8, 8, 8, dtype=torch.uint8), one).item() < 1e-3
+    assert mask_loss(logits, halves(torch.zeros(8, dtype=torch.bool)), none).item() == 0
+    parts = [mask_loss(p, m, known_share(masks)) for p, m in zip(logits.chunk(2), masks.chunk(2), strict=True)]
+    assert sum(parts) / 2 == pytest.approx(mask_loss(logits, masks, known_share(masks)).item()), "as the whole batch's"
 
 
 @pytest.mark.parametrize("teacher", [False, True])
