@@ -210,7 +210,10 @@ def _by_group(
     numbers = list(dict.fromkeys(dataset.video[rows].tolist()))
     videos = [dataset.videos[number] for number in numbers]
     known, notes = attributes_of(dataset.videos, config.split, config.groups)
-    attributes = {name: [values[number] for number in numbers] for name, values in known.items()}
+    attributes = {name: own for name, values in known.items() if any(own := [values[number] for number in numbers])}
+    if not attributes and config.groups is not None:
+        raise UsageError("; ".join([f"{config.groups}: no attribute of the {noun(videos)} of the {config.split} split",
+                                    *notes]))  # fmt: skip
     if not attributes:
         return None
     labels, means = by_video([str(number) for number in dataset.video[rows]], dataset.labels[rows], scores)
