@@ -104,6 +104,9 @@ def test_accumulated_and_traced_steps_and_features_are_the_same_training(monkeyp
     torch.testing.assert_close(traced.last.values, one.last.values, rtol=1e-3, atol=1e-3)
     parts = steps(quiet, changed(LEARNS, accumulate=2), known)
     assert parts.last.values[names] == pytest.approx(one.last.values[names].item(), rel=0.05)
+    some = halves(torch.arange(8) < 3)  # in the first of two parts alone
+    whole, halved = (steps(quiet, changed(still, accumulate=count), some).last.values[names] for count in (1, 2))
+    assert halved == pytest.approx(whole.item(), rel=0.05)
     features = steps(quiet, changed(LEARNS, center_on="features"), known)
     assert features.last.values[names] == pytest.approx(one.last.values[names].item(), rel=0.05)
 
