@@ -84,8 +84,9 @@ def distill(
             before = load_detector(generation_folder(run, 0)).config.trained_on
             how |= {"facts": trained_further(before, dataset, recipe, "distilled")}
         for generation in range(1, recipe.generations + 1):
-            teacher = load_detector(generation_folder(run, generation - 1)).requires_grad_(False)
-            student = copy.deepcopy(teacher).requires_grad_(True)
+            teacher = load_detector(generation_folder(run, generation - 1))
+            student = copy.deepcopy(teacher)  # trains what its teacher trained
+            teacher.requires_grad_(False)
             record_student(run, generation, recipe)
             own = {**how, "centers": centers_of(generation_folder(run, generation - 1), recipe)}
             yield from fit(student, dataset, recipe, generation_folder(run, generation), teacher, generation, **own)

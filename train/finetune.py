@@ -140,8 +140,9 @@ def finetune(run: Path, dataset: CropDataset, **how: Any) -> Generator[Step | Ep
     recipe, _ = load_run(run)
     with locked(run):
         claim_crops(run, recipe, dataset)
-        teacher = load_detector(run / TEACHER).requires_grad_(False)
-        student = copy.deepcopy(teacher).requires_grad_(True)
+        teacher = load_detector(run / TEACHER)
+        student = copy.deepcopy(teacher)  # trains what its teacher trained
+        teacher.requires_grad_(False)
         facts = trained_further(teacher.config.trained_on, dataset, recipe, "fine-tuned")
         how |= {"centers": centers_of(run / TEACHER, recipe), "facts": facts}
         yield from fit(student, dataset, recipe, generation_folder(run, 0), teacher, **how)

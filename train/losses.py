@@ -45,12 +45,17 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float, samples: 
     return (each * samples).mean() * temperature**2
 
 
-def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
+def known_share(masks: Tensor) -> Tensor:
+    """The share of ``masks`` [B, h, w] uint8 that are not UNKNOWN, float32 [1]."""
+    return (masks[:, :1, 0] != UNKNOWN).float().mean(0)
+
+
+def mask_loss(logits: Tensor, masks: Tensor, share: Tensor) -> Tensor:
     """Binary cross-entropy plus soft Dice (Milletari et al., 2016) of a mask head, as nnU-Net adds them (Isensee et
     al., 2021), a scalar.
 
     logits: [B, h, w]; masks: [B, h, w] uint8, the forged percentage of each pixel's area; masks that are UNKNOWN count
-    in neither term nor mean.
+    in neither term nor mean.  share: :func:`known_share` of the whole batch [1], of which these may be a part.
     """
     known = (masks[:, 0, 0] != UNKNOWN).to(logits.dtype)
     wanted = masks.to(logits.dtype) / 100
@@ -58,7 +63,7 @@ def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
     found = logits.sigmoid()
     both, total = (found * wanted).sum((1, 2)), found.sum((1, 2)) + wanted.sum((1, 2))
     dice = 1 - (2 * both + 1) / (total + 1)  # 1: so that a blank mask that is found blank has none
-    return ((entropy + dice) * known).sum() / known.sum().clamp_min(1)
+    return ((entropy + dice) * known).mean() / share.squeeze().clamp_min(torch.finfo(share.dtype).tiny)
 
 
 def initial_loss(

@@ -27,7 +27,7 @@ from dtn_fast.model.mask_head import WithMask
 from dtn_fast.model.preprocess import normalise
 from dtn_fast.train.config import Execution, Recipe
 from dtn_fast.train.distributed import mean, ranks, synchronise_bn
-from dtn_fast.train.losses import dsd_loss, initial_centers, initial_loss, mask_loss
+from dtn_fast.train.losses import dsd_loss, initial_centers, initial_loss, known_share, mask_loss
 
 
 class Outcome(NamedTuple):
@@ -213,6 +213,7 @@ class TrainStep:
         self._statistics.keep()
         parts = self.recipe.accumulate
         split = [[None] * parts if t is None else t.chunk(parts) for t in (images, labels, soft, samples, masks)]
+        share = None if masks is None else mean(known_share(masks))
         total = torch.zeros(len(self._terms), device=self.device)
         for number, (x, y, s, w, m) in enumerate(zip(*split, strict=True)):
             alone = ranks().world > 1 and number < parts - 1  # gradients are summed over processes once, at the end
@@ -221,7 +222,7 @@ class TrainStep:
                     logits, mask = (self._run(x), None) if m is None else self._run(x)
                 if teaching and self._stream is not None:
                     torch.cuda.current_stream(self.device).wait_stream(self._stream)
-                terms = self._losses(logits.float(), y, s, w, effort_penalty(self.model), mask, m)
+                terms = self._losses(logits.float(), y, s, w, effort_penalty(self.model), mask, m, share)
                 self.scaler.scale(terms[0] / parts).backward()
             total += terms.detach() / parts
         assert self.centers.grad is not None
@@ -272,8 +273,10 @@ class TrainStep:
     def _stacked_losses(
         self, given: Tensor, labels: Tensor, soft: Tensor | None, samples: Tensor | None,
         penalty: Tensor | None = None, mask: Tensor | None = None, masks: Tensor | None = None,
+        share: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """The loss terms, stacked; mask: the mask head's logits [B, m, m], if it is trained on ``masks`` [B, m, m]."""
+        """The loss terms, stacked; mask: the mask head's logits [B, m, m], if it is trained on ``masks`` [B, m, m], of
+        which the ``share`` [1] is known in the whole batch."""
         r, classes = self.recipe, self.config.num_classes
         logits, points = given[:, :classes], given[:, classes:] if given.shape[1] > classes else None
         if r.center_on == "probabilities":
@@ -285,8 +288,8 @@ class TrainStep:
             losses = dsd_loss(
                 logits, labels, soft, self.centers, r.weights, r.temperature, r.delta, points, samples, only_right
             )
-        if mask is not None and masks is not None:
-            losses["mask"] = mask_loss(mask.float(), masks)
+        if mask is not None and masks is not None and share is not None:
+            losses["mask"] = mask_loss(mask.float(), masks, share)
             losses["loss"] = losses["loss"] + r.mask_weight * losses["mask"]
         if penalty is not None:
             losses |= {"loss": losses["loss"] + r.penalty * penalty, "penalty": penalty}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -188,10 +188,14 @@ def evaluate(
     )
 
 
-def families_in(dataset: CropDataset, config: EvaluateConfig) -> dict[str, tuple[str, ...]]:
+def families_in(
+    dataset: CropDataset, config: EvaluateConfig, elsewhere: Collection[str] = ()
+) -> dict[str, tuple[str, ...]]:
     """Family -> its forgeries of ``dataset``; empty when all are in the same families.  Raises UsageError when
-    ``config`` names a family of a forgery that is not there."""
-    return by_family(dataset.methods, named_families(config.families))
+    ``config`` names a family of a forgery that is neither there nor ``elsewhere``, in another set of a table."""
+    named = named_families(config.families).items()
+    here = {forgery: own for forgery, own in named if forgery in dataset.methods or forgery not in elsewhere}
+    return by_family(dataset.methods, here)
 
 
 def _by_group(
@@ -206,7 +210,10 @@ def _by_group(
     numbers = list(dict.fromkeys(dataset.video[rows].tolist()))
     videos = [dataset.videos[number] for number in numbers]
     known, notes = attributes_of(dataset.videos, config.split, config.groups)
-    attributes = {name: [values[number] for number in numbers] for name, values in known.items()}
+    attributes = {name: own for name, values in known.items() if any(own := [values[number] for number in numbers])}
+    if not attributes and config.groups is not None:
+        raise UsageError("; ".join([f"{config.groups}: no attribute of the {noun(videos)} of the {config.split} split",
+                                    *notes]))  # fmt: skip
     if not attributes:
         return None
     labels, means = by_video([str(number) for number in dataset.video[rows]], dataset.labels[rows], scores)

@@ -59,6 +59,7 @@ def measure(
     and when a set has no forgery to test on.
     """
     found = Measured({"frame": {}, "video": {}}, {})
+    all_forgeries = {method for dataset in tests.values() for method in dataset.methods}
     for name, dataset in tests.items():
         yield name
         seen, others = forgeries_of(dataset, trained)
@@ -67,7 +68,8 @@ def measure(
             groups = {paper_numbers.FF_NAMES.get(m, m): (m,) for m in dataset.methods}
         if by_family:
             where = "" if by_forgery else f"{name}, "
-            groups |= {f"{where}family {family}": own for family, own in families_in(dataset, config).items()}
+            families = families_in(dataset, config, all_forgeries)
+            groups |= {f"{where}family {family}": own for family, own in families.items()}
         if not dataset.methods:
             raise UsageError(f"{name}: holds no forgery to test on")
         _fill(found, evaluate(scorer, dataset, config, groups))
@@ -233,6 +235,8 @@ def evaluate_models(
     manipulation = chosen == "cross-manipulation"
     if config.groups is not None and chosen != "within":
         raise UsageError(f"--groups {config.groups}: takes one model, one dataset and --protocol within")
+    if config.families and chosen != "within" and not by_family:
+        raise UsageError(f"--families {config.families[0]}: in this table families are shown with --by-family alone")
     names = names_of(models, model_names, "model-names", once=not manipulation)
     scorers = [load_scorer(path, runtime) for path in models]
     forgeries = _forgeries(models, scorers, trained_on) if manipulation else [""] * len(models)

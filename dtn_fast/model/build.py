@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dtn_fast.errors import UsageError
 from dtn_fast.model.adapt import adapt, initialise
 from dtn_fast.model.config import CropPolicy, DTNConfig, TimmConfig, read_config
-from dtn_fast.model.detector import CONFIG, Depth, Detector, check_folder, device_of, patch_side
+from dtn_fast.model.detector import CONFIG, Depth, Detector, check_folder, device_of, patch_side, weights_checksum
 from dtn_fast.model.dtn import DTN
 from dtn_fast.model.hooks import hooked
 from dtn_fast.model.mas import with_mas
@@ -79,9 +79,14 @@ class TimmDetector(Detector):
             raise UsageError(f"{name}: has no gradient checkpointing; leave --grad-checkpointing out") from None
 
     def classifiers(self) -> list[nn.Module]:
-        """The layers that the model itself names, or else the last linear one."""
+        """The layers that the model itself or timm names, which may be several, or else the last linear one."""
         own = getattr(self.net, "classifiers", None)
-        return own() if own is not None else super().classifiers()
+        if own is not None:
+            return own()
+        names = (getattr(self.net, "pretrained_cfg", None) or {}).get("classifier") or ()
+        layers = dict(self.net.named_modules())
+        named = [layers.get(name) for name in ((names,) if isinstance(names, str) else names)]
+        return [layer for layer in named if isinstance(layer, nn.Linear)] or super().classifiers()
 
     def cam_layers(self) -> dict[Depth, nn.Module]:
         """The layers that the model itself names; or else ``backbone``, the last one that timm names as a feature map
@@ -183,13 +188,16 @@ def build_detector(
 
 
 def with_mask_head(model: Detector) -> Detector:
-    """``model`` with a new mask head, in eval mode; itself if it has one.  Raises UsageError when it has no map for
-    it."""
+    """``model`` with a new mask head, in eval mode; itself if it has one.  Its logits are the same, and so its
+    calibration holds.  Raises UsageError when it has no map for it."""
     if model.mask_head is not None:
         return model
     made = build_detector(dataclasses.replace(model.config, mask_head=True))
     made.load_state_dict({**made.state_dict(), **model.state_dict()})
     made.notice, made.novelty = model.notice, model.novelty
+    if (card := model.config.card) is not None and card.calibration is not None:
+        tied = dataclasses.replace(card.calibration, weights=weights_checksum(made))
+        made.config = dataclasses.replace(made.config, card=dataclasses.replace(card, calibration=tied))
     return made.eval()
 
 

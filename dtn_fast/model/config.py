@@ -88,6 +88,10 @@ class Adaptation:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.adapt not in ("none", "lora", "effort"):
+            raise UsageError(f"Adaptation.adapt is {self.adapt!r}; it must be none, lora or effort")
+        if not isinstance(self.mas, bool):
+            raise UsageError(f"Adaptation.mas is {self.mas!r}; it must be true or false")
         if self.rank and self.adapt == "none":
             raise UsageError("--rank: only with --adapt lora or effort")
 
@@ -127,8 +131,9 @@ def _check(config: Any) -> None:
         kind, value = parts[name], getattr(config, name)
         if isinstance(value, Mapping):
             object.__setattr__(config, name, from_fields(kind, value, name))
-        elif not isinstance(value, kind | None):
-            raise UsageError(f"{type(config).__name__}.{name} is {value!r}; it must be an object or null")
+        elif not isinstance(value, kind | None) or (kind is Adaptation and value is None):
+            null = "" if kind is Adaptation else " or null"
+            raise UsageError(f"{type(config).__name__}.{name} is {value!r}; it must be an object{null}")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class FoldedDTN(DTN):
         self.config, self.notice, self.novelty = model.config, model.notice, model.novelty
         self.temporal = None  # it takes the outputs of the others
         self.num_classes, self.num_features, self.global_pool = model.num_classes, model.num_features, model.global_pool
+        self.in_chans = model.in_chans
         vgg = isinstance(model.backbone, Backbone)
         self.backbone: nn.Sequential = _fold_backbone(model.backbone) if vgg else copy.deepcopy(model.backbone)
         self.gate = copy.deepcopy(model.gate)

@@ -37,19 +37,26 @@ REGISTRY = "dtn_fast.model.timm_registry"
 
 
 class _TimmFinder(importlib.abc.MetaPathFinder):
-    """Finds timm as Python does, once, and has :data:`REGISTRY` imported after it."""
+    """Finds timm as Python does, and has :data:`REGISTRY` imported after it.  Others only look whether timm is there
+    (``importlib.util.find_spec``), so it stays until timm is imported."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "timm":
             return None
+        place = sys.meta_path.index(self)
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(place, self)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 _prepare_torchvision()
                 run(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 importlib.import_module(REGISTRY)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]

@@ -134,10 +134,21 @@ class Scorer(ABC):
             return Scored(score, novelty)
         return Scored(score, novelty, logits=outputs[:, :classes], features=outputs[:, columns:])
 
+    def _whole(self, outputs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """``outputs``.  Raises DtnError unless they are those of COLUMNS that the configuration states."""
+        side, classes = mask_side(self.config), self.config.num_classes
+        features = 0 if self.clips is None else self.clips.features
+        if outputs.shape[1] - side**2 - features not in (classes, classes + 1):
+            further = f"{features} features" * bool(features), f"a mask of {side}x{side}" * bool(side)
+            stated = ", ".join([f"{classes} logits", *filter(None, further)]) + " and at most a novelty"
+            raise DtnError(f"{self.name}: gives {outputs.shape[1]} values for a crop, its configuration states "
+                           f"{stated}; export the model again")  # fmt: skip
+        return outputs
+
     def _gather(self, batches: Iterable[NDArray[np.uint8]], kept: int = 0) -> NDArray[np.float64]:
         """Outputs of batches of crops, with the first ``kept`` columns of their masks."""
         cut = mask_side(self.config) ** 2 - kept
-        parts = [self._outputs(batch)[:, : -cut or None] for batch in batches]
+        parts = [self._whole(self._outputs(batch))[:, : -cut or None] for batch in batches]
         outputs = np.concatenate(parts) if parts else np.zeros((0, self.config.num_classes + kept))
         if not np.isfinite(outputs).all():
             bad = int((~np.isfinite(outputs)).any(1).sum())

@@ -20,7 +20,7 @@ from dtn_fast.packages import require
 from dtn_fast.runtime.batch_graphs import BatchGraphs
 from dtn_fast.runtime.config import Runtime
 from dtn_fast.runtime.export_manifest import ExportManifest, read_export_manifest
-from dtn_fast.runtime.scorer import COLUMNS, Scorer
+from dtn_fast.runtime.scorer import COLUMNS, FEATURES, Scorer
 from dtn_fast.timing import in_turns
 
 KINDS = {".engine": "tensorrt", ".rtx": "tensorrt_rtx"}
@@ -96,8 +96,9 @@ class EngineScorer(Scorer):
 
 
 class Contexts:
-    """Runs an engine: input on the GPU -> those of COLUMNS that it gives side by side, float32, on the current stream;
-    one context per batch size (shape changes leak the modules of ahead-of-time plugins: NVIDIA/TensorRT issue 4849)."""
+    """Runs an engine: input on the GPU -> those of COLUMNS that it gives side by side, float32, on the current stream,
+    without features, as no temporal head runs here; one context per batch size (shape changes leak the modules of
+    ahead-of-time plugins: NVIDIA/TensorRT issue 4849)."""
 
     def __init__(self, engine: Any, name: str, profiler: Any = None) -> None:
         self._engine, self._name, self._profiler = engine, name, profiler
@@ -121,7 +122,7 @@ class Contexts:
         if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
             raise DtnError("the engine failed to run; see the messages above, and export it again on this machine")
         return torch.column_stack([outputs[name].flatten(1) if outputs[name].dim() > 1 else outputs[name]
-                                   for name in COLUMNS if name in outputs])  # fmt: skip
+                                   for name in COLUMNS if name in outputs and name != FEATURES])  # fmt: skip
 
 
 def time_engines(

@@ -17,7 +17,7 @@ from dtn_fast.errors import DtnError, UsageError, reason, tell
 from dtn_fast.model.config import parse_config
 from dtn_fast.packages import require
 from dtn_fast.runtime.config import Runtime
-from dtn_fast.runtime.scorer import BATCH, COLUMNS, Scorer, side_by_side
+from dtn_fast.runtime.scorer import BATCH, COLUMNS, FEATURES, Scorer, side_by_side
 
 MODEL = "dtn"
 """Name of the model when an address has none: the default of ``dtn-fast repository``."""
@@ -177,7 +177,8 @@ class TritonScorer(Scorer):
         config = parse_config(facts["dtn_config"], str(address))
         super().__init__(config, facts.get("notice", ""), f"Triton Inference Server {address}", batch_size)
         self.weights = facts.get("weights", "")
-        self._names = [name for name in COLUMNS if name in self._served.outputs]
+        # without features, as no temporal head runs here
+        self._names = [name for name in COLUMNS if name in self._served.outputs and name != FEATURES]
 
     def _outputs(self, crops: NDArray[np.uint8]) -> NDArray[np.float64]:
         outputs = self._patiently(lambda connection: connection.infer(crops, self._names))

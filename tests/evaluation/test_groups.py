@@ -268,6 +268,10 @@ def test_groups_in_an_evaluation(dataset: CropDataset, scorer: TorchScorer, tmp_
     assert evaluate(scorer, dataset, named).groups.threshold == 0.6
     assert json.loads(json.dumps(made.to_json()))["groups"]["threshold"] == 0.3
     assert made.rows == evaluate(scorer, dataset, config).rows
+    others = sorted({v.identities[0] for v in dataset.videos if v.split == "train"} - {*first})
+    path = write(tmp_path, "identity,gender\n" + "".join(f"{one},m\n" for one in others))
+    with pytest.raises(UsageError, match=r"g\.csv: no attribute of the videos of the test split; g\.csv: \d+ of"):
+        evaluate(scorer, dataset, dataclasses.replace(config, groups=path))
     files = Within("DTN", "set", made).write(tmp_path / "x")
     assert [file.name for file in files] == ["x.json", "x.md", "x.tex", "x.svg"]
     assert "**By group; rates in percent**" in files[1].read_text()

@@ -20,7 +20,7 @@ from dtn_fast.errors import UsageError
 from dtn_fast.evaluation.config import EvaluateConfig, RobustnessConfig
 from dtn_fast.evaluation.evaluate import evaluate
 from dtn_fast.evaluation.paper_numbers import Pair
-from dtn_fast.evaluation.protocols import Entry, cross_dataset, cross_manipulation, names_of, within
+from dtn_fast.evaluation.protocols import Entry, cross_dataset, cross_manipulation, evaluate_models, names_of, within
 from dtn_fast.evaluation.robustness import robustness
 from dtn_fast.evaluation.tables import Cell, ResultTable, TableRow
 from dtn_fast.model.config import TrainedOn
@@ -152,6 +152,19 @@ def test_families_are_columns_when_asked_and_may_be_named(dataset: CropDataset) 
     assert rows["family diffusion"].frame == rows["SynthWarp"].frame
     with pytest.raises(UsageError, match=r"--families Nope=.*: no such forgery here; there are SynthBlend"):
         evaluate(trained_on(), dataset, dataclasses.replace(FEW, families=("Nope=swap",)))
+
+
+def test_families_of_a_table_are_named_once_for_all_its_sets(dataset: CropDataset, trained: Path) -> None:
+    one = [Entry("x", trained_on())]
+    mine = [v._replace(method="MyGAN") if v.method == "SynthWarp" else v for v in dataset.videos]
+    sets = {"a": dataset, "b": dataclasses.replace(dataset, videos=mine)}
+    table, _ = result(cross_dataset(one, sets, dataclasses.replace(FEW, families=("MyGAN=whole-face",)), True))
+    assert {"a, family reenactment", "b, family whole-face"} <= set(table.columns)
+    assert "a, family whole-face" not in table.columns
+    with pytest.raises(UsageError, match=r"--families Nope=.*: no such forgery here"):
+        result(cross_dataset(one, sets, dataclasses.replace(FEW, families=("Nope=swap",)), True))
+    with pytest.raises(UsageError, match=r"--families MyGAN=swap: in this table .* with --by-family alone"):
+        list(evaluate_models([trained] * 2, [Path(dataset.folder)], EvaluateConfig(families=("MyGAN=swap",))))
 
 
 @pytest.fixture

@@ -98,3 +98,11 @@ def test_an_mnn_file_gives_torch_s_masks(masked: DTN, tmp_path: Path) -> None:
     export_mnn(masked, tmp_path / "m.mnn")
     found = load_scorer(tmp_path / "m.mnn").judge(CROPS).mask
     np.testing.assert_allclose(found, TorchScorer(masked).judge(CROPS).mask, atol=1e-4)
+
+
+def test_a_file_without_the_mask_that_it_states_is_named(masked: DTN) -> None:
+    proto = to_proto(masked, OnnxConfig())
+    (place,) = (n for n, output in enumerate(proto.graph.output) if output.name == "mask")
+    del proto.graph.output[place]
+    with pytest.raises(DtnError, match="gives 2 values for a crop, its configuration states 2 logits, a mask of 8x8"):
+        OnnxScorer(proto.SerializeToString()).judge(CROPS)

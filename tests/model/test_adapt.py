@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtn_fast.errors import UsageError
+from dtn_fast.export.to_onnx import export_onnx
 from dtn_fast.model.adapt import AdaptedLinear, EffortLinear, effort_penalty, merged
 from dtn_fast.model.build import TimmDetector, build_detector, load_detector, timm_config
 from dtn_fast.model.config import Adaptation, TimmConfig
@@ -192,3 +195,27 @@ def test_a_rank_without_an_adaptation_is_refused() -> None:
 def test_merging_leaves_other_models_alone() -> None:
     model = made(NAMES[0], Adaptation())
     assert torch.equal(merged(model)(images()), model(images()))
+
+
+def test_every_classifier_of_a_model_with_several_is_trained() -> None:
+    model = build_detector(
+        dataclasses.replace(timm_config("deit_tiny_distilled_patch16_224", SIDE), adaptation=Adaptation("lora"))
+    )
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name in trained if "head" in name} == {f"net.{head}.{part}" for head in ("head", "head_dist")
+                                                            for part in ("weight", "bias")}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [None, {"adapt": "other"}, {"adapt": ["lora"]}, {"mas": "yes"}, {"rank": "8"}])
+def test_a_damaged_adaptation_is_named(wrong: object) -> None:
+    with pytest.raises(UsageError, match=r"here: not a valid TimmConfig .*[aA]daptation"):
+        TimmConfig.from_json(json.dumps({"timm": NAMES[0], "adaptation": wrong}), "here")
+
+
+def test_an_exported_file_holds_plain_weights(tmp_path: Path) -> None:
+    graphs = []
+    for how in (Adaptation(), Adaptation("lora", 2, True), Adaptation("effort", 2, True)):
+        model = build_detector(TimmConfig("test_vit", 64, adaptation=how)).eval()
+        export_onnx(moved(model), tmp_path / "m.onnx")  # compares it with torch
+        graphs.append([node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node])
+    assert graphs[1] == graphs[2] == graphs[0]

@@ -14,6 +14,7 @@ import torch
 
 from dtn_fast import DTN
 from dtn_fast.errors import UsageError
+from dtn_fast.model.fold import fold
 from dtn_fast.model.levt import LEVTBlock
 from dtn_fast.model.timm_compat import import_timm
 
@@ -37,7 +38,12 @@ def made(name: str = "dtn_tiny", **how: Any) -> Any:
     return timm.create_model(name, **how)
 
 
-@pytest.mark.parametrize("begin", ["import dtn_fast, sys\nassert 'timm' not in sys.modules\nimport timm", TIMM_FIRST])
+PROBED = "import dtn_fast, importlib.util\nassert importlib.util.find_spec('timm')\nimport timm"  # as transformers does
+
+
+@pytest.mark.parametrize(
+    "begin", ["import dtn_fast, sys\nassert 'timm' not in sys.modules\nimport timm", PROBED, TIMM_FIRST]
+)
 def test_either_may_be_imported_first(begin: str) -> None:
     program = f"{begin}\nprint(len(timm.list_models('dtn*')), len(timm.list_models('cvit*')))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -70,6 +76,12 @@ def test_its_record_is_true(name: str) -> None:
         model.reset_classifier(0, "")
         assert torch.equal(model(images), features)
         assert made(name, num_classes=0, global_pool="").eval()(images).shape == features.shape
+
+
+def test_a_model_of_other_channels_is_folded() -> None:
+    model, images = made(in_chans=4, img_size=64).eval(), torch.randn(2, 4, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(fold(model)(images), model(images), rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_without_its_classifier_is_no_checkpoint(tmp_path: Path) -> None:

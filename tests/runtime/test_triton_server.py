@@ -104,6 +104,12 @@ def test_a_server_is_tried_again_and_then_named(stand_in: Server) -> None:
         scorer.logits(crops)
 
 
+def test_features_of_a_temporal_head_are_not_asked_for(stand_in: Server) -> None:
+    """No temporal head runs here: their columns would be taken for the novelty."""
+    stand_in.events = [Served(8, ("logits", "score", "features", "novelty"), FACTS)]
+    assert TritonScorer(parse_address("http://h:1"), 5)._names == ["logits", "novelty"]
+
+
 @pytest.fixture
 def web_page() -> Iterator[int]:
     """Port of a server that knows nothing of models."""

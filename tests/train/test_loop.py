@@ -23,7 +23,7 @@ from dtn_fast.data.video_table import Video
 from dtn_fast.device import choose_precision
 from dtn_fast.errors import DtnError, DtnWarning, UsageError
 from dtn_fast.evaluation.metrics import evaluate_scores
-from dtn_fast.model.config import CropPolicy, TimmConfig
+from dtn_fast.model.config import Adaptation, CropPolicy, TimmConfig
 from dtn_fast.runtime.load import STUDENT, best_checkpoint, load_model, read_recipe
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train import distill as chain
@@ -31,8 +31,11 @@ from dtn_fast.train import loop, run_folder
 from dtn_fast.train import step as step_module
 from dtn_fast.train.checkpoint import load_centers, load_state, save_state
 from dtn_fast.train.config import CHAIN, PRESETS, STUDENTS, Execution, Recipe
+from dtn_fast.train.finetune import begin, finetune
 from dtn_fast.train.log_lines import append_line, cut_lines, read_lines
 from dtn_fast.train.loop import Epoch, Step, Stopped, fit
+from dtn_fast.train.run_folder import start_run
+from dtn_fast.train.run_lock import locked
 from dtn_fast.train.run_report import write_run_report
 
 
@@ -554,3 +557,20 @@ def test_a_flipped_bit_in_the_training_state_is_found(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(UsageError, match=r"last.pt: .*another checksum than when it was written.*delete it"):
         load_state(path)
+
+
+def test_students_and_fine_tuned_models_train_what_their_teacher_trained(tmp_path: Path, dataset: CropDataset) -> None:
+    run, tuned = tmp_path / "run", tmp_path / "tuned"
+    recipe = changed(RECIPE, epochs=1, generations=1)
+    start_run(run, recipe, TimmConfig("test_vit", 64, adaptation=Adaptation("lora", 2)))
+    list(chain.train_initial(run, dataset))
+    list(chain.distill(run, dataset))
+    with locked(tuned):
+        begin(tuned, run / "generation-0", recipe)
+    list(finetune(tuned, dataset))
+    before = weights(run / "generation-0")
+    for folder in (run / "generation-1", tuned / "generation-0"):
+        after = weights(folder)
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert {name.rsplit(".", 1)[-1] for name in moved} == {"left", "right", "weight", "bias"}
+        assert {name for name in moved if name.endswith(("weight", "bias"))} == {"net.head.weight", "net.head.bias"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,19 @@ from dtn_fast.data.crop_dataset import CropDataset, ShardFiles
 from dtn_fast.data.masks import UNKNOWN
 from dtn_fast.data.video_table import Video
 from dtn_fast.errors import DtnWarning, UsageError
+from dtn_fast.evaluation.calibration import calibrate
 from dtn_fast.evaluation.config import EvaluateConfig
 from dtn_fast.evaluation.heat_scores import GAUSSIAN, HEAD, UNIFORM
 from dtn_fast.evaluation.localisation import localisation
 from dtn_fast.model.build import load_detector
 from dtn_fast.model.config import DTNConfig
+from dtn_fast.runtime.load import load_model
 from dtn_fast.runtime.torch_scorer import TorchScorer
 from dtn_fast.train.config import Execution, Recipe
 from dtn_fast.train.distill import distill
 from dtn_fast.train.finetune import begin, finetune
 from dtn_fast.train.loop import fit
-from dtn_fast.train.losses import mask_loss
+from dtn_fast.train.losses import known_share, mask_loss
 from dtn_fast.train.run_lock import locked
 from dtn_fast.train.step import TrainStep
 
@@ -64,11 +67,14 @@ def test_the_loss_is_cross_entropy_plus_dice_of_the_known_masks() -> None:
     wanted = masks[:3].float() / 100
     each = [F.binary_cross_entropy(p, t) + 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)
             for p, t in zip(logits[:3].sigmoid(), wanted, strict=True)]  # fmt: skip
-    assert mask_loss(logits, masks).item() == pytest.approx(float(sum(each)) / 3, rel=1e-5)
+    assert mask_loss(logits, masks, known_share(masks)).item() == pytest.approx(float(sum(each)) / 3, rel=1e-5)
     right = (wanted * 2 - 1).repeat(3, 1, 1)[:8] * 30
-    assert mask_loss(right, halves(torch.ones(8, dtype=torch.bool))).item() < 1e-3
-    assert mask_loss(torch.full((8, 8, 8), -30.0), torch.zeros(8, 8, 8, dtype=torch.uint8)).item() < 1e-3
-    assert mask_loss(logits, halves(torch.zeros(8, dtype=torch.bool))).item() == 0
+    one, none = torch.ones(1), torch.zeros(1)
+    assert mask_loss(right, halves(torch.ones(8, dtype=torch.bool)), one).item() < 1e-3
+    assert mask_loss(torch.full((8, 8, 8), -30.0), torch.zeros(8, 8, 8, dtype=torch.uint8), one).item() < 1e-3
+    assert mask_loss(logits, halves(torch.zeros(8, dtype=torch.bool)), none).item() == 0
+    parts = [mask_loss(p, m, known_share(masks)) for p, m in zip(logits.chunk(2), masks.chunk(2), strict=True)]
+    assert sum(parts) / 2 == pytest.approx(mask_loss(logits, masks, known_share(masks)).item()), "as the whole batch's"
 
 
 @pytest.mark.parametrize("teacher", [False, True])
@@ -98,6 +104,9 @@ def test_accumulated_and_traced_steps_and_features_are_the_same_training(monkeyp
     torch.testing.assert_close(traced.last.values, one.last.values, rtol=1e-3, atol=1e-3)
     parts = steps(quiet, changed(LEARNS, accumulate=2), known)
     assert parts.last.values[names] == pytest.approx(one.last.values[names].item(), rel=0.05)
+    some = halves(torch.arange(8) < 3)  # in the first of two parts alone
+    whole, halved = (steps(quiet, changed(still, accumulate=count), some).last.values[names] for count in (1, 2))
+    assert halved == pytest.approx(whole.item(), rel=0.05)
     features = steps(quiet, changed(LEARNS, center_on="features"), known)
     assert features.last.values[names] == pytest.approx(one.last.values[names].item(), rel=0.05)
 
@@ -171,3 +180,17 @@ def test_fine_tuning_adds_a_head_to_a_model_without_one_and_students_keep_it(tmp
         UsageError, match="--mask-weight 1: the model has no mask head; dtn-fast train and finetune add"
     ):
         TrainStep(load_detector(source), LEARNS, Execution(), CPU)
+
+
+def test_fine_tuning_adds_a_head_to_a_calibrated_model(dataset: CropDataset, trained: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(trained, source)
+    list(calibrate(source, Path(dataset.folder)))
+    with locked(tmp_path / "run"):
+        begin(tmp_path / "run", source, LEARNS)
+    teacher, before = load_detector(tmp_path / "run/teacher"), load_model(source)
+    assert teacher.mask_head is not None
+    crops = dataset.get(np.arange(4))
+    wanted, found = TorchScorer(before).judge(crops), TorchScorer(teacher).judge(crops)
+    assert np.array_equal(found.score, wanted.score), "by the same temperature"
+    assert np.array_equal(found.novelty, wanted.novelty)
