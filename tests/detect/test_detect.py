@@ -191,7 +191,7 @@ def test_frames_by_count_rate_or_all(small: DTN, finder: DlibFinder, tmp_path: P
 
 def test_a_long_video_streams(small: DTN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long it is, a few frames and batches are held, and decoding stops when the work does."""
-    alive: set[int] = set()
+    alive, before = set[int](), set(threading.enumerate())
     most = made = 0
 
     def endless(*_: object, **__: object) -> Iterator[Frame]:
@@ -229,7 +229,7 @@ def test_a_long_video_streams(small: DTN, tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         detect(tmp_path / "x.mp4", Quick(small), finder=Always(), watch=stop)
     assert made <= 10 + AHEAD + 2
-    assert not [t for t in threading.enumerate() if t.name.startswith(("decoding", "scoring"))]
+    assert not [t for t in set(threading.enumerate()) - before if t.name.startswith(("decoding", "scoring"))]
 
 
 def test_the_annotated_video_frames_faces_and_marks_spans(small: DTN, finder: DlibFinder, tmp_path: Path) -> None:
@@ -593,9 +593,8 @@ def test_a_decoder_that_fails_in_any_way_costs_its_input_alone(
 
 def test_the_results_folder_is_tried_first_and_is_no_input(small: DTN, finder: DlibFinder, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file") as error:
+    with pytest.raises(UsageError, match=r"file/out: cannot be written to \(Not a directory\); choose another"):
         detect_many([str(tmp_path / "none")], TorchScorer(small), tmp_path / "file" / "out", finder=finder)
-    assert "out" in str(error.value.filename)
     folder = tmp_path / "in"
     folder.mkdir()
     write_video(folder / "a.mp4", [scene(320)] * 3)
