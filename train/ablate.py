@@ -174,7 +174,7 @@ def ablate_folders(
     UsageError when ``model`` is not a DTN, whose fields the variants change.
     """
     if not isinstance(model, DTNConfig):
-        raise UsageError(f"--config: {name} changes fields of a DTN, this is another detector; give DTNConfig fields")
+        raise UsageError(f"{name}: changes fields of a DTN; give a --preset or --config of one")
     dataset = open_data(data, model.image_size)
     folders = tests or (data,)
     names = names_of(folders, test_names, "test-names")

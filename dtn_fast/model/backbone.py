@@ -142,7 +142,18 @@ def _timm_backbone(config: DTNConfig) -> nn.Sequential:
         raise UsageError(
             f"DTNConfig.backbone {config.backbone}: its last map is {shape}; a DTN needs {(1, width, side, side)}"
         )
-    return nn.Sequential(last.train(), nn.Conv2d(width, config.channels[-1], 1))
+    return TimmBackbone(last.train(), nn.Conv2d(width, config.channels[-1], 1))
+
+
+class TimmBackbone(nn.Sequential):
+    """A timm model's last map, and its projection to C channels."""
+
+    grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, C, H / 32, W / 32]
+        return (
+            recomputed(super().forward, [self], x) if self.grad_checkpointing and self.training else super().forward(x)
+        )
 
 
 class _Last(nn.Module):

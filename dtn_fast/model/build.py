@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from dtn_fast.errors import UsageError
 from dtn_fast.model.adapt import adapt, initialise
@@ -72,6 +73,9 @@ class TimmDetector(Detector):
         return self.net(images)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        if enable and any(isinstance(module, _NormBase) for module in self.net.modules()):
+            raise UsageError(f"{self.config.timm}: has BN, whose running statistics timm's gradient checkpointing "
+                             "updates twice; leave --grad-checkpointing out")  # fmt: skip
         try:
             self.net.set_grad_checkpointing(enable)
         except (AttributeError, AssertionError):

@@ -263,7 +263,7 @@ class DTNConfig:
             (self.expert_activation == "relu" or self.expert_kernel == 1, "expert_kernel", "1 with this activation"),
             (self.noise in ("gaussian", "none") or self.expert_kernel == 1, "expert_kernel", "1 with this noise"),
             (self.mixer in ("attention", "mamba"), "mixer", "attention or mamba"),
-            (self.state_size > 0, "state_size", ">= 1"),
+            (0 < self.state_size <= 4096, "state_size", "1 to 4096"),
             (self.mixer == "attention" or self.partition == "after", "partition", "after with the mixer mamba"),
             (self.mixer == "attention" or not self.reattention, "reattention", "False with the mixer mamba"),
             (not (self.mas and self.reattention), "reattention", "False with MAS, which it replaces"),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtn_fast.errors import UsageError
-from dtn_fast.model.backbone import Backbone, build_backbone
+from dtn_fast.model.backbone import Backbone, TimmBackbone, build_backbone
 from dtn_fast.model.config import STRIDE, DTNConfig
 from dtn_fast.model.detector import Depth, Detector
 from dtn_fast.model.levt import LEVTBlock
@@ -184,8 +184,8 @@ class DTN(Detector):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Computes the insides of each convolution group and block again in the backward, in place of keeping them."""
-        for module in self.modules():
-            if isinstance(module, Backbone | LEVTBlock):
+        for module in (self.backbone, *self.blocks):
+            if isinstance(module, Backbone | TimmBackbone | LEVTBlock):
                 module.grad_checkpointing = enable
 
     @torch.jit.ignore

@@ -46,7 +46,8 @@ class StateSpace(nn.Module):
         return self.out(self.scale(self.norm(mixed)))
 
     def matrix(self, begin: Tensor, end: Tensor, step: Tensor) -> Tensor:
-        """The sum of both directions' matrices M, float32 [B, H, N, N].
+        """The sum of both directions' matrices M, float32 [B, H, N, N]; under autocast the products of B and C are
+        rounded to its dtype, as Mamba-2's kernels do.
 
         begin, end: B and C [B, N, S].  step: [B, N, 2 H], before the softplus.
         """

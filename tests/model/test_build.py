@@ -181,6 +181,19 @@ def test_mas_elsewhere(timm) -> None:
         with_mas(timm.create_model("resnet10t"))
 
 
+def test_gradient_checkpointing_of_timm_models() -> None:
+    vit = build_detector(timm_config("vit_tiny_patch16_224", 64)).train()
+    images, gradients = torch.randn(2, 3, 64, 64), []
+    for _ in range(2):
+        vit.zero_grad()
+        vit(images).square().sum().backward()
+        gradients.append([p.grad.clone() for p in vit.parameters() if p.grad is not None])
+        vit.set_grad_checkpointing()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    with pytest.raises(UsageError, match=r"resnet10t: has BN.*; leave --grad-checkpointing out"):
+        build_detector(timm_config("resnet10t", 64)).set_grad_checkpointing()
+
+
 def test_grad_cam_before_a_layer_that_works_in_place(timm) -> None:
     model = build_detector(TimmConfig("test_resnet", image_size=64)).eval()
     crops = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)

@@ -163,7 +163,7 @@ def test_layers_are_ordered_by_depth() -> None:
     assert id(model.blocks[0].mlp[0].weight) in decayed
 
 
-@pytest.mark.parametrize("how", [{}, {"noise_std": 0.0, "drop_path_rate": 0.5}])
+@pytest.mark.parametrize("how", [{}, {"noise_std": 0.0, "drop_path_rate": 0.5}, {"backbone": "resnet10t"}])
 def test_checkpointing_changes_nothing(how: dict[str, Any]) -> None:
     """Neither values nor gradients nor, though the forward pass runs twice, the running statistics of BN."""
     plain, spare = made(**how).train(), made(**how).train()
