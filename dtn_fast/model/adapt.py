@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dtn_fast.errors import tell
 from dtn_fast.model.config import Adaptation
 from dtn_fast.model.detector import Detector
 from dtn_fast.model.mas import HeadScale
@@ -127,6 +128,8 @@ def _deviation(now: Tensor, start: Tensor) -> Tensor:
     return 2 * outside.square().sum((1, 2)) + own.square().sum((1, 2))
 
 
+LARGE = 50_000_000
+"""Number of weights to split from which on a person is told of it."""
 KINDS: dict[str, type[AdaptedLinear]] = {"lora": AdaptedLinear, "effort": EffortLinear}
 
 
@@ -158,9 +161,11 @@ def adapt(net: nn.Module, how: Adaptation, trained: list[nn.Module]) -> None:
 
 def initialise(model: nn.Module) -> None:
     """Gives adapted layers their initial factors, by which the model computes what it did before it was adapted."""
-    for module in model.modules():
-        if isinstance(module, AdaptedLinear):
-            module.initialise()
+    layers = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    if sum(layer.base.numel() for layer in layers if isinstance(layer, EffortLinear)) > LARGE:
+        tell(f"Effort: computing the singular values of {len(layers)} layers, for a ViT-L minutes on a CPU")
+    for layer in layers:
+        layer.initialise()
 
 
 def effort_penalty(model: nn.Module) -> Tensor | None:
