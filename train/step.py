@@ -244,7 +244,7 @@ class TrainStep:
     def _average(self, ema: Detector, healthy: Tensor) -> None:
         """Moves the average of the trained weights towards the weights."""
         pairs = zip(self.model.parameters(), ema.parameters(), strict=True)
-        weights, averages = zip(*((own, mean) for own, mean in pairs if own.requires_grad), strict=True)
+        weights, averages = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
         moves = list(torch._foreach_sub(weights, averages))
         torch._foreach_mul_(moves, healthy * (1 - self.recipe.ema))
         torch._foreach_add_(averages, moves)

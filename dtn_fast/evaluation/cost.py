@@ -53,7 +53,8 @@ def cost_of(model: Detector) -> Cost:
     crops = np.random.default_rng(0).integers(0, 256, (BATCH, side, side, 3), np.uint8)
     seconds = statistics.median(in_turns({"": lambda: scorer.logits(crops)}, ROUNDS, 2)[""])
     device = scorer.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    processor = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
     return Cost(
         sum(p.numel() for p in model.parameters() if p.requires_grad),
         sum(p.numel() for p in merged(model).parameters()),
@@ -74,7 +75,3 @@ def gmacs_of(model: Detector, folded: Detector) -> float:
     with counter, torch.no_grad():
         shapes(torch.zeros(1, 3, side, side, device="meta"))
     return counter.get_total_flops() / 2e9
-
-
-def _processor() -> str:
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

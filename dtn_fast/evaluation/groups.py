@@ -7,8 +7,8 @@ percentile bootstrap over people.
 The gaps of all attributes, in false alarms and in AUC, are tested together by a max-statistic permutation test
 (Westfall and Young, 1993): people are permuted among the groups, those with reals, with fakes and with both apart, and
 a gap counts as found when its difference, in standard deviations over the permutations, is more than the largest of all
-gaps is by chance.  The intervals of the gaps are those of this test: they are simultaneous, and
-exclude 0 exactly when the gap is found.
+gaps is by chance.  The intervals of the gaps are those of this test: they are simultaneous, and exclude 0 exactly when
+the gap is found.
 """
 
 from __future__ import annotations
@@ -245,9 +245,8 @@ def _gaps(
              if rows[a].attribute == rows[b].attribute]  # fmt: skip
     if not pairs:
         return []
-    numbers: dict[
-        tuple[str, ...], int
-    ] = {}  # those who change groups: people, or the part of one's videos that is alike
+    # who changes groups: a person, or the part of a person's videos whose attributes are alike
+    numbers: dict[tuple[str, ...], int] = {}
     unit = np.array([numbers.setdefault(key, len(numbers))
                      for key in zip(people, *(own.tolist() for own in values.values()), strict=True)])  # fmt: skip
     alike = _strata(unit, labels, values)
