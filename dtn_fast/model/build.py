@@ -196,7 +196,7 @@ def with_mask_head(model: Detector) -> Detector:
     calibration holds.  Raises UsageError when it has no map for it."""
     if model.mask_head is not None:
         return model
-    made = build_detector(dataclasses.replace(model.config, mask_head=True))
+    made = type(model)(dataclasses.replace(model.config, mask_head=True))
     made.load_state_dict({**made.state_dict(), **model.state_dict()})
     made.notice, made.novelty = model.notice, model.novelty
     if (card := model.config.card) is not None and card.calibration is not None:
